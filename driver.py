@@ -1,0 +1,2737 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Nomad task driver that runs tasks as systemd-nspawn containers: a booted OS, or one command.
+
+The module reads top to bottom as words, facts, plan, act, serve; a section uses only what stands above it.
+
+    Errors      what can go wrong, and how Nomad is told
+    Log         hclog lines on stderr
+    Processes   starting and watching processes without threads
+    Host        facts about this machine
+    Options     the tables of options; schema, checks, nspawn arguments and reference all come from them
+    Image       an image's name to a place on disk
+    Cgroup      where a task's processes live, and what they use
+    Plan        a task's configuration to everything needed to start it; pure
+    Keeper      the small process that outlives the plugin
+    Task        start, recover, wait, signal, stop, destroy
+    Services    the gRPC services Nomad calls, and the handshake
+    Main        the plugin by default; `check`, `--version`, `--help` for people
+
+Everything above Keeper is pure or only reads; effects are below. "Measured" in a comment means: on a real
+systemd-nspawn, of the versions named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import enum
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import grpc
+    import grpc.aio
+
+    from nomad_pb import (
+        base_pb2,
+        base_pb2_grpc,
+        driver_pb2,
+        driver_pb2_grpc,
+        grpc_plugin_old_pb2_grpc,
+        grpc_plugin_pb2,
+        grpc_plugin_pb2_grpc,
+        hcl_spec_pb2,
+        health_pb2,
+        health_pb2_grpc,
+        recoverable_error_pb2,
+        rpc_status_pb2,
+    )
+
+__version__ = "0.1.0"  # read by Nomad as a hashicorp/go-version: `.dev1` and `.post1` would stop the agent
+
+PLUGIN_NAME = "nspawn"  # what a job writes as `driver`
+FILE_NAME = "nomad-driver-nspawn"  # what the agent's `plugin` block is looked up by
+STATE_ROOT = Path("/run/nomad-driver-nspawn")  # root only, gone at reboot, as the containers are
+SETTINGS_ROOT = Path("/run/systemd/nspawn")
+MACHINES_ROOT = Path("/var/lib/machines")
+SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+# =====================================================================================================
+# Errors
+#
+# One tree. The text of each is what a person reads in the task's events, so it is whole sentences without
+# any class name. `recoverable` decides whether Nomad tries again under the job's restart policy: without
+# the flag every failed start is final.
+# =====================================================================================================
+
+
+class DriverError(Exception):
+    """Something a person must be told; str() is the sentence."""
+
+    recoverable = False
+
+
+class ConfigError(DriverError):
+    """The job or the plugin block asks for what cannot be.
+
+    `rule` says what is allowed, `remedy` what to do about it.
+    """
+
+    def __init__(self, option: str, value: object, rule: str, remedy: str = "") -> None:
+        self.option = option
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+        if len(shown) > 200:
+            shown = shown[:200] + "…"
+        text = f"{option} = {shown}: {rule}"
+        super().__init__(f"{text}; {remedy}" if remedy else text)
+
+
+class HostError(DriverError):
+    """This machine cannot do it, whatever the job says."""
+
+
+class TransientError(DriverError):
+    """It may work when tried again."""
+
+    recoverable = True
+
+
+class TaskNotFound(DriverError):
+    """Nothing is known of the task. Nomad's client cannot match this error, it only shows it."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"task {task_id} is not known to this plugin, and nothing of it is left on this machine")
+
+
+class Unsupported(DriverError):
+    """The call is part of the protocol, but not of this driver."""
+
+
+# =====================================================================================================
+# Log
+#
+# One JSON object a line, as go-plugin reads it: @message, @level and @timestamp must be strings (anything
+# else panics the agent), the time with exactly six digits, levels known to hclog. A closed stderr (the agent
+# died) is no reason to die too.
+# =====================================================================================================
+
+LEVELS = ("trace", "debug", "info", "warn", "error")
+MAX_LINE = 32 << 10  # go-plugin cuts lines at 64 KiB, and Nomad 0.10 stops reading the log there
+
+
+def render_log(level: str, message: str, values: Mapping[str, object], now: datetime.datetime) -> bytes:
+    """Return one line of hclog JSON."""
+    assert level in LEVELS
+    entry: dict[str, str] = {
+        "@level": level,
+        "@message": message,
+        "@timestamp": now.isoformat(timespec="microseconds"),
+        "@module": PLUGIN_NAME,
+    }
+    for key, value in values.items():
+        entry[key.lstrip("@") or "value"] = value if isinstance(value, str) else repr(value)
+    longest = max((len(text) for text in entry.values()), default=0)
+    line = json.dumps(entry)
+    if len(line) > MAX_LINE:
+        keep = min(longest, MAX_LINE // (6 * len(entry)))  # a character is at most six bytes of JSON
+        line = json.dumps({key: text[:keep] for key, text in entry.items()})
+    return line.encode() + b"\n"
+
+
+class Log:
+    """Writes lines; `bind` gives every line of the child the same values."""
+
+    def __init__(self, **values: object) -> None:
+        self.values = values
+
+    def bind(self, **values: object) -> Log:
+        return Log(**{**self.values, **values})
+
+    def write(self, level: str, message: str, **values: object) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        with contextlib.suppress(OSError, ValueError):
+            os.write(2, render_log(level, message, {**self.values, **values}, now))
+
+    def debug(self, message: str, **values: object) -> None:
+        self.write("debug", message, **values)
+
+    def info(self, message: str, **values: object) -> None:
+        self.write("info", message, **values)
+
+    def warn(self, message: str, **values: object) -> None:
+        self.write("warn", message, **values)
+
+    def error(self, message: str, **values: object) -> None:
+        self.write("error", message, **values)
+
+
+log = Log()
+
+
+# =====================================================================================================
+# Processes
+#
+# The one place that starts processes: explicit environment, explicit stdio, own session. A child must never
+# hold the plugin's stdin, stdout or stderr: the agent waits for their end and would hang with it. Ends are
+# told by pidfds: asyncio's own way costs a thread per child on Python 3.10 and 3.11. No preexec_fn, user= or
+# group=: they fork, and forked children of a process that runs gRPC crash (grpc#41768).
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process that cannot be mistaken for a later one of the same number."""
+
+    pid: int
+    started: int  # clock ticks after boot: field 22 of /proc/PID/stat
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId | None:
+        """Return the identity of a live process, None when there is none or it is a zombie."""
+        fields = read_stat(pid)
+        if fields is None or fields[0] in ("Z", "X"):
+            return None
+        return cls(pid, int(fields[19]))
+
+    @property
+    def is_alive(self) -> bool:
+        return ProcessId.of(self.pid) == self
+
+    def open(self) -> int | None:
+        """Return a pidfd, None when the process is gone."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except (ProcessLookupError, OSError):
+            return None
+        if self.is_alive:
+            return fd
+        os.close(fd)
+        return None
+
+    def send(self, number: int) -> bool:
+        """Send a signal to this very process; False when it is gone."""
+        fd = self.open()
+        if fd is None:
+            return False
+        try:
+            signal.pidfd_send_signal(fd, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    async def wait(self) -> None:
+        """Return when the process has ended; reaps it when it is a child of ours."""
+        fd = self.open()
+        if fd is not None:
+            try:
+                await wait_readable(fd)
+            finally:
+                os.close(fd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+
+
+def read_stat(pid: int | str) -> list[str] | None:
+    """Return the fields of /proc/PID/stat from the state (field 3) on, None when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return text[text.rindex(")") + 2 :].split()  # the name in parentheses may hold anything
+
+
+def read_children(pid: int) -> list[int]:
+    """Return the children of a process's main thread."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+async def wait_readable(fd: int) -> None:
+    """Return when `fd` has something to read, or has ended. One waiter a descriptor."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def start_process(
+    argv: Sequence[str], *, environ: Mapping[str, str], stdout: int, stderr: int, cwd: str = "/"
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own with /dev/null as stdin; it is reaped through its pidfd."""
+    return subprocess.Popen(
+        argv,
+        env=dict(environ),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=cwd,
+        start_new_session=True,
+    )
+
+
+def run(argv: Sequence[str], *, timeout: float) -> str:
+    """Run a short tool and return what it prints, "" when it fails or is missing. Blocks: for start-up only."""
+    try:
+        done = subprocess.run(
+            argv,
+            env={"PATH": SAFE_PATH, "LANG": "C.UTF-8"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=timeout,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace")
+
+
+def write_file(path: Path, text: str, mode: int = 0o600) -> None:
+    """Write a file that is either whole or not there, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.new")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(fd, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+    temporary.rename(path)
+
+
+# =====================================================================================================
+# Host
+#
+# Facts about this machine, read and never changed. What is missing becomes one sentence a thing in the
+# fingerprint's health description.
+# =====================================================================================================
+
+
+class CgroupMode(enum.Enum):
+    """How the kernel's control groups are mounted."""
+
+    V2 = "v2"
+    HYBRID = "hybrid"  # v1 controllers, and a v2 hierarchy without controllers beside them
+    V1 = "v1"
+
+    @property
+    def root(self) -> Path | None:
+        """The mount point of the v2 hierarchy."""
+        paths = {CgroupMode.V2: Path("/sys/fs/cgroup"), CgroupMode.HYBRID: Path("/sys/fs/cgroup/unified")}
+        return paths.get(self)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the machine offers."""
+
+    systemd: int  # major version of systemd-nspawn, 0 when it is not installed
+    kernel: tuple[int, int]
+    cgroups: CgroupMode
+    boot_id: str
+    clock_ticks: int
+    page_size: int
+    problems: tuple[str, ...]
+
+    @property
+    def is_healthy(self) -> bool:
+        return not self.problems
+
+    @property
+    def sentence(self) -> str:
+        """The health description."""
+        return " ".join(self.problems) or "Healthy"
+
+
+TOOLS = {
+    "systemd-nspawn": "systemd-container",
+    "unshare": "util-linux",
+    "mount": "util-linux",
+    "sed": "sed",
+    "sh": "dash",
+}
+
+MINIMUM_SYSTEMD = 249
+
+
+def read_cgroup_mode(root: Path = Path("/sys/fs/cgroup")) -> CgroupMode:
+    if (root / "cgroup.controllers").exists():
+        return CgroupMode.V2
+    return CgroupMode.HYBRID if (root / "unified/cgroup.procs").exists() else CgroupMode.V1
+
+
+@functools.lru_cache(maxsize=4)
+def read_nspawn_version(path: str, modified: float) -> int:
+    """Return nspawn's major version; asked again only when the file has changed."""
+    match = re.match(r"systemd (\d+)", run([path, "--version"], timeout=10))
+    return int(match[1]) if match else 0
+
+
+def find_problems(systemd: int) -> Iterator[str]:
+    """Yield a sentence for each thing without which no task can run."""
+    if os.geteuid() != 0:
+        yield "The Nomad client must run as root to start containers."
+    for tool, package in TOOLS.items():
+        if not shutil.which(tool, path=SAFE_PATH):
+            yield f"{tool} is not installed: install the package {package}."
+    if 0 < systemd < MINIMUM_SYSTEMD:
+        yield f"systemd-nspawn is version {systemd}; {MINIMUM_SYSTEMD} or newer is needed."
+    try:
+        have_id = bool(Path("/etc/machine-id").read_text().strip())
+    except OSError:
+        have_id = False
+    if not have_id:  # nspawn: "Failed to retrieve machine ID", always fatal
+        yield "/etc/machine-id is missing or empty: run systemd-machine-id-setup."
+
+
+def read_host() -> Host:
+    nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
+    systemd = read_nspawn_version(nspawn, os.stat(nspawn).st_mtime) if nspawn else 0
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return Host(
+        systemd=systemd,
+        kernel=(int(release[1]), int(release[2])) if release else (0, 0),
+        cgroups=read_cgroup_mode(),
+        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        clock_ticks=os.sysconf("SC_CLK_TCK"),
+        page_size=os.sysconf("SC_PAGE_SIZE"),
+        problems=tuple(find_problems(systemd)),
+    )
+
+
+# Kernels from which a file system can be the source of an id-mapped mount. What is not listed (overlay, nfs,
+# fuse, 9p, ...) cannot; overlay answers "Invalid argument" on every kernel measured up to 7.2.
+IDMAP_SINCE = {
+    "ext4": (5, 12),
+    "xfs": (5, 12),
+    "vfat": (5, 12),
+    "btrfs": (5, 15),
+    "ntfs3": (5, 15),
+    "f2fs": (5, 18),
+    "erofs": (5, 19),
+    "squashfs": (6, 2),
+    "tmpfs": (6, 3),
+}
+
+
+@dataclass(frozen=True)
+class Mounts:
+    """The mounts of this process, to ask which file system a path is on."""
+
+    points: tuple[
+        tuple[str, str], ...
+    ]  # (mount point, file system), as in mountinfo: later ones cover earlier ones
+
+    def filesystem(self, path: str) -> str:
+        best = ("", "")
+        for point, kind in self.points:
+            inside = path == point or path.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best[0]):
+                best = (point, kind)
+        return best[1]
+
+    def have_idmap(self, path: str, kernel: tuple[int, int]) -> bool:
+        since = IDMAP_SINCE.get(self.filesystem(path))
+        return since is not None and kernel >= since
+
+
+def parse_mountinfo(text: str) -> Mounts:
+    points = []
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split(" ")[4])
+        points.append((point, right.split(" ")[0]))
+    return Mounts(tuple(points))
+
+
+def read_mounts() -> Mounts:
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+
+
+# =====================================================================================================
+# Options
+#
+# One row an option; the schema Nomad checks jobs against, decoding, validation and nspawn's arguments all
+# come from the rows. What concerns two options stands in RULES. Every value arrives as the agent's msgpack
+# has it: every key of the schema present, nil where the job says nothing.
+# =====================================================================================================
+
+Values = Mapping[str, Any]
+
+
+class Kind(enum.Enum):
+    """The type of an option, by its name in Nomad's hclspec.
+
+    The types are the Go driver's: a map is a list of maps, so that both `x { a = "b" }` and
+    `x = { "/a" = "/b" }` arrive. An attribute of type map(string) would accept neither.
+    """
+
+    BOOL = "bool"
+    STRING = "string"
+    STRINGS = "list(string)"
+    STRING_MAP = "list(map(string))"
+    NUMBER_MAP = "list(map(number))"
+
+    def decode(self, name: str, value: object) -> object:
+        """Return the value as the plan uses it; raise ConfigError on anything that is not of this type."""
+        decoders: dict[Kind, Callable[[str, object], object]] = {
+            Kind.BOOL: decode_bool,
+            Kind.STRING: decode_string,
+            Kind.STRINGS: decode_strings,
+            Kind.STRING_MAP: functools.partial(decode_map, decode=decode_string),
+            Kind.NUMBER_MAP: functools.partial(decode_map, decode=decode_number),
+        }
+        return decoders[self](name, value)
+
+
+def decode_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(name, value, "must be true or false")
+    return value
+
+
+def decode_string(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ConfigError(name, value, "must be a string")
+    if "\0" in value:
+        raise ConfigError(name, value, "must not hold a NUL character")
+    return value
+
+
+def decode_number(name: str, value: object) -> int:
+    """Numbers that a float cannot hold exactly arrive as strings."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            if float(value) == int(float(value)):
+                return int(float(value))
+    raise ConfigError(name, value, "must be a whole number")
+
+
+def decode_strings(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(name, value, "must be a list of strings")
+    return tuple(decode_string(name, item) for item in value)
+
+
+def decode_map(name: str, value: object, decode: Callable[[str, object], object]) -> dict[str, object]:
+    """Fold a list of maps from left to right: of two equal keys the later one wins, as in the Go driver."""
+    maps = value if isinstance(value, (list, tuple)) else [value]
+    folded: dict[str, object] = {}
+    for item in maps:
+        if not isinstance(item, Mapping):
+            raise ConfigError(name, value, "must be a map")
+        for key, entry in item.items():
+            folded[decode_string(name, key)] = decode(f"{name}.{key}", entry)
+    return folded
+
+
+Check = Callable[[str, Any], None]
+Render = Callable[[Any], list[str]]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a task or of the plugin."""
+
+    name: str
+    kind: Kind
+    doc: str
+    default: object = None  # what an unset option is; None: unset
+    required: bool = False
+    check: Check | None = None
+    argv: Render | None = None  # None: the plan uses the value by itself
+
+    def decode(self, value: object) -> Any:
+        if value is None:
+            if self.required:
+                raise ConfigError(self.name, value, "is required")
+            return self.default
+        decoded = self.kind.decode(self.name, value)
+        if decoded in ("", (), {}):  # HCL cannot say "unset" in an expression: empty means the same
+            if self.required:
+                raise ConfigError(self.name, value, "must not be empty")
+            return self.default
+        if self.check:
+            self.check(self.name, decoded)
+        return decoded
+
+
+def decode_options(options: Sequence[Option], raw: Mapping[str, object]) -> dict[str, Any]:
+    """Return every option's value; raise ConfigError for what is unknown, missing or wrong."""
+    names = [option.name for option in options]
+    for key in raw:
+        if key not in names:
+            raise ConfigError(key, raw[key], "no such option", f"the options are {', '.join(names)}")
+    return {option.name: option.decode(raw.get(option.name)) for option in options}
+
+
+# Checks: raise ConfigError, return nothing.
+
+
+def one_of(*choices: str) -> Check:
+    def check(name: str, value: str) -> None:
+        if value not in choices:
+            raise ConfigError(name, value, f"must be one of {', '.join(choices)}")
+
+    return check
+
+
+def is_container_path(name: str, value: str) -> None:
+    if not value.startswith("/"):
+        raise ConfigError(name, value, "must be an absolute path inside the container")
+    if ".." in value.split("/"):
+        raise ConfigError(name, value, 'must not contain ".."')
+
+
+def is_pivot_root(name: str, value: str) -> None:
+    if value.count(":") > 1:
+        raise ConfigError(name, value, "must be PATH or PATH:PATH")
+    for part in value.split(":"):
+        is_container_path(name, part)
+
+
+def are_binds(name: str, value: Mapping[str, str]) -> None:
+    for source, target in value.items():
+        if not source.startswith("/"):
+            raise ConfigError(f"{name}.{source}", target, "the source must be an absolute path of the host")
+        is_container_path(f"{name}.{source}", target)
+
+
+def are_ports(name: str, value: Mapping[str, int]) -> None:
+    for label, port in value.items():
+        if not 0 < port < 65536:
+            raise ConfigError(f"{name}.{label}", port, "must be a port from 1 to 65535")
+
+
+def are_variables(name: str, value: Mapping[str, str]) -> None:
+    for key in value:
+        if not VARIABLE.fullmatch(key):
+            raise ConfigError(
+                name,
+                key,
+                "the name of a variable is letters, digits and underscores, and no digit comes first",
+            )
+
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # nspawn refuses others: "Cannot assign environment variable"
+
+
+# Renderers: from a value to nspawn's arguments. Always one word an option, so that no value can become an
+# argument of its own.
+
+
+def flag(argument: str) -> Render:
+    return lambda value: [argument] if value else []
+
+
+def word(argument: str) -> Render:
+    return lambda value: [f"{argument}={value}"]
+
+
+def escape_bind(path: str) -> str:
+    """Escape a path for nspawn's colon-separated fields."""
+    return path.replace("\\", "\\\\").replace(":", "\\:")
+
+
+def binds(argument: str) -> Render:
+    def render(value: Mapping[str, str]) -> list[str]:
+        return [f"{argument}={escape_bind(source)}:{escape_bind(to)}" for source, to in value.items()]
+
+    return render
+
+
+def private_users(value: bool) -> list[str]:
+    # Not -U: it silently does without a user namespace where it cannot have one.
+    return ["--private-users=pick", "--private-users-ownership=auto"] if value else []
+
+
+RESOLV_CONF = tuple(
+    ["auto", "off", "delete"]
+    + [f"{how}-{what}" for how in ("copy", "replace", "bind") for what in ("host", "static", "uplink", "stub")]
+)
+
+TASK_OPTIONS: tuple[Option, ...] = (
+    Option("image", Kind.STRING,
+           "The container's file system: the path of a directory, of a disk image or block device, or the name "
+           "of an image in `/var/lib/machines`. A relative path is looked up in the task's directory first.",
+           required=True),
+    Option("boot", Kind.BOOL,
+           "Boot the image's init as PID 1; `command` then holds arguments for it.",
+           default=True, argv=flag("--boot")),
+    Option("command", Kind.STRINGS,
+           "The program and its arguments; required unless `boot` is true.",
+           default=()),
+    Option("process_two", Kind.BOOL,
+           "Run the command as PID 2 under a small init that reaps processes and keeps the usual meaning of "
+           "signals.",
+           default=False, argv=flag("--as-pid2")),
+    Option("user", Kind.STRING,
+           "The user inside the container that runs the command; the task's own `user` when unset.",
+           argv=word("--user")),
+    Option("working_directory", Kind.STRING,
+           "The directory inside the container in which the command starts.",
+           check=is_container_path, argv=word("--chdir")),
+    Option("environment", Kind.STRING_MAP,
+           "Variables for the command or init; those that Nomad sets win.",
+           default={}, check=are_variables),
+    Option("console", Kind.STRING,
+           "How stdin, stdout and stderr are set up: `pipe` for commands and `read-only` for booted systems when "
+           "unset.",
+           check=one_of("interactive", "read-only", "passive", "pipe"), argv=word("--console")),
+    Option("ephemeral", Kind.BOOL,
+           "Run on a copy of the image that is thrown away: a snapshot on btrfs, a full copy elsewhere.",
+           default=False, argv=flag("--ephemeral")),
+    Option("read_only", Kind.BOOL,
+           "Mount the image read-only.",
+           default=False, argv=flag("--read-only")),
+    Option("volatile", Kind.STRING,
+           "Keep changes in memory only: `yes` for all but `/usr`, `state` for `/var`, `overlay` for everything.",
+           check=one_of("no", "yes", "state", "overlay"), argv=word("--volatile")),
+    Option("pivot_root", Kind.STRING,
+           "Make this directory of the image the root: `PATH`, or `PATH:PATH` to say where the old root goes.",
+           check=is_pivot_root, argv=word("--pivot-root")),
+    Option("user_namespacing", Kind.BOOL,
+           "Map the container's users to a range of their own on the host.",
+           default=True, argv=private_users),
+    Option("network_veth", Kind.BOOL,
+           "Give the container a network of its own with a virtual link to the host; false: the host's network.",
+           default=True, argv=flag("--network-veth")),
+    Option("port_map", Kind.NUMBER_MAP,
+           "Port labels to ports inside the container, for TCP.",
+           default={}, check=are_ports),
+    Option("resolv_conf", Kind.STRING,
+           "How `/etc/resolv.conf` inside the container is made.",
+           check=one_of(*RESOLV_CONF), argv=word("--resolv-conf")),
+    Option("bind", Kind.STRING_MAP,
+           "Host paths to mount, writable: `\"/host/path\" = \"/container/path\"`.",
+           default={}, check=are_binds, argv=binds("--bind")),
+    Option("bind_read_only", Kind.STRING_MAP,
+           "Host paths to mount read-only.",
+           default={}, check=are_binds, argv=binds("--bind-ro")),
+)  # fmt: skip
+
+PLUGIN_OPTIONS: tuple[Option, ...] = (
+    Option("enabled", Kind.BOOL, "Whether the driver offers itself to jobs at all.", default=True),
+    Option("volumes", Kind.BOOL, "Whether tasks may mount Nomad's volumes (`volume_mount`).", default=True),
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What two options, or an option and the host, may not be together."""
+
+    option: str
+    is_broken: Callable[[Values, Host], bool]
+    rule: str
+    remedy: str = ""
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "process_two",
+        lambda value, host: value["boot"] and value["process_two"],
+        "cannot be combined with boot",
+        "set boot = false to run a command, or leave process_two out",
+    ),
+    Rule(
+        "command",
+        lambda value, host: not value["boot"] and not value["command"],
+        "is required when boot is false",
+        'name the program and its arguments, as in command = ["/bin/sleep", "60"]',
+    ),
+    Rule(
+        "port_map",
+        lambda value, host: bool(value["port_map"]) and not value["network_veth"],
+        "needs a network of the container's own",
+        "leave network_veth at true, or listen on the host's port itself",
+    ),
+    Rule(
+        "volatile",
+        # "Failed to set up ID mapped mounts: Device or resource busy"; measured on 252, works on 257 and 262.
+        lambda value, host: (
+            value["volatile"] in ("yes", "state") and value["user_namespacing"] and host.systemd < 257
+        ),
+        "needs systemd 257 or newer together with user namespaces",
+        'set user_namespacing = false, or volatile = "overlay"',
+    ),
+    Rule(
+        "volatile",
+        lambda value, host: value["volatile"] not in (None, "no") and value["ephemeral"],
+        "cannot be combined with ephemeral",
+        "either one already throws all changes away",
+    ),
+)
+
+
+def check_rules(values: Values, host: Host) -> None:
+    for rule in RULES:
+        if rule.is_broken(values, host):
+            raise ConfigError(rule.option, values[rule.option], rule.rule, rule.remedy)
+
+
+# =====================================================================================================
+# Image
+#
+# From the name in a job to something nspawn can run. Only looks; fetching and sharing images is to come.
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Image:
+    path: Path
+    is_directory: bool
+
+    @property
+    def argv(self) -> list[str]:
+        return [f"--directory={self.path}" if self.is_directory else f"--image={self.path}"]
+
+
+def find_image(name: str, task_dir: Path | None, values: Values) -> Image:
+    """Return the image a job names.
+
+    A name without a slash is one in /var/lib/machines; a relative path is looked up in the task's directory
+    (where artifacts land), then in the plugin's, as the Go driver did.
+    """
+    path = find_image_path(name, task_dir)
+    mode = path.stat().st_mode
+    if path == Path("/"):
+        # nspawn runs the host's own root only if nothing can be written back to it
+        if not (values["ephemeral"] or values["volatile"] in ("yes", "state")):
+            raise ConfigError(
+                "image", name, "is the host's own root", "set ephemeral, or volatile to yes or state"
+            )
+    elif Path("/").is_relative_to(path) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise ConfigError("image", name, "must be a directory, a disk image or a block device")
+    if stat.S_ISDIR(mode) and not any((path / tree).is_dir() for tree in ("usr", "ostree", "@.mstack")):
+        pivoted = path / (values["pivot_root"] or "/").split(":")[0].lstrip("/")
+        if not (pivoted / "usr").is_dir():
+            raise ConfigError("image", name, "has no /usr directory, so it is no operating system tree")
+    return Image(path, stat.S_ISDIR(mode))
+
+
+def find_image_path(name: str, task_dir: Path | None) -> Path:
+    if name.startswith("/"):
+        candidates = [Path(name)]
+    else:
+        candidates = [MACHINES_ROOT / name, MACHINES_ROOT / f"{name}.raw"] if is_image_name(name) else []
+        candidates += [task_dir / name] if task_dir else []
+        candidates += [Path(sys.argv[0]).resolve().parent / name, Path.cwd() / name]
+    for candidate in candidates:
+        found = Path(os.path.realpath(candidate))
+        if not found.exists():
+            continue
+        if task_dir and candidate == task_dir / name and not found.is_relative_to(os.path.realpath(task_dir)):
+            raise ConfigError("image", name, "leads out of the task's directory")
+        return found
+    places = ", ".join(str(candidate) for candidate in candidates)
+    raise ConfigError("image", name, f"not found ({places})", "give the path of an image, or the name of one "
+                      f"in {MACHINES_ROOT}")  # fmt: skip
+
+
+def is_image_name(name: str) -> bool:
+    return "/" not in name and name not in (".", "..")
+
+
+def find_in_image(root: Path, path: str, mounts: Mapping[str, str]) -> Path | None:
+    """Resolve a path as the container would, without leaving its root; None when it is not there.
+
+    `mounts` maps targets in the container to sources on the host.
+    """
+    pending = deque(path.split("/"))
+    done: list[str] = []
+    for _ in range(1000):  # a loop of symbolic links ends, too
+        if not pending:
+            break
+        part = pending.popleft()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            del done[-1:]
+            continue
+        here = host_path(root, [*done, part], mounts)
+        if here.is_symlink():
+            target = os.readlink(here)
+            if target.startswith("/"):
+                done = []
+            pending.extendleft(reversed(target.split("/")))
+        else:
+            done.append(part)
+    found = host_path(root, done, mounts)
+    return found if found.exists() and not found.is_symlink() else None
+
+
+def host_path(root: Path, parts: Sequence[str], mounts: Mapping[str, str]) -> Path:
+    for length in range(len(parts), 0, -1):
+        source = mounts.get("/" + "/".join(parts[:length]))
+        if source is not None:
+            return Path(source, *parts[length:])
+    return root.joinpath(*parts)
+
+
+def explain_command(command: str, search: str, root: Path, mounts: Mapping[str, str]) -> str:
+    """Say why a program could not be executed, "" when it looks as if it could."""
+    places = [command] if "/" in command else [f"{place}/{command}" for place in search.split(":")]
+    found = [path for place in places if (path := find_in_image(root, place, mounts))]
+    if not found:
+        where = "in the container" if "/" in command else f"in the container's PATH ({search})"
+        return f'command: there is no "{command}" {where}'
+    if not any(path.is_file() and path.stat().st_mode & 0o111 for path in found):
+        return f'command: "{command}" in the container is not an executable file'
+    return ""
+
+
+# =====================================================================================================
+# Cgroup
+#
+# Where a task's processes live: <task>/keeper, and <task>/supervisor and <task>/payload, which nspawn makes
+# itself with --keep-unit. <task> is the cgroup Nomad made, else one of the same shape, never the agent's own:
+# its processes would end with the agent's service. On hosts with v1 controllers the v2 hierarchy beside them
+# serves to find and kill; the numbers then come from the processes.
+# =====================================================================================================
+
+
+def plan_cgroup(mode: CgroupMode, given: str, alloc_id: str, task_name: str) -> str:
+    """Return the path of the task's cgroup, "" where there is no v2 hierarchy.
+
+    `given` is what Nomad sends since 1.3; with v1 controllers it names a cpuset, which is not for us.
+    """
+    if mode.root is None:
+        return ""
+    if given.startswith(f"{mode.root}/") and ".." not in given.split("/"):
+        return given
+    name = urllib.parse.quote(f"{alloc_id}.{task_name}", safe="")
+    if len(name) > 200:
+        name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return f"{mode.root}/nomad.slice/share.slice/{name}.scope"
+
+
+def read_cgroup_pids(cgroup: str) -> list[int]:
+    """Return all processes in a cgroup and below it."""
+    pids: list[int] = []
+    for folder, _, _ in os.walk(cgroup):
+        with contextlib.suppress(OSError):
+            pids += map(int, Path(folder, "cgroup.procs").read_text().split())
+    return pids
+
+
+def read_counters(path: str) -> dict[str, int]:
+    """Read a file of lines `name number`, {} when it is not there."""
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        return {}
+    return {name: int(number) for name, _, number in (line.partition(" ") for line in text.splitlines())}
+
+
+def read_number(path: str) -> int:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A task's use of the machine at one moment: CPU in seconds since its start, memory in bytes."""
+
+    at: float  # time.monotonic()
+    user: float
+    system: float
+    rss: int
+    usage: int
+    cache: int = 0
+    swap: int = 0
+    peak: int = 0
+    throttled_periods: int = 0
+    throttled_time: int = 0  # nanoseconds
+    is_cgroup: bool = False  # memory is the cgroup's own number
+
+
+def read_cgroup_usage(cgroup: str) -> Usage | None:
+    """Return the cgroup's numbers, None where it has no memory controller."""
+    memory = read_counters(f"{cgroup}/memory.stat")
+    if not memory:
+        return None
+    cpu = read_counters(f"{cgroup}/cpu.stat")
+    return Usage(
+        at=time.monotonic(),
+        user=cpu.get("user_usec", 0) / 1e6,
+        system=cpu.get("system_usec", 0) / 1e6,
+        rss=memory.get("anon", 0),
+        cache=memory.get("file", 0),
+        usage=read_number(f"{cgroup}/memory.current"),
+        swap=read_number(f"{cgroup}/memory.swap.current"),
+        peak=read_number(f"{cgroup}/memory.peak"),
+        throttled_periods=cpu.get("nr_throttled", 0),
+        throttled_time=cpu.get("throttled_usec", 0) * 1000,
+        is_cgroup=True,
+    )
+
+
+def read_process_usage(pids: Sequence[int], host: Host) -> Usage:
+    """Add up the processes: the time of ended children counts once their parent has waited for them."""
+    user = system = rss = usage = 0
+    for pid in pids:
+        fields = read_stat(pid)
+        if fields is None:
+            continue
+        user += int(fields[11]) + int(fields[13])
+        system += int(fields[12]) + int(fields[14])
+        with contextlib.suppress(OSError):
+            pages = Path(f"/proc/{pid}/statm").read_text().split()
+            usage += int(pages[1]) * host.page_size
+            rss += (int(pages[1]) - int(pages[2])) * host.page_size
+    return Usage(time.monotonic(), user / host.clock_ticks, system / host.clock_ticks, rss, usage)
+
+
+def read_descendants(pid: int) -> list[int]:
+    """Return a process and all below it, for hosts without a v2 hierarchy."""
+    found = [pid]
+    for known in found:
+        found += read_children(known)
+    return found
+
+
+def kill_cgroup(cgroup: str) -> bool:
+    """Kill every process in a cgroup and below; False where the kernel (before 5.14) cannot."""
+    if not cgroup:
+        return False
+    try:
+        Path(cgroup, "cgroup.kill").write_text("1")
+    except OSError:
+        return False
+    return True
+
+
+def remove_cgroup(cgroup: str) -> None:
+    """Remove a cgroup and all below it, and its mirror in systemd's v1 hierarchy; leave what has processes."""
+    roots = [cgroup]
+    hybrid = f"{CgroupMode.HYBRID.root}/"
+    if cgroup.startswith(hybrid):
+        roots.append(f"/sys/fs/cgroup/systemd/{cgroup[len(hybrid) :]}")  # nspawn keeps both in step
+    for root in roots:
+        for folder, _, _ in os.walk(root, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+# =====================================================================================================
+# Plan
+#
+# Pure: a task's configuration, the options and the facts go in, and everything needed to start the task comes
+# out, the same every time. No I/O, no clock, no randomness.
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A volume Nomad asks for (host volume, CSI, device plugin)."""
+
+    source: str
+    target: str
+    read_only: bool
+    propagation: str = ""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What Nomad says of a task, free of protobuf."""
+
+    id: str  # <allocation>/<task>/<8 hex digits>, new for every start
+    name: str
+    alloc_id: str
+    alloc_dir: str  # of the allocation, on the host
+    options: Mapping[str, object]  # the job's `config` block
+    user: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    stdout_path: str = "/dev/null"
+    stderr_path: str = "/dev/null"
+    cgroup: str = ""
+    ports: Mapping[str, int] = field(default_factory=dict)  # label to port on the host
+    mounts: tuple[Mount, ...] = ()
+
+    @property
+    def shared_dir(self) -> str:
+        return f"{self.alloc_dir}/alloc"
+
+    @property
+    def task_dir(self) -> str:
+        return f"{self.alloc_dir}/{self.name}"
+
+
+class Mode(enum.Enum):
+    """What the container's PID 1 is. It decides who gets a signal, and what one means."""
+
+    BOOT = "boot"
+    COMMAND = "command"  # the command itself: a signal it has no handler for is ignored
+    PROCESS_TWO = "process_two"  # nspawn's stub; the command is PID 2
+
+    @classmethod
+    def of(cls, values: Values) -> Mode:
+        if values["boot"]:
+            return cls.BOOT
+        return cls.PROCESS_TWO if values["process_two"] else cls.COMMAND
+
+    @property
+    def console(self) -> str:
+        # A booted systemd writes nothing to its console in pipe mode (measured on 252 and 257); a pty would
+        # merge a command's stdout and stderr and end its lines with CR LF.
+        return "read-only" if self is Mode.BOOT else "pipe"
+
+    def stop_signal(self, name: str) -> int:
+        """Return the signal that asks the payload to end. `name` is the job's kill_signal, "" when unset.
+
+        For systemd SIGTERM means "re-exec" and SIGINT "reboot"; who writes one of them as kill_signal means
+        "end", which is SIGRTMIN+4 (poweroff). Others are sent as they are.
+        """
+        number = parse_signal(name) if name else signal.SIGTERM
+        if self is Mode.BOOT and number in (signal.SIGTERM, signal.SIGINT):
+            return signal.SIGRTMIN + 4
+        return number
+
+
+def parse_signal(name: str) -> int:
+    """Return the number of SIGTERM, TERM, 15 or SIGRTMIN+4."""
+    match = re.fullmatch(r"(?:SIG)?(RTMIN|RTMAX)([+-]\d+)|(?:SIG)?([A-Z][A-Z0-9]*)|(\d+)", name.upper())
+    if match:
+        base, offset, plain, digits = match.groups()
+        known = signal.Signals.__members__.get(f"SIG{base or plain}")
+        number = int(digits) if digits else int(known or 0) + int(offset or 0)
+        if 0 < number < signal.NSIG:
+            return number
+    raise ConfigError("signal", name, "is no signal", "use a name such as SIGTERM, SIGHUP or SIGRTMIN+4")
+
+
+def render_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+
+
+def plan_machine(task_name: str, alloc_id: str) -> str:
+    """Return the machine's name, <task>-<allocation>, in nspawn's alphabet and 64 characters.
+
+    Two tasks of an allocation whose names differ only in what is not allowed get different names.
+    """
+    alloc = re.sub(r"[^A-Za-z0-9-]+", "-", alloc_id)[:36].strip("-") or "alloc"
+    room = 64 - len(alloc) - 1
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", task_name).strip("-")
+    if name != task_name or len(name) > room:
+        digest = hashlib.sha256(task_name.encode()).hexdigest()[:6]
+        name = f"{name[: room - 7].strip('-')}-{digest}".lstrip("-")
+    return f"{name}-{alloc}"
+
+
+# Names that mean something to the root processes around the container (the loader, libc, systemd, sh, mount,
+# iptables, OpenSSL, ...). A job's LD_PRELOAD in nspawn's own environment would be loaded by nspawn as root of
+# the host (measured).
+STEERING = re.compile(
+    r"(LD_|SYSTEMD_|LISTEN_|NOTIFY_|WATCHDOG_|GCONV_|GLIBC_|MALLOC_|LC_|LANG|LOCPATH|LOCALDOMAIN|NLSPATH|TZ|RES_"
+    r"|RESOLV_|HOSTALIASES|DBUS_|XTABLES|IPTABLES|NFT|OPENSSL|SSL_|SSLKEYLOG|GNUTLS_|P11_|NSS_|KRB5|PATH$|HOME$|TMP|TEMP"
+    r"|TERM|COLORTERM|NO_COLOR|USER$|LOGNAME$|SHELL|CONTAINER|INVOCATION_ID|JOURNAL_|CREDENTIALS_|XDG_|LIBMOUNT_"
+    r"|BLKID_|LIBBLKID|UDEV|KMOD|MODPROBE|SELINUX|ENV$|BASH|IFS$|PS[0-9]|PWD|OLDPWD|CDPATH|POSIXLY|PYTHON|PERL"
+    r"|PAGER|LESS|GETCONF|COREDUMP|ARGV0|_$)",
+    re.IGNORECASE,
+)
+
+MAX_VARIABLE = 128 << 10  # bytes with name, "=" and the final NUL: MAX_ARG_STRLEN of the kernel
+MAX_ENVIRONMENT = 1536 << 10  # the kernel's limit for arguments and environment together is 2 MiB
+
+
+@dataclass(frozen=True)
+class Environment:
+    """How a task's environment reaches the payload."""
+
+    settings: str | None  # text of the settings file, None: none
+    argv: tuple[str, ...] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)  # for nspawn's own process
+    dropped: tuple[str, ...] = ()
+
+
+def plan_environment(variables: Mapping[str, str]) -> Environment:
+    """Choose a way that keeps every byte, hides values from other users and steers no process of root.
+
+    The settings file, root's alone, does all three, but for line ends: nspawn reads it by lines. One value
+    with a line end sends all variables the other way, because nspawn ignores the file's as soon as one is on
+    the command line: names there, values in nspawn's own environment; names that would steer nspawn carry
+    their value on the command line, where other users of the host can read it.
+    """
+    check_environment_size(variables)
+    names = sorted(name for name in variables if VARIABLE.fullmatch(name))
+    dropped = tuple(sorted(set(variables) - set(names)))
+    if not any(re.search(r"[\n\r]", variables[name]) for name in names):
+        lines = [f"Environment={quote_setting(f'{name}={variables[name]}')}\n" for name in names]
+        return Environment("[Exec]\n" + "".join(lines), dropped=dropped)
+    hidden = {name: variables[name] for name in names if not STEERING.match(name)}
+    argv = [f"--setenv={name}" if name in hidden else f"--setenv={name}={variables[name]}" for name in names]
+    return Environment(None, ("--settings=no", *argv), hidden, dropped)
+
+
+def quote_setting(text: str) -> str:
+    """Quote for a .nspawn file: in single quotes everything is literal (measured on 252 and 257)."""
+    return "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+def check_environment_size(variables: Mapping[str, str]) -> None:
+    total = 0
+    for name, value in variables.items():
+        size = len(name.encode()) + len(value.encode()) + 2
+        total += size
+        if size > MAX_VARIABLE:
+            rule = f"a variable may have {MAX_VARIABLE >> 10} KiB, this one has {size >> 10}"
+            raise ConfigError("env", name, rule, "put the value into a file with a template block")
+    if total > MAX_ENVIRONMENT:
+        rule = f"all variables together may have {MAX_ENVIRONMENT >> 10} KiB"
+        raise ConfigError("env", f"{total >> 10} KiB", rule, "put large values into files with template blocks")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything needed to start a task."""
+
+    task_id: str
+    machine: str
+    mode: Mode
+    argv: tuple[str, ...]  # of systemd-nspawn
+    environ: Mapping[str, str]  # of nspawn beside the driver's own, see plan_environment
+    settings: str | None
+    cgroup: str
+    stdout_path: str
+    stderr_path: str
+    image: Image
+    command: tuple[str, ...]
+    search_path: str  # PATH of the command
+    mounts: Mapping[str, str]  # targets in the container to sources on the host
+    is_ephemeral: bool
+    notes: tuple[str, ...]  # sentences for the task's events
+
+    @property
+    def wants_filter(self) -> bool:
+        """A booted system's console is a terminal: its lines end with CR LF, twice over."""
+        return self.mode is Mode.BOOT and "--console=pipe" not in self.argv
+
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # nspawn's own for the payload
+
+
+def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts: Mounts) -> Plan:
+    check_rules(values, host)
+    mode = Mode.of(values)
+    values = {
+        **values,
+        "console": values["console"] or mode.console,
+        "user": values["user"] or (task.user if mode is not Mode.BOOT else ""),
+    }
+    variables = {**values["environment"], **task.env}
+    if mode is Mode.BOOT:
+        variables.setdefault("TERM", "dumb")  # no colours and no cursor movement in the logs
+    environment = plan_environment(variables)
+    volumes = plan_volumes(task, values, host, mounts)
+    machine = plan_machine(task.name, task.alloc_id)
+    argv = [
+        "systemd-nspawn",
+        "--quiet",
+        "--keep-unit",
+        "--register=no",
+        f"--machine={machine}",
+        *([f"--uuid={task.alloc_id}"] if UUID.fullmatch(task.alloc_id) else []),
+        *(["--restrict-address-families="] if host.systemd >= 261 else []),  # silences a note at every start
+        *image.argv,
+        *render_options(values),
+        *plan_ports(values["port_map"], task.ports),
+        *(argument for volume in volumes for argument in volume.argv),
+        *environment.argv,
+    ]
+    if values["command"]:
+        argv += ["--", *values["command"]]  # what follows "--" is data, whatever it begins with
+    return Plan(
+        task_id=task.id,
+        machine=machine,
+        mode=mode,
+        argv=tuple(argv),
+        environ=environment.environ,
+        settings=environment.settings,
+        cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
+        stdout_path=task.stdout_path,
+        stderr_path=task.stderr_path,
+        image=image,
+        command=values["command"],
+        search_path=variables.get("PATH") or DEFAULT_PATH,
+        mounts=plan_mount_table(values, volumes),
+        is_ephemeral=values["ephemeral"],
+        notes=tuple(
+            f"The variable {name!r} is not passed on: systemd-nspawn accepts letters, digits and underscores only."
+            for name in environment.dropped
+        ),
+    )
+
+
+UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
+
+
+def render_options(values: Values) -> list[str]:
+    arguments: list[str] = []
+    for option in TASK_OPTIONS:
+        value = values[option.name]
+        if option.argv and value not in (None, "", (), {}):
+            arguments += option.argv(value)
+    return arguments
+
+
+def plan_ports(port_map: Mapping[str, int], ports: Mapping[str, int]) -> list[str]:
+    for label, port in port_map.items():
+        if label not in ports:
+            rule = "no port of this label in the group's or task's network block"
+            raise ConfigError(f"port_map.{label}", port, rule, f"the labels are {', '.join(ports) or 'none'}")
+    return [f"--port=tcp:{ports[label]}:{port}" for label, port in port_map.items()]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A directory bound into the container beside what the job's `bind` says."""
+
+    source: str
+    target: str
+    read_only: bool
+    have_idmap: bool
+
+    @property
+    def argv(self) -> list[str]:
+        # "idmap" shows the host's ids inside: root and every user of the container can use their files.
+        # "rootidmap" would not do: it takes the directory's owner (nobody) for root, so that root's own files
+        # cannot be read, and no other user can create any (measured on 252).
+        option = ":idmap" if self.have_idmap else ""
+        argument = "--bind-ro" if self.read_only else "--bind"
+        return [f"{argument}={escape_bind(self.source)}:{escape_bind(self.target)}{option}"]
+
+
+def plan_volumes(task: TaskConfig, values: Values, host: Host, mounts: Mounts) -> list[Volume]:
+    """Return the task's own directories and the volumes Nomad asks for."""
+
+    def volume(source: str, target: str, read_only: bool = False) -> Volume:
+        have_idmap = values["user_namespacing"] and mounts.have_idmap(source, host.kernel)
+        return Volume(source, target, read_only, have_idmap)
+
+    volumes = [
+        volume(task.shared_dir, "/alloc"),
+        # Not id-mapped: the log FIFOs of all tasks are here, root's alone, and shall stay out of reach. Read
+        # only because Nomad writes to these names as root (CVE-2026-8052).
+        Volume(f"{task.shared_dir}/logs", "/alloc/logs", read_only=True, have_idmap=False),
+        volume(f"{task.task_dir}/local", "/local"),
+        volume(f"{task.task_dir}/secrets", "/secrets"),
+    ]
+    for mount in task.mounts:
+        is_container_path("volume_mount", mount.target)
+        if mount.propagation == "bidirectional":
+            rule = "systemd-nspawn cannot pass mounts back to the host"
+            raise ConfigError(
+                "volume_mount.propagation_mode", mount.propagation, rule, "use private or host-to-task"
+            )
+        volumes.append(volume(mount.source, mount.target, mount.read_only))
+    return volumes
+
+
+def plan_mount_table(values: Values, volumes: Sequence[Volume]) -> dict[str, str]:
+    table = {volume.target.rstrip("/"): volume.source for volume in volumes}
+    for name in ("bind", "bind_read_only"):
+        table.update({target.rstrip("/"): source for source, target in values[name].items()})
+    return table
+
+
+# nspawn's own messages, recognised and said so that they name the option and the remedy; {0} is the match's
+# first group. What none of these matches is passed on as it is.
+MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work when tried again
+    (r"Directory tree (.+) is currently busy", "image: {0} is in use by another container that may write to it; "
+     "set ephemeral, read_only or volatile for all tasks that share it", True),
+    (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
+    (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container', False),
+    (r"Failed to change to specified working directory ([^:]+)",
+     "working_directory: there is no directory {0} in the container", False),
+    (r"Failed to (?:stat|clone) (/[^:]*): No such file", "bind: there is no {0} on the host", False),
+    (r"doesn't look like it has an OS tree", "image: this is no operating system tree", False),
+    (r"Couldn't identify a suitable partition table or file system",
+     "image: this is no disk image systemd-nspawn can read", False),
+    (r"--image= requires access to the host's /run/",
+     "image: disk images need systemd-udevd on the host; use a directory", False),
+    (r"Failed to set up ID mapped mounts|ID mapped mounts are apparently not available",
+     "user_namespacing: the image's file system cannot be mapped; set user_namespacing = false", False),
+    (r"Failed to map ids for bind mount", "user_namespacing: a mounted directory cannot be mapped", False),
+    (r"No space left on device", "image: the disk is full", True),
+)  # fmt: skip
+
+# Said on every end where /run is no tmpfs; means nothing (measured on 252).
+NOISE = re.compile(r"Attempted to remove disk file system under|Child died too early|Short read while reading")
+
+
+def parse_nspawn_log(text: str) -> list[str]:
+    """Return nspawn's messages from the lines it writes for /dev/kmsg: `<27>systemd-nspawn[123]: message`."""
+    lines = [re.sub(r"^<\d+>\S*?\[\d+\]: ", "", line).strip() for line in text.splitlines()]
+    return [line for line in lines if line and not NOISE.search(line)]
+
+
+def explain_failure(lines: Sequence[str], status: int) -> DriverError:
+    """Turn nspawn's last words before the container was up into an error."""
+    for line in lines:
+        for pattern, sentence, is_transient in MESSAGES:
+            match = re.search(pattern, line)
+            if match:
+                first = next((group for group in match.groups() if group), "")
+                text = f"{sentence.format(first)} (systemd-nspawn: {line})"
+                return TransientError(text) if is_transient else DriverError(text)
+    if lines:
+        return DriverError(f"systemd-nspawn could not start the container: {' '.join(lines[-3:])}")
+    return TransientError(
+        f"systemd-nspawn ended with status {status} before the container was up, and said nothing"
+    )
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a task ended."""
+
+    code: int
+    signal: int = 0
+    error: str = ""  # a sentence where the code alone would mislead
+    at: float = 0.0  # Unix time
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the keeper leaves: nspawn's status as sh has it, and whether processes were still there then."""
+
+    status: int
+    is_orphaned: bool
+    at: float
+
+
+def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, sent: int) -> Exit:
+    """Work out how the payload ended, from what nspawn lets through (measured, the same on 252, 257, 262).
+
+    `reason` is why the driver killed it, "" when it did not; `sent` the last signal sent on Nomad's behalf.
+    """
+    if reason:
+        return Exit(128 + signal.SIGKILL, signal.SIGKILL, reason, record.at)
+    if record.is_orphaned:
+        why = f"systemd-nspawn itself was killed (status {record.status}); the container was ended with it"
+        return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, record.at)
+    for line in lines:
+        match = re.search(r"terminated by signal (\w+)", line)
+        if match and mode is not Mode.BOOT:
+            number = parse_signal(match[1])
+            return Exit(128 + number, number, "", record.at)
+    if record.status == 255 and mode is Mode.PROCESS_TWO:
+        if sent:
+            return Exit(128 + sent, sent, "", record.at)
+        why = "ended by a signal, or with exit code 255: systemd-nspawn does not tell which with process_two"
+        return Exit(255, 0, why, record.at)
+    if record.status == 133:
+        return Exit(133, 0, "the container asked for a reboot; Nomad's restart policy decides", record.at)
+    return Exit(record.status, 0, "", record.at)
+
+
+# =====================================================================================================
+# Keeper
+#
+# The small process that outlives the plugin: a POSIX shell of under 1 MB that holds both log FIFOs, waits for
+# nspawn and leaves the exit record. It and nspawn have a mount namespace of their own, so that whatever nspawn
+# mounts is gone when they are gone, even by SIGKILL (on 257 and later a left-over mount under
+# /run/systemd/nspawn refuses the next start of that name). There nspawn's messages go to a file of their own
+# in place of /dev/kmsg: the payload's stderr stays the payload's, and the plugin can read what went wrong.
+# =====================================================================================================
+
+# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments.
+KEEPER = r"""
+state=$1 cgroup=$2 filter=$3
+shift 3
+enter() { [ -z "$cgroup" ] || echo 0 >"$cgroup$1/cgroup.procs"; }
+keep() {
+	(
+		enter ""
+		if mount --bind "$state/nspawn.log" /dev/kmsg; then
+			SYSTEMD_LOG_TARGET=kmsg
+			export SYSTEMD_LOG_TARGET
+		fi
+		exec "$@" 2>&3
+	)
+	status=$? populated=0
+	if [ -n "$cgroup" ]; then
+		read -r _ populated <"$cgroup/payload/cgroup.events"
+		[ "$populated" = 0 ] || echo 1 >"$cgroup/payload/cgroup.kill"
+	fi
+	echo "$status $populated" >"$state/exit.new" && mv "$state/exit.new" "$state/exit"
+}
+exec 3>&2 2>/dev/null
+enter /keeper
+if [ -n "$filter" ]; then
+	keep "$@" | sed -u 's/\r//g'
+else
+	keep "$@"
+fi
+"""
+
+
+def open_log(path: str) -> int:
+    """Open one of the task's log FIFOs for its whole life; /dev/null when nobody collects logs.
+
+    Read-write, so that opening never waits for a reader, and a reader that goes away and comes back (logmon,
+    with every agent restart) neither ends the payload by SIGPIPE nor loses a line. Never through a symbolic
+    link: other tasks of the allocation can write to the directory (CVE-2026-8052).
+    """
+    if not path:
+        path = "/dev/null"
+    if os.path.realpath(os.path.dirname(path)) != os.path.dirname(path):
+        raise HostError(f"the log path {path} leads through a symbolic link; the task is not started")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError:
+        return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # disable_log_collection: nobody makes the FIFOs
+    except OSError as error:
+        raise HostError(f"the log path {path} cannot be opened: {error.strerror}") from None
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISFIFO(mode) or path == "/dev/null"):
+        os.close(fd)
+        raise HostError(f"the log path {path} is neither a FIFO nor /dev/null; the task is not started")
+    return fd
+
+
+def start_keeper(plan: Plan, state_dir: Path, host: Host, logs: Sequence[int]) -> subprocess.Popen[bytes]:
+    environ = {
+        **plan.environ,
+        "PATH": SAFE_PATH,
+        "LANG": "C.UTF-8",
+        "NOTIFY_SOCKET": str(state_dir / "notify"),
+    }
+    if host.cgroups is CgroupMode.HYBRID:
+        # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
+        environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
+    argv = ["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", KEEPER, "nomad-nspawn-keeper"]
+    argv += [str(state_dir), plan.cgroup, "filter" if plan.wants_filter else "", *plan.argv]
+    try:
+        return start_process(argv, environ=environ, stdout=logs[0], stderr=logs[1])
+    except OSError as error:
+        raise HostError(f"the container's keeper cannot be started: {error.strerror}") from None
+
+
+def read_record(state_dir: Path) -> Record | None:
+    """Return the exit record, None while the task runs (or when its keeper was killed)."""
+    path = state_dir / "exit"
+    try:
+        status, _, populated = path.read_text().strip().partition(" ")
+        return Record(int(status), populated == "1", path.stat().st_mtime)
+    except (OSError, ValueError):
+        return None
+
+
+# =====================================================================================================
+# Task
+#
+# One running task, and the store of them. What is needed to find a task again stands in its State, which is
+# both in the handle Nomad keeps and in the state directory: either one is enough. Events of the kernel
+# (pidfds, the notify socket) drive everything; nothing polls, and a running task costs the plugin a
+# descriptor.
+# =====================================================================================================
+
+STATE_VERSION = 1
+START_LIMIT = 300.0  # seconds: an ephemeral copy of a large image, or a chown of it, takes minutes
+SLOW_START = 10.0  # seconds after which an event says what is going on
+END_LIMIT = 15.0  # seconds for nspawn to clean up after its payload: it removes an ephemeral copy itself
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a started task, in a form that outlives the plugin."""
+
+    task_id: str
+    machine: str
+    mode: Mode
+    cgroup: str
+    boot_id: str
+    keeper: ProcessId
+    leader: ProcessId | None  # the container's PID 1; None while it is being started
+    started_at: float  # Unix time
+    search_path: str
+    command: tuple[str, ...]
+    image: str
+    mounts: Mapping[str, str]
+    snapshot: str = ""  # the copy nspawn made for `ephemeral`
+    uid_base: int = 0  # the first id on the host of the container's user namespace
+
+    @property
+    def directory(self) -> Path:
+        return state_directory(self.task_id)
+
+    def render(self) -> str:
+        return json.dumps({**asdict(self), "version": STATE_VERSION, "mode": self.mode.value})
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> State:
+        """Raise ValueError on what this version cannot read."""
+        try:
+            values = json.loads(text)
+            if values.pop("version") != STATE_VERSION:
+                raise ValueError("of another version")
+            leader = values.pop("leader")
+            return cls(
+                **{
+                    **values,
+                    "mode": Mode(values["mode"]),
+                    "keeper": ProcessId(**values["keeper"]),
+                    "leader": ProcessId(**leader) if leader else None,
+                    "command": tuple(values["command"]),
+                }
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the task's stored state cannot be read: {error}") from None
+
+
+def state_directory(task_id: str) -> Path:
+    """Return where a task's files are: found from the id alone, short enough for a socket's path, and never
+    outside the state root whatever the id holds."""
+    readable = re.sub(r"[^A-Za-z0-9-]+", "-", task_id)[:40]
+    return STATE_ROOT / f"{readable}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"
+
+
+def read_state(directory: Path) -> State | None:
+    try:
+        return State.parse((directory / "state.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class Events:
+    """Hands what happens to tasks to every TaskEvents stream; keeps a few while no stream is open."""
+
+    def __init__(self) -> None:
+        self.streams: set[asyncio.Queue[TaskEvent]] = set()
+        self.backlog: deque[TaskEvent] = deque(maxlen=64)
+
+    def emit(self, task: TaskConfig | State, message: str) -> None:
+        task_id = task.id if isinstance(task, TaskConfig) else task.task_id
+        event = TaskEvent(task_id, message, time.time())
+        if not self.streams:
+            self.backlog.append(event)
+        for queue in self.streams:
+            queue.put_nowait(event)
+
+    @contextlib.contextmanager
+    def subscribe(self) -> Iterator[asyncio.Queue[TaskEvent]]:
+        queue: asyncio.Queue[TaskEvent] = asyncio.Queue()
+        while self.backlog:
+            queue.put_nowait(self.backlog.popleft())
+        self.streams.add(queue)
+        try:
+            yield queue
+        finally:
+            self.streams.discard(queue)
+
+
+@dataclass(frozen=True)
+class TaskEvent:
+    task_id: str
+    message: str
+    at: float  # Unix time
+
+    @property
+    def alloc_id(self) -> str:
+        return self.task_id.split("/")[0]
+
+    @property
+    def task_name(self) -> str:
+        # <allocation>/<task>/<8 hex digits>: a task's name may hold slashes itself
+        return "/".join(self.task_id.split("/")[1:-1])
+
+
+class Task:
+    """A started task. Every way to learn of its end leads through `watch`."""
+
+    def __init__(self, state: State, host: Host, events: Events) -> None:
+        self.state = state
+        self.host = host
+        self.events = events
+        self.exit: Exit | None = None
+        self.ended = asyncio.Event()
+        self.sent = 0  # the last signal sent on Nomad's behalf
+        self.log = log.bind(task=state.task_id, machine=state.machine)
+        self.watcher = asyncio.create_task(self.watch())
+
+    async def watch(self) -> None:
+        """Wait for the end, make sure nothing is left running, and work out how it ended."""
+        state = self.state
+        await state.keeper.wait()
+        record = read_record(state.directory)
+        if record is None and state.leader and state.leader.is_alive:
+            self.log.warn("the keeper was killed; the container runs on, its exit code will not be known")
+            await state.leader.wait()
+        if state.leader and state.leader.send(signal.SIGKILL):  # nspawn was killed and left its payload
+            await state.leader.wait()
+        lines = read_nspawn_log(state.directory)
+        reason = read_text(state.directory / "reason")
+        if record is None:
+            lost = "the container's keeper was killed, so the exit code is not known"
+            record = Record(1, False, time.time())
+            self.exit = replace(
+                explain_exit(state.mode, record, lines, reason or lost, self.sent), code=1, signal=0
+            )
+        else:
+            self.exit = explain_exit(state.mode, record, lines, reason, self.sent)
+        if self.exit.code == 1 and not self.exit.error and state.mode is not Mode.BOOT:
+            self.exit = replace(self.exit, error=self.explain_command())
+        self.ended.set()
+        self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
+
+    def explain_command(self) -> str:
+        """Say that the command could not be executed, if that is why it ended with 1.
+
+        nspawn reports the container as up before it executes the command; its line ("execv() failed") is in
+        the task's stderr.
+        """
+        root = Path(self.state.image)
+        if not self.state.command or not root.is_dir():
+            return ""
+        why = explain_command(self.state.command[0], self.state.search_path, root, self.state.mounts)
+        return f"{why} (systemd-nspawn's own message is in the task's stderr)" if why else ""
+
+    def find_payload(self) -> ProcessId | None:
+        """Return the process that signals are for: the leader, or under the stub the command it started."""
+        leader = self.state.leader
+        if leader is None or self.state.mode is not Mode.PROCESS_TWO:
+            return leader
+        for pid in read_children(leader.pid):
+            process = ProcessId.of(pid)
+            if process and read_inner_pid(pid) == 2:  # later children are orphans the stub has inherited
+                return process
+        return None
+
+    async def send(self, number: int) -> None:
+        """Send a signal to the payload. The stub forks it a moment after it reports itself as ready."""
+        for _ in range(100):
+            payload = self.find_payload()
+            if payload is not None or self.ended.is_set():
+                break
+            await asyncio.sleep(0.01)
+        if payload and payload.send(number):
+            self.sent = number
+            self.log.debug("signal sent", signal=render_signal(number), pid=payload.pid)
+
+    async def wait(self, timeout: float | None = None) -> Exit | None:
+        """Return how the task ended, None when it has not within `timeout` seconds."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), timeout)
+        return self.exit
+
+    async def stop(self, kill_signal: str, timeout: float) -> None:
+        """End the task: its signal, `timeout` seconds, then SIGKILL. Returns when it is dead."""
+        number = self.state.mode.stop_signal(kill_signal)
+        if timeout > 0 and not self.ended.is_set():
+            await self.send(number)
+            await self.wait(timeout)
+        if self.ended.is_set():
+            return
+        if timeout > 0:
+            reason = (
+                f"killed: it did not end within its kill_timeout of {timeout:g} s after {render_signal(number)}"
+            )
+            self.events.emit(self.state, f"The task was {reason}.")
+            write_file(self.state.directory / "reason", reason)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if all that fails."""
+        state = self.state
+        if not kill_cgroup(f"{state.cgroup}/payload" if state.cgroup else "") and state.leader:
+            state.leader.send(signal.SIGKILL)
+        if state.leader and await self.wait(END_LIMIT):
+            return
+        self.log.warn("killing systemd-nspawn and the keeper too: they did not end with the payload")
+        kill_cgroup(state.cgroup)
+        kill_session(state.keeper)
+        if not await self.wait(END_LIMIT):
+            raise HostError(f"the container {state.machine} cannot be killed: a process of it hangs in the kernel")
+
+    async def destroy(self) -> None:
+        """Leave nothing of the task on this machine."""
+        if not self.ended.is_set():
+            await self.kill()
+        remove_leftovers(self.state)
+
+    def read_usage(self) -> Usage:
+        usage = read_cgroup_usage(self.state.cgroup) if self.state.cgroup else None
+        if usage is None:
+            leader = self.state.leader.pid if self.state.leader else 0
+            pids = (
+                read_cgroup_pids(f"{self.state.cgroup}/payload") if self.state.cgroup else read_descendants(leader)
+            )
+            usage = read_process_usage(pids, self.host)
+        return usage
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def read_nspawn_log(directory: Path) -> list[str]:
+    return parse_nspawn_log(read_text(directory / "nspawn.log"))
+
+
+def read_inner_pid(pid: int) -> int:
+    """Return a process's number inside its own namespace, 0 when it is gone."""
+    match = re.search(r"^NSpid:.*\s(\d+)$", read_text(Path(f"/proc/{pid}/status")), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def kill_session(process: ProcessId) -> None:
+    """Kill the keeper with nspawn and all else in its process group; the payload has sessions of its own."""
+    if process.is_alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def remove_leftovers(state: State) -> None:
+    """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
+    remove_settings(state.machine)
+    if state.snapshot:
+        remove_tree(Path(state.snapshot))
+        with contextlib.suppress(OSError):
+            Path(state.snapshot).with_name(f"{Path(state.snapshot).name}.lck").unlink()
+    for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
+                  state.machine):  # fmt: skip
+        with contextlib.suppress(OSError):
+            (SETTINGS_ROOT / place).rmdir()
+    if state.uid_base:
+        remove_uid_lock(Path(f"/run/systemd/nspawn-uid/{state.uid_base}"))
+    if state.cgroup:
+        remove_cgroup(state.cgroup)
+    remove_tree(state.directory)
+
+
+def remove_uid_lock(path: Path) -> None:
+    """Remove nspawn's claim on a range of ids, unless another container holds it by now."""
+    with contextlib.suppress(OSError), open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+
+
+def remove_settings(machine: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (SETTINGS_ROOT / f"{machine}.nspawn").unlink()
+
+
+def remove_tree(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path, onerror=lambda _, name, why: log.warn("cannot remove", path=name, error=str(why[1])))
+
+
+class Start:
+    """One start of a task, from the plan to the handle."""
+
+    def __init__(self, plan: Plan, host: Host, events: Events, task: TaskConfig) -> None:
+        self.plan = plan
+        self.host = host
+        self.events = events
+        self.task = task
+        self.directory = state_directory(plan.task_id)
+        self.began = time.time()
+
+    async def run(self) -> Task:
+        """Start the container and return when it is up; leave nothing behind when that fails."""
+        state: State | None = None
+        try:
+            state = await self.start()
+        except BaseException:
+            await self.abandon()
+            raise
+        return Task(state, self.host, self.events)
+
+    async def start(self) -> State:
+        self.prepare()
+        with self.listen() as notify:
+            logs = [open_log(path) for path in (self.plan.stdout_path, self.plan.stderr_path)]
+            try:
+                keeper = start_keeper(self.plan, self.directory, self.host, logs)
+                state = self.first_state(keeper)
+                write_file(self.directory / "state.json", state.render())
+                leader = await self.wait_ready(notify, state)
+                state = self.final_state(state, leader)
+                give_logs(logs, state.uid_base)
+            finally:
+                for fd in logs:
+                    os.close(fd)
+        write_file(self.directory / "state.json", state.render())
+        remove_settings(self.plan.machine)  # nspawn has read it: the values need not stay on disk
+        return state
+
+    def prepare(self) -> None:
+        STATE_ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700)
+        (self.directory / "nspawn.log").touch(mode=0o600)
+        if self.plan.cgroup:
+            Path(self.plan.cgroup, "keeper").mkdir(parents=True, exist_ok=True)
+        if self.plan.settings is not None:
+            SETTINGS_ROOT.mkdir(parents=True, exist_ok=True)
+            write_file(SETTINGS_ROOT / f"{self.plan.machine}.nspawn", self.plan.settings)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[socket.socket]:
+        path = self.directory / "notify"
+        with socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        ) as notify:
+            notify.bind(str(path))  # inside a directory of root's alone: no one else can send to it
+            try:
+                yield notify
+            finally:
+                path.unlink(missing_ok=True)
+
+    def first_state(self, keeper: subprocess.Popen[bytes]) -> State:
+        process = ProcessId.of(keeper.pid) or ProcessId(keeper.pid, 0)
+        keeper.returncode = 0  # reaped through its pidfd (ProcessId.wait), not by subprocess
+        return State(
+            task_id=self.plan.task_id,
+            machine=self.plan.machine,
+            mode=self.plan.mode,
+            cgroup=self.plan.cgroup,
+            boot_id=self.host.boot_id,
+            keeper=process,
+            leader=None,
+            started_at=self.began,
+            search_path=self.plan.search_path,
+            command=self.plan.command,
+            image=str(self.plan.image.path),
+            mounts=self.plan.mounts,
+        )
+
+    async def wait_ready(self, notify: socket.socket, state: State) -> ProcessId:
+        """Return the leader when nspawn says READY; raise what went wrong when it ends before that."""
+        ended = asyncio.create_task(state.keeper.wait())
+        try:
+            leader = await asyncio.wait_for(self.read_ready(notify, ended), START_LIMIT)
+        except asyncio.TimeoutError:
+            raise TransientError(f"the container was not up within {START_LIMIT:g} s") from None
+        finally:
+            ended.cancel()
+        if leader is None:
+            record = read_record(self.directory)
+            raise explain_failure(read_nspawn_log(self.directory), record.status if record else -1)
+        process = ProcessId.of(leader)
+        return process or ProcessId(leader, 0)  # it has ended already: the exit record tells how
+
+    async def read_ready(self, notify: socket.socket, ended: asyncio.Task[None]) -> int | None:
+        """Return the leader's pid, None when the keeper ended without READY. Messages are read by lines:
+        where one datagram ends is nspawn's business."""
+        loop = asyncio.get_running_loop()
+        wake, leader = asyncio.Event(), None
+        loop.add_reader(notify.fileno(), wake.set)
+        ended.add_done_callback(lambda _: wake.set())
+        slow = loop.call_later(SLOW_START, self.tell_slow)
+        try:
+            while True:
+                is_over = ended.done()  # asked before reading: what nspawn said before its end is not missed
+                wake.clear()
+                for line in read_notifications(notify):
+                    name, _, value = line.partition("=")
+                    if name == "X_NSPAWN_LEADER_PID":
+                        leader = int(value)
+                    elif line == "READY=1" and leader is not None:
+                        return leader
+                if is_over:
+                    return None
+                await wake.wait()
+        finally:
+            slow.cancel()
+            loop.remove_reader(notify.fileno())
+
+    def tell_slow(self) -> None:
+        what = "copying the image, as ephemeral asks for" if self.plan.is_ephemeral else "setting up the container"
+        self.events.emit(self.task, f"Still starting after {SLOW_START:g} s: systemd-nspawn is {what}.")
+
+    def final_state(self, state: State, leader: ProcessId) -> State:
+        return replace(
+            state,
+            leader=leader,
+            snapshot=read_snapshot(leader.pid, self.plan.image.path) if self.plan.is_ephemeral else "",
+            uid_base=read_uid_base(leader.pid),
+        )
+
+    async def abandon(self) -> None:
+        """Kill and remove what a failed start has left."""
+        state = read_state(self.directory)
+        if state:
+            kill_cgroup(state.cgroup)
+            kill_session(state.keeper)
+            await state.keeper.wait()
+            remove_leftovers(state)
+        else:
+            remove_settings(self.plan.machine)
+            remove_cgroup(self.plan.cgroup)
+            remove_tree(self.directory)
+
+
+def read_notifications(notify: socket.socket) -> Iterator[str]:
+    """Yield the lines that wait in a notify socket."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield from notify.recv(65536).decode(errors="replace").splitlines()
+
+
+def give_logs(logs: Sequence[int], uid_base: int) -> None:
+    """Make the container's root the owner of its log FIFOs, so that programs may open /dev/stdout anew."""
+    for fd in logs:
+        if uid_base and stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, uid_base, -1)
+
+
+def read_uid_base(pid: int) -> int:
+    """Return where a process's user namespace begins on the host, 0 without one of its own."""
+    fields = read_text(Path(f"/proc/{pid}/uid_map")).split()
+    return int(fields[1]) if len(fields) >= 3 and fields[0] == "0" else 0
+
+
+def read_snapshot(pid: int, image: Path) -> str:
+    """Return the copy nspawn runs an ephemeral container on: a hidden sibling of the image, which stays for
+    ever if nspawn is killed."""
+    for line in read_text(Path(f"/proc/{pid}/mountinfo")).splitlines():
+        root, point = line.split(" ")[3:5]
+        name = root.rsplit("/", 1)[-1]
+        if point == "/" and name.startswith(".#"):
+            return str(image.parent / name)
+    return ""
+
+
+class Tasks:
+    """The tasks this plugin process knows, and the way back to those that another one started."""
+
+    def __init__(self, host: Host, events: Events) -> None:
+        self.host = host
+        self.events = events
+        self.known: dict[str, Task] = {}
+
+    def get(self, task_id: str) -> Task:
+        task = self.known.get(task_id)
+        if task is None:
+            raise TaskNotFound(task_id)
+        return task
+
+    async def start(self, plan: Plan, config: TaskConfig) -> Task:
+        await self.clear(plan)
+        task = await Start(plan, self.host, self.events, config).run()
+        self.known[plan.task_id] = task
+        return task
+
+    async def clear(self, plan: Plan) -> None:
+        """End and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same
+        id, and it never runs two of one task at once."""
+        for state in read_states():
+            if state.task_id == plan.task_id or state.machine == plan.machine:
+                log.warn("removing a left-over of an earlier start", task=state.task_id)
+                await self.destroy(state.task_id)
+        remove_tree(state_directory(plan.task_id))
+
+    async def recover(self, task_id: str, driver_state: bytes) -> None:
+        """Take up a running or ended task again; TaskNotFound, at once, when it is gone."""
+        if task_id in self.known:
+            return
+        try:
+            state = State.parse(driver_state)
+        except ValueError as error:
+            raise DriverError(str(error)) from None
+        is_here = state.boot_id == self.host.boot_id and state.directory.is_dir()
+        is_running = state.keeper.is_alive or bool(state.leader and state.leader.is_alive)
+        if state.task_id != task_id or not is_here or not (is_running or read_record(state.directory)):
+            raise TaskNotFound(task_id)
+        self.known[task_id] = Task(state, self.host, self.events)
+
+    async def destroy(self, task_id: str) -> None:
+        """Kill and remove a task; from its id alone if need be, and without complaint if there is none."""
+        task = self.known.get(task_id)
+        if task is None:
+            state = read_state(state_directory(task_id))
+            if state is None:
+                remove_tree(state_directory(task_id))
+                return
+            task = Task(state, self.host, self.events)
+        await task.destroy()
+        self.known.pop(task_id, None)
+
+
+def read_states() -> Iterator[State]:
+    with contextlib.suppress(FileNotFoundError):
+        for directory in sorted(STATE_ROOT.iterdir()):
+            state = read_state(directory)
+            if state:
+                yield state
+
+
+# =====================================================================================================
+# Services
+#
+# What Nomad's agent calls, in the order of the proto files, each method thin. grpc and nomad_pb are imported
+# here and not above, so that whatever else starts from this file stays light. One thread: every method is a
+# coroutine, and ends when its client goes away.
+# =====================================================================================================
+
+
+def load_protocol() -> None:
+    """Import gRPC and the protocol's modules as globals of this module."""
+    global grpc, attribute_pb2, base_pb2, base_pb2_grpc, driver_pb2, driver_pb2_grpc, grpc_plugin_old_pb2_grpc
+    global grpc_plugin_pb2, grpc_plugin_pb2_grpc, hcl_spec_pb2, health_pb2, health_pb2_grpc, recoverable_error_pb2
+    global rpc_status_pb2
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # its fork handlers crash children (grpc#41768)
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # asyncio does without: 12 ms and 4 MB less
+    import grpc
+    import grpc.aio
+
+    from nomad_pb import (
+        base_pb2,
+        base_pb2_grpc,
+        driver_pb2,
+        driver_pb2_grpc,
+        grpc_plugin_old_pb2_grpc,
+        grpc_plugin_pb2,
+        grpc_plugin_pb2_grpc,
+        hcl_spec_pb2,
+        health_pb2,
+        health_pb2_grpc,
+        recoverable_error_pb2,
+        rpc_status_pb2,
+    )
+
+
+# UNAVAILABLE and CANCELLED are left out with care: Nomad takes them for the plugin's death and waits 3 s.
+STATUS_CODES: tuple[tuple[type[DriverError], str], ...] = (
+    (ConfigError, "INVALID_ARGUMENT"),
+    (TaskNotFound, "NOT_FOUND"),
+    (Unsupported, "UNIMPLEMENTED"),
+    (HostError, "FAILED_PRECONDITION"),
+    (TransientError, "FAILED_PRECONDITION"),
+    (DriverError, "FAILED_PRECONDITION"),
+)
+
+
+async def abort(context: Any, error: DriverError) -> None:
+    """End a call with an error as Nomad's client reads it: the text in the status, and whether to try again in
+    the first detail of a google.rpc.Status in the trailing metadata."""
+    code = next(getattr(grpc.StatusCode, name) for kind, name in STATUS_CODES if isinstance(error, kind))
+    status = rpc_status_pb2.Status(code=code.value[0], message=str(error))
+    detail = status.details.add()
+    detail.type_url = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError"
+    detail.value = recoverable_error_pb2.RecoverableError(recoverable=error.recoverable).SerializeToString()
+    metadata = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(code, str(error), trailing_metadata=metadata)
+
+
+def as_driver_error(error: Exception) -> DriverError:
+    """Pass what is meant for people; of anything else log the trace and say little."""
+    if isinstance(error, DriverError):
+        return error
+    import traceback
+
+    log.error("internal error", trace=traceback.format_exc())
+    return DriverError(f"internal error of the driver, see the agent's log: {error}")
+
+
+def answers(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any, Any], Awaitable[Any]]:
+    """Make a coroutine that takes a request into a gRPC handler."""
+
+    @functools.wraps(method)
+    async def handler(self: Any, request: Any, context: Any) -> Any:
+        try:
+            return await method(self, request)
+        except Exception as error:
+            failure = as_driver_error(error)
+        await abort(context, failure)
+
+    return handler
+
+
+def streams(
+    method: Callable[[Any, Any], AsyncIterator[Any]],
+) -> Callable[[Any, Any, Any], AsyncIterator[Any]]:
+    """Make an asynchronous generator that takes a request into a gRPC handler."""
+
+    @functools.wraps(method)
+    async def handler(self: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in method(self, request):
+                yield response
+            return
+        except Exception as error:
+            failure = as_driver_error(error)
+        await abort(context, failure)
+
+    return handler
+
+
+def render_spec(options: Sequence[Option]) -> hcl_spec_pb2.Spec:
+    """Return the options as the schema Nomad checks jobs against."""
+    spec = hcl_spec_pb2.Spec()
+    for option in options:
+        entry = spec.object.attributes[option.name]
+        # An attribute inside a default must carry its own name: Nomad passes none on to it.
+        attribute = entry.default.primary.Attr if isinstance(option.default, bool) else entry.Attr
+        attribute.name = option.name
+        attribute.type = option.kind.value
+        attribute.required = option.required
+        if isinstance(option.default, bool):
+            entry.default.default.literal.value = json.dumps(option.default)
+    return spec
+
+
+def unpack_options(packed: bytes) -> Mapping[str, object]:
+    """Decode a msgpack map of options, {} from nothing."""
+    import msgpack
+
+    if not packed:
+        return {}
+    try:
+        raw = msgpack.unpackb(packed, raw=False, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise DriverError(f"the configuration is no msgpack: {error}") from None
+    if not isinstance(raw, dict):
+        raise DriverError("the configuration is no map")
+    return raw
+
+
+def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
+    ports = {
+        port.label: port.value
+        for network in task.resources.allocated_resources.networks
+        for port in [*network.reserved_ports, *network.dynamic_ports]
+    }
+    ports.update({port.label: port.value for port in task.resources.ports})
+    return TaskConfig(
+        id=task.id,
+        name=task.name,
+        alloc_id=task.alloc_id,
+        alloc_dir=task.alloc_dir,
+        options=unpack_options(task.msgpack_driver_config),
+        user=task.user,
+        env=dict(task.env),
+        stdout_path=task.stdout_path,
+        stderr_path=task.stderr_path,
+        cgroup=task.resources.linux_resources.cpuset_cgroup,
+        ports=ports,
+        mounts=tuple(
+            Mount(mount.host_path, mount.task_path, mount.readonly, mount.propagation_mode)
+            for mount in task.mounts
+        ),
+    )
+
+
+class BaseService:
+    """hashicorp.nomad.plugins.base.proto.BasePlugin"""
+
+    def __init__(self, driver: DriverService) -> None:
+        self.driver = driver
+
+    @answers
+    async def PluginInfo(self, request: Any) -> base_pb2.PluginInfoResponse:
+        return base_pb2.PluginInfoResponse(
+            type=base_pb2.DRIVER,
+            plugin_api_versions=["v0.1.0"],
+            plugin_version=__version__,
+            name=PLUGIN_NAME,
+        )
+
+    @answers
+    async def ConfigSchema(self, request: Any) -> base_pb2.ConfigSchemaResponse:
+        return base_pb2.ConfigSchemaResponse(spec=render_spec(PLUGIN_OPTIONS))
+
+    @answers
+    async def SetConfig(self, request: base_pb2.SetConfigRequest) -> base_pb2.SetConfigResponse:
+        """Takes the plugin block. The agent calls it in throw-away processes too, while another process may be
+        looking after running tasks: so it never touches anything on the machine."""
+        self.driver.config = decode_options(PLUGIN_OPTIONS, unpack_options(request.msgpack_config))
+        if request.HasField("nomad_config") and request.nomad_config.driver.HasField("Topology"):
+            self.driver.core_mhz = read_core_mhz(request.nomad_config.driver.Topology)
+        return base_pb2.SetConfigResponse()
+
+
+def read_core_mhz(topology: base_pb2.ClientTopology) -> float:
+    """Return the mean speed of a core, 0 when the topology does not say."""
+    if not topology.cores:
+        return 0.0
+    total = topology.override_total_compute or sum(
+        core.base_speed or core.max_speed or core.guess_speed for core in topology.cores
+    )
+    return total / len(topology.cores)
+
+
+def read_cpu_mhz() -> float:
+    """Return the mean speed of a core as the kernel has it, for agents before 1.7."""
+    speeds = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return sum(map(float, speeds)) / len(speeds) if speeds else 1000.0
+
+
+FINGERPRINT_PERIOD = 30.0  # seconds
+
+
+class DriverService:
+    """hashicorp.nomad.plugins.drivers.proto.Driver"""
+
+    def __init__(self) -> None:
+        self.host = read_host()
+        self.config: dict[str, Any] = decode_options(PLUGIN_OPTIONS, {})
+        self.core_mhz = 0.0
+        self.events = Events()
+        self.tasks = Tasks(self.host, self.events)
+
+    @answers
+    async def TaskConfigSchema(self, request: Any) -> driver_pb2.TaskConfigSchemaResponse:
+        return driver_pb2.TaskConfigSchemaResponse(spec=render_spec(TASK_OPTIONS))
+
+    @answers
+    async def Capabilities(self, request: Any) -> driver_pb2.CapabilitiesResponse:
+        capabilities = driver_pb2.DriverCapabilities(
+            send_signals=True,
+            exec=False,
+            fs_isolation=driver_pb2.DriverCapabilities.IMAGE,
+            network_isolation_modes=[driver_pb2.NetworkIsolationSpec.HOST],
+            mount_configs=driver_pb2.DriverCapabilities.ANY_MOUNTS
+            if self.config["volumes"]
+            else driver_pb2.DriverCapabilities.NO_MOUNTS,
+        )
+        return driver_pb2.CapabilitiesResponse(capabilities=capabilities)
+
+    @answers
+    async def Init(self, request: Any) -> driver_pb2.InitResponse:
+        """Called by Nomad 2.0.4 and later before the streams; also after it has found a running plugin again."""
+        return driver_pb2.InitResponse()
+
+    @streams
+    async def Fingerprint(self, request: Any) -> AsyncIterator[driver_pb2.FingerprintResponse]:
+        """Never ends: the agent would open it again at once, without any delay."""
+        last = None
+        while True:
+            self.host = read_host()
+            current = self.render_fingerprint()
+            if current != last:
+                yield current
+                last = current
+            await asyncio.sleep(FINGERPRINT_PERIOD)
+
+    def render_fingerprint(self) -> driver_pb2.FingerprintResponse:
+        response = driver_pb2.FingerprintResponse()
+        if not self.config["enabled"]:
+            response.health_description = "disabled: enabled = false in the plugin's block"
+            return response
+        healthy = driver_pb2.FingerprintResponse.HEALTHY
+        response.health = healthy if self.host.is_healthy else driver_pb2.FingerprintResponse.UNHEALTHY
+        response.health_description = self.host.sentence
+        response.attributes[f"driver.{PLUGIN_NAME}"].bool_val = True
+        response.attributes[f"driver.{PLUGIN_NAME}.version"].string_val = __version__
+        response.attributes[f"driver.{PLUGIN_NAME}.systemd"].int_val = self.host.systemd
+        response.attributes[f"driver.{PLUGIN_NAME}.cgroups"].string_val = self.host.cgroups.value
+        response.attributes[f"driver.{PLUGIN_NAME}.volumes"].bool_val = self.config["volumes"]
+        return response
+
+    @answers
+    async def RecoverTask(self, request: driver_pb2.RecoverTaskRequest) -> driver_pb2.RecoverTaskResponse:
+        """Answers at once: it is called one by one while the agent starts, and also for tasks long gone."""
+        task_id = request.task_id or request.handle.config.id  # the agent leaves task_id empty
+        await self.tasks.recover(task_id, request.handle.driver_state)
+        return driver_pb2.RecoverTaskResponse()
+
+    @answers
+    async def StartTask(self, request: driver_pb2.StartTaskRequest) -> driver_pb2.StartTaskResponse:
+        config = read_task_config(request.task)
+        if config.id in self.tasks.known and not self.tasks.known[config.id].ended.is_set():
+            raise DriverError(f"task {config.id} is running already")
+        if not self.host.is_healthy:
+            raise HostError(self.host.sentence)
+        if config.mounts and not self.config["volumes"]:
+            rule = "volumes are switched off on this client"
+            raise ConfigError(
+                "volume_mount", config.mounts[0].target, rule, "set volumes = true in the plugin block"
+            )
+        values = decode_options(TASK_OPTIONS, config.options)
+        image = find_image(values["image"], Path(config.task_dir) if config.alloc_dir else None, values)
+        plan = plan_task(config, values, image, self.host, read_mounts())
+        for note in plan.notes:
+            self.events.emit(config, note)
+        task = await self.tasks.start(plan, config)
+        handle = driver_pb2.TaskHandle(
+            version=STATE_VERSION,
+            config=request.task,
+            state=driver_pb2.RUNNING,
+            driver_state=task.state.render().encode(),
+        )
+        return driver_pb2.StartTaskResponse(result=driver_pb2.StartTaskResponse.SUCCESS, handle=handle)
+
+    @answers
+    async def WaitTask(self, request: driver_pb2.WaitTaskRequest) -> driver_pb2.WaitTaskResponse:
+        exit = await self.tasks.get(request.task_id).wait()
+        assert exit is not None
+        return driver_pb2.WaitTaskResponse(result=render_result(exit), err=exit.error)
+
+    @answers
+    async def StopTask(self, request: driver_pb2.StopTaskRequest) -> driver_pb2.StopTaskResponse:
+        """An unknown task is a stopped one: the agent would repeat the call for minutes."""
+        task = self.tasks.known.get(request.task_id)
+        if task:
+            await task.stop(request.signal, request.timeout.ToNanoseconds() / 1e9)
+        return driver_pb2.StopTaskResponse()
+
+    @answers
+    async def DestroyTask(self, request: driver_pb2.DestroyTaskRequest) -> driver_pb2.DestroyTaskResponse:
+        task = self.tasks.known.get(request.task_id)
+        if task and not task.ended.is_set() and not request.force:
+            raise DriverError(f"task {request.task_id} is still running; stop it first, or destroy it with force")
+        await self.tasks.destroy(request.task_id)
+        return driver_pb2.DestroyTaskResponse()
+
+    @answers
+    async def InspectTask(self, request: driver_pb2.InspectTaskRequest) -> driver_pb2.InspectTaskResponse:
+        """Both times and the result are always set: Nomad's client panics without them."""
+        task = self.tasks.get(request.task_id)
+        exit = task.exit or Exit(0)
+        status = driver_pb2.TaskStatus(
+            id=task.state.task_id,
+            name=task.state.machine,
+            state=driver_pb2.EXITED if task.exit else driver_pb2.RUNNING,
+            result=render_result(exit),
+        )
+        status.started_at.FromNanoseconds(int(task.state.started_at * 1e9))
+        status.completed_at.FromNanoseconds(int(exit.at * 1e9))
+        driver = driver_pb2.TaskDriverStatus(attributes={"machine": task.state.machine})
+        return driver_pb2.InspectTaskResponse(task=status, driver=driver)
+
+    @streams
+    async def TaskStats(self, request: driver_pb2.TaskStatsRequest) -> AsyncIterator[driver_pb2.TaskStatsResponse]:
+        task = self.tasks.get(request.task_id)
+        interval = max(request.collection_interval.ToNanoseconds() / 1e9, 0.1)
+        before = task.read_usage()
+        while not await task.wait(interval):
+            now = task.read_usage()
+            yield self.render_stats(task, before, now)
+            before = now
+
+    def render_stats(self, task: Task, before: Usage, now: Usage) -> driver_pb2.TaskStatsResponse:
+        """Return a sample. TOTAL_TICKS is not among the measured fields: the CLI has a column title for it, but
+        no value."""
+        elapsed = max(now.at - before.at, 1e-3)
+        user = max(now.user - before.user, 0.0) / elapsed * 100
+        system = max(now.system - before.system, 0.0) / elapsed * 100
+        response = driver_pb2.TaskStatsResponse()
+        stats = response.stats
+        stats.id = task.state.task_id
+        stats.timestamp.GetCurrentTime()
+        cpu = stats.agg_resource_usage.cpu
+        cpu.user_mode, cpu.system_mode, cpu.percent = user, system, user + system
+        cpu.total_ticks = (user + system) / 100 * (self.core_mhz or read_cpu_mhz())
+        cpu.throttled_periods, cpu.throttled_time = now.throttled_periods, now.throttled_time
+        fields = driver_pb2.CPUUsage
+        cpu.measured_fields.extend([fields.SYSTEM_MODE, fields.USER_MODE, fields.PERCENT])
+        memory = stats.agg_resource_usage.memory
+        memory.rss, memory.usage = now.rss, now.usage
+        memory.measured_fields.extend([driver_pb2.MemoryUsage.RSS, driver_pb2.MemoryUsage.USAGE])
+        if now.is_cgroup:
+            cpu.measured_fields.extend([fields.THROTTLED_PERIODS, fields.THROTTLED_TIME])
+            memory.cache, memory.swap, memory.max_usage = now.cache, now.swap, now.peak
+            memory.measured_fields.extend(
+                [driver_pb2.MemoryUsage.CACHE, driver_pb2.MemoryUsage.SWAP, driver_pb2.MemoryUsage.MAX_USAGE]
+            )
+        return response
+
+    @streams
+    async def TaskEvents(self, request: Any) -> AsyncIterator[driver_pb2.DriverTaskEvent]:
+        """Never ends, as Fingerprint."""
+        with self.events.subscribe() as queue:
+            while True:
+                event = await queue.get()
+                response = driver_pb2.DriverTaskEvent(
+                    task_id=event.task_id,
+                    alloc_id=event.alloc_id,
+                    task_name=event.task_name,
+                    message=event.message,
+                )
+                response.timestamp.FromNanoseconds(int(event.at * 1e9))
+                yield response
+
+    @answers
+    async def SignalTask(self, request: driver_pb2.SignalTaskRequest) -> driver_pb2.SignalTaskResponse:
+        number = parse_signal(request.signal)
+        task = self.tasks.get(request.task_id)
+        if task.ended.is_set():
+            raise DriverError(f"task {request.task_id} has ended, there is nothing to signal")
+        await task.send(number)
+        return driver_pb2.SignalTaskResponse()
+
+    @answers
+    async def ExecTask(self, request: Any) -> driver_pb2.ExecTaskResponse:
+        raise Unsupported("this version of the nspawn driver cannot run commands in a task yet")
+
+    async def ExecTaskStreaming(self, requests: Any, context: Any) -> None:
+        await abort(context, Unsupported("this version of the nspawn driver cannot run commands in a task yet"))
+
+    @answers
+    async def CreateNetwork(self, request: Any) -> driver_pb2.CreateNetworkResponse:
+        raise Unsupported("the nspawn driver makes no networks for groups: Nomad does")
+
+    @answers
+    async def DestroyNetwork(self, request: Any) -> driver_pb2.DestroyNetworkResponse:
+        raise Unsupported("the nspawn driver makes no networks for groups: Nomad does")
+
+    @answers
+    async def Shutdown(self, request: Any) -> driver_pb2.ShutdownResponse:
+        """Called by Nomad 2.0.4 and later before the controller's Shutdown; tasks are not concerned."""
+        return driver_pb2.ShutdownResponse()
+
+
+def render_result(exit: Exit) -> driver_pb2.ExitResult:
+    return driver_pb2.ExitResult(exit_code=exit.code, signal=exit.signal)
+
+
+class HealthService:
+    """grpc.health.v1.Health, for the service "plugin"."""
+
+    async def Check(self, request: Any, context: Any) -> health_pb2.HealthCheckResponse:
+        if request.service not in ("", "plugin"):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r}")
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+        await asyncio.Event().wait()
+
+
+class PluginService:
+    """go-plugin's own services: controller, broker and stdio."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self.stop = stop
+
+    async def Shutdown(self, request: Any, context: Any) -> grpc_plugin_pb2.Empty:
+        """The agent gives the process two seconds from here."""
+        self.stop.set()
+        return grpc_plugin_pb2.Empty()
+
+    async def StartStream(self, requests: AsyncIterator[Any], context: Any) -> None:
+        """The broker: opened by every client, used by none of Nomad's."""
+        async for _ in requests:
+            pass
+
+    async def StreamStdio(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Nomad throws away what comes here; it only has to stay open."""
+        await asyncio.Event().wait()
+        yield
+
+
+def register(server: Any, driver: DriverService, stop: asyncio.Event) -> None:
+    plugin: Any = PluginService(stop)
+    services: list[tuple[Any, Any]] = [
+        (base_pb2_grpc.add_BasePluginServicer_to_server, BaseService(driver)),
+        (driver_pb2_grpc.add_DriverServicer_to_server, driver),
+        (health_pb2_grpc.add_HealthServicer_to_server, HealthService()),
+        (grpc_plugin_pb2_grpc.add_GRPCControllerServicer_to_server, plugin),
+        (grpc_plugin_pb2_grpc.add_GRPCBrokerServicer_to_server, plugin),
+        (grpc_plugin_pb2_grpc.add_GRPCStdioServicer_to_server, plugin),
+        # the names of Nomad 0.10.0 and 0.10.1; the messages are the same on the wire
+        (grpc_plugin_old_pb2_grpc.add_GRPCControllerServicer_to_server, plugin),
+        (grpc_plugin_old_pb2_grpc.add_GRPCBrokerServicer_to_server, plugin),
+    ]
+    for add, service in services:
+        add(service, server)
+
+
+MAX_SOCKET_PATH = 107  # bytes in a sockaddr_un, without the final NUL
+
+
+def make_socket_directory() -> Path:
+    """Make a directory of this process's own for its socket; remove those that dead processes have left.
+
+    Not in /tmp if it can be helped: tidying there would cut a reattaching agent off.
+    """
+    name = f"plugin-{os.getpid()}-{os.urandom(4).hex()}"
+    for base in (os.environ.get("PLUGIN_UNIX_SOCKET_DIR"), STATE_ROOT, os.environ.get("TMPDIR"), "/tmp"):
+        if not base or len(f"{base}/{name}/s".encode()) > MAX_SOCKET_PATH:
+            continue
+        with contextlib.suppress(OSError):
+            if Path(base) == STATE_ROOT:
+                STATE_ROOT.mkdir(mode=0o700, exist_ok=True)
+                remove_dead_sockets()
+            path = Path(base, name)
+            path.mkdir(mode=0o700)
+            return path
+    raise HostError("no directory for the plugin's socket: tried PLUGIN_UNIX_SOCKET_DIR, /run, TMPDIR and /tmp")
+
+
+def remove_dead_sockets() -> None:
+    for path in STATE_ROOT.glob("plugin-*-*"):
+        if not Path("/proc", path.name.split("-")[1]).exists():
+            remove_tree(path)
+
+
+async def serve() -> None:
+    """Be a plugin until the agent says Shutdown, or SIGTERM comes."""
+    driver, stop = DriverService(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # meant for the agent; tasks are ended by calls only
+        signal.signal(ignored, signal.SIG_IGN)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.http2.max_ping_strikes", 0),
+        ]
+    )
+    register(server, driver, stop)
+    directory = make_socket_directory()
+    address = f"{directory}/s"
+    try:
+        server.add_insecure_port(f"unix:{address}")
+        os.chmod(address, 0o600)
+        await server.start()
+        write_handshake(address)
+        watcher = asyncio.create_task(watch_agent(driver, stop))
+        await stop.wait()
+        watcher.cancel()
+        await server.stop(0.2)  # seconds for answers under way, the one to Shutdown among them
+    finally:
+        remove_tree(directory)
+
+
+def write_handshake(address: str) -> None:
+    """Print go-plugin's line, and nothing to stdout ever after: the agent stops reading at a long line."""
+    os.write(1, f"1|2|unix|{address}|grpc|\n".encode())
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+ORPHAN_PERIOD = 300.0  # seconds
+
+
+async def watch_agent(driver: DriverService, stop: asyncio.Event) -> None:
+    """End the plugin some minutes after its agent has died, unless tasks run.
+
+    With tasks it stays for the next agent to reattach: some agents (before 1.9.2) kill the process number they
+    remember, whatever process that is by then.
+    """
+    with contextlib.suppress(OSError):  # stderr may be a terminal or a file
+        if not stat.S_ISFIFO(os.fstat(2).st_mode):
+            return
+    await wait_readable(2)  # a pipe's writing end becomes "readable" when its reader is gone
+    while True:
+        await asyncio.sleep(ORPHAN_PERIOD)
+        if not any(not task.ended.is_set() for task in driver.tasks.known.values()):
+            stop.set()
+
+
+# =====================================================================================================
+# Main
+#
+# The agent starts the file without arguments and with a cookie in the environment: then it is a plugin.
+# Everything else is for people.
+# =====================================================================================================
+
+COOKIE = ("NOMAD_PLUGIN_MAGIC_COOKIE", "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255")
+
+USAGE = f"""\
+{FILE_NAME} {__version__}: runs Nomad tasks as systemd-nspawn containers
+
+This file is a plugin: the Nomad agent starts it. Put it into the agent's plugin_dir and add to the agent's
+configuration:
+
+    plugin "{FILE_NAME}" {{
+      config {{ }}
+    }}
+
+For a quick try: nomad agent -dev -plugin-dir=DIRECTORY -config=FILE
+
+usage: {FILE_NAME} [check | --version | --help]
+
+    check      tell whether tasks can run on this machine, and what is missing
+"""
+
+
+def check_host() -> int:
+    """Print what the fingerprint would say; 0 when tasks can run here."""
+    host = read_host()
+    print(f"systemd-nspawn {host.systemd or 'not found'}, Linux {host.kernel[0]}.{host.kernel[1]}, "
+          f"cgroups {host.cgroups.value}")  # fmt: skip
+    for problem in host.problems:
+        print(f"missing: {problem}")
+    if host.cgroups is not CgroupMode.V2:
+        print("note: without cgroup v2 tasks run without resource limits.")
+    print("tasks cannot run here" if host.problems else "tasks can run here")
+    return 1 if host.problems else 0
+
+
+def run_plugin() -> int:
+    import gc
+
+    gc.disable()  # nothing of what is imported from here on is garbage: 10 ms
+    load_protocol()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for later in (gc.collect, gc.freeze, gc.enable):
+            loop.call_later(1, later)
+        await serve()
+
+    try:
+        asyncio.run(main())
+    except DriverError as error:
+        return fail(str(error))
+    return 0
+
+
+def fail(text: str) -> int:
+    """Say why there will be no plugin where the agent looks: it shows the first line of stdout."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"[ERROR] {FILE_NAME}: {text}\n")
+        sys.stdout.write(f"{FILE_NAME}: {text}\n")
+        sys.stdout.flush()
+    return 1
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(f"{FILE_NAME} {__version__}")
+    elif arguments == ["--help"]:
+        print(USAGE, end="")
+    elif arguments == ["check"]:
+        sys.exit(check_host())
+    elif os.environ.get(COOKIE[0]) == COOKIE[1]:
+        code = run_plugin()
+        os._exit(code)  # gRPC's threads have nothing more to say, and exit handlers may wait for them
+    else:
+        sys.stderr.write(USAGE)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
