@@ -352,9 +352,6 @@ class Host:
     systemd: int  # major version of systemd-nspawn, 0 when it is not installed
     kernel: tuple[int, int]
     cgroups: CgroupMode
-    boot_id: str
-    clock_ticks: int
-    page_size: int
     problems: tuple[str, ...]
 
     @property
@@ -408,6 +405,12 @@ def find_problems(systemd: int) -> Iterator[str]:
         yield "/etc/machine-id is missing or empty: run systemd-machine-id-setup."
 
 
+@functools.lru_cache(maxsize=1)
+def read_boot_id() -> str:
+    """Return what tells this run of the kernel from all others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def read_host() -> Host:
     nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
     systemd = read_nspawn_version(nspawn, os.stat(nspawn).st_mtime) if nspawn else 0
@@ -416,9 +419,6 @@ def read_host() -> Host:
         systemd=systemd,
         kernel=(int(release[1]), int(release[2])) if release else (0, 0),
         cgroups=read_cgroup_mode(),
-        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        clock_ticks=os.sysconf("SC_CLK_TCK"),
-        page_size=os.sysconf("SC_PAGE_SIZE"),
         problems=tuple(find_problems(systemd)),
     )
 
@@ -836,22 +836,33 @@ def find_image(name: str, task_dir: Path | None, values: Values) -> Image:
 
 
 def find_image_path(name: str, task_dir: Path | None) -> Path:
-    if name.startswith("/"):
-        candidates = [Path(name)]
-    else:
-        candidates = [MACHINES_ROOT / name, MACHINES_ROOT / f"{name}.raw"] if is_image_name(name) else []
-        candidates += [task_dir / name] if task_dir else []
-        candidates += [Path(sys.argv[0]).resolve().parent / name, Path.cwd() / name]
+    candidates = list(image_places(name, task_dir))
     for candidate in candidates:
         found = Path(os.path.realpath(candidate))
         if not found.exists():
             continue
-        if task_dir and candidate == task_dir / name and not found.is_relative_to(os.path.realpath(task_dir)):
+        if (
+            task_dir
+            and candidate.is_relative_to(task_dir)
+            and not found.is_relative_to(os.path.realpath(task_dir))
+        ):
             raise ConfigError("image", name, "leads out of the task's directory")
         return found
-    places = ", ".join(str(candidate) for candidate in candidates)
-    raise ConfigError("image", name, f"not found ({places})", "give the path of an image, or the name of one "
-                      f"in {MACHINES_ROOT}")  # fmt: skip
+    rule = f"not found (looked for {', '.join(map(str, candidates))})"
+    raise ConfigError("image", name, rule, f"give the path of an image, or the name of one in {MACHINES_ROOT}")
+
+
+def image_places(name: str, task_dir: Path | None) -> Iterator[Path]:
+    if name.startswith("/"):
+        yield Path(name)
+        return
+    if is_image_name(name):
+        yield MACHINES_ROOT / name
+        yield MACHINES_ROOT / f"{name}.raw"
+    if task_dir:
+        yield task_dir / name
+    yield Path(sys.argv[0]).resolve().parent / name
+    yield Path.cwd() / name
 
 
 def is_image_name(name: str) -> bool:
@@ -994,7 +1005,11 @@ def read_cgroup_usage(cgroup: str) -> Usage | None:
     )
 
 
-def read_process_usage(pids: Sequence[int], host: Host) -> Usage:
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+
+
+def read_process_usage(pids: Sequence[int]) -> Usage:
     """Add up the processes: the time of ended children counts once their parent has waited for them."""
     user = system = rss = usage = 0
     for pid in pids:
@@ -1005,9 +1020,9 @@ def read_process_usage(pids: Sequence[int], host: Host) -> Usage:
         system += int(fields[12]) + int(fields[14])
         with contextlib.suppress(OSError):
             pages = Path(f"/proc/{pid}/statm").read_text().split()
-            usage += int(pages[1]) * host.page_size
-            rss += (int(pages[1]) - int(pages[2])) * host.page_size
-    return Usage(time.monotonic(), user / host.clock_ticks, system / host.clock_ticks, rss, usage)
+            usage += int(pages[1]) * PAGE_SIZE
+            rss += (int(pages[1]) - int(pages[2])) * PAGE_SIZE
+    return Usage(time.monotonic(), user / CLOCK_TICKS, system / CLOCK_TICKS, rss, usage)
 
 
 def read_descendants(pid: int) -> list[int]:
@@ -1253,6 +1268,10 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
     if mode is Mode.BOOT:
         variables.setdefault("TERM", "dumb")  # no colours and no cursor movement in the logs
     environment = plan_environment(variables)
+    environ = dict(environment.environ)
+    if host.cgroups is CgroupMode.HYBRID:
+        # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
+        environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
     volumes = plan_volumes(task, values, host, mounts)
     machine = plan_machine(task.name, task.alloc_id)
     argv = [
@@ -1276,7 +1295,7 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
         machine=machine,
         mode=mode,
         argv=tuple(argv),
-        environ=environment.environ,
+        environ=environ,
         settings=environment.settings,
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         stdout_path=task.stdout_path,
@@ -1396,20 +1415,24 @@ def parse_nspawn_log(text: str) -> list[str]:
     return [line for line in lines if line and not NOISE.search(line)]
 
 
-def explain_failure(lines: Sequence[str], status: int) -> DriverError:
-    """Turn nspawn's last words before the container was up into an error."""
+def find_message(lines: Sequence[str]) -> DriverError | None:
+    """Return the sentence for the first line that is known, with the line itself."""
     for line in lines:
         for pattern, sentence, is_transient in MESSAGES:
             match = re.search(pattern, line)
             if match:
-                first = next((group for group in match.groups() if group), "")
-                text = f"{sentence.format(first)} (systemd-nspawn: {line})"
+                text = f"{sentence.format(*match.groups())} (systemd-nspawn: {line})"
                 return TransientError(text) if is_transient else DriverError(text)
-    if lines:
-        return DriverError(f"systemd-nspawn could not start the container: {' '.join(lines[-3:])}")
-    return TransientError(
-        f"systemd-nspawn ended with status {status} before the container was up, and said nothing"
-    )
+    return None
+
+
+def explain_failure(lines: Sequence[str], status: int) -> DriverError:
+    """Turn nspawn's last words before the container was up into an error."""
+    known = find_message(lines)
+    if known or not lines:
+        silent = f"systemd-nspawn ended with status {status} before the container was up, and said nothing"
+        return known or TransientError(silent)
+    return DriverError(f"systemd-nspawn could not start the container: {' '.join(lines[-3:])}")
 
 
 @dataclass(frozen=True)
@@ -1521,16 +1544,13 @@ def open_log(path: str) -> int:
     return fd
 
 
-def start_keeper(plan: Plan, state_dir: Path, host: Host, logs: Sequence[int]) -> subprocess.Popen[bytes]:
+def start_keeper(plan: Plan, state_dir: Path, logs: Sequence[int]) -> subprocess.Popen[bytes]:
     environ = {
         **plan.environ,
         "PATH": SAFE_PATH,
         "LANG": "C.UTF-8",
         "NOTIFY_SOCKET": str(state_dir / "notify"),
     }
-    if host.cgroups is CgroupMode.HYBRID:
-        # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
-        environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
     argv = ["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", KEEPER, "nomad-nspawn-keeper"]
     argv += [str(state_dir), plan.cgroup, "filter" if plan.wants_filter else "", *plan.argv]
     try:
@@ -1671,9 +1691,8 @@ class TaskEvent:
 class Task:
     """A started task. Every way to learn of its end leads through `watch`."""
 
-    def __init__(self, state: State, host: Host, events: Events) -> None:
+    def __init__(self, state: State, events: Events) -> None:
         self.state = state
-        self.host = host
         self.events = events
         self.exit: Exit | None = None
         self.ended = asyncio.Event()
@@ -1702,7 +1721,8 @@ class Task:
         else:
             self.exit = explain_exit(state.mode, record, lines, reason, self.sent)
         if self.exit.code == 1 and not self.exit.error and state.mode is not Mode.BOOT:
-            self.exit = replace(self.exit, error=self.explain_command())
+            known = find_message(lines)  # nspawn enters the directory after it has said READY
+            self.exit = replace(self.exit, error=str(known) if known else self.explain_command())
         self.ended.set()
         self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
 
@@ -1788,7 +1808,7 @@ class Task:
             pids = (
                 read_cgroup_pids(f"{self.state.cgroup}/payload") if self.state.cgroup else read_descendants(leader)
             )
-            usage = read_process_usage(pids, self.host)
+            usage = read_process_usage(pids)
         return usage
 
 
@@ -1854,9 +1874,8 @@ def remove_tree(path: Path) -> None:
 class Start:
     """One start of a task, from the plan to the handle."""
 
-    def __init__(self, plan: Plan, host: Host, events: Events, task: TaskConfig) -> None:
+    def __init__(self, plan: Plan, events: Events, task: TaskConfig) -> None:
         self.plan = plan
-        self.host = host
         self.events = events
         self.task = task
         self.directory = state_directory(plan.task_id)
@@ -1870,14 +1889,14 @@ class Start:
         except BaseException:
             await self.abandon()
             raise
-        return Task(state, self.host, self.events)
+        return Task(state, self.events)
 
     async def start(self) -> State:
         self.prepare()
         with self.listen() as notify:
             logs = [open_log(path) for path in (self.plan.stdout_path, self.plan.stderr_path)]
             try:
-                keeper = start_keeper(self.plan, self.directory, self.host, logs)
+                keeper = start_keeper(self.plan, self.directory, logs)
                 state = self.first_state(keeper)
                 write_file(self.directory / "state.json", state.render())
                 leader = await self.wait_ready(notify, state)
@@ -1920,7 +1939,7 @@ class Start:
             machine=self.plan.machine,
             mode=self.plan.mode,
             cgroup=self.plan.cgroup,
-            boot_id=self.host.boot_id,
+            boot_id=read_boot_id(),
             keeper=process,
             leader=None,
             started_at=self.began,
@@ -2030,8 +2049,7 @@ def read_snapshot(pid: int, image: Path) -> str:
 class Tasks:
     """The tasks this plugin process knows, and the way back to those that another one started."""
 
-    def __init__(self, host: Host, events: Events) -> None:
-        self.host = host
+    def __init__(self, events: Events) -> None:
         self.events = events
         self.known: dict[str, Task] = {}
 
@@ -2043,7 +2061,7 @@ class Tasks:
 
     async def start(self, plan: Plan, config: TaskConfig) -> Task:
         await self.clear(plan)
-        task = await Start(plan, self.host, self.events, config).run()
+        task = await Start(plan, self.events, config).run()
         self.known[plan.task_id] = task
         return task
 
@@ -2064,11 +2082,11 @@ class Tasks:
             state = State.parse(driver_state)
         except ValueError as error:
             raise DriverError(str(error)) from None
-        is_here = state.boot_id == self.host.boot_id and state.directory.is_dir()
+        is_here = state.boot_id == read_boot_id() and state.directory.is_dir()
         is_running = state.keeper.is_alive or bool(state.leader and state.leader.is_alive)
         if state.task_id != task_id or not is_here or not (is_running or read_record(state.directory)):
             raise TaskNotFound(task_id)
-        self.known[task_id] = Task(state, self.host, self.events)
+        self.known[task_id] = Task(state, self.events)
 
     async def destroy(self, task_id: str) -> None:
         """Kill and remove a task; from its id alone if need be, and without complaint if there is none."""
@@ -2078,7 +2096,7 @@ class Tasks:
             if state is None:
                 remove_tree(state_directory(task_id))
                 return
-            task = Task(state, self.host, self.events)
+            task = Task(state, self.events)
         await task.destroy()
         self.known.pop(task_id, None)
 
@@ -2299,11 +2317,10 @@ class DriverService:
     """hashicorp.nomad.plugins.drivers.proto.Driver"""
 
     def __init__(self) -> None:
-        self.host = read_host()
         self.config: dict[str, Any] = decode_options(PLUGIN_OPTIONS, {})
         self.core_mhz = 0.0
         self.events = Events()
-        self.tasks = Tasks(self.host, self.events)
+        self.tasks = Tasks(self.events)
 
     @answers
     async def TaskConfigSchema(self, request: Any) -> driver_pb2.TaskConfigSchemaResponse:
@@ -2332,25 +2349,24 @@ class DriverService:
         """Never ends: the agent would open it again at once, without any delay."""
         last = None
         while True:
-            self.host = read_host()
-            current = self.render_fingerprint()
+            current = self.render_fingerprint(read_host())
             if current != last:
                 yield current
                 last = current
             await asyncio.sleep(FINGERPRINT_PERIOD)
 
-    def render_fingerprint(self) -> driver_pb2.FingerprintResponse:
+    def render_fingerprint(self, host: Host) -> driver_pb2.FingerprintResponse:
         response = driver_pb2.FingerprintResponse()
         if not self.config["enabled"]:
             response.health_description = "disabled: enabled = false in the plugin's block"
             return response
         healthy = driver_pb2.FingerprintResponse.HEALTHY
-        response.health = healthy if self.host.is_healthy else driver_pb2.FingerprintResponse.UNHEALTHY
-        response.health_description = self.host.sentence
+        response.health = healthy if host.is_healthy else driver_pb2.FingerprintResponse.UNHEALTHY
+        response.health_description = host.sentence
         response.attributes[f"driver.{PLUGIN_NAME}"].bool_val = True
         response.attributes[f"driver.{PLUGIN_NAME}.version"].string_val = __version__
-        response.attributes[f"driver.{PLUGIN_NAME}.systemd"].int_val = self.host.systemd
-        response.attributes[f"driver.{PLUGIN_NAME}.cgroups"].string_val = self.host.cgroups.value
+        response.attributes[f"driver.{PLUGIN_NAME}.systemd"].int_val = host.systemd
+        response.attributes[f"driver.{PLUGIN_NAME}.cgroups"].string_val = host.cgroups.value
         response.attributes[f"driver.{PLUGIN_NAME}.volumes"].bool_val = self.config["volumes"]
         return response
 
@@ -2366,8 +2382,9 @@ class DriverService:
         config = read_task_config(request.task)
         if config.id in self.tasks.known and not self.tasks.known[config.id].ended.is_set():
             raise DriverError(f"task {config.id} is running already")
-        if not self.host.is_healthy:
-            raise HostError(self.host.sentence)
+        host = read_host()
+        if not host.is_healthy:
+            raise HostError(host.sentence)
         if config.mounts and not self.config["volumes"]:
             rule = "volumes are switched off on this client"
             raise ConfigError(
@@ -2375,7 +2392,7 @@ class DriverService:
             )
         values = decode_options(TASK_OPTIONS, config.options)
         image = find_image(values["image"], Path(config.task_dir) if config.alloc_dir else None, values)
-        plan = plan_task(config, values, image, self.host, read_mounts())
+        plan = plan_task(config, values, image, host, read_mounts())
         for note in plan.notes:
             self.events.emit(config, note)
         task = await self.tasks.start(plan, config)
