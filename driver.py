@@ -943,9 +943,9 @@ def plan_cgroup(mode: CgroupMode, given: str, alloc_id: str, task_name: str) -> 
 
 
 def read_cgroup_pids(cgroup: str) -> list[int]:
-    """Return all processes in a cgroup and below it."""
+    """Return all processes in a cgroup and below it, [] for the cgroup ""."""
     pids: list[int] = []
-    for folder, _, _ in os.walk(cgroup):
+    for folder, _, _ in os.walk(cgroup) if cgroup else ():
         with contextlib.suppress(OSError):
             pids += map(int, Path(folder, "cgroup.procs").read_text().split())
     return pids
@@ -1710,6 +1710,10 @@ class Task:
             await state.leader.wait()
         if state.leader and state.leader.send(signal.SIGKILL):  # nspawn was killed and left its payload
             await state.leader.wait()
+        for pid in read_cgroup_pids(state.cgroup):  # without a keeper nspawn may still be cleaning up
+            last = ProcessId.of(pid)
+            if last:
+                await last.wait()
         lines = read_nspawn_log(state.directory)
         reason = read_text(state.directory / "reason")
         if record is None:
