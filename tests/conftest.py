@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What all tests share: the built file, the image, a running plugin.
+
+`sh build.sh test` builds the file and makes the image; without them the tests that need them fail and say so,
+they are never silently skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.agent import Plugin, launch_like_agent
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def driver_file() -> Path:
+    """The built plugin file."""
+    path = Path(os.environ.get("NSPAWN_TEST_DRIVER", ROOT / "nomad-driver-nspawn"))
+    assert path.is_file(), f"{path} is not there: run `sh build.sh` first, or `sh build.sh test` for everything"
+    return path
+
+
+@pytest.fixture(scope="session")
+def image() -> Path:
+    """A directory with a small Debian that has systemd in it."""
+    path = Path(os.environ.get("NSPAWN_TEST_IMAGE", "/var/cache/nomad-driver-nspawn-tests/debian-bookworm"))
+    assert os.geteuid() == 0, "tests with containers need root"
+    assert shutil.which("systemd-nspawn"), "systemd-nspawn is missing: install systemd-container"
+    assert (path / "usr").is_dir(), f"{path} is not there: `sh build.sh test` makes it"
+    return path
+
+
+@pytest.fixture
+def plugin(driver_file: Path) -> Iterator[Plugin]:
+    """A plugin as a running agent has it; at the end it is stopped, and must not have broken any rule."""
+    with launch_like_agent(driver_file) as running:
+        yield running
+    assert not running.violations
