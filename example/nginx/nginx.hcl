@@ -1,0 +1,57 @@
+# A web server without an init: nginx itself is the payload.
+#
+# `sh example/nginx/image.sh` makes its image.
+job "nginx" {
+  type = "service"
+
+  group "nginx" {
+    network {
+      # Nomad picks a free port of the host; the template below hands it to nginx.
+      port "http" {}
+    }
+
+    task "nginx" {
+      driver = "nspawn"
+
+      config {
+        image       = "nginx"
+        boot        = false
+        process_two = true
+        command     = ["nginx", "-c", "/local/nginx.conf", "-g", "daemon off;"]
+
+        # Share the host's network. In a user namespace root may not bind its ports below 1024, so nginx listens on
+        # the port that Nomad picked, not on 80.
+        network_veth = false
+      }
+
+      # nginx ends orderly, serving what it has begun, on SIGQUIT.
+      kill_signal  = "SIGQUIT"
+      kill_timeout = "10s"
+
+      template {
+        destination = "local/nginx.conf"
+        data        = <<-EOT
+          user www-data;
+          worker_processes 1;
+          error_log stderr;
+          events {}
+          http {
+            access_log off;
+            server {
+              listen {{ env "NOMAD_PORT_http" }};
+              location / {
+                default_type text/plain;
+                return 200 "Hello from {{ env "NOMAD_ALLOC_NAME" }}\n";
+              }
+            }
+          }
+          EOT
+      }
+
+      resources {
+        cpu    = 100
+        memory = 64
+      }
+    }
+  }
+}
