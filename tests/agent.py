@@ -12,6 +12,7 @@ Run `python tests/agent.py --help` to run job files without Nomad.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -631,6 +632,7 @@ class Plugin:
         self.fingerprints: list[driver_pb2.FingerprintResponse] = []
         self.events: list[driver_pb2.DriverTaskEvent] = []
         self.on_event: Callable[[driver_pb2.DriverTaskEvent], None] = lambda event: None
+        self.on_log: Callable[[LogEntry], None] = lambda entry: None
         self.closing = False
         self.start_seconds = 0.0
         self._readers: list[FdReader] = []
@@ -656,6 +658,7 @@ class Plugin:
         self.raw_log.append(line)
         self.log.append(entry)
         self.violations += faults
+        self.on_log(entry)
 
     def _handshake(self, lines: queue.Queue[str], timeout: float) -> str:
         deadline = time.monotonic() + timeout
@@ -1580,3 +1583,685 @@ def _exit_result(result: driver_pb2.ExitResult, err: str = "") -> ExitResult:
 
 def set_duration(target: duration_pb2.Duration, seconds: float) -> None:
     target.FromNanoseconds(round(seconds * 1e9))
+
+
+# === Job =====================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """A task block of a job file; `config` is in the JSON form that decode_config() takes."""
+
+    name: str
+    driver: str
+    config: Mapping[str, Any]
+    env: Mapping[str, str]
+    user: str
+    resources: Resources
+    templates: tuple[Template, ...]
+    kill_timeout: float
+    kill_signal: str
+    meta: Mapping[str, str]
+    logs_disabled: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    name: str
+    tasks: tuple[TaskSpec, ...]
+    network_mode: str = "host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """As much of a job file as the stand-in can run. `type`: service, batch, system or sysbatch."""
+
+    name: str
+    type: str
+    groups: tuple[Group, ...]
+
+
+def parse_job(path: str | Path) -> Job:
+    """Read a job file. Raises ConfigError for what is not HCL and AgentError for what the stand-in cannot run."""
+    body = parse_hcl(Path(path).read_text())
+    jobs = _labelled(body, "job")
+    if len(jobs) != 1:
+        raise AgentError(f"{path}: a job file holds exactly one job block, this one has {len(jobs)}")
+    name, job = jobs[0]
+    meta = _plain(_one(job, "meta"))
+    groups = tuple(_parse_group(label, group, meta) for label, group in _labelled(job, "group"))
+    return Job(str(job.get("name", name)), str(job.get("type", "service")), groups)
+
+
+def _parse_group(name: str, body: Mapping[str, Any], meta: Mapping[str, str]) -> Group:
+    network = _one(body, "network")
+    ports = {label: _parse_port(port) for label, port in _labelled(network, "port")}
+    meta = {**meta, **_plain(_one(body, "meta"))}
+    tasks = tuple(_parse_task(label, task, ports, meta) for label, task in _labelled(body, "task"))
+    return Group(name, tasks, str(network.get("mode", "host")))
+
+
+def _parse_port(body: Mapping[str, Any]) -> Port:
+    return Port(int(body.get("static", 0)) or free_port(), int(body.get("to", 0)))
+
+
+def _parse_task(
+    name: str, body: Mapping[str, Any], ports: Mapping[str, Port], meta: Mapping[str, str]
+) -> TaskSpec:
+    wanted = _one(body, "resources")
+    cores = tuple(range(int(wanted.get("cores", 0))))
+    return TaskSpec(
+        name=name,
+        driver=str(body.get("driver", "")),
+        config=_one(body, "config"),
+        env=_plain(_one(body, "env")),
+        user=str(body.get("user", "")),
+        resources=Resources(
+            cpu=int(wanted.get("cpu", 100)),
+            memory=int(wanted.get("memory", 300)),
+            memory_max=int(wanted.get("memory_max", 0)),
+            cores=cores,
+            ports=ports,
+        ),
+        templates=tuple(_parse_template(item) for item in body.get("template", [])),
+        kill_timeout=parse_duration(body.get("kill_timeout", "5s")),
+        kill_signal=str(body.get("kill_signal", "")),
+        meta={**meta, **_plain(_one(body, "meta"))},
+        logs_disabled=bool(_one(body, "logs").get("disabled", False)),
+    )
+
+
+def _parse_template(body: Mapping[str, Any]) -> Template:
+    if "data" not in body or "destination" not in body:
+        raise AgentError("the stand-in knows templates with data and destination only")
+    return Template(str(body["data"]), str(body["destination"]), int(str(body.get("perms", "644")), 8))
+
+
+def _one(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The only block `name`, or an empty one."""
+    found = body.get(name) or [{}]
+    return dict(found[0])
+
+
+def _labelled(body: Mapping[str, Any], name: str) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(label, inner[0]) for item in body.get(name, []) for label, inner in item.items()]
+
+
+def _plain(body: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(convert(value, "string")) for key, value in body.items()}
+
+
+def parse_duration(text: str | int) -> float:
+    """Seconds of a Go duration such as "1m30s"; a bare number is nanoseconds, as in Nomad."""
+    if isinstance(text, int):
+        return text / 1e9
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+    if not re.match(r"(\d+(\.\d+)?(h|ms|us|ns|m|s))+\Z", text):
+        raise AgentError(f'"{text}" is not a duration such as "30s" or "1m30s"')
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|us|ns|m|s)", text)
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def plugin_config(path: str | Path, plugin: str) -> Mapping[str, Any] | None:
+    """The config block for `plugin` in an agent's config file.
+
+    Raises AgentError when the file does not name the plugin: Nomad 1.10 and later then skip it.
+    """
+    for name, body in _labelled(parse_hcl(Path(path).read_text()), "plugin"):
+        if name == plugin:
+            return _one(body, "config")
+    raise AgentError(f'{path} has no block plugin "{plugin}": Nomad 1.10 and later would skip the file')
+
+
+# === Real agent ==============================================================================================
+
+
+class NomadAgent:
+    """A real `nomad agent` with this plugin, in a temporary directory and on ports of its own.
+
+    dev: `-dev`, which forgets its state at the end; otherwise server and client with a data directory, for
+    tests that stop() and start() again.
+    """
+
+    def __init__(
+        self, plugin: str | Path, config: str | Path, *, dev: bool = True, nomad: str | None = None
+    ) -> None:
+        found = nomad or shutil.which("nomad")
+        if not found:
+            raise AgentError("there is no `nomad` on PATH")
+        self.nomad, self.config, self.dev = found, Path(config).absolute(), dev
+        self.root = Path(tempfile.mkdtemp(prefix="nomad-agent-"))
+        self.root.chmod(0o711)
+        self.log_path = self.root / "agent.log"
+        plugins = self.root / "plugins"
+        plugins.mkdir()
+        shutil.copy2(plugin, plugins)
+        self.plugin = plugins / Path(plugin).name
+        self.http = free_port()
+        # Asking the clouds' metadata services takes seconds where they do not answer, and may fail the agent.
+        (self.root / "local.hcl").write_text(
+            f"ports {{\n  http = {self.http}\n  rpc = {free_port()}\n  serf = {free_port()}\n}}\n"
+            'client {\n  options = { "fingerprint.denylist" = "env_aws,env_azure,env_digitalocean,env_gce" }\n}\n'
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http}"
+
+    # --- life ---
+
+    def start(self) -> None:
+        command = [self.nomad, "agent", f"-plugin-dir={self.plugin.parent}", f"-config={self.config}"]
+        command += [f"-config={self.root / 'local.hcl'}"]
+        if self.dev:
+            command.append("-dev")
+        else:
+            command += ["-server", "-client", "-bootstrap-expect=1", "-bind=127.0.0.1"]
+            command.append(f"-data-dir={self.root / 'data'}")
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.root,
+                env={**os.environ, "TMPDIR": str(self.root)},
+                start_new_session=True,  # our Ctrl-C must not reach the agent: it would take the tasks down first
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def wait_ready(self, driver: str = "nspawn", timeout: float = 60) -> dict[str, Any]:
+        """Wait until the node is ready and `driver` healthy; returns the node."""
+
+        def ready() -> dict[str, Any] | None:
+            if self.process and self.process.poll() is not None:
+                last = "\n".join(self.log.splitlines()[-10:])
+                raise AgentError(f"nomad ended with code {self.process.returncode}:\n{last}")
+            with contextlib.suppress(AgentError, ValueError):
+                node: dict[str, Any] = json.loads(self.run("node", "status", "-self", "-json"))
+                state = (node.get("Drivers") or {}).get(driver) or {}
+                return node if node["Status"] == "ready" and state.get("Healthy") else None
+            return None
+
+        return self._poll(ready, f"the node was not ready with a healthy driver {driver}", timeout)
+
+    def stop(self) -> None:
+        """SIGINT, as Ctrl-C: with -dev its tasks end first."""
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)
+
+    def kill(self) -> None:
+        """SIGKILL of the agent alone, as a crash."""
+        if self.process:
+            self.process.kill()
+            self.process.wait(10)
+
+    def plugin_pid(self) -> int:
+        """The long-lived plugin process: a child of the agent that runs the plugin file."""
+        assert self.process
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError, IndexError):
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if parent == self.process.pid and str(self.plugin).encode() in (entry / "cmdline").read_bytes():
+                    return int(entry.name)
+        raise AgentError("the agent has no plugin process")
+
+    def kill_plugin(self) -> int:
+        pid = self.plugin_pid()
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def close(self) -> None:
+        try:
+            self.stop()
+        finally:
+            for path in sorted(mount_points(self.root), reverse=True):
+                subprocess.run(["umount", str(path)], check=False, timeout=30)
+            if not mount_points(self.root):
+                shutil.rmtree(self.root, ignore_errors=True)
+
+    def __enter__(self) -> NomadAgent:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- commands ---
+
+    def run(self, *args: str, stdin: bytes | None = None, check: bool = True, timeout: float = 120) -> str:
+        """Output of a `nomad` command; raises AgentError with what it printed."""
+        result = subprocess.run(
+            [self.nomad, *args],
+            input=stdin or b"",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "NOMAD_ADDR": self.url},
+            timeout=timeout,
+        )
+        output = result.stdout.decode(errors="replace")
+        if check and result.returncode != 0:
+            raise AgentError(f"nomad {' '.join(args)}: {output.strip()}")
+        return output
+
+    def run_job(self, path: str | Path, timeout: float = 60) -> str:
+        """Submit a job file; returns the id of its newest allocation once that is placed."""
+        name = parse_job(path).name
+        before = {alloc["ID"] for alloc in self.allocations(name)}
+        self.run("job", "run", "-detach", str(path))
+
+        def placed() -> str | None:
+            return next((alloc["ID"] for alloc in self.allocations(name) if alloc["ID"] not in before), None)
+
+        return self._poll(placed, f"no allocation for job {name}", timeout)
+
+    def allocations(self, job: str) -> list[dict[str, Any]]:
+        with contextlib.suppress(AgentError, ValueError):
+            return list(json.loads(self.run("job", "allocs", "-json", job)) or [])
+        return []
+
+    def allocation(self, alloc: str) -> dict[str, Any]:
+        return dict(json.loads(self.run("alloc", "status", "-json", alloc)))
+
+    def wait_status(self, alloc: str, *wanted: str, timeout: float = 60) -> dict[str, Any]:
+        """Wait for a client status (running, complete, failed); returns the allocation."""
+
+        def reached() -> dict[str, Any] | None:
+            state = self.allocation(alloc)
+            return state if state["ClientStatus"] in wanted else None
+
+        return self._poll(reached, f"allocation {alloc[:8]} did not become {' or '.join(wanted)}", timeout)
+
+    def task_events(self, alloc: str, task: str) -> list[str]:
+        states = self.allocation(alloc).get("TaskStates") or {}
+        return [
+            f"{event['Type']}: {event['DisplayMessage']}" for event in states.get(task, {}).get("Events") or []
+        ]
+
+    def logs(self, alloc: str, task: str, stderr: bool = False) -> str:
+        return self.run("alloc", "logs", *(["-stderr"] if stderr else []), alloc, task)
+
+    def exec(self, alloc: str, task: str, *command: str, stdin: bytes | None = None) -> str:
+        return self.run("alloc", "exec", "-t=false", "-task", task, alloc, *command, stdin=stdin)
+
+    def signal(self, alloc: str, task: str, name: str) -> None:
+        self.run("alloc", "signal", "-s", name, alloc, task)
+
+    def restart(self, alloc: str) -> None:
+        self.run("alloc", "restart", alloc)
+
+    def stop_job(self, job: str) -> None:
+        """Stop without waiting: following the deployment would make the command fail, because it is cancelled."""
+        self.run("job", "stop", "-detach", job)
+
+    @staticmethod
+    def _poll(condition: Callable[[], T | None], failure: str, timeout: float) -> T:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if (result := condition()) is not None:
+                return result
+            time.sleep(0.1)
+        raise AgentError(f"{failure} within {timeout:g} s")
+
+
+# === Command line ============================================================================================
+
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|\r")
+_COLOURS = {
+    "say": "1;36",
+    "stdout": "32",
+    "stderr": "33",
+    "event": "35",
+    "stats": "34",
+    "plugin": "90",
+    "bad": "1;31",
+}
+
+
+class Console:
+    """Prints whole lines from several threads; coloured only on a terminal."""
+
+    def __init__(self) -> None:
+        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._lock = threading.Lock()
+
+    def paint(self, text: str, style: str) -> str:
+        return f"\x1b[{_COLOURS[style]}m{text}\x1b[0m" if self.colour else text
+
+    def print(self, text: str) -> None:
+        with self._lock:
+            print(text, flush=True)
+
+    def say(self, text: str) -> None:
+        """What the agent does now."""
+        self.print(self.paint(f"==> {text}", "say"))
+
+    def line(self, source: str, style: str, text: str) -> None:
+        shown = _CONTROL.sub("", text) if not self.colour else text.replace("\r", "")
+        self.print(f"    {self.paint(f'{source:<8}', style)} {shown}")
+
+
+class Runner:
+    """Runs jobs on one plugin and shows what happens. Tasks are not restarted: one run shows one life."""
+
+    def __init__(self, plugin: Plugin, console: Console, stats_interval: float = 5) -> None:
+        self.plugin, self.console, self.stats_interval = plugin, console, stats_interval
+        self.violations: list[str] = []
+        plugin.on_event = self._on_event
+        plugin.on_log = self._on_log
+
+    def _on_event(self, event: driver_pb2.DriverTaskEvent) -> None:
+        details = "".join(f" {key}={value}" for key, value in sorted(event.annotations.items()))
+        self.console.line("event", "event", f"{event.task_name}: {event.message}{details}")
+
+    def _on_log(self, entry: LogEntry) -> None:
+        if entry.level in ("info", "warn", "error"):
+            details = "".join(f" {key}={value}" for key, value in entry.fields.items())
+            self.console.line("plugin", "plugin", f"{entry.level}: {entry.message}{details}")
+
+    def run(self, job: Job, limit: float | None = None, until: str | None = None, linger: float = 0) -> bool:
+        """Run a job until its tasks end, `limit` seconds have passed, or `linger` after `until` was printed.
+
+        Returns whether all tasks succeeded; a task that was stopped for one of these reasons counts as such.
+        """
+        good = True
+        for group in job.groups:
+            if group.network_mode != "host":
+                raise AgentError(f"group {group.name}: the stand-in makes no {group.network_mode} networks")
+            self.console.say(f'Job "{job.name}" ({job.type}), group "{group.name}"')
+            with Allocation() as allocation:
+                with contextlib.ExitStack() as stack:
+                    runs = [
+                        stack.enter_context(_TaskRun(self, allocation, job, group, spec)) for spec in group.tasks
+                    ]
+                    self._wait(runs, limit, until, linger)
+                good = all(run.good for run in runs) and good
+        return good
+
+    def _wait(self, runs: Sequence[_TaskRun], limit: float | None, until: str | None, linger: float) -> None:
+        deadline = None if limit is None else time.monotonic() + limit
+        shown = False
+        try:
+            for run in runs:
+                run.start()
+            while not all(run.ended.is_set() for run in runs):
+                if until and not shown and all(run.printed(until) for run in runs):
+                    shown = True
+                    deadline = min(deadline or MAX_INT32, time.monotonic() + linger)
+                if deadline and time.monotonic() >= deadline:
+                    break
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            self.console.say("Interrupted: stopping the tasks in order; press Ctrl-C again to kill them")
+        try:
+            for run in runs:
+                run.stop()
+        except KeyboardInterrupt:
+            for run in runs:
+                run.stop(0)
+
+
+class _TaskRun:
+    """One task of a running job: its output, statistics and end on the console."""
+
+    def __init__(self, runner: Runner, allocation: Allocation, job: Job, group: Group, spec: TaskSpec) -> None:
+        self._runner, self._console, self._spec = runner, runner.console, spec
+        self._lines = {name: Lines(self._printer(name)) for name in ("stdout", "stderr")}
+        if spec.driver != "nspawn":
+            raise AgentError(f'task {spec.name}: driver "{spec.driver}" is not this plugin\'s')
+        self.task = Task(
+            runner.plugin,
+            allocation,
+            spec.name,
+            spec.config,
+            env=spec.env,
+            user=spec.user,
+            resources=spec.resources,
+            kill_timeout=spec.kill_timeout,
+            kill_signal=spec.kill_signal,
+            templates=spec.templates,
+            meta=spec.meta,
+            job=job.name,
+            group=group.name,
+            logs_disabled=spec.logs_disabled,
+            on_output=lambda stream, data: self._lines[stream](data),
+        )
+        self.ended = threading.Event()
+        self.good = False
+        self._stopped = False
+        self._threads: list[threading.Thread] = []
+
+    def _printer(self, stream: str) -> Callable[[str], None]:
+        return lambda line: self._console.line(stream, stream, line)
+
+    def printed(self, pattern: str) -> bool:
+        return re.search(pattern, self.task.logmon.stdout.decode(errors="replace")) is not None
+
+    def start(self) -> None:
+        self._console.say(f'Task "{self._spec.name}"')
+        for key, value in self._spec.config.items():
+            text = json.dumps(value)
+            self._console.line("config", "plugin", f"{key} = {text if len(text) < 90 else text[:87] + '...'}")
+        began = time.monotonic()
+        try:
+            self.task.start()
+        except AgentError as error:
+            self._console.line("failed", "bad", str(error))
+            self.ended.set()
+            return
+        self._console.say(f"Started after {1000 * (time.monotonic() - began):.0f} ms, as {self.task.id}")
+        for target in (self._watch, self._show_stats):
+            self._threads.append(threading.Thread(target=target, daemon=True))
+            self._threads[-1].start()
+
+    def _watch(self) -> None:
+        try:
+            result = self.task.wait()
+        except AgentError as error:
+            self._console.line("failed", "bad", f"WaitTask: {error}")
+        else:
+            self.good = result.successful or self._stopped
+            self.task.logmon.wait_eof()
+            for name, lines in self._lines.items():
+                if lines.rest:
+                    self._printer(name)(lines.rest)
+            oom = " (out of memory)" if result.oom_killed else ""
+            self._console.say(f'Task "{self._spec.name}" ended. {result}{oom}')
+        finally:
+            self.ended.set()
+
+    def _show_stats(self) -> None:
+        with contextlib.suppress(AgentError):
+            for number, stats in enumerate(self.task.stats(self._runner.stats_interval)):
+                usage = stats.agg_resource_usage
+                if number and not self.ended.is_set():  # the first one has nothing to compare its CPU time with
+                    memory = usage.memory.usage or usage.memory.rss
+                    self._console.line(
+                        "stats", "stats", f"{usage.cpu.percent:.1f} % of a core, {memory / MIB:.1f} MiB of memory"
+                    )
+
+    def stop(self, timeout: float | None = None) -> None:
+        if self.ended.is_set():
+            return
+        self._stopped = True
+        wanted = self._spec.kill_signal or "the driver's default signal"
+        limit = self._spec.kill_timeout if timeout is None else timeout
+        self._console.say(f'Stopping task "{self._spec.name}" with {wanted}; SIGKILL after {limit:g} s')
+        self.task.stop(timeout)
+        self.ended.wait(30)
+
+    def __enter__(self) -> _TaskRun:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop(0)
+        self.task.close()
+
+
+def show_fingerprint(plugin: Plugin, console: Console) -> None:
+    found = plugin.fingerprint
+    if not found:
+        raise PluginError("the plugin ended before its first fingerprint")
+    health = driver_pb2.FingerprintResponse.HealthState.Name(found.health)
+    console.say(f"Fingerprint: {health} ({found.health_description})")
+    for key, value in sorted(found.attributes.items()):
+        kind = value.WhichOneof("value")
+        console.line("", "plugin", f"{key} = {getattr(value, kind) if kind else ''}{value.unit}")
+
+
+@contextlib.contextmanager
+def launched(options: argparse.Namespace, console: Console) -> Iterator[Runner]:
+    """The plugin, started as an agent does, shown, and ended with what was wrong with it."""
+    path: Path = options.plugin
+    console.say(f"Starting {path} three times, as an agent does: to ask it, to check its config, and to stay")
+    config = plugin_config(options.config, path.name) if options.config else None
+    plugin = launch_like_agent(path, config)
+    try:
+        console.say(f"The plugin answered {1000 * plugin.start_seconds:.0f} ms after its start, pid {plugin.pid}")
+        show_fingerprint(plugin, console)
+        runner = Runner(plugin, console, options.stats)
+        yield runner
+    finally:
+        plugin.kill(driver_shutdown=True)
+        console.say("The plugin has been shut down")
+        for sentence in plugin.violations:
+            console.line("VIOLATED", "bad", sentence)
+
+
+def run_command(options: argparse.Namespace, console: Console) -> bool:
+    jobs = [parse_job(path) for path in options.jobs]
+    with launched(options, console) as runner:
+        results = [runner.run(job, options.seconds) for job in jobs]
+        return all(results) and not runner.plugin.violations
+
+
+DEMO = (
+    (
+        "debian.hcl",
+        "A whole Debian, booted by its own systemd. Its console is the task's log.",
+        r"multi-user\.target|login:",
+    ),
+    (
+        "hello.hcl",
+        "One command in the same image: a batch job that prints a few lines and ends with code 0.",
+        None,
+    ),
+)
+
+
+def demo_command(options: argparse.Namespace, console: Console) -> bool:
+    """Two example jobs, on a real agent if there is one."""
+    if shutil.which("nomad"):
+        return _demo_nomad(options, console)
+    console.say("There is no `nomad` on PATH: tests/agent.py plays the agent")
+    good = True
+    with launched(options, console) as runner:
+        for name, text, until in DEMO:
+            console.say(text)
+            good = runner.run(parse_job(ROOT / "example" / name), limit=30, until=until, linger=5) and good
+        good = good and not runner.plugin.violations
+    console.say("All jobs ran, nothing is left of them" if good else "Something went wrong, see above")
+    return good
+
+
+def _demo_nomad(options: argparse.Namespace, console: Console) -> bool:
+    agent = NomadAgent(options.plugin, options.config)
+    console.say(f"Starting a Nomad agent: {agent.nomad} agent -dev, its log is {agent.log_path}")
+    good = True
+    with agent:
+        node = agent.wait_ready()
+        driver = node["Drivers"]["nspawn"]
+        console.say(f"Node ready; driver nspawn: {driver['HealthDescription']}. Web UI: {agent.url}")
+        for key, value in sorted(node["Attributes"].items()):
+            if key.startswith("driver.nspawn"):
+                console.line("", "plugin", f"{key} = {value}")
+        for name, text, until in DEMO:
+            console.say(text)
+            good = _demo_job(agent, ROOT / "example" / name, until, console) and good
+        console.say("Stopping the agent")
+    console.say("All jobs ran, nothing is left of them" if good else "Something went wrong, see above")
+    return good
+
+
+def _demo_job(agent: NomadAgent, path: Path, until: str | None, console: Console) -> bool:
+    job = parse_job(path)
+    task = job.groups[0].tasks[0].name
+    console.say(f"nomad job run {path.relative_to(ROOT)}")
+    alloc = agent.run_job(path)
+    state = agent.wait_status(alloc, "running", "complete", "failed")
+    deadline = time.monotonic() + 20
+    while until and state["ClientStatus"] == "running" and time.monotonic() < deadline:
+        if re.search(until, agent.logs(alloc, task)):
+            time.sleep(3)  # for numbers in the statistics
+            break
+        time.sleep(0.2)
+    if not until:
+        state = agent.wait_status(alloc, "complete", "failed")
+    console.say(f"nomad alloc status -stats {alloc[:8]}")
+    console.print(textwrap.indent(agent.run("alloc", "status", "-stats", alloc[:8]), "    "))
+    console.say(f"nomad alloc logs {alloc[:8]} {task}")
+    for line in agent.logs(alloc, task).splitlines():
+        console.line("stdout", "stdout", line)
+    console.say(f"nomad job stop {job.name}")
+    agent.stop_job(job.name)
+    state = agent.wait_status(alloc, "complete", "failed")
+    console.say(f"Allocation {alloc[:8]} is {state['ClientStatus']}")
+    return bool(state["ClientStatus"] == "complete")
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python tests/agent.py", description="Play a Nomad agent: run job files on the driver without Nomad."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run job files and show what happens; Ctrl-C stops their tasks")
+    run.add_argument("jobs", nargs="+", metavar="JOB.hcl", type=Path)
+    run.add_argument(
+        "--for", dest="seconds", type=float, metavar="SECONDS", help="stop a job that still runs after that time"
+    )
+    demo = commands.add_parser("demo", help="run example jobs, on a real agent when `nomad` is on PATH")
+    for command in (run, demo):
+        command.add_argument("--plugin", type=Path, metavar="FILE", default=ROOT / "nomad-driver-nspawn")
+        command.add_argument("--config", type=Path, metavar="FILE", default=ROOT / "example" / "config.hcl")
+        command.add_argument("--stats", type=float, metavar="SECONDS", default=2, help="interval of statistics")
+    options = parser.parse_args(arguments)
+    options.plugin = options.plugin.absolute()
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    options, console = parse_arguments(arguments), Console()
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        if os.geteuid() != 0:
+            raise AgentError("containers and mounts need root: run this with sudo")
+        if not options.plugin.exists():
+            raise AgentError(f"{options.plugin} does not exist: `sh build.sh` makes it")
+        good = run_command(options, console) if options.command == "run" else demo_command(options, console)
+    except AgentError as error:
+        console.print(console.paint(f"agent.py: {error}", "bad"))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
