@@ -60,7 +60,7 @@ build() {
 	$python -W ignore::DeprecationWarning -m shiv --reproducible --uncompressed --entry-point driver:main \
 		--python /bin/sh --site-packages "$libraries" --site-packages "$work/app" --output-file "$work/shiv"
 	header >"$work/header"
-	start >"$work/start.py"
+	start | sed "s/@ARCH@/$arch/" >"$work/start.py"
 	pack "$work/header" "$work/start.py" "$work/shiv" "$work/$name"
 	mv "$work/$name" "$out"
 	rm -rf "$work"
@@ -244,7 +244,7 @@ EOF
 # too late and would itself lie in the tree it has to check.
 start() {
 	cat <<'EOF'
-"""First Python code of the file: unpacks what this interpreter needs into a cache, then lets shiv's bootstrap run it.
+"""First Python code of the file: unpacks what this interpreter needs, then lets shiv's bootstrap run it.
 
 The cache holds `<file name>_<build id>/site-packages`, as shiv expects. Every start compares it with the archive
 and unpacks what is missing or has another size, which also finishes what an interrupted start left. Each running
@@ -272,10 +272,10 @@ def fail(text: str) -> None:
 
 
 def needed(archive: zipfile.ZipFile) -> "list[zipfile.ZipInfo]":
-    """Files for this interpreter: all but the modules compiled for other ones, which are three quarters."""
+    """Files for this interpreter: all but the modules compiled for other ones, three quarters of all bytes."""
     entries = [e for e in archive.infolist() if e.filename.startswith("site-packages/")]
     if not any(e.filename.endswith(SUFFIX) for e in entries):
-        fail("needs CPython 3.10 to 3.14 (glibc, x86_64 or aarch64 as the file); %s is %s %d.%d (%s): install one or set "
+        fail("needs CPython 3.10 to 3.14 for @ARCH@ and glibc; %s is %s %d.%d and loads %s: install one or set "
              "NOMAD_DRIVER_NSPAWN_PYTHON to its path"
              % (sys.executable, sys.implementation.name, sys.version_info[0], sys.version_info[1], SUFFIX))
     return [e for e in entries if ".cpython-" not in e.filename or e.filename.endswith(SUFFIX)]
@@ -284,7 +284,7 @@ def needed(archive: zipfile.ZipFile) -> "list[zipfile.ZipInfo]":
 def places() -> "list[str]":
     """Where a tree may lie, best first. Nothing world-writable: the name of a tree is public."""
     if os.environ.get("SHIV_ROOT"):
-        return [os.path.abspath(os.path.expanduser(os.environ["SHIV_ROOT"]))]
+        return [os.path.expanduser(os.environ["SHIV_ROOT"])]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     own = [os.path.join(cache, NAME)] if os.path.isabs(cache) else []
     if os.geteuid() != 0:
@@ -293,12 +293,20 @@ def places() -> "list[str]":
 
 
 def check_place(place: str) -> None:
+    """Nobody else may be able to change or exchange what will be run from here, or this would run it as root."""
     os.makedirs(place, 0o700, exist_ok=True)
-    for status in (os.lstat(place), os.stat(place)):  # of a link, too: its owner can turn it
-        if status.st_uid != os.geteuid():
-            raise PermissionError("belongs to user %d, so code in it cannot be trusted" % status.st_uid)
     if os.stat(place).st_mode & 0o022:
-        raise PermissionError("can be written by others, so code in it cannot be trusted (chmod go-w)")
+        raise PermissionError("cannot be trusted with code: others can write to it (chmod go-w)")
+    path = place
+    while True:
+        status = os.stat(path)
+        if status.st_uid != os.geteuid() and (path == place or status.st_uid != 0):
+            raise PermissionError("cannot be trusted with code: %s belongs to user %d" % (path, status.st_uid))
+        if status.st_mode & 0o1002 == 0o0002:
+            raise PermissionError("cannot be trusted with code: all can write to %s" % path)
+        if path == "/":
+            break
+        path = os.path.dirname(path)
     flags = os.statvfs(place).f_flag
     if flags & os.ST_RDONLY:
         raise PermissionError("is on a read-only file system")
@@ -326,7 +334,7 @@ def lock(path: str, how: int) -> int:
 
 
 def damaged(tree: str, entries: "list[zipfile.ZipInfo]") -> "list[zipfile.ZipInfo]":
-    """Only looks at sizes: that finds what a power failure, a full disk or a cleaner leaves, in one stat a file."""
+    """Looks at sizes only: finds what a power failure, a full disk or a cleaner leaves, with one stat a file."""
     def size(path: str) -> int:
         try:
             return os.stat(path).st_size
@@ -371,11 +379,11 @@ def prune(place: str) -> None:
 
 
 def unpack() -> str:
-    """Returns the place that now holds a whole tree, locked; ends the process with a sentence when there is none."""
+    """Returns the place that now holds a whole tree, locked; exits with a sentence when there is none."""
     reasons = []
     with zipfile.ZipFile(FILE) as archive:
         entries = needed(archive)
-        for place in places():
+        for place in map(os.path.realpath, places()):
             tree = os.path.join(place, TREE)
             try:
                 check_place(place)

@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The built file as a host meets it: other Pythons, hostile environments, bad places to unpack to, interruptions.
+
+Every test starts the real file. Its cache is in a directory of the test (SHIV_ROOT) or, where the default places
+are the subject, in a mount namespace of its own, so nothing of this machine's own cache is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import random
+import re
+import select
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parent.parent
+NAME = "nomad-driver-nspawn"
+VERSION = re.search(r'^__version__ = "(.+?)"', (TOP / "driver.py").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+HELLO = f"{NAME} {VERSION}\n"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+COOKIE = {"NOMAD_PLUGIN_MAGIC_COOKIE": "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255"}
+HANDSHAKE = re.compile(r"1\|2\|unix\|/.+\|grpc\|\n")
+SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+Result = subprocess.CompletedProcess[str]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and changes owners: run as root")
+
+
+# -- helpers -------------------------------------------------------------------------------------------------
+
+
+def build(*arguments: str, top: Path = TOP, **environment: str) -> None:
+    subprocess.run(["sh", "build.sh", *arguments], cwd=top, env=os.environ | environment, check=True, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The built file; made when it is missing or older than what goes into it."""
+    file = TOP / NAME
+    inputs = [TOP / "build.sh", TOP / "driver.py", TOP / "requirements.lock", *TOP.glob("nomad_pb/*.py")]
+    if not file.exists() or file.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
+        build()
+    return file
+
+
+def run(file: Path, **environment: str) -> Result:
+    return subprocess.run(
+        [file, "--version"], env={"PATH": SYSTEM_PATH, "HOME": "/nonexistent"} | environment,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def plugin(file: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The file started as an agent starts it; killed at the end."""
+    with subprocess.Popen(
+        [file], env={"PATH": SYSTEM_PATH, "HOME": "/nonexistent"} | COOKIE | environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    assert select.select([process.stdout], [], [], 60)[0], "nothing on stdout for a minute"
+    return process.stdout.readline()
+
+
+def handshake(file: Path, **environment: str) -> str:
+    with plugin(file, **environment) as process:
+        return first_line(process)
+
+
+def check_refusal(result: Result, *parts: str) -> None:
+    """Where Nomad looks: the sentence is the first line of stdout, and an [ERROR] line on stderr."""
+    assert result.returncode == 1
+    assert result.stdout.startswith(f"{NAME}: ")
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == f"[ERROR] {result.stdout}"
+    for part in parts:
+        assert part in result.stdout
+
+
+def in_namespace(file: Path, script: str, **environment: str) -> Result:
+    """Runs a shell script in a mount namespace of its own, with the file as $file on a file system of its own."""
+    prologue = (
+        'set -e; mount -t tmpfs none /mnt; file=/mnt/nomad-driver-nspawn; : >$file; mount --bind "$1" $file; '
+        "mount -o remount,bind,exec $file; hide() { mount -t tmpfs -o mode=755,$2 none $1; }\n"
+    )
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", prologue + script, "sh", file],
+        env={"PATH": SYSTEM_PATH, "HOME": "/nonexistent"} | environment,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def find_python(version: str) -> Path | None:
+    places = [
+        Path("/usr/bin"),
+        Path("/usr/local/bin"),
+        *Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin"),
+    ]
+    return next((place / f"python{version}" for place in places if (place / f"python{version}").exists()), None)
+
+
+def find_tree(cache: Path) -> Path:
+    (tree,) = (path for path in cache.iterdir() if path.is_dir())
+    return tree / "site-packages"
+
+
+def check_tree(cache: Path, file: Path) -> None:
+    """Everything but the modules compiled for other Pythons is there, whole."""
+    tree = find_tree(cache)
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.filename.startswith("site-packages/") and ".cpython-" not in entry.filename:
+                assert (tree.parent / entry.filename).stat().st_size == entry.file_size
+    assert len(list(tree.glob("grpc/_cython/cygrpc.*.so"))) == 1
+
+
+def read_machine(elf: bytes) -> int:
+    assert elf[:4] == b"\x7fELF"
+    return int.from_bytes(elf[18:20], "little")
+
+
+# -- the build -----------------------------------------------------------------------------------------------
+
+
+def copy_checkout(target: Path) -> Path:
+    """The sources with other modes and times, and the tools and wheels that are there already."""
+    (target / "build").mkdir(parents=True)
+    for name in ("build.sh", "driver.py", "requirements.lock", "requirements-dev.txt"):
+        shutil.copyfile(TOP / name, target / name)
+    shutil.copytree(TOP / "nomad_pb", target / "nomad_pb", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (TOP / "build").glob("libraries-*"):
+        (target / "build" / path.name).symlink_to(path)
+    (target / "build/venv").symlink_to(TOP / "build/venv")
+    for path in target.rglob("*.py"):
+        path.chmod(0o700)
+        os.utime(path, (1e9, 1e9 + random.randrange(1000)))
+    return target
+
+
+def test_same_sources_give_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    other = copy_checkout(tmp_path / "another place")
+    subprocess.run(
+        ["sh", "-c", "umask 077; exec sh ../another*/build.sh"], cwd=other, check=True, timeout=600,
+        env=os.environ | {"TZ": "Pacific/Auckland", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "1700000000"},
+    )  # fmt: skip
+    assert (other / NAME).read_bytes() == built.read_bytes()
+    assert stat.S_IMODE((other / NAME).stat().st_mode) == 0o755
+
+
+def test_only_the_built_file_is_executable_at_the_top(built: Path) -> None:
+    """An agent with this checkout as its plugin_dir starts every executable, and gives up on a dangling link."""
+    assert [path for path in TOP.iterdir() if path.is_file() and path.stat().st_mode & 0o111] == [built]
+    assert [path for path in TOP.iterdir() if not path.exists()] == []
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_compiled_modules_are_of_the_right_architecture(built: Path, machine: str) -> None:
+    file = built
+    if machine != platform.machine():
+        build("--arch", machine)
+        file = TOP / f"build/{NAME}-{machine}"
+    with zipfile.ZipFile(file) as archive:
+        modules = [name for name in archive.namelist() if name.endswith(".so")]
+        machines = {read_machine(archive.read(name)) for name in modules}
+    assert machines == {{"x86_64": 62, "aarch64": 183}[machine]}
+    for version in PYTHONS:
+        tag = f".cpython-{version.replace('.', '')}-{machine}-linux-gnu.so"
+        assert {Path(name).name for name in modules if name.endswith(tag)} == {f"cygrpc{tag}", f"_cmsgpack{tag}"}
+
+
+def test_architecture_without_wheels_is_refused() -> None:
+    result = subprocess.run(
+        ["sh", "build.sh", "--arch", "sparc"], cwd=TOP, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "'sparc'" in result.stderr and "aarch64" in result.stderr
+
+
+def test_contents(built: Path) -> None:
+    with zipfile.ZipFile(built) as archive:
+        assert archive.testzip() is None
+        names = archive.namelist()
+        assert {entry.external_attr >> 16 for entry in archive.infolist()} == {0o100644}
+    assert len(set(names)) == len(names)
+    ours = {name for name in names if name.startswith(("site-packages/nomad_pb/", "site-packages/driver"))}
+    assert ours == {
+        f"site-packages/{path.relative_to(TOP)}" for path in [TOP / "driver.py", *TOP.glob("nomad_pb/*.py")]
+    }
+    assert not [name for name in names if "__pycache__" in name]
+    assert {"grpcio", "msgpack", "protobuf", "typing_extensions"} == {
+        name.split("/")[1].split("-")[0] for name in names if re.search(r"\.dist-info/.*(LICENSE|COPYING)", name)
+    }
+
+
+def test_tools_and_built_file_have_the_same_libraries() -> None:
+    pins = re.findall(r"^\S+==\S+", (TOP / "requirements.lock").read_text(), re.MULTILINE)
+    assert len(pins) == 4
+    assert set(pins) <= set((TOP / "requirements-dev.txt").read_text().splitlines())
+
+
+def test_generated_code_is_what_the_protos_say(built: Path, tmp_path: Path) -> None:
+    copy = copy_checkout(tmp_path / "checkout")
+    for path in copy.glob("nomad_pb/*_pb2*"):
+        path.unlink()
+    build("protos", top=copy)
+    assert {path.name: path.read_text() for path in copy.glob("nomad_pb/*.*")} == {
+        path.name: path.read_text() for path in TOP.glob("nomad_pb/*.*")
+    }
+
+
+def test_programs_in_front_of_the_archive_are_clean(built: Path, tmp_path: Path) -> None:
+    """The header and the first Python stage live in build.sh, where ruff and mypy do not look."""
+    content = built.read_bytes()
+    header = tmp_path / "header.sh"
+    header.write_bytes(content[: content.index(b"PK\x03\x04")])
+    start = tmp_path / "start.py"
+    with zipfile.ZipFile(built) as archive:
+        start.write_bytes(archive.read("__main__.py"))
+    tool = [sys.executable, "-m"]
+    configuration = TOP / "pyproject.toml"
+    subprocess.run([*tool, "ruff", "check", "--config", configuration, "--ignore", "UP,I", start], check=True)
+    subprocess.run([*tool, "mypy", "--strict", "--ignore-missing-imports", "--config-file=", start], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is missing: apt install shellcheck")
+    subprocess.run(["shellcheck", TOP / "build.sh", header], check=True)
+
+
+# -- which Python runs it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_runs_under(version: str, built: Path, tmp_path: Path) -> None:
+    python = find_python(version)
+    if python is None:
+        pytest.skip(f"no Python {version} in /usr/bin, /usr/local/bin or ~/.pyenv: this version was NOT tested")
+    environment = {"SHIV_ROOT": str(tmp_path / "cache"), "NOMAD_DRIVER_NSPAWN_PYTHON": str(python)}
+    assert run(built, **environment).stdout == HELLO
+    assert HANDSHAKE.fullmatch(handshake(built, **environment))
+    (module,) = find_tree(tmp_path / "cache").glob("grpc/_cython/*.so")
+    assert f"cpython-{version.replace('.', '')}-" in module.name
+
+
+@needs_root
+def test_no_python(built: Path) -> None:
+    result = in_namespace(
+        built,
+        """
+        for python in /usr/bin/python3* /usr/local/bin/python3*; do
+            if [ -e "$python" ]; then mount --bind /dev/null "$(readlink -f "$python")"; fi
+        done
+        exec "$file"
+        """,
+    )
+    check_refusal(result, "Python 3.10 to 3.14", "/usr/local/bin", SYSTEM_PATH, "set NOMAD_DRIVER_NSPAWN_PYTHON")
+
+
+def test_override_that_does_not_exist(built: Path, tmp_path: Path) -> None:
+    result = run(built, SHIV_ROOT=str(tmp_path), NOMAD_DRIVER_NSPAWN_PYTHON="/no/python")
+    check_refusal(result, "'/no/python'", "NOMAD_DRIVER_NSPAWN_PYTHON", "3.10")
+
+
+def test_python_without_modules_for_it(built: Path, tmp_path: Path) -> None:
+    """Any too old or too new Python, PyPy, musl or debug build: this one only says that it is."""
+    fake = tmp_path / "python"
+    fake.write_text(f"""#!/bin/sh
+shift
+exec {sys.executable} -IS -c '
+import importlib.machinery, runpy, sys
+importlib.machinery.EXTENSION_SUFFIXES[0] = ".cpython-39-x86_64-linux-gnu.so"
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
+""")
+    fake.chmod(0o755)
+    result = run(built, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(fake))
+    check_refusal(result, "CPython 3.10 to 3.14", ".cpython-39-", "set NOMAD_DRIVER_NSPAWN_PYTHON")
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.7", "3.8", "3.9"])
+def test_old_python(version: str, built: Path, tmp_path: Path) -> None:
+    python = find_python(version)
+    if python is None:
+        pytest.skip(f"no Python {version} here; test_python_without_modules_for_it has a stand-in")
+    result = run(built, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(python))
+    check_refusal(result, "CPython 3.10 to 3.14", f"cpython {version}")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_truncated_file(built: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    part.write_bytes(built.read_bytes()[:10_000_000])
+    part.chmod(0o755)
+    check_refusal(run(part, SHIV_ROOT=str(tmp_path / "cache")), "is damaged", str(built.stat().st_size))
+
+
+# -- the environment -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> Path:
+    """A directory of modules that announce themselves where the handshake should be."""
+    directory = tmp_path / "evil"
+    user_site = directory / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    user_site.mkdir(parents=True)
+    for name in ("sitecustomize", "usercustomize", "asyncio", "grpc", "driver", "zipfile", "nomad_pb"):
+        (directory / f"{name}.py").write_text("import os; os.write(1, b'EVIL\\n')\ndef main(): pass\n")
+    (user_site / "evil.pth").write_text(f"import sys; exec(open({str(directory / 'grpc.py')!r}).read())\n")
+    return directory
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PYTHONPATH": "EVIL"},
+        {"PYTHONHOME": "EVIL"},
+        {"PYTHONUSERBASE": "EVIL"},
+        {"PYTHONPATH": "EVIL", "PYTHONHOME": "EVIL", "PYTHONUSERBASE": "EVIL", "PYTHONSTARTUP": "EVIL/grpc.py"},
+        {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONINSPECT": "1", "PYTHONVERBOSE": "1", "PYTHONOPTIMIZE": "2"},
+        {"SHIV_INTERPRETER": "1"},
+        {"SHIV_ENTRY_POINT": "asyncio:main"},
+        {"SHIV_MODULE": "asyncio:main"},
+        {"SHIV_CONSOLE_SCRIPT": "../../../../evil/grpc.py"},
+        {"SHIV_PREPEND_PYTHONPATH": "EVIL"},
+        {"SHIV_FORCE_EXTRACT": "1", "SHIV_COMPILE_PYC": "1", "SHIV_EXTEND_PYTHONPATH": "1"},
+    ],
+    ids=lambda variables: "+".join(variables),
+)
+def test_environment_cannot_steer_python(
+    variables: dict[str, str], built: Path, evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(evil)  # a script's directory is on sys.path, the current one must not be
+    variables = {name: value.replace("EVIL", str(evil)) for name, value in variables.items()}
+    line = handshake(built, SHIV_ROOT=str(tmp_path / "cache"), **variables)
+    assert HANDSHAKE.fullmatch(line)
+    assert list(find_tree(tmp_path / "cache").glob("__pycache__/driver.*.pyc")), (
+        "byte code is not cached: slow starts"
+    )
+
+
+@needs_root
+def test_empty_environment(built: Path) -> None:
+    result = in_namespace(built, 'hide /var/cache rw; env -i "$file" --version; ls /var/cache')
+    assert result.stdout == HELLO + f"{NAME}\n"
+    assert result.stderr == ""
+
+
+def test_umask_does_not_open_the_cache(built: Path, tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        assert run(built, SHIV_ROOT=str(tmp_path / "cache")).stdout == HELLO
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.stat().st_mode & 0o022]
+
+
+def test_started_through_a_link(built: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(built)
+    for file in (link, built):
+        assert run(file, SHIV_ROOT=str(tmp_path / "cache")).stdout == HELLO
+    assert find_tree(tmp_path / "cache").parent.name.startswith(f"{NAME}_")
+
+
+# -- where it unpacks to -------------------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mounts", "place"),
+    [
+        ("hide /var/cache rw", "/var/cache/nomad-driver-nspawn"),
+        ("hide /var/cache ro; hide /var/lib rw", "/var/lib/nomad-driver-nspawn-cache"),
+        ("hide /var/cache noexec; hide /var/lib rw", "/var/lib/nomad-driver-nspawn-cache"),
+        ("hide /var/cache size=1m; hide /var/lib rw", "/var/lib/nomad-driver-nspawn-cache"),
+        ("hide /var/cache ro; hide /var/lib noexec; hide /run rw", "/run/nomad-driver-nspawn-cache"),
+        ("hide /var/cache ro; hide /var/lib ro; hide /run noexec; hide /home rw",
+         "/home/.cache/nomad-driver-nspawn"),
+        ("hide /var/cache rw; mkdir -m 777 /var/cache/nomad-driver-nspawn; hide /var/lib rw",
+         "/var/lib/nomad-driver-nspawn-cache"),
+    ],
+)  # fmt: skip
+def test_place_for_root(mounts: str, place: str, built: Path) -> None:
+    script = f'{mounts}\n"$file" --version; ls -d {place}/{NAME}_*/site-packages/driver.py'
+    result = in_namespace(built, script, HOME="/home")
+    assert result.stdout.startswith(HELLO + place), result
+    assert result.stderr == ""
+
+
+@needs_root
+def test_no_place_for_root(built: Path) -> None:
+    result = in_namespace(
+        built,
+        "hide /var/cache ro; hide /var/lib noexec; hide /run size=1m; hide /home rw; chown 1234 /home\n"
+        'exec "$file"',
+        HOME="/home",
+    )
+    parts = ("/var/cache/nomad-driver-nspawn Read-only file system", "noexec", "No space left", "user 1234")
+    check_refusal(result, *parts, "set SHIV_ROOT")
+
+
+@needs_root
+def test_full_disk_keeps_no_half_written_file(built: Path) -> None:
+    result = in_namespace(
+        built, 'hide /var/cache size=12m; SHIV_ROOT=/var/cache/x "$file" || find /var/cache -name .part >&2'
+    )
+    assert "No space left on device" in result.stdout
+    assert ".part" not in result.stderr
+
+
+@needs_root
+@pytest.mark.parametrize("mode", ["ro", "noexec"])
+def test_chosen_place_that_cannot_be_used(mode: str, built: Path) -> None:
+    result = in_namespace(built, f'hide /home {mode}; export SHIV_ROOT=/home; exec "$file"')
+    check_refusal(result, "/home", {"ro": "read-only", "noexec": "noexec"}[mode], "set SHIV_ROOT")
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "case", ["foreign", "world-writable", "group-writable", "foreign-link", "foreign-parent", "open-parent"]
+)
+def test_place_that_others_can_change(case: str, built: Path, tmp_path: Path) -> None:
+    """What lies there already is not run, even if it is complete and only the place is wrong."""
+    cache = tmp_path / "cache"
+    assert run(built, SHIV_ROOT=str(cache)).stdout == HELLO
+    (find_tree(cache) / "driver.py").write_text("def main(): print('EVIL')\n")
+    chosen = cache
+    if case == "foreign":
+        os.chown(cache, 12345, 12345)
+    elif case == "foreign-link":
+        os.chown(cache, 12345, 12345)
+        chosen = tmp_path / "link"
+        chosen.symlink_to(cache)
+    elif case == "foreign-parent":
+        (tmp_path / "parent").mkdir()
+        chosen = cache.rename(tmp_path / "parent/cache")
+        os.chown(tmp_path / "parent", 12345, 12345)
+    elif case == "open-parent":
+        (tmp_path / "parent").mkdir()
+        (tmp_path / "parent").chmod(0o777)
+        chosen = cache.rename(tmp_path / "parent/cache")
+    else:
+        cache.chmod(0o777 if case == "world-writable" else 0o770)
+    check_refusal(run(built, SHIV_ROOT=str(chosen)), str(chosen.resolve()), "cannot be trusted")
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """Where another user can go, unlike tmp_path."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def as_user(*command: str | Path, **environment: str) -> Result:
+    """As a user without an entry in passwd."""
+    return subprocess.run(
+        ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", "--", *command],
+        env={"PATH": SYSTEM_PATH} | environment, cwd="/", capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@needs_root
+def test_places_for_a_user(built: Path, open_directory: Path) -> None:
+    file = open_directory / NAME
+    shutil.copy(built, file)
+    home = open_directory / "home"
+    home.mkdir()
+    check_refusal(as_user(file), "neither HOME nor XDG_CACHE_HOME")
+    check_refusal(as_user(file, HOME=str(home)), f"{home}/.cache/{NAME} Permission denied")
+    os.chown(home, 12345, 12345)
+    for variables, place in (({"HOME": str(home)}, ".cache"), ({"XDG_CACHE_HOME": str(home / "xdg")}, "xdg")):
+        assert as_user(file, "--version", **variables).stdout == HELLO
+        assert find_tree(home / place / NAME).exists()
+
+
+# -- interruptions, damage, upgrades -------------------------------------------------------------------------
+
+
+def test_six_starts_on_a_cold_cache(built: Path, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(plugin(built, SHIV_ROOT=str(tmp_path / "cache"))) for _ in range(6)]
+        for process in processes:
+            assert HANDSHAKE.fullmatch(first_line(process))
+    check_tree(tmp_path / "cache", built)
+
+
+def test_killed_while_unpacking(built: Path, tmp_path: Path) -> None:
+    interrupted = 0
+    for attempt in range(10):
+        cache = tmp_path / f"cache{attempt}"
+        with plugin(built, SHIV_ROOT=str(cache)) as process:
+            while not cache.exists() and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(attempt * random.uniform(0.01, 0.03))
+            process.kill()
+        interrupted += not list(cache.glob("*/site-packages/nomad_pb/stats_pb2.py"))  # among the last
+        assert HANDSHAKE.fullmatch(handshake(built, SHIV_ROOT=str(cache)))
+        check_tree(cache, built)
+        shutil.rmtree(cache)
+    assert interrupted, "no attempt met the unpacking: choose other moments"
+
+
+@pytest.mark.parametrize("damage", ["module", "driver", "removed", "everything", "link"])
+def test_damage_is_repaired(damage: str, built: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert run(built, SHIV_ROOT=str(cache)).stdout == HELLO
+    tree = find_tree(cache)
+    if damage == "module":
+        (module,) = tree.glob("grpc/_cython/cygrpc.*.so")
+        os.truncate(module, 1_000_000)
+    elif damage == "driver":
+        os.truncate(tree / "driver.py", 0)
+    elif damage == "removed":
+        (tree / "google/protobuf/message.py").unlink()
+    elif damage == "link":
+        (tree / "driver.py").unlink()
+        (tree / "driver.py").symlink_to("/nonexistent")
+    else:
+        shutil.rmtree(tree)
+    assert HANDSHAKE.fullmatch(handshake(built, SHIV_ROOT=str(cache)))
+    check_tree(cache, built)
+
+
+def test_old_trees_are_removed_unless_held(built: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    old, held = (cache / f"{NAME}_{letter * 64}" for letter in "ab")
+    others = [cache / f"another-program_{'c' * 64}", cache / f"{NAME}_notes"]
+    for tree in (old, held, *others):
+        (tree / "site-packages").mkdir(parents=True)
+        (tree / "site-packages/driver.py").touch()
+    cache.chmod(0o700)
+    with open(f"{held}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert run(built, SHIV_ROOT=str(cache)).stdout == HELLO
+        assert not old.exists() and not Path(f"{old}.lock").exists()
+        assert held.exists()
+    assert run(built, SHIV_ROOT=str(cache)).stdout == HELLO
+    assert not held.exists() and not Path(f"{held}.lock").exists()
+    assert all(tree.exists() for tree in others)
+
+
+def test_running_plugin_holds_its_tree(built: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with plugin(built, SHIV_ROOT=str(cache)) as process:
+        assert HANDSHAKE.fullmatch(first_line(process))
+        with open(f"{find_tree(cache).parent}.lock") as lock:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            process.kill()
+            process.wait()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
