@@ -742,6 +742,17 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
 )
 
 
+def render_reference(options: Sequence[Option]) -> str:
+    """Return the options as a table in Markdown; the README holds what this gives."""
+    lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
+    for option in options:
+        default = "required" if option.required else json.dumps(option.default) if option.default else ""
+        if option.default is False:
+            default = "false"
+        lines.append(f"| `{option.name}` | {option.kind.value} | {default} | {option.doc} |")
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class Rule:
     """What two options, or an option and the host, may not be together."""
@@ -2691,9 +2702,10 @@ configuration:
 
 For a quick try: nomad agent -dev -plugin-dir=DIRECTORY -config=FILE
 
-usage: {FILE_NAME} [check | --version | --help]
+usage: {FILE_NAME} [check | options | --version | --help]
 
     check      tell whether tasks can run on this machine, and what is missing
+    options    print the reference of all options, in Markdown
 """
 
 
@@ -2744,6 +2756,8 @@ def main() -> None:
         print(f"{FILE_NAME} {__version__}")
     elif arguments == ["--help"]:
         print(USAGE, end="")
+    elif arguments == ["options"]:
+        print(f"{render_reference(TASK_OPTIONS)}\n{render_reference(PLUGIN_OPTIONS)}", end="")
     elif arguments == ["check"]:
         sys.exit(check_host())
     elif os.environ.get(COOKIE[0]) == COOKIE[1]:
