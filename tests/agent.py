@@ -212,10 +212,11 @@ def _unescape_template(text: str) -> str:
     return _TEMPLATE.sub(lambda match: match[0] if match[1] is not None else match[0][1:], text)
 
 
-def interpolate(text: str, variables: Mapping[str, str]) -> str:
+def interpolate(text: str, variables: Mapping[str, str], strict: bool = True) -> str:
     """Replace references in a string as the client does; env["X"] and a bare X mean the same variable.
 
-    Raises ConfigError for names that are not known, like the client.
+    Raises ConfigError for names that are not known, or leaves them as they are if not `strict`: the client does
+    the one in a driver config and the other in env blocks.
     """
 
     def replace(match: re.Match[str]) -> str:
@@ -224,6 +225,8 @@ def interpolate(text: str, variables: Mapping[str, str]) -> str:
         name = match[1].strip()
         if quoted := re.match(r'(\w+)\["([^"]+)"\]\Z', name):
             name = quoted[2] if quoted[1] == "env" else f"{quoted[1]}.{quoted[2]}"
+        if name not in variables and not strict:
+            return match[0]
         if name not in variables:
             raise ConfigError([f'Unknown variable: There is no variable named "{name}".'])
         return variables[name]
@@ -1195,6 +1198,8 @@ class Task:
             "NOMAD_SECRETS_DIR": "/secrets",
             "NOMAD_MEMORY_LIMIT": str(resources.memory),
             "NOMAD_CPU_LIMIT": str(resources.cpu),
+            # The client really sends a space for none: the kernel's notation of an empty set.
+            "NOMAD_CPU_CORES": ",".join(map(str, resources.cores)) or " ",
             "NOMAD_ALLOC_ID": self.allocation.id,
             "NOMAD_SHORT_ALLOC_ID": self.allocation.id[:8],
             "NOMAD_ALLOC_NAME": f"{self.job}.{self.group}[0]",
@@ -1210,14 +1215,12 @@ class Task:
         }
         if resources.memory_max > 0:
             env["NOMAD_MEMORY_MAX_LIMIT"] = str(resources.memory_max)
-        if resources.cores:
-            env["NOMAD_CPU_CORES"] = ",".join(map(str, resources.cores))
         for key, value in self.meta.items():
             env[f"NOMAD_META_{key}"] = env[f"NOMAD_META_{key.upper()}"] = value
         for label, port in resources.ports.items():
             env |= _port_env(re.sub(r"\W", "_", label), port)
         known = {**_node_variables(self.meta), **env}
-        return env | {key: interpolate(value, known) for key, value in self.user_env.items()}
+        return env | {key: interpolate(value, known, strict=False) for key, value in self.user_env.items()}
 
     @property
     def variables(self) -> dict[str, str]:
