@@ -248,8 +248,12 @@ class ProcessId:
                 await wait_readable(fd)
             finally:
                 os.close(fd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, os.WNOHANG)
+        if self.pid > 0:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)
+
+
+NO_PROCESS = ProcessId(0, 0)
 
 
 def read_stat(pid: int | str) -> list[str] | None:
@@ -280,19 +284,19 @@ async def wait_readable(fd: int) -> None:
         loop.remove_reader(fd)
 
 
-def start_process(
-    argv: Sequence[str], *, environ: Mapping[str, str], stdout: int, stderr: int, cwd: str = "/"
-) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own with /dev/null as stdin; it is reaped through its pidfd."""
-    return subprocess.Popen(
+def start_process(argv: Sequence[str], *, environ: Mapping[str, str], stdout: int, stderr: int) -> ProcessId:
+    """Start a process in a session of its own with /dev/null as stdin; ProcessId.wait reaps it."""
+    process = subprocess.Popen(
         argv,
         env=dict(environ),
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
-        cwd=cwd,
+        cwd="/",
         start_new_session=True,
     )
+    process.returncode = 0  # keeps subprocess from reaping it, too
+    return ProcessId.of(process.pid) or ProcessId(process.pid, 0)
 
 
 def run(argv: Sequence[str], *, timeout: float) -> str:
@@ -1555,7 +1559,7 @@ def open_log(path: str) -> int:
     return fd
 
 
-def start_keeper(plan: Plan, state_dir: Path, logs: Sequence[int]) -> subprocess.Popen[bytes]:
+def start_keeper(plan: Plan, state_dir: Path, logs: Sequence[int]) -> ProcessId:
     environ = {
         **plan.environ,
         "PATH": SAFE_PATH,
@@ -1712,6 +1716,15 @@ class Task:
         self.watcher = asyncio.create_task(self.watch())
 
     async def watch(self) -> None:
+        try:
+            self.exit = await self.wait_end()
+        except Exception as error:  # whoever waits for the task must not wait for ever
+            self.log.error("the task cannot be watched", error=repr(error))
+            self.exit = Exit(1, error=f"the task was lost: {error}", at=time.time())
+        self.ended.set()
+        self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
+
+    async def wait_end(self) -> Exit:
         """Wait for the end, make sure nothing is left running, and work out how it ended."""
         state = self.state
         await state.keeper.wait()
@@ -1719,27 +1732,19 @@ class Task:
         if record is None and state.leader and state.leader.is_alive:
             self.log.warn("the keeper was killed; the container runs on, its exit code will not be known")
             await state.leader.wait()
-        if state.leader and state.leader.send(signal.SIGKILL):  # nspawn was killed and left its payload
-            await state.leader.wait()
-        for pid in read_cgroup_pids(state.cgroup):  # without a keeper nspawn may still be cleaning up
-            last = ProcessId.of(pid)
-            if last:
-                await last.wait()
+        if state.leader:
+            state.leader.send(signal.SIGKILL)  # if it is still there, nspawn was killed
+        await wait_processes(state)  # without a keeper nspawn may still be cleaning up
         lines = read_nspawn_log(state.directory)
         reason = read_text(state.directory / "reason")
         if record is None:
             lost = "the container's keeper was killed, so the exit code is not known"
-            record = Record(1, False, time.time())
-            self.exit = replace(
-                explain_exit(state.mode, record, lines, reason or lost, self.sent), code=1, signal=0
-            )
-        else:
-            self.exit = explain_exit(state.mode, record, lines, reason, self.sent)
-        if self.exit.code == 1 and not self.exit.error and state.mode is not Mode.BOOT:
+            return Exit(1, error=reason or lost, at=time.time())
+        exit = explain_exit(state.mode, record, lines, reason, self.sent)
+        if exit.code == 1 and not exit.error and state.mode is not Mode.BOOT:
             known = find_message(lines)  # nspawn enters the directory after it has said READY
-            self.exit = replace(self.exit, error=str(known) if known else self.explain_command())
-        self.ended.set()
-        self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
+            exit = replace(exit, error=str(known) if known else self.explain_command())
+        return exit
 
     def explain_command(self) -> str:
         """Say that the command could not be executed, if that is why it ended with 1.
@@ -1794,7 +1799,8 @@ class Task:
                 f"killed: it did not end within its kill_timeout of {timeout:g} s after {render_signal(number)}"
             )
             self.events.emit(self.state, f"The task was {reason}.")
-            write_file(self.state.directory / "reason", reason)
+            with contextlib.suppress(OSError):  # destroyed meanwhile
+                write_file(self.state.directory / "reason", reason)
         await self.kill()
 
     async def kill(self) -> None:
@@ -1805,8 +1811,7 @@ class Task:
         if state.leader and await self.wait(END_LIMIT):
             return
         self.log.warn("killing systemd-nspawn and the keeper too: they did not end with the payload")
-        kill_cgroup(state.cgroup)
-        kill_session(state.keeper)
+        kill_processes(state)
         if not await self.wait(END_LIMIT):
             raise HostError(f"the container {state.machine} cannot be killed: a process of it hangs in the kernel")
 
@@ -1844,11 +1849,24 @@ def read_inner_pid(pid: int) -> int:
     return int(match[1]) if match else 0
 
 
-def kill_session(process: ProcessId) -> None:
-    """Kill the keeper with nspawn and all else in its process group; the payload has sessions of its own."""
-    if process.is_alive:
+def kill_processes(state: State) -> None:
+    """Kill all there is of a task. Without cgroup.kill: the keeper's process group, where nspawn is too, and the
+    leader, with which the container's process namespace ends."""
+    kill_cgroup(state.cgroup)
+    if state.keeper.is_alive:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(state.keeper.pid, signal.SIGKILL)
+    if state.leader:
+        state.leader.send(signal.SIGKILL)
+
+
+async def wait_processes(state: State) -> None:
+    """Return when no process of a task is left."""
+    inside = [state.keeper, state.leader or NO_PROCESS]
+    while inside:
+        for process in inside:
+            await process.wait()
+        inside = [found for pid in read_cgroup_pids(state.cgroup) if (found := ProcessId.of(pid))]
 
 
 def remove_leftovers(state: State) -> None:
@@ -1893,40 +1911,51 @@ class Start:
         self.plan = plan
         self.events = events
         self.task = task
-        self.directory = state_directory(plan.task_id)
-        self.began = time.time()
+        self.state = State(
+            task_id=plan.task_id,
+            machine=plan.machine,
+            mode=plan.mode,
+            cgroup=plan.cgroup,
+            boot_id=read_boot_id(),
+            keeper=NO_PROCESS,
+            leader=None,
+            started_at=time.time(),
+            search_path=plan.search_path,
+            command=plan.command,
+            image=str(plan.image.path),
+            mounts=plan.mounts,
+        )
+        self.directory = self.state.directory
 
     async def run(self) -> Task:
         """Start the container and return when it is up; leave nothing behind when that fails."""
-        state: State | None = None
         try:
-            state = await self.start()
+            self.prepare()
+            with contextlib.ExitStack() as stack:
+                notify = stack.enter_context(self.listen())
+                logs = []
+                for path in (self.plan.stdout_path, self.plan.stderr_path):
+                    logs.append(open_log(path))
+                    stack.callback(os.close, logs[-1])
+                self.save(keeper=start_keeper(self.plan, self.directory, logs))
+                leader = await self.wait_ready(notify)
+                snapshot = read_snapshot(leader.pid, self.plan.image.path) if self.plan.is_ephemeral else ""
+                self.save(leader=leader, snapshot=snapshot, uid_base=read_uid_base(leader.pid))
+                give_logs(logs, self.state.uid_base)
         except BaseException:
             await self.abandon()
             raise
-        return Task(state, self.events)
-
-    async def start(self) -> State:
-        self.prepare()
-        with self.listen() as notify:
-            logs = [open_log(path) for path in (self.plan.stdout_path, self.plan.stderr_path)]
-            try:
-                keeper = start_keeper(self.plan, self.directory, logs)
-                state = self.first_state(keeper)
-                write_file(self.directory / "state.json", state.render())
-                leader = await self.wait_ready(notify, state)
-                state = self.final_state(state, leader)
-                give_logs(logs, state.uid_base)
-            finally:
-                for fd in logs:
-                    os.close(fd)
-        write_file(self.directory / "state.json", state.render())
         remove_settings(self.plan.machine)  # nspawn has read it: the values need not stay on disk
-        return state
+        return Task(self.state, self.events)
+
+    def save(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+        write_file(self.directory / "state.json", self.state.render())
 
     def prepare(self) -> None:
         STATE_ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory.mkdir(mode=0o700)
+        self.save()  # before the first process: whatever dies from here on, the id alone leads to the cgroup
         (self.directory / "nspawn.log").touch(mode=0o600)
         if self.plan.cgroup:
             Path(self.plan.cgroup, "keeper").mkdir(parents=True, exist_ok=True)
@@ -1936,37 +1965,17 @@ class Start:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[socket.socket]:
-        path = self.directory / "notify"
-        with socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        ) as notify:
-            notify.bind(str(path))  # inside a directory of root's alone: no one else can send to it
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        with socket.socket(socket.AF_UNIX, kind) as notify:
+            notify.bind(str(self.directory / "notify"))  # in a directory of root's alone: no one else can send
             try:
                 yield notify
             finally:
-                path.unlink(missing_ok=True)
+                (self.directory / "notify").unlink(missing_ok=True)
 
-    def first_state(self, keeper: subprocess.Popen[bytes]) -> State:
-        process = ProcessId.of(keeper.pid) or ProcessId(keeper.pid, 0)
-        keeper.returncode = 0  # reaped through its pidfd (ProcessId.wait), not by subprocess
-        return State(
-            task_id=self.plan.task_id,
-            machine=self.plan.machine,
-            mode=self.plan.mode,
-            cgroup=self.plan.cgroup,
-            boot_id=read_boot_id(),
-            keeper=process,
-            leader=None,
-            started_at=self.began,
-            search_path=self.plan.search_path,
-            command=self.plan.command,
-            image=str(self.plan.image.path),
-            mounts=self.plan.mounts,
-        )
-
-    async def wait_ready(self, notify: socket.socket, state: State) -> ProcessId:
+    async def wait_ready(self, notify: socket.socket) -> ProcessId:
         """Return the leader when nspawn says READY; raise what went wrong when it ends before that."""
-        ended = asyncio.create_task(state.keeper.wait())
+        ended = asyncio.create_task(self.state.keeper.wait())
         try:
             leader = await asyncio.wait_for(self.read_ready(notify, ended), START_LIMIT)
         except asyncio.TimeoutError:
@@ -2008,26 +2017,11 @@ class Start:
         what = "copying the image, as ephemeral asks for" if self.plan.is_ephemeral else "setting up the container"
         self.events.emit(self.task, f"Still starting after {SLOW_START:g} s: systemd-nspawn is {what}.")
 
-    def final_state(self, state: State, leader: ProcessId) -> State:
-        return replace(
-            state,
-            leader=leader,
-            snapshot=read_snapshot(leader.pid, self.plan.image.path) if self.plan.is_ephemeral else "",
-            uid_base=read_uid_base(leader.pid),
-        )
-
     async def abandon(self) -> None:
         """Kill and remove what a failed start has left."""
-        state = read_state(self.directory)
-        if state:
-            kill_cgroup(state.cgroup)
-            kill_session(state.keeper)
-            await state.keeper.wait()
-            remove_leftovers(state)
-        else:
-            remove_settings(self.plan.machine)
-            remove_cgroup(self.plan.cgroup)
-            remove_tree(self.directory)
+        kill_processes(self.state)
+        await wait_processes(self.state)
+        remove_leftovers(self.state)
 
 
 def read_notifications(notify: socket.socket) -> Iterator[str]:
