@@ -241,6 +241,10 @@ class _Mismatch(Exception):
     """A value that cannot become the wanted type; the text ends the client's sentence."""
 
 
+class _BadText(_Mismatch):
+    """Text that is no number or bool; unlike for a wrong type, the client does not say where it is."""
+
+
 def decode_config(
     spec: hcl_spec_pb2.Spec, body: str | Mapping[str, Any], variables: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
@@ -288,11 +292,12 @@ class _Decoder:
         self.problems: list[str] = []
 
     def body(self, spec: hcl_spec_pb2.Spec, content: Mapping[str, Any]) -> Any:
+        value = self.decode(spec, content, "")
         known = _names(spec, "")
         for key in content:
             if key not in known:
                 self.problems.append(f'Invalid label: No argument or block type is named "{key}".')
-        return self.decode(spec, content, "")
+        return value
 
     def decode(self, spec: hcl_spec_pb2.Spec, content: Mapping[str, Any], implied: str) -> Any:
         kind = spec.WhichOneof("block")
@@ -430,19 +435,27 @@ def convert(value: Any, kind: str) -> Any:
         return _primitive(value, kind) if "(" not in kind else _untyped(value)
     outer, inner = kind[:-1].split("(", 1)
     if outer in ("list", "set") and isinstance(value, list):
-        return [_element(f"element {index}", item, inner, kind) for index, item in enumerate(value)]
+        return [_element(f"element {index}", item, inner) for index, item in enumerate(value)]
     if outer == "map" and isinstance(value, Mapping):
-        return {key: _element(f'element "{key}"', item, inner, kind) for key, item in value.items()}
-    raise _Mismatch(f"{_friendly(kind)} required")
+        return {key: _element(f'element "{key}"', item, inner) for key, item in value.items()}
+    collection = isinstance(value, (list, Mapping))
+    raise _Mismatch(f"{_friendly(kind)} required" if collection else _wrong_type(kind, value))
 
 
-def _element(where: str, item: Any, inner: str, kind: str) -> Any:
+def _element(where: str, item: Any, inner: str) -> Any:
     try:
         return convert(item, inner)
+    except _BadText:
+        raise
     except _Mismatch as error:
-        # cty names the element only where the kind of value is right and its content is not
-        shape = "(" in inner and not isinstance(item, (list, Mapping))
-        raise _Mismatch(f"{_friendly(kind)} required" if shape else f"{where}: {error}") from error
+        raise _Mismatch(f"{where}: {error}") from error
+
+
+def _wrong_type(kind: str, value: Any) -> str:
+    names = ((bool, "bool"), (str, "string"), ((int, float), "number"), (list, "tuple"), (Mapping, "object"))
+    return (
+        f"{_friendly(kind)} required, but have {next(name for types, name in names if isinstance(value, types))}"
+    )
 
 
 def _untyped(value: Any) -> Any:
@@ -467,8 +480,9 @@ def _primitive(value: Any, kind: str) -> Any:
         return wire_number(int(number) if number == number.to_integral_value() else float(number))
     if kind not in ("string", "bool", "number"):
         raise AgentError(f'the schema names an unknown type "{kind}"')
-    article = "a " if isinstance(value, str) else ""
-    raise _Mismatch(f"{article}{kind} is required" if article else f"{kind} required")
+    if isinstance(value, str):
+        raise _BadText(f"a {kind} is required")
+    raise _Mismatch(_wrong_type(kind, value))
 
 
 def _friendly(kind: str) -> str:
