@@ -99,10 +99,13 @@ class ConfigError(DriverError):
     def __init__(self, option: str, value: object, rule: str, remedy: str = "") -> None:
         self.option = option
         shown = json.dumps(value, ensure_ascii=False, default=str)
-        if len(shown) > 200:
-            shown = shown[:200] + "…"
-        text = f"{option} = {shown}: {rule}"
+        text = f"{cut(option)} = {cut(shown)}: {rule}"
         super().__init__(f"{text}; {remedy}" if remedy else text)
+
+
+def cut(text: str, length: int = 200) -> str:
+    """Shorten what a job says, for a sentence."""
+    return text if len(text) <= length else text[:length] + "…"
 
 
 class HostError(DriverError):
@@ -135,7 +138,7 @@ class Unsupported(DriverError):
 # =====================================================================================================
 
 LEVELS = ("trace", "debug", "info", "warn", "error")
-MAX_LINE = 32 << 10  # go-plugin cuts lines at 64 KiB, and Nomad 0.10 stops reading the log there
+MAX_LINE = 48 << 10  # go-plugin cuts lines at 64 KiB, and Nomad 0.10 stops reading the log there
 
 
 def render_log(level: str, message: str, values: Mapping[str, object], now: datetime.datetime) -> bytes:
@@ -149,11 +152,10 @@ def render_log(level: str, message: str, values: Mapping[str, object], now: date
     }
     for key, value in values.items():
         entry[key.lstrip("@") or "value"] = value if isinstance(value, str) else repr(value)
-    longest = max((len(text) for text in entry.values()), default=0)
-    line = json.dumps(entry)
-    if len(line) > MAX_LINE:
-        keep = min(longest, MAX_LINE // (6 * len(entry)))  # a character is at most six bytes of JSON
-        line = json.dumps({key: text[:keep] for key, text in entry.items()})
+    for keep in (MAX_LINE, 2000, 100):  # characters of a text; one can be twelve bytes of JSON
+        line = json.dumps({key[:50]: text[:keep] for key, text in list(entry.items())[:20]})
+        if len(line) < MAX_LINE:
+            break
     return line.encode() + b"\n"
 
 
@@ -531,7 +533,7 @@ def decode_string(name: str, value: object) -> str:
 def decode_number(name: str, value: object) -> int:
     """Numbers that a float cannot hold exactly arrive as strings."""
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             if float(value) == int(float(value)):
                 return int(float(value))
     raise ConfigError(name, value, "must be a whole number")
