@@ -123,6 +123,8 @@ def call(method: Callable[..., T], request: Any, timeout: float | None = None) -
         if failure.code == "DEADLINE_EXCEEDED":
             raise TimeoutError(f"no answer within {timeout} s") from error
         raise failure from error
+    except ValueError as error:  # grpc's word for a channel that is no more
+        raise DriverError("plugin is shut down", None, "UNAVAILABLE") from error
 
 
 # === HCL =====================================================================================================
@@ -1764,6 +1766,7 @@ class NomadAgent:
         # Asking the clouds' metadata services takes seconds where they do not answer, and may fail the agent.
         (self.root / "local.hcl").write_text(
             f"ports {{\n  http = {self.http}\n  rpc = {free_port()}\n  serf = {free_port()}\n}}\n"
+            'advertise {\n  http = "127.0.0.1"\n  rpc = "127.0.0.1"\n  serf = "127.0.0.1"\n}\n'
             'client {\n  options = { "fingerprint.denylist" = "env_aws,env_azure,env_digitalocean,env_gce" }\n}\n'
         )
         self.process: subprocess.Popen[bytes] | None = None
@@ -1816,7 +1819,13 @@ class NomadAgent:
         """SIGINT, as Ctrl-C: with -dev its tasks end first."""
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(60)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AgentError(
+                    f"nomad did not end within 60 s; the end of its log:\n{self.log[-2000:]}"
+                ) from None
 
     def kill(self) -> None:
         """SIGKILL of the agent alone, as a crash."""
