@@ -1,0 +1,1233 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Plan: what is given to systemd-nspawn for a job, and what is made of its last words. No container is started."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import driver
+from driver import (
+    TASK_OPTIONS,
+    CgroupMode,
+    ConfigError,
+    DriverError,
+    Exit,
+    Host,
+    Image,
+    Mode,
+    Mount,
+    Mounts,
+    Plan,
+    ProcessId,
+    Record,
+    State,
+    TaskConfig,
+    TransientError,
+)
+
+ALLOC = "6b1f1c2e-0d3a-4c5e-9f7a-1234567890ab"
+ALLOC_DIR = f"/var/nomad/alloc/{ALLOC}"
+MACHINE = f"web-{ALLOC}"
+HOST = Host(systemd=252, kernel=(6, 1), cgroups=CgroupMode.V2, problems=())
+EXT4 = Mounts((("/", "ext4"),))
+IMAGE = Image(Path("/var/lib/machines/debian"), is_directory=True)
+TASK = TaskConfig(id=f"{ALLOC}/web/0a1b2c3d", name="web", alloc_id=ALLOC, alloc_dir=ALLOC_DIR, options={})
+
+HEAD = (
+    "systemd-nspawn",
+    "--quiet",
+    "--keep-unit",
+    "--register=no",
+    f"--machine={MACHINE}",
+    f"--uuid={ALLOC}",
+    "--directory=/var/lib/machines/debian",
+)
+USERS = ("--private-users=pick", "--private-users-ownership=auto")
+VOLUMES = (
+    f"--bind={ALLOC_DIR}/alloc:/alloc:idmap",
+    f"--bind-ro={ALLOC_DIR}/alloc/logs:/alloc/logs",
+    f"--bind={ALLOC_DIR}/web/local:/local:idmap",
+    f"--bind={ALLOC_DIR}/web/secrets:/secrets:idmap",
+)
+
+
+def decode(options: Mapping[str, object]) -> dict[str, Any]:
+    return driver.decode_options(TASK_OPTIONS, {"image": "debian", **options})
+
+
+def plan(options: Mapping[str, object], task: TaskConfig = TASK, host: Host = HOST, mounts: Mounts = EXT4) -> Plan:
+    return driver.plan_task(task, decode(options), IMAGE, host, mounts)
+
+
+def command(*argv: str, **options: object) -> dict[str, object]:
+    return {"boot": False, "command": list(argv), **options}
+
+
+# -- argv ----------------------------------------------------------------------------------------------------
+
+
+def test_whole_argv() -> None:
+    assert plan({}).argv == (*HEAD, "--boot", "--console=read-only", *USERS, "--network-veth", *VOLUMES)
+
+
+BOOT = ("--boot", "--console=read-only", *USERS, "--network-veth")
+RUN = ("--console=pipe", *USERS, "--network-veth")
+
+# options, arguments between the image and the volumes, arguments after "--"
+GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
+    ({}, BOOT, ()),
+    ({"boot": True}, BOOT, ()),
+    ({"command": ["systemd.unit=rescue.target"]}, BOOT, ("systemd.unit=rescue.target",)),
+    (command("/bin/true"), RUN, ("/bin/true",)),
+    (command("sh", "-c", "echo $HOME; --x"), RUN, ("sh", "-c", "echo $HOME; --x")),
+    (command("--boot", "--"), RUN, ("--boot", "--")),
+    (command("--", "--bind=/:/host"), RUN, ("--", "--bind=/:/host")),
+    (command("a", "", "b c", "d\ne"), RUN, ("a", "", "b c", "d\ne")),
+    (command("a", process_two=True), ("--as-pid2", *RUN), ("a",)),
+    (command("a", process_two=False), RUN, ("a",)),
+    (command("a", user="www-data"), ("--user=www-data", *RUN), ("a",)),
+    (command("a", user="-x y"), ("--user=-x y", *RUN), ("a",)),
+    (command("a", working_directory="/srv/a b"), ("--chdir=/srv/a b", *RUN), ("a",)),
+    (command("a", console="interactive"), ("--console=interactive", *RUN[1:]), ("a",)),
+    (command("a", console="passive"), ("--console=passive", *RUN[1:]), ("a",)),
+    (command("a", console="read-only"), ("--console=read-only", *RUN[1:]), ("a",)),
+    ({"console": "pipe"}, ("--boot", "--console=pipe", *USERS, "--network-veth"), ()),
+    ({"ephemeral": True}, (*BOOT[:2], "--ephemeral", *BOOT[2:]), ()),
+    ({"read_only": True}, (*BOOT[:2], "--read-only", *BOOT[2:]), ()),
+    ({"volatile": "overlay"}, (*BOOT[:2], "--volatile=overlay", *BOOT[2:]), ()),
+    ({"volatile": "no"}, (*BOOT[:2], "--volatile=no", *BOOT[2:]), ()),
+    ({"pivot_root": "/sysroot"}, (*BOOT[:2], "--pivot-root=/sysroot", *BOOT[2:]), ()),
+    ({"pivot_root": "/a:/b"}, (*BOOT[:2], "--pivot-root=/a:/b", *BOOT[2:]), ()),
+    ({"network_veth": False}, BOOT[:-1], ()),
+    ({"resolv_conf": "copy-host"}, (*BOOT, "--resolv-conf=copy-host"), ()),
+    ({"resolv_conf": "off", "network_veth": False}, (*BOOT[:-1], "--resolv-conf=off"), ()),
+    ({"bind": [{"/srv/a": "/b"}]}, (*BOOT, "--bind=/srv/a:/b"), ()),
+    (
+        {"bind": [{"/z": "/1", "/a": "/2"}, {"/m": "/3"}]},
+        (*BOOT, "--bind=/z:/1", "--bind=/a:/2", "--bind=/m:/3"),
+        (),
+    ),
+    ({"bind": [{"/a:b": "/c:idmap"}]}, (*BOOT, r"--bind=/a\:b:/c\:idmap"), ()),
+    ({"bind": [{"/a\\": "/c\\:d"}]}, (*BOOT, r"--bind=/a\\:/c\\\:d"), ()),
+    ({"bind_read_only": [{"/etc/ssl": "/etc/ssl"}]}, (*BOOT, "--bind-ro=/etc/ssl:/etc/ssl"), ()),
+    (
+        {"bind_read_only": [{"/a": "/b"}], "bind": [{"/c": "/d"}]},
+        (*BOOT, "--bind=/c:/d", "--bind-ro=/a:/b"),
+        (),
+    ),
+    (
+        command(
+            "a",
+            process_two=True,
+            user="nobody",
+            working_directory="/srv",
+            console="pipe",
+            ephemeral=True,
+            read_only=True,
+            pivot_root="/a",
+            network_veth=False,
+            resolv_conf="auto",
+            bind=[{"/c": "/d"}],
+            bind_read_only=[{"/e": "/f"}],
+        ),
+        (
+            "--as-pid2",
+            "--user=nobody",
+            "--chdir=/srv",
+            "--console=pipe",
+            "--ephemeral",
+            "--read-only",
+            "--pivot-root=/a",
+            *USERS,
+            "--resolv-conf=auto",
+            "--bind=/c:/d",
+            "--bind-ro=/e:/f",
+        ),
+        ("a",),
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "middle", "after"), GOLDEN)
+def test_argv(options: dict[str, object], middle: tuple[str, ...], after: tuple[str, ...]) -> None:
+    expected = (*HEAD, *middle, *VOLUMES, *(("--", *after) if after else ()))
+    assert plan(options).argv == expected
+    assert plan(dict(reversed(options.items()))).argv == expected
+
+
+def test_argv_without_user_namespace() -> None:
+    argv = plan({"user_namespacing": False}).argv
+    assert argv == (
+        *HEAD,
+        "--boot",
+        "--console=read-only",
+        "--network-veth",
+        *(volume.removesuffix(":idmap") for volume in VOLUMES),
+    )
+
+
+@pytest.mark.parametrize("systemd", [249, 252, 260])
+def test_no_new_argument_for_old_systemd(systemd: int) -> None:
+    assert plan({}, host=replace(HOST, systemd=systemd)).argv == plan({}).argv
+
+
+@pytest.mark.parametrize("systemd", [261, 262])
+def test_new_systemd_is_silenced(systemd: int) -> None:
+    argv = plan({}, host=replace(HOST, systemd=systemd)).argv
+    assert argv == (*HEAD[:6], "--restrict-address-families=", *HEAD[6:], *BOOT, *VOLUMES)
+
+
+def test_volatile_on_new_systemd() -> None:
+    argv = plan({"volatile": "yes"}, host=replace(HOST, systemd=257)).argv
+    assert argv == (*HEAD, *BOOT[:2], "--volatile=yes", *BOOT[2:], *VOLUMES)
+
+
+@pytest.mark.parametrize(
+    ("alloc_id", "argument"),
+    [
+        (ALLOC, f"--uuid={ALLOC}"),
+        (ALLOC.replace("-", "").upper(), f"--uuid={ALLOC.replace('-', '').upper()}"),
+        ("not-a-uuid", ""),
+        (f"{ALLOC}\n", ""),
+        (f"x{ALLOC}", ""),
+    ],
+)
+def test_machine_id(alloc_id: str, argument: str) -> None:
+    argv = plan({}, task=replace(TASK, alloc_id=alloc_id)).argv
+    assert [word for word in argv if word.startswith("--uuid")] == ([argument] if argument else [])
+
+
+def test_image_file() -> None:
+    image = Image(Path("/var/lib/machines/debian.raw"), is_directory=False)
+    argv = driver.plan_task(TASK, decode({}), image, HOST, EXT4).argv
+    assert "--image=/var/lib/machines/debian.raw" in argv
+    assert not any(word.startswith("--directory") for word in argv)
+
+
+@pytest.mark.parametrize(
+    ("options", "user", "argument"),
+    [
+        (command("a"), "www-data", "--user=www-data"),
+        (command("a", user="root"), "www-data", "--user=root"),
+        (command("a"), "", None),
+        ({}, "www-data", None),
+    ],
+)
+def test_task_user(options: dict[str, object], user: str, argument: str | None) -> None:
+    """Nomad's `user` is whom the command runs as; the init of a booted system stays root."""
+    argv = plan(options, task=replace(TASK, user=user)).argv
+    assert next((word for word in argv if word.startswith("--user=")), None) == argument
+
+
+def test_ports() -> None:
+    task = replace(TASK, ports={"http": 20080, "unused": 1, "dns": 20053})
+    argv = plan({"port_map": [{"dns": 53, "http": 80}]}, task=task).argv
+    assert argv == (*HEAD, *BOOT, "--port=tcp:20053:53", "--port=tcp:20080:80", *VOLUMES)
+
+
+@pytest.mark.parametrize(
+    ("ports", "known"), [({}, "the labels are none"), ({"a": 1, "b": 2}, "the labels are a, b")]
+)
+def test_port_without_label(ports: dict[str, int], known: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan({"port_map": [{"http": 80}]}, task=replace(TASK, ports=ports))
+    rule = "no port of this label in the group's or task's network block"
+    assert str(caught.value) == f"port_map.http = 80: {rule}; {known}"
+
+
+def test_rules_are_checked() -> None:
+    with pytest.raises(ConfigError, match="cannot be combined with boot"):
+        plan({"process_two": True})
+
+
+def test_hybrid_cgroups_need_a_switch() -> None:
+    switch = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
+    assert plan({}, host=replace(HOST, cgroups=CgroupMode.HYBRID)).environ == switch
+    assert plan({}, host=replace(HOST, cgroups=CgroupMode.V1)).environ == {}
+    assert plan({}).environ == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "filtered"),
+    [({}, True), ({"console": "pipe"}, False), ({"console": "passive"}, True), (command("a"), False)],
+)
+def test_only_consoles_of_booted_systems_are_filtered(options: dict[str, object], filtered: bool) -> None:
+    assert plan(options).wants_filter is filtered
+
+
+def test_rest_of_the_plan() -> None:
+    task = replace(TASK, stdout_path="/o", stderr_path="/e", env={"PATH": "/x", "A-B": "", "1": ""})
+    found = plan(command("a", "b", ephemeral=True, environment=[{"PATH": "/y"}]), task=task)
+    assert found.task_id == TASK.id
+    assert found.machine == MACHINE
+    assert found.mode is Mode.COMMAND
+    assert found.command == ("a", "b")
+    assert found.search_path == "/x"
+    assert (found.stdout_path, found.stderr_path) == ("/o", "/e")
+    assert found.is_ephemeral
+    assert found.cgroup == f"/sys/fs/cgroup/nomad.slice/share.slice/{ALLOC}.web.scope"
+    assert found.notes == tuple(
+        f"The variable {name!r} is not passed on: systemd-nspawn accepts letters, digits and underscores only."
+        for name in ("1", "A-B")
+    )
+    assert plan(command("a")).search_path == driver.DEFAULT_PATH
+
+
+# Names of arguments that a plan may have. A job can fill in values, and choose among these, nothing else.
+ARGUMENTS = set(
+    """
+    --quiet --keep-unit --boot --as-pid2 --ephemeral --read-only --network-veth --register= --machine= --uuid=
+    --restrict-address-families= --directory= --image= --user= --chdir= --console= --volatile= --pivot-root=
+    --private-users= --private-users-ownership= --resolv-conf= --bind= --bind-ro= --port= --settings= --setenv=
+    """.split()  # noqa: SIM905 # a list of words reads better
+)
+
+
+def check_structure(found: Plan, options: Mapping[str, Any]) -> None:
+    assert found.argv[0] == "systemd-nspawn"
+    before, after = found.argv[1:], tuple(options.get("command") or ())
+    if after:
+        place = found.argv.index("--")  # the first one is ours: nothing before may be equal to it
+        before, rest = found.argv[1:place], found.argv[place + 1 :]
+        assert rest == after
+    for word in before:
+        assert word.startswith("--")
+        name, equals, _ = word.partition("=")
+        assert name + equals in ARGUMENTS
+    assert not any("\0" in word for word in found.argv)
+    for once in ("--register=no", "--keep-unit", f"--machine={found.machine}"):
+        assert found.argv.count(once) == 1
+        assert sum(word.split("=")[0] == once.split("=")[0] for word in before) == 1
+
+
+words = st.one_of(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20),
+    st.sampled_from(
+        ["--", "-x", "--bind=/:/host", "--capability=all", "a --boot", "\n--settings=yes", "=", ":", "'"]
+    ),
+)
+paths = words.filter(lambda text: ".." not in text).map(lambda text: "/" + text)
+binds = st.lists(st.dictionaries(paths, paths, max_size=3), max_size=2)
+names = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,9}\Z") | st.sampled_from(["LD_PRELOAD", "PATH", "TERM"])
+valid_options = st.fixed_dictionaries(
+    {"image": words.filter(bool), "boot": st.booleans(), "command": st.lists(words, min_size=1, max_size=3)},
+    optional={
+        "user": words,
+        "working_directory": paths,
+        "environment": st.lists(st.dictionaries(names, words, max_size=3), max_size=2),
+        "console": st.sampled_from([None, "", "interactive", "read-only", "passive", "pipe"]),
+        "ephemeral": st.booleans(),
+        "read_only": st.booleans(),
+        "volatile": st.sampled_from([None, "no"]),
+        "pivot_root": paths.map(lambda path: path.replace(":", "")),
+        "user_namespacing": st.booleans(),
+        "network_veth": st.just(True),
+        "port_map": st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(1, 65535)), max_size=2),
+        "resolv_conf": st.sampled_from(driver.RESOLV_CONF),
+        "bind": binds,
+        "bind_read_only": binds,
+    },
+)
+valid_tasks = st.builds(
+    TaskConfig,
+    id=words,
+    name=words.filter(bool),
+    alloc_id=words.filter(bool) | st.just(ALLOC),
+    alloc_dir=paths,
+    options=st.just({}),
+    user=words,
+    env=st.dictionaries(words, words, max_size=3),
+    cgroup=words | st.just("/sys/fs/cgroup/nomad.slice/x.scope"),
+    ports=st.just({"a": 1, "b": 2, "c": 3}),
+    mounts=st.lists(
+        st.builds(Mount, paths, paths, st.booleans(), st.sampled_from(["", "private"])), max_size=2
+    ).map(tuple),
+)
+
+
+@given(valid_options, valid_tasks)
+@settings(deadline=None, max_examples=200)
+def test_valid_options_become_a_plan(options: dict[str, Any], task: TaskConfig) -> None:
+    found = plan(options, task=task)
+    check_structure(found, options)
+    assert plan(options, task=task) == found
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from([option.name for option in TASK_OPTIONS]) | words, anything, max_size=4),
+    st.dictionaries(st.text(), st.text(), max_size=3),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_options_become_a_plan_or_a_sentence(options: dict[str, Any], env: dict[str, str]) -> None:
+    try:
+        found = plan(options, task=replace(TASK, env=env))
+    except DriverError as error:
+        assert str(error)
+    else:
+        check_structure(found, options)
+
+
+# -- machine names -------------------------------------------------------------------------------------------
+
+# nspawn's rule, on all versions: else "Invalid machine name"
+MACHINE_NAME = re.compile(r"(?=.{1,64}\Z)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+task_names = st.text(st.characters(exclude_characters="/\\\0", exclude_categories=["Cs"]), min_size=1) | (
+    st.text("ab-_.", min_size=1)
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "alloc_id", "machine"),
+    [
+        ("web", ALLOC, f"web-{ALLOC}"),
+        ("a" * 27, ALLOC, f"{'a' * 27}-{ALLOC}"),
+        ("a" * 28, ALLOC, f"{'a' * 20}-9c547c-{ALLOC}"),
+        ("web_1", ALLOC, f"web-1-c703c3-{ALLOC}"),
+        ("web-1", ALLOC, f"web-1-{ALLOC}"),
+        ("web.1", ALLOC, f"web-1-f20595-{ALLOC}"),
+        ("-", ALLOC, f"3973e0-{ALLOC}"),
+        ("web", "", "web-alloc"),
+        ("web", "../../x", "web-x"),
+    ],
+)
+def test_machine_name(name: str, alloc_id: str, machine: str) -> None:
+    assert driver.plan_machine(name, alloc_id) == machine
+
+
+@given(task_names, st.just(ALLOC) | st.text(st.characters(exclude_categories=["Cs"])))
+@example("-" * 100, "-")
+@example("é" * 100, ALLOC)
+@example("a" * 20 + "-" * 20, ALLOC)
+def test_any_task_has_a_valid_machine_name(name: str, alloc_id: str) -> None:
+    machine = driver.plan_machine(name, alloc_id)
+    assert MACHINE_NAME.fullmatch(machine)
+    assert ".." not in machine
+
+
+@given(st.sets(task_names, min_size=2, max_size=8))
+@example({"web_1", "web-1", "web.1", "web 1", "web--1"})
+@example({"a" * 27, "a" * 28, "a" * 29})
+@example({"-", "_", ".", "--"})
+def test_tasks_of_an_allocation_have_different_machine_names(distinct: set[str]) -> None:
+    machines = {driver.plan_machine(name, ALLOC) for name in distinct}
+    assert len(machines) == len(distinct)
+
+
+@given(task_names)
+def test_machine_name_holds_the_whole_allocation_id(name: str) -> None:
+    assert driver.plan_machine(name, ALLOC).endswith(f"-{ALLOC}")
+
+
+# -- environment ---------------------------------------------------------------------------------------------
+
+EXACT = [
+    "",
+    "plain",
+    " two  blanks\tand a tab ",
+    'double " quote',
+    "single ' quote",
+    "'",
+    "''",
+    "'\"'\"'",
+    "back\\slash \\n \\x41 \\",
+    "$HOME ${PATH} $$ %h %%",
+    "# ; = [Exec]",
+    "ünïcödé 😀",
+    "\x01\x1b[31m\x7f",
+    "a=b=c",
+]
+
+
+def read_settings(text: str) -> dict[str, str]:
+    """Read [Exec] Environment= as systemd does: lines end at LF, CR or NUL, quotes and backslashes as in sh."""
+    lines = re.split(r"[\n\r\0]", text)
+    assert lines[0] == "[Exec]"
+    assert lines[-1] == ""
+    found: dict[str, str] = {}
+    for line in lines[1:-1]:
+        key, _, words = line.partition("=")
+        assert key == "Environment"
+        name, equals, value = "".join(unquote(words)).partition("=")
+        assert equals
+        assert name not in found
+        found[name] = value
+    return found
+
+
+def unquote(text: str) -> Sequence[str]:
+    """Return the parts of the one word in `text`; unquoted blanks would make it two."""
+    parts = []
+    while text:
+        match = re.match(r"""'([^']*)'|"([^"\\]*)"|([^\s'"\\])""", text)
+        assert match, text
+        parts.append(next(group for group in match.groups() if group is not None))
+        text = text[match.end() :]
+    return parts
+
+
+@pytest.mark.parametrize("value", EXACT)
+def test_settings_keep_every_byte(value: str) -> None:
+    environment = driver.plan_environment({"A": value})
+    assert environment.settings is not None
+    assert read_settings(environment.settings) == {"A": value}
+    assert (environment.argv, environment.environ, environment.dropped) == ((), {}, ())
+
+
+def test_settings_text() -> None:
+    variables = {"B": "it's \\ $x", "A": '"'}
+    assert driver.plan_environment(variables).settings == (
+        "[Exec]\nEnvironment='A=\"'\nEnvironment='B=it'\"'\"'s \\ $x'\n"
+    )
+
+
+def test_no_variables() -> None:
+    assert driver.plan_environment({}) == driver.Environment("[Exec]\n")
+
+
+values = st.text(st.characters(exclude_categories=["Cs"])) | st.text("a'\"\\ \n\r\0=[]\t$%")
+
+
+@given(st.dictionaries(names | values, values))
+@settings(deadline=None)
+@example({"A": "x\0Bind=/:/host\0Environment=B='"})
+@example({"A": "x\r[Files]\rBind=/:/host"})
+@example({"A": "x'\n[Files]\nBind=/:/host"})
+def test_environment_arrives_exactly(variables: dict[str, str]) -> None:
+    """And nothing else does: a line of its own in the settings file could open the host to the container."""
+    try:
+        environment = driver.plan_environment(variables)
+    except ConfigError:
+        # an environment cannot hold a NUL character; everything else has to arrive
+        assert any("\0" in value for value in variables.values())
+        return
+    kept = {name: value for name, value in variables.items() if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)}
+    assert set(environment.dropped) == set(variables) - set(kept)
+    if environment.settings is not None:
+        assert (environment.argv, environment.environ) == ((), {})
+        assert read_settings(environment.settings) == kept
+        return
+    assert environment.argv[0] == "--settings=no"
+    arrived = {}
+    for argument in environment.argv[1:]:
+        name, equals, value = argument.removeprefix("--setenv=").partition("=")
+        arrived[name] = value if equals else environment.environ[name]
+    assert arrived == kept
+    assert "\0" not in "".join((*environment.argv, *environment.environ.values()))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+@pytest.mark.parametrize("value", EXACT)
+def test_a_line_end_sends_all_another_way(value: str, end: str) -> None:
+    environment = driver.plan_environment({"A": value, "KEY": f"a{end}b", "LD_PRELOAD": "/x.so", "1": "b"})
+    assert environment == driver.Environment(
+        settings=None,
+        argv=("--settings=no", "--setenv=A", "--setenv=KEY", "--setenv=LD_PRELOAD=/x.so"),
+        environ={"A": value, "KEY": f"a{end}b"},
+        dropped=("1",),
+    )
+
+
+# What acts on the loader, libc, systemd, sh and the tools that run as root of the host around the container.
+STEERING = """
+    LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT SYSTEMD_LOG_LEVEL SYSTEMD_NSPAWN_LOCK SYSTEMD_NSPAWN_UNIFIED_HIERARCHY
+    LISTEN_FDS LISTEN_PID NOTIFY_SOCKET WATCHDOG_USEC GCONV_PATH GLIBC_TUNABLES MALLOC_CHECK_ LC_ALL LANG LANGUAGE
+    LOCPATH NLSPATH TZ TZDIR RES_OPTIONS LOCALDOMAIN HOSTALIASES RESOLV_HOST_CONF DBUS_SYSTEM_BUS_ADDRESS
+    XTABLES_LIBDIR OPENSSL_CONF OPENSSL_MODULES OPENSSL_ENGINES SSL_CERT_FILE SSLKEYLOGFILE PATH HOME TMPDIR TMP
+    TEMP TERM COLORTERM NO_COLOR USER LOGNAME SHELL CONTAINER container INVOCATION_ID JOURNAL_STREAM
+    CREDENTIALS_DIRECTORY XDG_RUNTIME_DIR LIBMOUNT_FSTAB LIBMOUNT_DEBUG BLKID_FILE ENV BASH_ENV IFS PS4 PWD CDPATH
+    POSIXLY_CORRECT PYTHONPATH PYTHONSTARTUP PERL5LIB ld_preload _ OPTIND
+""".split()  # noqa: SIM905 # a list of words reads better
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_steering_names_never_reach_nspawn(name: str) -> None:
+    environment = driver.plan_environment({name: "value", "KEY": "a\nb"})
+    assert name not in environment.environ
+    assert f"--setenv={name}=value" in environment.argv
+
+
+def test_names_the_keeper_uses_never_reach_it() -> None:
+    """sh passes on what it assigns to an imported variable: the payload would get the keeper's value."""
+    assigned = set(re.findall(r"\b([A-Za-z_]\w*)=", driver.KEEPER))
+    assigned |= {name for line in re.findall(r"\bread -r ([\w ]+)", driver.KEEPER) for name in line.split()}
+    assert {"status", "populated"} <= assigned
+    environment = driver.plan_environment({**{name: "x" for name in assigned}, "KEY": "a\nb"})
+    assert assigned & set(environment.environ) == set()
+
+
+@given(st.dictionaries(names, values.filter(lambda text: "\0" not in text), min_size=1))
+@settings(deadline=None)
+def test_only_steering_values_are_on_the_command_line(variables: dict[str, str]) -> None:
+    environment = driver.plan_environment({**variables, "KEY": "a\nb"})
+    for name in variables:
+        if driver.STEERING.match(name):
+            assert name not in environment.environ
+        else:
+            assert f"--setenv={name}" in environment.argv
+
+
+LIMIT = 131072  # MAX_ARG_STRLEN of the kernel: bytes of one string, with the final NUL
+
+
+@pytest.mark.parametrize("other", ["b", "b\nc"])
+@pytest.mark.parametrize(("name", "letter"), [("A", "a"), ("A", "é"), ("NAME", "a")])
+def test_largest_variable(name: str, letter: str, other: str) -> None:
+    room = LIMIT - len(name) - 2
+    largest = letter * (room // len(letter.encode()))
+    driver.plan_environment({name: largest, "B": other})
+    with pytest.raises(ConfigError) as caught:
+        driver.plan_environment({name: largest + letter, "B": other})
+    assert str(caught.value) == (
+        f'env = "{name}": a variable may have 128 KiB, this one has 128; '
+        "put the value into a file with a template block"
+    )
+
+
+def test_size_is_said() -> None:
+    with pytest.raises(ConfigError, match="this one has 300;"):
+        driver.plan_environment({"A": "a" * (300 << 10)})
+
+
+def test_largest_environment() -> None:
+    """The kernel takes 2 MiB for arguments and environment together."""
+    variables = {f"A{number}": "a" * 102_394 for number in range(16)}
+    with pytest.raises(ConfigError) as caught:
+        driver.plan_environment(variables)
+    assert str(caught.value) == (
+        'env = "1599 KiB": all variables together may have 1536 KiB; '
+        "put large values into files with template blocks"
+    )
+    del variables["A0"]
+    driver.plan_environment(variables)
+
+
+def test_no_argument_is_too_long_for_the_kernel() -> None:
+    """A steering variable has "--setenv=" before it."""
+    try:
+        environment = driver.plan_environment({"LD_X": "a" * (LIMIT - 6), "B": "b\nc"})
+    except ConfigError:
+        return
+    assert max(len(argument.encode()) + 1 for argument in environment.argv) <= LIMIT
+
+
+def test_nomads_variables_win() -> None:
+    task = replace(TASK, env={"A": "nomad"})
+    found = plan(command("a", environment=[{"A": "job", "B": "job"}]), task=task)
+    assert found.settings == "[Exec]\nEnvironment='A=nomad'\nEnvironment='B=job'\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "lines"),
+    [
+        ({}, {}, "Environment='TERM=dumb'\n"),
+        ({}, {"TERM": "xterm"}, "Environment='TERM=xterm'\n"),
+        ({"environment": [{"TERM": "vt100"}]}, {}, "Environment='TERM=vt100'\n"),
+        (command("a"), {}, ""),
+    ],
+)
+def test_booted_systems_have_no_colours(options: dict[str, object], env: dict[str, str], lines: str) -> None:
+    assert plan(options, task=replace(TASK, env=env)).settings == f"[Exec]\n{lines}"
+
+
+def test_secret_values_are_not_in_argv() -> None:
+    task = replace(TASK, env={"TOKEN": "s3cret", "KEY": "-----BEGIN\ns3cret\n-----END"})
+    found = plan(command("a", environment=[{"PASSWORD": "s3cret"}]), task=task)
+    assert "s3cret" not in " ".join(found.argv)
+    assert found.settings is None
+    assert found.environ == {"TOKEN": "s3cret", "KEY": "-----BEGIN\ns3cret\n-----END", "PASSWORD": "s3cret"}
+
+
+# -- cgroups -------------------------------------------------------------------------------------------------
+
+GIVEN = "/sys/fs/cgroup/nomad.slice/share.slice/a.web.scope"
+OWN = f"nomad.slice/share.slice/{ALLOC}.web.scope"
+
+
+@pytest.mark.parametrize(
+    ("mode", "given_path", "expected"),
+    [
+        (CgroupMode.V2, GIVEN, GIVEN),
+        (CgroupMode.V2, "/sys/fs/cgroup/x.slice/a.scope", "/sys/fs/cgroup/x.slice/a.scope"),
+        (CgroupMode.V2, "", f"/sys/fs/cgroup/{OWN}"),
+        (CgroupMode.V2, "/sys/fs/cgroup/../../etc", f"/sys/fs/cgroup/{OWN}"),
+        (CgroupMode.V2, "/sys/fs/cgroup/a/..", f"/sys/fs/cgroup/{OWN}"),
+        (CgroupMode.V2, "/sys/fs/cgroup2/a", f"/sys/fs/cgroup/{OWN}"),
+        (CgroupMode.V2, "/etc", f"/sys/fs/cgroup/{OWN}"),
+        (CgroupMode.V2, "relative", f"/sys/fs/cgroup/{OWN}"),
+        (CgroupMode.HYBRID, "/sys/fs/cgroup/cpuset/nomad/share", f"/sys/fs/cgroup/unified/{OWN}"),
+        (CgroupMode.HYBRID, "", f"/sys/fs/cgroup/unified/{OWN}"),
+        (CgroupMode.V1, "/sys/fs/cgroup/cpuset/nomad/share", ""),
+        (CgroupMode.V1, "", ""),
+    ],
+)
+def test_cgroup(mode: CgroupMode, given_path: str, expected: str) -> None:
+    assert driver.plan_cgroup(mode, given_path, ALLOC, "web") == expected
+
+
+@pytest.mark.parametrize(
+    "given_path", ["/sys/fs/cgroup", "/sys/fs/cgroup/", "/sys/fs/cgroup//", "/sys/fs/cgroup/."]
+)
+def test_root_cgroup_is_never_a_tasks(given_path: str) -> None:
+    """The end of the task would be the end of the machine: all processes in its cgroup are killed."""
+    assert driver.plan_cgroup(CgroupMode.V2, given_path, ALLOC, "web") == f"/sys/fs/cgroup/{OWN}"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
+@example("", "")
+@example("..", "..")
+@example(ALLOC, "../../../system.slice/ssh.service")
+@example(ALLOC, "a/b")
+@example(ALLOC, "a\nb")
+@example(ALLOC, "é" * 300)
+@example(ALLOC, "a" * 163)
+def test_own_cgroup_is_one_folder_whatever_the_name(alloc_id: str, name: str) -> None:
+    path = driver.plan_cgroup(CgroupMode.V2, "", alloc_id, name)
+    parent, _, folder = path.rpartition("/")
+    assert parent == "/sys/fs/cgroup/nomad.slice/share.slice"
+    assert re.fullmatch(r"[\w.~%-]+\.scope", folder, re.ASCII)
+    assert len(folder) <= 255
+
+
+@given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=2, max_size=5))
+@example({"é" * 300, "é" * 301})
+@example({"a" * 300, "a" * 301})
+@example({"a/b", "a%2Fb"})
+def test_own_cgroups_are_distinct(distinct: set[str]) -> None:
+    found = {driver.plan_cgroup(CgroupMode.V2, "", ALLOC, name) for name in distinct}
+    assert len(found) == len(distinct)
+
+
+# -- volumes -------------------------------------------------------------------------------------------------
+
+
+def volumes(
+    options: Mapping[str, object] | None = None,
+    mounts: Mounts = EXT4,
+    kernel: tuple[int, int] = (6, 1),
+    asked: tuple[Mount, ...] = (),
+) -> list[str]:
+    task, host = replace(TASK, mounts=asked), replace(HOST, kernel=kernel)
+    planned = driver.plan_volumes(task, decode(options or {}), host, mounts)
+    return [argument for volume in planned for argument in volume.argv]
+
+
+def test_task_directories() -> None:
+    assert volumes() == list(VOLUMES)
+
+
+SECRETS = (("/", "ext4"), (f"{ALLOC_DIR}/web/secrets", "tmpfs"))
+
+
+@pytest.mark.parametrize(
+    ("points", "kernel", "mapped"),
+    [
+        (SECRETS, (6, 3), ["/alloc", "/local", "/secrets"]),
+        (SECRETS, (6, 2), ["/alloc", "/local"]),
+        (SECRETS, (5, 11), []),
+        ((("/", "overlay"), SECRETS[1]), (6, 3), ["/secrets"]),
+        ((("/", "overlay"), ("/var/nomad", "xfs")), (6, 3), ["/alloc", "/local", "/secrets"]),
+        ((("/", "nfs4"),), (7, 0), []),
+        ((), (7, 0), []),
+    ],
+)
+def test_only_what_can_be_mapped_is(
+    points: tuple[tuple[str, str], ...], kernel: tuple[int, int], mapped: list[str]
+) -> None:
+    found = volumes(mounts=Mounts(points), kernel=kernel)
+    assert [word.split(":")[1] for word in found if word.endswith(":idmap")] == mapped
+    assert [word.split(":")[1] for word in found] == ["/alloc", "/alloc/logs", "/local", "/secrets"]
+
+
+@pytest.mark.parametrize("namespacing", [True, False])
+def test_logs_are_read_only_and_never_mapped(namespacing: bool) -> None:
+    found = volumes({"user_namespacing": namespacing})
+    assert [word for word in found if "/logs" in word] == [f"--bind-ro={ALLOC_DIR}/alloc/logs:/alloc/logs"]
+    assert [word for word in found if word.startswith("--bind-ro=")] == found[1:2]
+
+
+def test_nothing_is_mapped_without_user_namespace() -> None:
+    assert not any(word.endswith(":idmap") for word in volumes({"user_namespacing": False}))
+
+
+def test_nomads_volumes() -> None:
+    asked = (
+        Mount("/srv/data", "/data", read_only=False),
+        Mount("/srv/a:b", "/ro:x", read_only=True, propagation="host-to-task"),
+        Mount("/mnt/nfs/x", "/nfs", read_only=False, propagation="private"),
+    )
+    points = (("/", "ext4"), ("/mnt/nfs", "nfs4"))
+    assert volumes(asked=asked, mounts=Mounts(points))[4:] == [
+        "--bind=/srv/data:/data:idmap",
+        r"--bind-ro=/srv/a\:b:/ro\:x:idmap",
+        "--bind=/mnt/nfs/x:/nfs",
+    ]
+
+
+def test_bidirectional_volumes_are_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        volumes(asked=(Mount("/a", "/b", False, "bidirectional"),))
+    assert str(caught.value) == (
+        'volume_mount.propagation_mode = "bidirectional": systemd-nspawn cannot pass mounts back to the host; '
+        "use private or host-to-task"
+    )
+
+
+@pytest.mark.parametrize("target", ["data", "", "/data/../etc", ".."])
+def test_volumes_have_absolute_targets(target: str) -> None:
+    with pytest.raises(ConfigError, match=r"^volume_mount = "):
+        volumes(asked=(Mount("/a", target, False),))
+
+
+def test_mount_table() -> None:
+    options = {"bind": [{"/srv/a": "/a/"}], "bind_read_only": [{"/srv/l": "/local", "/srv/b": "/b"}]}
+    assert plan(options, task=replace(TASK, mounts=(Mount("/srv/v", "/v", False),))).mounts == {
+        "/alloc": f"{ALLOC_DIR}/alloc",
+        "/alloc/logs": f"{ALLOC_DIR}/alloc/logs",
+        "/local": "/srv/l",
+        "/secrets": f"{ALLOC_DIR}/web/secrets",
+        "/v": "/srv/v",
+        "/a": "/srv/a",
+        "/b": "/srv/b",
+    }
+
+
+def split_fields(text: str) -> list[str]:
+    """Split as nspawn does with --bind: at colons, a backslash takes the next character as it is."""
+    fields, characters = [""], iter(text)
+    for character in characters:
+        if character == ":":
+            fields.append("")
+        else:
+            fields[-1] += next(characters) if character == "\\" else character
+    return fields
+
+
+@given(st.text(), st.text("\\:a"), st.sampled_from(["", ":idmap"]))
+def test_paths_are_escaped_for_nspawn(source: str, target: str, option: str) -> None:
+    text = f"{driver.escape_bind(source)}:{driver.escape_bind(target)}{option}"
+    assert split_fields(text) == [source, target, *option.split(":")[1:]]
+
+
+# -- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("SIGTERM", 15),
+        ("TERM", 15),
+        ("sigterm", 15),
+        ("15", 15),
+        ("SIGHUP", 1),
+        ("USR1", 10),
+        ("SIGKILL", 9),
+        ("SIGIOT", 6),
+        ("SIGRTMIN", 34),
+        ("SIGRTMIN+4", 38),
+        ("RTMIN+3", 37),
+        ("SIGRTMAX-1", 63),
+        ("SIGRTMAX", 64),
+        ("64", 64),
+    ],
+)
+def test_signal(name: str, number: int) -> None:
+    assert driver.parse_signal(name) == number
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "SIG", "SIGFOO", "0", "-1", "65", "999", "SIGRTMIN+31", "SIGRTMAX+1", "TERM+1", "SIGTERM ", "SIGSIGTERM"]
+    + ["TERM\n", "SIG_IGN", "1.5", "SIGRTMIN-34", "9" * 5000, "RTMIN+" + "9" * 5000],
+)
+def test_no_signal(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        driver.parse_signal(name)
+    assert str(caught.value).startswith("signal = ")
+    assert str(caught.value).endswith(": is no signal; use a name such as SIGTERM, SIGHUP or SIGRTMIN+4")
+
+
+@given(st.text())
+def test_any_name_is_a_signal_or_refused(name: str) -> None:
+    try:
+        number = driver.parse_signal(name)
+    except ConfigError:
+        return
+    assert 0 < number < signal.NSIG
+
+
+@pytest.mark.parametrize("number", range(1, signal.NSIG))
+def test_signal_names_can_be_read_back(number: int) -> None:
+    assert driver.parse_signal(driver.render_signal(number)) == number
+
+
+@pytest.mark.parametrize(
+    ("mode", "kill_signal", "number"),
+    [
+        (Mode.BOOT, "", 38),
+        (Mode.BOOT, "SIGTERM", 38),  # systemd would re-execute itself
+        (Mode.BOOT, "SIGINT", 38),  # systemd would reboot
+        (Mode.BOOT, "SIGRTMIN+3", 37),
+        (Mode.BOOT, "SIGPWR", 30),
+        (Mode.BOOT, "SIGKILL", 9),
+        (Mode.COMMAND, "", 15),
+        (Mode.COMMAND, "SIGTERM", 15),
+        (Mode.COMMAND, "SIGINT", 2),
+        (Mode.COMMAND, "SIGUSR1", 10),
+        (Mode.PROCESS_TWO, "", 15),
+        (Mode.PROCESS_TWO, "SIGINT", 2),
+        (Mode.PROCESS_TWO, "quit", 3),
+    ],
+)
+def test_stop_signal(mode: Mode, kill_signal: str, number: int) -> None:
+    assert mode.stop_signal(kill_signal) == number
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_stop_signal_that_is_none(mode: Mode) -> None:
+    with pytest.raises(ConfigError, match="SIGFOO"):
+        mode.stop_signal("SIGFOO")
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({}, Mode.BOOT),
+        (command("a"), Mode.COMMAND),
+        (command("a", process_two=True), Mode.PROCESS_TWO),
+    ],
+)
+def test_mode(options: dict[str, object], mode: Mode) -> None:
+    assert Mode.of(decode(options)) is mode
+    assert plan(options).mode is mode
+
+
+# -- what nspawn says ----------------------------------------------------------------------------------------
+
+
+def test_nspawn_log() -> None:
+    text = (
+        "<27>systemd-nspawn[123]: Failed to resolve user nouser.\n"
+        "<27>systemd-nspawn[4194304]: Child died too early.\n"
+        "<30>(sd-namespace)[7]:   blanks around  \n"
+        "\n"
+        '<28>systemd-nspawn[1]: Attempted to remove disk file system under "/run/systemd/nspawn/propagate/x", '
+        "and we can't allow that.\n"
+        "<27>systemd-nspawn[1]: Short read while reading cgroup mode (0 bytes). The child is most likely dead.\n"
+        "a line without a header\n"
+        "<27>systemd-nspawn[1]: a[2]: b\n"
+    )
+    assert driver.parse_nspawn_log(text) == [
+        "Failed to resolve user nouser.",
+        "blanks around",
+        "a line without a header",
+        "a[2]: b",
+    ]
+
+
+def test_nspawn_log_of_nothing() -> None:
+    assert driver.parse_nspawn_log("") == []
+
+
+# nspawn's words (of 252 where not said) and ours.
+EXPLAINED: list[tuple[str, str, bool]] = [
+    (
+        "Directory tree /var/lib/machines/debian is currently busy.",
+        "image: /var/lib/machines/debian is in use by another container that may write to it; "
+        "set ephemeral, read_only or volatile for all tasks that share it",
+        True,
+    ),
+    (
+        "Disk image /srv/a b.raw is currently busy.",
+        "image: /srv/a b.raw is in use by another container that may write to it",
+        True,
+    ),
+    ("Failed to resolve user nouser.", 'user: there is no user "nouser" in the container', False),
+    (
+        "Failed to change to specified working directory /nodir: No such file or directory",
+        "working_directory: there is no directory /nodir in the container",
+        False,
+    ),
+    ("Failed to stat /nosuch: No such file or directory", "bind: there is no /nosuch on the host", False),
+    ("Failed to clone /nosuch: No such file or directory", "bind: there is no /nosuch on the host", False),  # 262
+    (
+        "Directory /srv/x doesn't look like it has an OS tree (/usr/ directory is missing). Refusing.",
+        "image: this is no operating system tree",
+        False,
+    ),
+    (
+        "/srv/x.raw: Couldn't identify a suitable partition table or file system.",
+        "image: this is no disk image systemd-nspawn can read",
+        False,
+    ),
+    (
+        "Sorry, but --image= requires access to the host's /run/ hierarchy, since we need access to udev.",
+        "image: disk images need systemd-udevd on the host; use a directory",
+        False,
+    ),
+    (
+        "Failed to set up ID mapped mounts: Device or resource busy",
+        "user_namespacing: the image's file system cannot be mapped; set user_namespacing = false",
+        False,
+    ),
+    (
+        "ID mapped mounts are apparently not available, sorry.",
+        "user_namespacing: the image's file system cannot be mapped; set user_namespacing = false",
+        False,
+    ),
+    (
+        "Failed to map ids for bind mount /a: Invalid argument",
+        "user_namespacing: a mounted directory cannot be mapped",
+        False,
+    ),
+    ("Failed to copy /a: No space left on device", "image: the disk is full", True),
+]
+
+
+@pytest.mark.parametrize(("line", "sentence", "transient"), EXPLAINED)
+def test_known_message(line: str, sentence: str, transient: bool) -> None:
+    known = driver.find_message(["something else", line, "No space left on device"])
+    assert known is not None
+    assert str(known) == f"{sentence} (systemd-nspawn: {line})"
+    assert type(known) is (TransientError if transient else DriverError)
+    failure = driver.explain_failure([line], 1)
+    assert (str(failure), type(failure)) == (str(known), type(known))
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, _, _ in driver.MESSAGES])
+def test_every_message_is_explained_above(pattern: str) -> None:
+    assert any(re.search(pattern, line) for line, _, _ in EXPLAINED)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        ["Failed to stat /a: Permission denied"],
+        ["execv(/nope) failed: No such file or directory"],
+        ["Container x1 terminated by signal KILL."],
+    ],
+)
+def test_unknown_message(lines: list[str]) -> None:
+    assert driver.find_message(lines) is None
+
+
+def test_failure_with_unknown_words_repeats_the_last_ones() -> None:
+    failure = driver.explain_failure(["first", "a.", "b {0}.", "c."], 1)
+    assert str(failure) == "systemd-nspawn could not start the container: a. b {0}. c."
+    assert type(failure) is DriverError
+
+
+def test_failure_without_words() -> None:
+    failure = driver.explain_failure([], 137)
+    assert str(failure) == "systemd-nspawn ended with status 137 before the container was up, and said nothing"
+    assert failure.recoverable
+
+
+def test_braces_in_messages_are_only_text() -> None:
+    known = driver.find_message(["Failed to resolve user {0}{x}."])
+    assert str(known).startswith('user: there is no user "{0}{x}" in the container')
+
+
+# -- exits ---------------------------------------------------------------------------------------------------
+
+KILLED = "Container x1 terminated by signal KILL."
+UNKNOWN = "ended by a signal, or with exit code 255: systemd-nspawn does not tell which with process_two"
+REBOOT = "the container asked for a reboot; Nomad's restart policy decides"
+B, C, P = Mode.BOOT, Mode.COMMAND, Mode.PROCESS_TWO
+
+# case, mode, nspawn's status, its messages, last signal sent; code, signal, sentence
+EXITS: list[tuple[str, Mode, int, list[str], int, int, int, str]] = [
+    ("payload exit 0", C, 0, [], 0, 0, 0, ""),
+    ("payload exit 0, pid2", P, 0, [], 0, 0, 0, ""),
+    ("payload exit N", C, 7, [], 0, 7, 0, ""),
+    ("payload exit N, pid2", P, 42, [], 0, 42, 0, ""),
+    ("payload exit N after a signal it handles", P, 42, [], 15, 42, 0, ""),
+    ("payload exit 133", C, 1, [], 0, 1, 0, ""),
+    ("payload exit 255", C, 255, [], 0, 255, 0, ""),
+    ("payload exit 255 after a signal", C, 255, [], 15, 255, 0, ""),
+    ("payload exit 137 by itself", C, 137, [], 0, 137, 0, ""),
+    ("pid2: killed by a signal nobody sent", P, 255, [], 0, 255, 0, UNKNOWN),
+    ("pid2: killed by Nomad's SIGTERM", P, 255, [], 15, 143, 15, ""),
+    ("pid2: killed by Nomad's SIGUSR1", P, 255, [], 10, 138, 10, ""),
+    ("plain: leader killed", C, 1, [KILLED], 0, 137, 9, ""),
+    ("plain: leader killed, other words before", C, 1, ["x", KILLED], 15, 137, 9, ""),
+    ("plain: leader crashed", C, 1, ["Container x1 terminated by signal SEGV."], 0, 139, 11, ""),
+    ("plain: real-time signal", C, 1, ["Container x1 terminated by signal RTMIN+3."], 0, 165, 37, ""),
+    ("missing command", C, 1, ["execv(/nope) failed: No such file or directory"], 0, 1, 0, ""),
+    ("reboot inside", C, 133, ["Rebooting."], 0, 133, 0, REBOOT),
+    ("reboot of a booted one", B, 133, [], 0, 133, 0, REBOOT),
+    ("poweroff inside", C, 0, ["Powering off."], 0, 0, 0, ""),
+    ("booted halt", B, 0, [], 38, 0, 0, ""),
+    ("machinectl terminate, plain", C, 1, [KILLED], 0, 137, 9, ""),
+    ("SIGTERM to nspawn, pid2", P, 1, [KILLED], 0, 137, 9, ""),
+    ("init's own exit code", B, 3, [], 0, 3, 0, ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "lines", "sent", "code", "number", "error"),
+    [row[1:] for row in EXITS],
+    ids=[row[0] for row in EXITS],
+)
+def test_exit(mode: Mode, status: int, lines: list[str], sent: int, code: int, number: int, error: str) -> None:
+    found = driver.explain_exit(mode, Record(status, False, 5.0), lines, "", sent)
+    assert found == Exit(code, number, error, 5.0)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_exit_of_a_killed_nspawn(mode: Mode) -> None:
+    found = driver.explain_exit(mode, Record(137, True, 5.0), [], "", 0)
+    why = "systemd-nspawn itself was killed (status 137); the container was ended with it"
+    assert found == Exit(137, 9, why, 5.0)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("is_orphaned", [True, False])
+def test_exit_by_the_driver(mode: Mode, is_orphaned: bool) -> None:
+    found = driver.explain_exit(mode, Record(255, is_orphaned, 5.0), [KILLED], "killed: too slow", 15)
+    assert found == Exit(137, 9, "killed: too slow", 5.0)
+
+
+@given(
+    st.sampled_from(Mode),
+    st.builds(Record, st.integers(0, 255), st.booleans(), st.just(5.0)),
+    st.lists(st.text() | st.text().map("Container x terminated by signal {}.".format), max_size=3),
+    st.integers(0, 64),
+)
+@example(Mode.COMMAND, Record(1, False, 5.0), ["Container x terminated by signal n/a."], 0)
+@example(Mode.COMMAND, Record(1, False, 5.0), ["Container x terminated by signal 99."], 0)
+def test_every_end_has_an_explanation(mode: Mode, record: Record, lines: list[str], sent: int) -> None:
+    """An exception here would leave the task running for ever in Nomad's eyes."""
+    found = driver.explain_exit(mode, record, lines, "", sent)
+    assert 0 <= found.code <= 255
+    assert found.at == record.at
+
+
+# -- state ---------------------------------------------------------------------------------------------------
+
+SOCKET_PATH = 107  # bytes in a sockaddr_un, without the final NUL
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("")
+@example("/")
+@example("..")
+@example("../../etc")
+@example(TASK.id)
+@example(f"{ALLOC}/{'é' * 200}/0a1b2c3d")
+@example("a\0b\n")
+def test_state_directory(task_id: str) -> None:
+    path = driver.state_directory(task_id)
+    assert path.parent == driver.STATE_ROOT
+    assert path.name not in (".", "..")
+    assert re.fullmatch(r"[A-Za-z0-9-]+", path.name)
+    assert len(f"{path}/notify".encode()) <= SOCKET_PATH
+    assert not path.name.startswith("plugin-") or task_id.startswith("plugin")  # a plugin's own socket
+
+
+@given(st.sets(st.text(st.characters(exclude_categories=["Cs"])), min_size=2, max_size=10))
+@example({"a/b", "a-b", "a_b", "a//b"})
+@example({"x" * 60 + "1", "x" * 60 + "2"})
+@example({f"{ALLOC}/web/0a1b2c3d", f"{ALLOC}/web/0a1b2c3e"})
+def test_state_directories_are_distinct(ids: set[str]) -> None:
+    assert len({driver.state_directory(task_id) for task_id in ids}) == len(ids)
+
+
+processes = st.builds(ProcessId, st.integers(1, 1 << 22), st.integers(0, 1 << 62))
+states = st.builds(
+    State,
+    task_id=st.text(),
+    machine=st.text(),
+    mode=st.sampled_from(Mode),
+    cgroup=st.text(),
+    boot_id=st.text(),
+    keeper=processes,
+    leader=st.none() | processes,
+    started_at=st.floats(0, 1e11),
+    search_path=st.text(),
+    command=st.lists(st.text(), max_size=3).map(tuple),
+    image=st.text(),
+    mounts=st.dictionaries(st.text(), st.text(), max_size=3),
+    snapshot=st.text(),
+    uid_base=st.integers(0, 1 << 32),
+)
+STATE = State(
+    task_id=TASK.id,
+    machine=MACHINE,
+    mode=Mode.BOOT,
+    cgroup=GIVEN,
+    boot_id="b",
+    keeper=ProcessId(10, 20),
+    leader=ProcessId(11, 21),
+    started_at=1.5,
+    search_path="/bin",
+    command=("a",),
+    image="/i",
+    mounts={"/a": "/b"},
+)
+
+
+@given(states)
+def test_state_comes_back(state: State) -> None:
+    assert State.parse(state.render()) == state
+    assert State.parse(state.render().encode()) == state
+
+
+def test_state_directory_of_a_state() -> None:
+    assert STATE.directory == driver.state_directory(STATE.task_id)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting"),
+        ("{}", "'version'"),
+        ("[]", ""),
+        ("null", ""),
+        ("5", ""),
+        (b"\xff\xfe", ""),
+        ('{"version": 1}', "'leader'"),
+        ('{"version": 2}', "of another version"),
+        ('{"version": "1"}', "of another version"),
+        (STATE.render().replace('"version": 1', '"version": 999'), "of another version"),
+        (STATE.render().replace('"boot"', '"bott"'), "'bott' is not a valid Mode"),
+        (STATE.render().replace('"machine"', '"maschine"'), "maschine"),
+        (STATE.render().replace('"pid"', '"dip"'), "dip"),
+        (STATE.render()[:-1], "Expecting"),
+    ],
+)
+def test_state_that_cannot_be_read(text: str | bytes, why: str) -> None:
+    with pytest.raises(ValueError, match=f"^the task's stored state cannot be read: .*{re.escape(why)}"):
+        State.parse(text)
+
+
+@given(st.text() | st.binary())
+def test_garbage_is_no_state(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"^the task's stored state cannot be read: "):
+        State.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("task_id", "alloc_id", "name"),
+    [(TASK.id, ALLOC, "web"), ("a/b/c/0a1b2c3d", "a", "b/c"), ("a", "a", "")],
+)
+def test_event_names_its_task(task_id: str, alloc_id: str, name: str) -> None:
+    event = driver.TaskEvent(task_id, "x", 0.0)
+    assert (event.alloc_id, event.task_name) == (alloc_id, name)
