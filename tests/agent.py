@@ -1422,7 +1422,7 @@ class Task:
             if self.id and not self.plugin.exited():
                 self.destroy()
         finally:
-            self.logmon.stop()
+            self.logmon.stop(2 if self.handle else 0)  # without a start nobody writes, so nothing ends
             if fault := self.cgroup.remove():
                 self.plugin.violations.append(fault)
 

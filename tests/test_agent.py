@@ -335,39 +335,43 @@ def test_allocation_reports_mounts(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+JOB = """\
+job "j" {
+  type = "batch"
+  meta { owner = "me" }
+  group "g" {
+    network {
+      port "http" { to = 80 }
+      port "fixed" { static = 8080 }
+    }
+    task "t" {
+      driver = "nspawn"
+      kill_timeout = "1m30s"
+      kill_signal = "SIGQUIT"
+      user = "nobody"
+      config {
+        image = "debian"
+        bind = { "/a" = "/b" }
+      }
+      env { A = "${NOMAD_TASK_NAME}" }
+      resources {
+        cpu = 200
+        memory = 64
+        memory_max = 128
+      }
+      template {
+        data = "x"
+        destination = "local/x"
+      }
+    }
+  }
+}
+"""
+
+
 def test_parse_job(tmp_path: Path) -> None:
     path = tmp_path / "job.hcl"
-    path.write_text("""
-        job "j" {
-          type = "batch"
-          meta { owner = "me" }
-          group "g" {
-            network {
-              port "http" { to = 80 }
-              port "fixed" { static = 8080 }
-            }
-            task "t" {
-              driver = "nspawn"
-              kill_timeout = "1m30s"
-              kill_signal = "SIGQUIT"
-              user = "nobody"
-              config {
-                image = "debian"
-                bind = { "/a" = "/b" }
-              }
-              env { A = "${NOMAD_TASK_NAME}" }
-              resources {
-                cpu = 200
-                memory = 64
-                memory_max = 128
-              }
-              template {
-                data = "x"
-                destination = "local/x"
-              }
-            }
-          }
-        }""")
+    path.write_text(JOB)
     job = parse_job(path)
     (group,) = job.groups
     (task,) = group.tasks
