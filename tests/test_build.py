@@ -45,16 +45,6 @@ def build(*arguments: str, top: Path = TOP, **environment: str) -> None:
     subprocess.run(["sh", "build.sh", *arguments], cwd=top, env=os.environ | environment, check=True, timeout=600)
 
 
-@pytest.fixture(scope="session")
-def built() -> Path:
-    """The built file; made when it is missing or older than what goes into it."""
-    file = TOP / NAME
-    inputs = [TOP / "build.sh", TOP / "driver.py", TOP / "requirements.lock", *TOP.glob("nomad_pb/*.py")]
-    if not file.exists() or file.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
-        build()
-    return file
-
-
 def run(file: Path, **environment: str) -> Result:
     return subprocess.run(
         [file, "--version"], env={"PATH": SYSTEM_PATH, "HOME": "/nonexistent"} | environment,
@@ -72,6 +62,9 @@ def plugin(file: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
         try:
             yield process
         finally:
+            process.terminate()  # then it removes its socket
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
 
 
@@ -156,25 +149,25 @@ def copy_checkout(target: Path) -> Path:
     return target
 
 
-def test_same_sources_give_the_same_bytes(built: Path, tmp_path: Path) -> None:
+def test_same_sources_give_the_same_bytes(driver_file: Path, tmp_path: Path) -> None:
     other = copy_checkout(tmp_path / "another place")
     subprocess.run(
         ["sh", "-c", "umask 077; exec sh ../another*/build.sh"], cwd=other, check=True, timeout=600,
         env=os.environ | {"TZ": "Pacific/Auckland", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "1700000000"},
     )  # fmt: skip
-    assert (other / NAME).read_bytes() == built.read_bytes()
+    assert (other / NAME).read_bytes() == driver_file.read_bytes(), "or the sources are newer than the file"
     assert stat.S_IMODE((other / NAME).stat().st_mode) == 0o755
 
 
-def test_only_the_built_file_is_executable_at_the_top(built: Path) -> None:
+def test_only_the_built_file_is_executable_at_the_top() -> None:
     """An agent with this checkout as its plugin_dir starts every executable, and gives up on a dangling link."""
-    assert [path for path in TOP.iterdir() if path.is_file() and path.stat().st_mode & 0o111] == [built]
+    assert [path for path in TOP.iterdir() if path.is_file() and path.stat().st_mode & 0o111] == [TOP / NAME]
     assert [path for path in TOP.iterdir() if not path.exists()] == []
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_compiled_modules_are_of_the_right_architecture(built: Path, machine: str) -> None:
-    file = built
+def test_compiled_modules_are_of_the_right_architecture(driver_file: Path, machine: str) -> None:
+    file = driver_file
     if machine != platform.machine():
         build("--arch", machine)
         file = TOP / f"build/{NAME}-{machine}"
@@ -195,8 +188,8 @@ def test_architecture_without_wheels_is_refused() -> None:
     assert "'sparc'" in result.stderr and "aarch64" in result.stderr
 
 
-def test_contents(built: Path) -> None:
-    with zipfile.ZipFile(built) as archive:
+def test_contents(driver_file: Path) -> None:
+    with zipfile.ZipFile(driver_file) as archive:
         assert archive.testzip() is None
         names = archive.namelist()
         assert {entry.external_attr >> 16 for entry in archive.infolist()} == {0o100644}
@@ -217,7 +210,7 @@ def test_tools_and_built_file_have_the_same_libraries() -> None:
     assert set(pins) <= set((TOP / "requirements-dev.txt").read_text().splitlines())
 
 
-def test_generated_code_is_what_the_protos_say(built: Path, tmp_path: Path) -> None:
+def test_generated_code_is_what_the_protos_say(tmp_path: Path) -> None:
     copy = copy_checkout(tmp_path / "checkout")
     for path in copy.glob("nomad_pb/*_pb2*"):
         path.unlink()
@@ -227,13 +220,13 @@ def test_generated_code_is_what_the_protos_say(built: Path, tmp_path: Path) -> N
     }
 
 
-def test_programs_in_front_of_the_archive_are_clean(built: Path, tmp_path: Path) -> None:
+def test_programs_in_front_of_the_archive_are_clean(driver_file: Path, tmp_path: Path) -> None:
     """The header and the first Python stage live in build.sh, where ruff and mypy do not look."""
-    content = built.read_bytes()
+    content = driver_file.read_bytes()
     header = tmp_path / "header.sh"
     header.write_bytes(content[: content.index(b"PK\x03\x04")])
     start = tmp_path / "start.py"
-    with zipfile.ZipFile(built) as archive:
+    with zipfile.ZipFile(driver_file) as archive:
         start.write_bytes(archive.read("__main__.py"))
     tool = [sys.executable, "-m"]
     configuration = TOP / "pyproject.toml"
@@ -248,21 +241,21 @@ def test_programs_in_front_of_the_archive_are_clean(built: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("version", PYTHONS)
-def test_runs_under(version: str, built: Path, tmp_path: Path) -> None:
+def test_runs_under(version: str, driver_file: Path, tmp_path: Path) -> None:
     python = find_python(version)
     if python is None:
         pytest.skip(f"no Python {version} in /usr/bin, /usr/local/bin or ~/.pyenv: this version was NOT tested")
     environment = {"SHIV_ROOT": str(tmp_path / "cache"), "NOMAD_DRIVER_NSPAWN_PYTHON": str(python)}
-    assert run(built, **environment).stdout == HELLO
-    assert HANDSHAKE.fullmatch(handshake(built, **environment))
+    assert run(driver_file, **environment).stdout == HELLO
+    assert HANDSHAKE.fullmatch(handshake(driver_file, **environment))
     (module,) = find_tree(tmp_path / "cache").glob("grpc/_cython/*.so")
     assert f"cpython-{version.replace('.', '')}-" in module.name
 
 
 @needs_root
-def test_no_python(built: Path) -> None:
+def test_no_python(driver_file: Path) -> None:
     result = in_namespace(
-        built,
+        driver_file,
         """
         for python in /usr/bin/python3* /usr/local/bin/python3*; do
             if [ -e "$python" ]; then mount --bind /dev/null "$(readlink -f "$python")"; fi
@@ -273,12 +266,12 @@ def test_no_python(built: Path) -> None:
     check_refusal(result, "Python 3.10 to 3.14", "/usr/local/bin", SYSTEM_PATH, "set NOMAD_DRIVER_NSPAWN_PYTHON")
 
 
-def test_override_that_does_not_exist(built: Path, tmp_path: Path) -> None:
-    result = run(built, SHIV_ROOT=str(tmp_path), NOMAD_DRIVER_NSPAWN_PYTHON="/no/python")
+def test_override_that_does_not_exist(driver_file: Path, tmp_path: Path) -> None:
+    result = run(driver_file, SHIV_ROOT=str(tmp_path), NOMAD_DRIVER_NSPAWN_PYTHON="/no/python")
     check_refusal(result, "'/no/python'", "NOMAD_DRIVER_NSPAWN_PYTHON", "3.10")
 
 
-def test_python_without_modules_for_it(built: Path, tmp_path: Path) -> None:
+def test_python_without_modules_for_it(driver_file: Path, tmp_path: Path) -> None:
     """Any too old or too new Python, PyPy, musl or debug build: this one only says that it is."""
     fake = tmp_path / "python"
     fake.write_text(f"""#!/bin/sh
@@ -290,25 +283,25 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
 """)
     fake.chmod(0o755)
-    result = run(built, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(fake))
+    result = run(driver_file, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(fake))
     check_refusal(result, "CPython 3.10 to 3.14", ".cpython-39-", "set NOMAD_DRIVER_NSPAWN_PYTHON")
 
 
 @pytest.mark.parametrize("version", ["3.6", "3.7", "3.8", "3.9"])
-def test_old_python(version: str, built: Path, tmp_path: Path) -> None:
+def test_old_python(version: str, driver_file: Path, tmp_path: Path) -> None:
     python = find_python(version)
     if python is None:
         pytest.skip(f"no Python {version} here; test_python_without_modules_for_it has a stand-in")
-    result = run(built, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(python))
+    result = run(driver_file, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(python))
     check_refusal(result, "CPython 3.10 to 3.14", f"cpython {version}")
     assert not (tmp_path / "cache").exists()
 
 
-def test_truncated_file(built: Path, tmp_path: Path) -> None:
+def test_truncated_file(driver_file: Path, tmp_path: Path) -> None:
     part = tmp_path / "part"
-    part.write_bytes(built.read_bytes()[:10_000_000])
+    part.write_bytes(driver_file.read_bytes()[:10_000_000])
     part.chmod(0o755)
-    check_refusal(run(part, SHIV_ROOT=str(tmp_path / "cache")), "is damaged", str(built.stat().st_size))
+    check_refusal(run(part, SHIV_ROOT=str(tmp_path / "cache")), "is damaged", str(driver_file.stat().st_size))
 
 
 # -- the environment -----------------------------------------------------------------------------------------
@@ -344,11 +337,11 @@ def evil(tmp_path: Path) -> Path:
     ids=lambda variables: "+".join(variables),
 )
 def test_environment_cannot_steer_python(
-    variables: dict[str, str], built: Path, evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], driver_file: Path, evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(evil)  # a script's directory is on sys.path, the current one must not be
     variables = {name: value.replace("EVIL", str(evil)) for name, value in variables.items()}
-    line = handshake(built, SHIV_ROOT=str(tmp_path / "cache"), **variables)
+    line = handshake(driver_file, SHIV_ROOT=str(tmp_path / "cache"), **variables)
     assert HANDSHAKE.fullmatch(line)
     assert list(find_tree(tmp_path / "cache").glob("__pycache__/driver.*.pyc")), (
         "byte code is not cached: slow starts"
@@ -356,26 +349,26 @@ def test_environment_cannot_steer_python(
 
 
 @needs_root
-def test_empty_environment(built: Path) -> None:
-    result = in_namespace(built, 'hide /var/cache rw; env -i "$file" --version; ls /var/cache')
+def test_empty_environment(driver_file: Path) -> None:
+    result = in_namespace(driver_file, 'hide /var/cache rw; env -i "$file" --version; ls /var/cache')
     assert result.stdout == HELLO + f"{NAME}\n"
     assert result.stderr == ""
 
 
-def test_umask_does_not_open_the_cache(built: Path, tmp_path: Path) -> None:
+def test_umask_does_not_open_the_cache(driver_file: Path, tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        assert run(built, SHIV_ROOT=str(tmp_path / "cache")).stdout == HELLO
+        assert run(driver_file, SHIV_ROOT=str(tmp_path / "cache")).stdout == HELLO
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.stat().st_mode & 0o022]
 
 
-def test_started_through_a_link(built: Path, tmp_path: Path) -> None:
+def test_started_through_a_link(driver_file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
-    link.symlink_to(built)
-    for file in (link, built):
+    link.symlink_to(driver_file)
+    for file in (link, driver_file):
         assert run(file, SHIV_ROOT=str(tmp_path / "cache")).stdout == HELLO
     assert find_tree(tmp_path / "cache").parent.name.startswith(f"{NAME}_")
 
@@ -398,17 +391,17 @@ def test_started_through_a_link(built: Path, tmp_path: Path) -> None:
          "/var/lib/nomad-driver-nspawn-cache"),
     ],
 )  # fmt: skip
-def test_place_for_root(mounts: str, place: str, built: Path) -> None:
+def test_place_for_root(mounts: str, place: str, driver_file: Path) -> None:
     script = f'{mounts}\n"$file" --version; ls -d {place}/{NAME}_*/site-packages/driver.py'
-    result = in_namespace(built, script, HOME="/home")
+    result = in_namespace(driver_file, script, HOME="/home")
     assert result.stdout.startswith(HELLO + place), result
     assert result.stderr == ""
 
 
 @needs_root
-def test_no_place_for_root(built: Path) -> None:
+def test_no_place_for_root(driver_file: Path) -> None:
     result = in_namespace(
-        built,
+        driver_file,
         "hide /var/cache ro; hide /var/lib noexec; hide /run size=1m; hide /home rw; chown 1234 /home\n"
         'exec "$file"',
         HOME="/home",
@@ -418,9 +411,9 @@ def test_no_place_for_root(built: Path) -> None:
 
 
 @needs_root
-def test_full_disk_keeps_no_half_written_file(built: Path) -> None:
+def test_full_disk_keeps_no_half_written_file(driver_file: Path) -> None:
     result = in_namespace(
-        built, 'hide /var/cache size=12m; SHIV_ROOT=/var/cache/x "$file" || find /var/cache -name .part >&2'
+        driver_file, 'hide /var/cache size=12m; SHIV_ROOT=/var/cache/x "$file" || find /var/cache -name .part >&2'
     )
     assert "No space left on device" in result.stdout
     assert ".part" not in result.stderr
@@ -428,8 +421,8 @@ def test_full_disk_keeps_no_half_written_file(built: Path) -> None:
 
 @needs_root
 @pytest.mark.parametrize("mode", ["ro", "noexec"])
-def test_chosen_place_that_cannot_be_used(mode: str, built: Path) -> None:
-    result = in_namespace(built, f'hide /home {mode}; export SHIV_ROOT=/home; exec "$file"')
+def test_chosen_place_that_cannot_be_used(mode: str, driver_file: Path) -> None:
+    result = in_namespace(driver_file, f'hide /home {mode}; export SHIV_ROOT=/home; exec "$file"')
     check_refusal(result, "/home", {"ro": "read-only", "noexec": "noexec"}[mode], "set SHIV_ROOT")
 
 
@@ -437,10 +430,10 @@ def test_chosen_place_that_cannot_be_used(mode: str, built: Path) -> None:
 @pytest.mark.parametrize(
     "case", ["foreign", "world-writable", "group-writable", "foreign-link", "foreign-parent", "open-parent"]
 )
-def test_place_that_others_can_change(case: str, built: Path, tmp_path: Path) -> None:
+def test_place_that_others_can_change(case: str, driver_file: Path, tmp_path: Path) -> None:
     """What lies there already is not run, even if it is complete and only the place is wrong."""
     cache = tmp_path / "cache"
-    assert run(built, SHIV_ROOT=str(cache)).stdout == HELLO
+    assert run(driver_file, SHIV_ROOT=str(cache)).stdout == HELLO
     (find_tree(cache) / "driver.py").write_text("def main(): print('EVIL')\n")
     chosen = cache
     if case == "foreign":
@@ -459,7 +452,7 @@ def test_place_that_others_can_change(case: str, built: Path, tmp_path: Path) ->
         chosen = cache.rename(tmp_path / "parent/cache")
     else:
         cache.chmod(0o777 if case == "world-writable" else 0o770)
-    check_refusal(run(built, SHIV_ROOT=str(chosen)), str(chosen.resolve()), "cannot be trusted")
+    check_refusal(run(driver_file, SHIV_ROOT=str(chosen)), str(chosen.resolve()), "cannot be trusted")
 
 
 @pytest.fixture
@@ -479,9 +472,9 @@ def as_user(*command: str | Path, **environment: str) -> Result:
 
 
 @needs_root
-def test_places_for_a_user(built: Path, open_directory: Path) -> None:
+def test_places_for_a_user(driver_file: Path, open_directory: Path) -> None:
     file = open_directory / NAME
-    shutil.copy(built, file)
+    shutil.copy(driver_file, file)
     home = open_directory / "home"
     home.mkdir()
     check_refusal(as_user(file), "neither HOME nor XDG_CACHE_HOME")
@@ -495,34 +488,34 @@ def test_places_for_a_user(built: Path, open_directory: Path) -> None:
 # -- interruptions, damage, upgrades -------------------------------------------------------------------------
 
 
-def test_six_starts_on_a_cold_cache(built: Path, tmp_path: Path) -> None:
+def test_six_starts_on_a_cold_cache(driver_file: Path, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(plugin(built, SHIV_ROOT=str(tmp_path / "cache"))) for _ in range(6)]
+        processes = [stack.enter_context(plugin(driver_file, SHIV_ROOT=str(tmp_path / "cache"))) for _ in range(6)]
         for process in processes:
             assert HANDSHAKE.fullmatch(first_line(process))
-    check_tree(tmp_path / "cache", built)
+    check_tree(tmp_path / "cache", driver_file)
 
 
-def test_killed_while_unpacking(built: Path, tmp_path: Path) -> None:
+def test_killed_while_unpacking(driver_file: Path, tmp_path: Path) -> None:
     interrupted = 0
     for attempt in range(10):
         cache = tmp_path / f"cache{attempt}"
-        with plugin(built, SHIV_ROOT=str(cache)) as process:
+        with plugin(driver_file, SHIV_ROOT=str(cache)) as process:
             while not cache.exists() and process.poll() is None:
                 time.sleep(0.001)
             time.sleep(attempt * random.uniform(0.01, 0.03))
             process.kill()
         interrupted += not list(cache.glob("*/site-packages/nomad_pb/stats_pb2.py"))  # among the last
-        assert HANDSHAKE.fullmatch(handshake(built, SHIV_ROOT=str(cache)))
-        check_tree(cache, built)
+        assert HANDSHAKE.fullmatch(handshake(driver_file, SHIV_ROOT=str(cache)))
+        check_tree(cache, driver_file)
         shutil.rmtree(cache)
     assert interrupted, "no attempt met the unpacking: choose other moments"
 
 
 @pytest.mark.parametrize("damage", ["module", "driver", "removed", "everything", "link"])
-def test_damage_is_repaired(damage: str, built: Path, tmp_path: Path) -> None:
+def test_damage_is_repaired(damage: str, driver_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert run(built, SHIV_ROOT=str(cache)).stdout == HELLO
+    assert run(driver_file, SHIV_ROOT=str(cache)).stdout == HELLO
     tree = find_tree(cache)
     if damage == "module":
         (module,) = tree.glob("grpc/_cython/cygrpc.*.so")
@@ -536,11 +529,11 @@ def test_damage_is_repaired(damage: str, built: Path, tmp_path: Path) -> None:
         (tree / "driver.py").symlink_to("/nonexistent")
     else:
         shutil.rmtree(tree)
-    assert HANDSHAKE.fullmatch(handshake(built, SHIV_ROOT=str(cache)))
-    check_tree(cache, built)
+    assert HANDSHAKE.fullmatch(handshake(driver_file, SHIV_ROOT=str(cache)))
+    check_tree(cache, driver_file)
 
 
-def test_old_trees_are_removed_unless_held(built: Path, tmp_path: Path) -> None:
+def test_old_trees_are_removed_unless_held(driver_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     old, held = (cache / f"{NAME}_{letter * 64}" for letter in "ab")
     others = [cache / f"another-program_{'c' * 64}", cache / f"{NAME}_notes"]
@@ -550,17 +543,17 @@ def test_old_trees_are_removed_unless_held(built: Path, tmp_path: Path) -> None:
     cache.chmod(0o700)
     with open(f"{held}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        assert run(built, SHIV_ROOT=str(cache)).stdout == HELLO
+        assert run(driver_file, SHIV_ROOT=str(cache)).stdout == HELLO
         assert not old.exists() and not Path(f"{old}.lock").exists()
         assert held.exists()
-    assert run(built, SHIV_ROOT=str(cache)).stdout == HELLO
+    assert run(driver_file, SHIV_ROOT=str(cache)).stdout == HELLO
     assert not held.exists() and not Path(f"{held}.lock").exists()
     assert all(tree.exists() for tree in others)
 
 
-def test_running_plugin_holds_its_tree(built: Path, tmp_path: Path) -> None:
+def test_running_plugin_holds_its_tree(driver_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    with plugin(built, SHIV_ROOT=str(cache)) as process:
+    with plugin(driver_file, SHIV_ROOT=str(cache)) as process:
         assert HANDSHAKE.fullmatch(first_line(process))
         with open(f"{find_tree(cache).parent}.lock") as lock:
             with pytest.raises(BlockingIOError):
