@@ -2171,7 +2171,7 @@ def run_command(options: argparse.Namespace, console: Console) -> bool:
     jobs = [parse_job(path) for path in options.jobs]
     with launched(options, console) as runner:
         results = [runner.run(job, options.seconds) for job in jobs]
-        return all(results) and not runner.plugin.violations
+    return all(results) and not runner.plugin.violations
 
 
 DEMO = (
@@ -2198,8 +2198,8 @@ def demo_command(options: argparse.Namespace, console: Console) -> bool:
         for name, text, until in DEMO:
             console.say(text)
             good = runner.run(parse_job(ROOT / "example" / name), limit=30, until=until, linger=5) and good
-        good = good and not runner.plugin.violations
-    console.say("All jobs ran, nothing is left of them" if good else "Something went wrong, see above")
+    good = good and not runner.plugin.violations
+    console.say("All jobs ran as they should" if good else "Something went wrong, see above")
     return good
 
 
@@ -2218,7 +2218,7 @@ def _demo_nomad(options: argparse.Namespace, console: Console) -> bool:
             console.say(text)
             good = _demo_job(agent, ROOT / "example" / name, until, console) and good
         console.say("Stopping the agent")
-    console.say("All jobs ran, nothing is left of them" if good else "Something went wrong, see above")
+    console.say("All jobs ran as they should" if good else "Something went wrong, see above")
     return good
 
 
