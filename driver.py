@@ -1189,7 +1189,7 @@ STEERING = re.compile(
     r"|RESOLV_|HOSTALIASES|DBUS_|XTABLES|IPTABLES|NFT|OPENSSL|SSL_|SSLKEYLOG|GNUTLS_|P11_|NSS_|KRB5|PATH$|HOME$|TMP|TEMP"
     r"|TERM|COLORTERM|NO_COLOR|USER$|LOGNAME$|SHELL|CONTAINER|INVOCATION_ID|JOURNAL_|CREDENTIALS_|XDG_|LIBMOUNT_"
     r"|BLKID_|LIBBLKID|UDEV|KMOD|MODPROBE|SELINUX|ENV$|BASH|IFS$|PS[0-9]|PWD|OLDPWD|CDPATH|POSIXLY|PYTHON|PERL"
-    r"|PAGER|LESS|GETCONF|COREDUMP|ARGV0|_$)",
+    r"|PAGER|LESS|KEEPER_|GETCONF|COREDUMP|ARGV0|_$)",
     re.IGNORECASE,
 )
 
@@ -1506,30 +1506,31 @@ def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, 
 # in place of /dev/kmsg: the payload's stderr stays the payload's, and the plugin can read what went wrong.
 # =====================================================================================================
 
-# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments.
+# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. Its variables
+# have a prefix that no variable of a job in its environment has (STEERING).
 KEEPER = r"""
-state=$1 cgroup=$2 filter=$3
+keeper_state=$1 keeper_cgroup=$2 keeper_filter=$3
 shift 3
-enter() { [ -z "$cgroup" ] || echo 0 >"$cgroup$1/cgroup.procs"; }
+enter() { [ -z "$keeper_cgroup" ] || echo 0 >"$keeper_cgroup$1/cgroup.procs"; }
 keep() {
 	(
 		enter ""
-		if mount --bind "$state/nspawn.log" /dev/kmsg; then
+		if mount --bind "$keeper_state/nspawn.log" /dev/kmsg; then
 			SYSTEMD_LOG_TARGET=kmsg
 			export SYSTEMD_LOG_TARGET
 		fi
-		exec "$@" 2>&3
+		exec "$@" 2>&3 3>&-
 	)
-	status=$? populated=0
-	if [ -n "$cgroup" ]; then
-		read -r _ populated <"$cgroup/payload/cgroup.events"
-		[ "$populated" = 0 ] || echo 1 >"$cgroup/payload/cgroup.kill"
+	keeper_status=$? keeper_left=0
+	if [ -n "$keeper_cgroup" ]; then
+		read -r _ keeper_left <"$keeper_cgroup/payload/cgroup.events"
+		[ "$keeper_left" = 0 ] || echo 1 >"$keeper_cgroup/payload/cgroup.kill"
 	fi
-	echo "$status $populated" >"$state/exit.new" && mv "$state/exit.new" "$state/exit"
+	echo "$keeper_status $keeper_left" >"$keeper_state/exit.new" && mv "$keeper_state/exit.new" "$keeper_state/exit"
 }
 exec 3>&2 2>/dev/null
 enter /keeper
-if [ -n "$filter" ]; then
+if [ -n "$keeper_filter" ]; then
 	keep "$@" | sed -u 's/\r//g'
 else
 	keep "$@"
