@@ -1526,7 +1526,8 @@ keep() {
 		read -r _ keeper_left <"$keeper_cgroup/payload/cgroup.events"
 		[ "$keeper_left" = 0 ] || echo 1 >"$keeper_cgroup/payload/cgroup.kill"
 	fi
-	echo "$keeper_status $keeper_left" >"$keeper_state/exit.new" && mv "$keeper_state/exit.new" "$keeper_state/exit"
+	echo "$keeper_status $keeper_left" >"$keeper_state/exit.new"
+	mv "$keeper_state/exit.new" "$keeper_state/exit"
 }
 exec 3>&2 2>/dev/null
 enter /keeper
