@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Tasks for tests, and the processes around their containers as the host sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tests.agent import AgentError, Allocation, ExitResult, Plugin, Task
+from tests.leftovers import leftovers, processes
+
+T = TypeVar("T")
+
+
+class Tasks:
+    """Makes tasks, each in an allocation of its own, and checks at the end that nothing is left of them."""
+
+    def __init__(self, plugin: Plugin, image: Path) -> None:
+        self.plugin, self.image = plugin, image
+        self.made: list[Task] = []
+
+    def make(self, command: str | Sequence[str] = (), /, *, name: str = "task", **settings: Any) -> Task:
+        """A task that is not started yet. `command`: a shell script, or the words of a command.
+
+        Of `settings`, the arguments of Task go there, all others and `options` into the driver config. The image
+        is shared by all tests, so nothing writes to it unless asked.
+        """
+        arguments = {key: settings.pop(key) for key in TASK_ARGUMENTS & settings.keys()}
+        settings |= settings.pop("options", {})
+        config: dict[str, Any] = {
+            "image": str(self.image),
+            "boot": False,
+            "network_veth": False,
+            "command": words(command),
+        }
+        if not settings.get("boot") and not settings.keys() & {"volatile", "ephemeral"}:
+            config["read_only"] = True
+        config |= settings
+        allocation = arguments.pop("allocation", None) or Allocation()
+        plugin = arguments.pop("plugin", None) or self.plugin
+        driver_config = {key: value for key, value in config.items() if value is not None}
+        task = Task(plugin, allocation, name, driver_config, **arguments)
+        self.made.append(task)
+        return task
+
+    def start(self, command: str | Sequence[str] = (), /, **settings: Any) -> Task:
+        task = self.make(command, **settings)
+        task.start()
+        return task
+
+    def run(self, command: str | Sequence[str] = (), /, **settings: Any) -> tuple[Task, ExitResult]:
+        """Run a task to its end."""
+        task = self.start(command, **settings)
+        return task, task.wait(60)
+
+    def boot(self, *arguments: str, **settings: Any) -> Task:
+        """Start a booted task; its changes are kept in memory."""
+        defaults = {"boot": True, "volatile": "overlay", "user_namespacing": False}
+        return self.start(arguments, **(defaults | settings))
+
+    def close(self) -> None:
+        """Destroy all tasks. Raises AssertionError with what is left of them."""
+        left: list[str] = []
+        for task in self.made:
+            if task.plugin.exited():
+                task.plugin = self.plugin
+            if task.handle is None:
+                task.logmon.stop(0)  # nobody has written: there will be no end of file to wait for
+            try:
+                task.close()
+            except AgentError as error:
+                left.append(f"DestroyTask: {error}")
+        for task in self.made:
+            task.allocation.close()
+            left += [*task.allocation.violations, *leftovers(task.allocation.id)]
+        self.made = []
+        assert not left, "left behind:\n" + "\n".join(left)
+
+    def __enter__(self) -> Tasks:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+TASK_ARGUMENTS = {
+    "plugin", "allocation", "env", "user", "resources", "kill_timeout", "kill_signal", "network", "dns", "mounts",
+    "devices", "templates", "meta", "job", "group", "logs_disabled", "on_output",
+}  # fmt: skip
+
+
+def words(command: str | Sequence[str]) -> list[str]:
+    """A command as the driver config has it; what HCL would take for a reference is escaped."""
+    argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+    return [escape(word) for word in argv]
+
+
+def escape(text: str) -> str:
+    """Keep `${` and `%{` from being evaluated."""
+    return text.replace("${", "$${").replace("%{", "%%{")
+
+
+def output(task: Task) -> str:
+    """All that a finished task has written to stdout."""
+    task.logmon.wait_eof()
+    return task.logmon.stdout.decode()
+
+
+def nspawn(task: Task) -> int:
+    """The pid of the task's systemd-nspawn."""
+    for pid, command in processes(task.allocation.id):
+        if command.startswith("systemd-nspawn ") and f"--machine={task.name}-" in command:
+            return pid
+    raise AssertionError(f"no systemd-nspawn of task {task.name}: {list(processes(task.allocation.id))}")
+
+
+def driver_state(task: Task) -> Mapping[str, Any]:
+    assert task.handle
+    state = json.loads(task.handle.driver_state)
+    assert isinstance(state, dict)
+    return state
+
+
+def leader(task: Task) -> int:
+    """The pid of the container's PID 1."""
+    return int(driver_state(task)["leader"]["pid"])
+
+
+def keeper(task: Task) -> int:
+    """The pid of the process that waits for nspawn."""
+    return int(driver_state(task)["keeper"]["pid"])
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    return False
+
+
+def eventually(condition: Callable[[], T], timeout: float = 10, pause: float = 0.02) -> T:
+    """What `condition` returns as soon as that is true."""
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not true within {timeout:g} s"
+        time.sleep(pause)
+    return result
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None:
+    """Copy a few programs of an image, without their machine id: a tree nspawn starts from, of a few MB."""
+    files = {f"/usr/bin/{program}" for program in programs}
+    for program in sorted(files):
+        shown = subprocess.run(
+            ["chroot", str(image), "ldd", program], stdout=subprocess.PIPE, check=True, timeout=30
+        )
+        files |= {word for word in shown.stdout.decode().split() if word.startswith("/")}
+    for name in ("bin", "sbin", "lib", "lib64"):
+        if (image / name).is_symlink():
+            target.mkdir(parents=True, exist_ok=True)
+            (target / name).symlink_to(os.readlink(image / name))
+    for file in (*files, "/usr/lib/os-release", "/etc/passwd", "/etc/group"):
+        copy = target / file.lstrip("/")
+        (target / "usr/lib64").mkdir(parents=True, exist_ok=True)
+        (target / "usr/lib").mkdir(parents=True, exist_ok=True)
+        (target / "usr/bin").mkdir(parents=True, exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(image / file.lstrip("/"), copy)
+    (target / "usr/bin/sh").symlink_to("dash")
+    for name in ("dev", "etc", "mnt", "proc", "run", "sys", "tmp", "var"):
+        (target / name).mkdir(exist_ok=True)
+    (target / "etc/machine-id").write_text("")

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What there is of an allocation on this machine: nothing may be left of it once its tasks are destroyed.
+
+Everything is found from the allocation's id, the way an operator would look, and not from what the driver says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+STATE = Path("/run/nomad-driver-nspawn")
+NSPAWN = Path("/run/systemd/nspawn")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def leftovers(alloc_id: str) -> list[str]:
+    """One line for each process, mount, cgroup, file and interface of the allocation."""
+    return [
+        *(f"process {pid}: {command}" for pid, command in processes(alloc_id)),
+        *(f"mount {point}" for point in mounts(alloc_id)),
+        *(f"cgroup {path}" for path in cgroups(alloc_id)),
+        *(f"file {path}" for path in files(alloc_id)),
+        *(f"interface {name}" for name in interfaces(alloc_id)),
+    ]
+
+
+def processes(alloc_id: str) -> Iterator[tuple[int, str]]:
+    """Processes that have the id on their command line, in their environment or in their cgroup's name."""
+    wanted = alloc_id.encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes()
+            if not command:  # a zombie, or a kernel thread
+                continue
+            if any(wanted in text for text in (command, (entry / "environ").read_bytes())) or (
+                wanted in (entry / "cgroup").read_bytes()
+            ):
+                yield int(entry.name), command.replace(b"\0", b" ").decode(errors="replace")[:200]
+
+
+def mounts(alloc_id: str) -> Iterator[str]:
+    """Mount points of the allocation but for the two that the agent itself makes for each task."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        point = line.split(" ")[4]
+        if alloc_id in line and not (f"/{alloc_id}/" in point and point.endswith(("/secrets", "/private"))):
+            yield point
+
+
+def cgroups(alloc_id: str) -> Iterator[str]:
+    for hierarchy in (CGROUPS, CGROUPS / "unified", CGROUPS / "systemd"):
+        for path in (hierarchy / "nomad.slice").glob("**/"):
+            if alloc_id in path.name:
+                yield str(path)
+
+
+def files(alloc_id: str) -> Iterator[str]:
+    for root in (STATE, NSPAWN):
+        for path in root.glob("**/*"):
+            if alloc_id in path.name:
+                yield str(path)
+
+
+def interfaces(alloc_id: str) -> Iterator[str]:
+    """nspawn's own names are hashes; the alternative ones hold the whole name of the machine."""
+    tool = shutil.which("ip")
+    if not tool:
+        return
+    shown = subprocess.run([tool, "-json", "link"], stdout=subprocess.PIPE, check=True, timeout=10)
+    for link in json.loads(shown.stdout or b"[]"):
+        names = [link["ifname"], *link.get("altnames", [])]
+        if any(alloc_id in name for name in names):
+            yield str(link["ifname"])
+
+
+def snapshots(image: Path) -> list[Path]:
+    """Copies that nspawn has made of an image for `ephemeral`."""
+    return sorted(image.parent.glob(f".#machine.{image.name}*"))
