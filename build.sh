@@ -136,6 +136,7 @@ make_image() {
 	mkdir -p "$image_cache"
 	rm -rf "$image.tmp"
 	mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus bookworm "$image.tmp"
+	: >"$image.tmp/etc/machine-id"	# the allocation's id is used only where the image has none of its own
 	mv "$image.tmp" "$image"
 }
 

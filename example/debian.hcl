@@ -3,7 +3,9 @@
 # Its image is a directory. This makes one named "debian" where the driver looks for names:
 #
 #     mmdebstrap --variant=minbase --include=systemd,systemd-sysv,dbus bookworm /var/lib/machines/debian
+#     : > /var/lib/machines/debian/etc/machine-id
 #
+# The second line lets the allocation's id be the machine id.
 # `sh build.sh demo` does the same.
 job "debian" {
   type = "service"

@@ -1741,6 +1741,11 @@ def plugin_config(path: str | Path, plugin: str) -> Mapping[str, Any] | None:
 # === Real agent ==============================================================================================
 
 
+# Asking the clouds' metadata services takes seconds where they do not answer, and may fail the agent; nothing a
+# test starts shall talk to other machines.
+NO_FINGERPRINTS = "env_aws,env_azure,env_digitalocean,env_gce,consul,vault"
+
+
 class NomadAgent:
     """A real `nomad agent` with this plugin, in a temporary directory and on ports of its own.
 
@@ -1763,11 +1768,11 @@ class NomadAgent:
         shutil.copy2(plugin, plugins)
         self.plugin = plugins / Path(plugin).name
         self.http = free_port()
-        # Asking the clouds' metadata services takes seconds where they do not answer, and may fail the agent.
         (self.root / "local.hcl").write_text(
             f"ports {{\n  http = {self.http}\n  rpc = {free_port()}\n  serf = {free_port()}\n}}\n"
             'advertise {\n  http = "127.0.0.1"\n  rpc = "127.0.0.1"\n  serf = "127.0.0.1"\n}\n'
-            'client {\n  options = { "fingerprint.denylist" = "env_aws,env_azure,env_digitalocean,env_gce" }\n}\n'
+            "disable_update_check = true\n"
+            f'client {{\n  options = {{ "fingerprint.denylist" = "{NO_FINGERPRINTS}" }}\n}}\n'
         )
         self.process: subprocess.Popen[bytes] | None = None
 
