@@ -1859,10 +1859,18 @@ class NomadAgent:
         try:
             self.stop()
         finally:
+            self._kill_orphans()
             for path in sorted(mount_points(self.root), reverse=True):
                 subprocess.run(["umount", str(path)], check=False, timeout=30)
             if not mount_points(self.root):
                 shutil.rmtree(self.root, ignore_errors=True)
+
+    def _kill_orphans(self) -> None:
+        """An agent that was killed leaves its log collectors behind; they work in its directory."""
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and Path(os.readlink(entry / "cwd")).is_relative_to(self.root):
+                    os.kill(int(entry.name), signal.SIGKILL)
 
     def __enter__(self) -> NomadAgent:
         self.start()
