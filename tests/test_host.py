@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Host: facts about a machine, from the files of other machines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import driver
+from driver import CgroupMode, Host, Mounts
+
+# -- cgroups -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "mode"),
+    [
+        (["cgroup.controllers", "cgroup.procs"], CgroupMode.V2),
+        (["unified/cgroup.procs", "unified/cgroup.controllers", "cpu/tasks", "systemd/tasks"], CgroupMode.HYBRID),
+        (["cpu/tasks", "memory/tasks"], CgroupMode.V1),
+        (["unified/other"], CgroupMode.V1),
+        ([], CgroupMode.V1),
+    ],
+)
+def test_cgroup_mode(tmp_path: Path, files: list[str], mode: CgroupMode) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert driver.read_cgroup_mode(tmp_path) is mode
+
+
+def test_cgroup_mode_without_cgroups(tmp_path: Path) -> None:
+    assert driver.read_cgroup_mode(tmp_path / "nothing") is CgroupMode.V1
+
+
+def test_place_of_the_second_hierarchy() -> None:
+    assert {mode: str(mode.root) for mode in CgroupMode} == {
+        CgroupMode.V2: "/sys/fs/cgroup",
+        CgroupMode.HYBRID: "/sys/fs/cgroup/unified",
+        CgroupMode.V1: "None",
+    }
+
+
+# What a fake cgroup holds, as of kernel 6.1.
+CPU_STAT = "usage_usec 3500000\nuser_usec 2000000\nsystem_usec 1500000\nnr_throttled 4\nthrottled_usec 7\n"
+MEMORY_STAT = "anon 1000\nfile 2000\nkernel 300\n"
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path) -> Path:
+    path = tmp_path / "a.web.scope"
+    (path / "payload/init.scope").mkdir(parents=True)
+    (path / "keeper").mkdir()
+    files = {
+        "cpu.stat": CPU_STAT,
+        "memory.stat": MEMORY_STAT,
+        "memory.current": "4096\n",
+        "memory.swap.current": "5\n",
+        "memory.peak": "8192\n",
+        "cgroup.procs": "",
+        "keeper/cgroup.procs": "1\n2\n",
+        "payload/init.scope/cgroup.procs": "4194304\n",
+    }
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_cgroup_usage(cgroup: Path) -> None:
+    usage = driver.read_cgroup_usage(str(cgroup))
+    assert usage is not None
+    assert usage == driver.Usage(
+        at=usage.at,
+        user=2.0,
+        system=1.5,
+        rss=1000,
+        usage=4096,
+        cache=2000,
+        swap=5,
+        peak=8192,
+        throttled_periods=4,
+        throttled_time=7000,
+        is_cgroup=True,
+    )
+
+
+def test_cgroup_usage_of_older_kernels(cgroup: Path) -> None:
+    """memory.peak came with 5.19; without swap accounting there is no memory.swap.current."""
+    (cgroup / "memory.peak").unlink()
+    (cgroup / "memory.swap.current").unlink()
+    usage = driver.read_cgroup_usage(str(cgroup))
+    assert usage is not None
+    assert (usage.usage, usage.peak, usage.swap) == (4096, 0, 0)
+
+
+def test_cgroup_usage_without_memory_controller(cgroup: Path) -> None:
+    (cgroup / "memory.stat").unlink()
+    assert driver.read_cgroup_usage(str(cgroup)) is None
+
+
+def test_cgroup_usage_of_nothing(tmp_path: Path) -> None:
+    assert driver.read_cgroup_usage(str(tmp_path / "gone")) is None
+
+
+def test_cgroup_pids(cgroup: Path) -> None:
+    assert sorted(driver.read_cgroup_pids(str(cgroup))) == [1, 2, 4194304]
+    assert driver.read_cgroup_pids(str(cgroup / "gone")) == []
+
+
+@pytest.mark.parametrize(("text", "number"), [("12\n", 12), ("max\n", 0), ("", 0)])
+def test_number_of_a_cgroup_file(tmp_path: Path, text: str, number: int) -> None:
+    (tmp_path / "x").write_text(text)
+    assert driver.read_number(str(tmp_path / "x")) == number
+    assert driver.read_number(str(tmp_path / "gone")) == 0
+
+
+# -- mounts --------------------------------------------------------------------------------------------------
+
+MOUNTINFO = r"""
+22 27 0:20 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs sysfs rw
+27 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw,errors=remount-ro
+98 27 0:40 / /srv/a\040b\011c\012d\134e\043f rw,relatime - xfs /dev/vdb\0401 rw
+99 27 0:41 / /mnt/nfs rw,relatime shared:1 master:2 propagate_from:3 - nfs4 host:/export rw,vers=4.2
+100 27 0:42 /sub /var/nomad rw - btrfs /dev/vdc rw,subvol=/sub
+101 100 0:43 / /var/nomad/alloc/secrets rw,noexec - tmpfs tmpfs rw,size=1024k
+102 27 0:44 / /ünïcödé rw - fuse.sshfs host: rw
+""".lstrip("\n")
+
+
+def test_mountinfo() -> None:
+    assert driver.parse_mountinfo(MOUNTINFO).points == (
+        ("/sys", "sysfs"),
+        ("/", "ext4"),
+        ("/srv/a b\tc\nd\\e#f", "xfs"),
+        ("/mnt/nfs", "nfs4"),
+        ("/var/nomad", "btrfs"),
+        ("/var/nomad/alloc/secrets", "tmpfs"),
+        ("/ünïcödé", "fuse.sshfs"),
+    )
+
+
+def test_mountinfo_of_nothing() -> None:
+    assert driver.parse_mountinfo("") == Mounts(())
+
+
+@pytest.mark.parametrize("character", ["\v", "\f", "\r", "\x1c", "\x1e", "\x85", "\u2028", "\u2029", "\udc85"])
+def test_mountinfo_has_lines_that_end_with_a_line_feed_only(character: str) -> None:
+    """The kernel writes other separators as they are. Nomad mounts a tmpfs below a directory with the task's
+    name: one such name, of any driver's job, must not keep all others from starting."""
+    name = f"/alloc/we{character}b/secrets"
+    text = f"100 27 0:42 / {name} rw - tmpfs tmpfs rw\n101 27 0:43 / /x rw - xfs /dev/x rw\n"
+    assert driver.parse_mountinfo(text).points == ((name, "tmpfs"), ("/x", "xfs"))
+
+
+@pytest.mark.parametrize(
+    ("path", "filesystem"),
+    [
+        ("/", "ext4"),
+        ("/etc", "ext4"),
+        ("/sysx", "ext4"),
+        ("/sys", "sysfs"),
+        ("/sys/fs", "sysfs"),
+        ("/srv/a b\tc\nd\\e#f/g", "xfs"),
+        ("/mnt/nfs/x", "nfs4"),
+        ("/mnt/nfsx", "ext4"),
+        ("/var/nomad/alloc", "btrfs"),
+        ("/var/nomad/alloc/secrets", "tmpfs"),
+        ("/var/nomad/alloc/secrets/x", "tmpfs"),
+    ],
+)
+def test_filesystem_of_a_path(path: str, filesystem: str) -> None:
+    assert driver.parse_mountinfo(MOUNTINFO).filesystem(path) == filesystem
+
+
+def test_later_mounts_cover_earlier_ones() -> None:
+    mounts = Mounts((("/a", "xfs"), ("/", "rootfs"), ("/a", "tmpfs"), ("/", "overlay")))
+    assert mounts.filesystem("/a/b") == "tmpfs"
+    assert mounts.filesystem("/b") == "overlay"
+
+
+def test_filesystem_without_mounts() -> None:
+    assert Mounts(()).filesystem("/a") == ""
+
+
+def test_mounts_of_this_machine() -> None:
+    mounts = driver.read_mounts()
+    assert mounts.filesystem("/proc/self") == "proc"
+    assert mounts.filesystem("/") != ""
+
+
+# Kernels from which each can be the source of an id-mapped mount, by their changelogs.
+IDMAP = {
+    "ext4": (5, 12),
+    "xfs": (5, 12),
+    "vfat": (5, 12),
+    "btrfs": (5, 15),
+    "ntfs3": (5, 15),
+    "f2fs": (5, 18),
+    "erofs": (5, 19),
+    "squashfs": (6, 2),
+    "tmpfs": (6, 3),
+}
+
+
+@pytest.mark.parametrize(("filesystem", "since"), IDMAP.items())
+def test_idmap_since(filesystem: str, since: tuple[int, int]) -> None:
+    mounts = Mounts((("/", filesystem),))
+    assert mounts.have_idmap("/a", since)
+    assert mounts.have_idmap("/a", (since[0] + 1, 0))
+    assert not mounts.have_idmap("/a", (since[0], since[1] - 1))
+    assert not mounts.have_idmap("/a", (0, 0))
+
+
+@pytest.mark.parametrize("filesystem", ["overlay", "nfs", "nfs4", "fuse.sshfs", "9p", "cifs", "ext3", ""])
+def test_never_idmap(filesystem: str) -> None:
+    assert not Mounts((("/", filesystem),)).have_idmap("/a", (7, 2))
+
+
+def test_idmap_asks_for_the_path_itself() -> None:
+    mounts = Mounts((("/", "ext4"), ("/a", "overlay"), ("/a/b", "xfs")))
+    assert [mounts.have_idmap(path, (6, 1)) for path in ("/", "/a", "/a/b", "/ab")] == [True, False, True, True]
+
+
+def test_idmap_table_is_the_one_above() -> None:
+    assert driver.IDMAP_SINCE == IDMAP
+
+
+# -- what is missing -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that holds every tool, as the only one searched; and a machine with an identity, run by root."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    for tool in driver.TOOLS:
+        (path / tool).write_text("#!/bin/sh\n")
+        (path / tool).chmod(0o755)
+    monkeypatch.setattr(driver, "SAFE_PATH", str(path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return path
+
+
+def problems(systemd: int = 252) -> list[str]:
+    """The problems of this machine, but for its identity, which is not what these tests are about."""
+    return [text for text in driver.find_problems(systemd) if "machine-id" not in text]
+
+
+@pytest.mark.parametrize("systemd", [249, 252, 257, 262])
+def test_no_problems(tools: Path, systemd: int) -> None:
+    assert problems(systemd) == []
+
+
+@pytest.mark.parametrize("systemd", [1, 239, 248])
+def test_old_systemd(tools: Path, systemd: int) -> None:
+    assert problems(systemd) == [f"systemd-nspawn is version {systemd}; 249 or newer is needed."]
+
+
+PACKAGES = {
+    "systemd-nspawn": "systemd-container",
+    "unshare": "util-linux",
+    "mount": "util-linux",
+    "sed": "sed",
+    "sh": "dash",
+}
+
+
+@pytest.mark.parametrize(("tool", "package"), PACKAGES.items())
+def test_missing_tool(tools: Path, tool: str, package: str) -> None:
+    (tools / tool).unlink()
+    assert problems() == [f"{tool} is not installed: install the package {package}."]
+
+
+def test_tool_that_cannot_be_executed(tools: Path) -> None:
+    (tools / "systemd-nspawn").chmod(0o644)
+    assert problems(0) == ["systemd-nspawn is not installed: install the package systemd-container."]
+
+
+def test_every_tool_has_a_package() -> None:
+    assert driver.TOOLS == PACKAGES
+
+
+def test_keeper_starts_only_tools_that_are_checked() -> None:
+    """A missing one would be found out by the first task."""
+    for tool in ("mount", "sed"):
+        assert f"{tool} " in driver.KEEPER
+        assert tool in driver.TOOLS
+
+
+def test_not_root(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert problems() == ["The Nomad client must run as root to start containers."]
+
+
+def test_several_problems_are_several_sentences(tools: Path) -> None:
+    (tools / "sed").unlink()
+    host = Host(248, (6, 1), CgroupMode.V2, tuple(problems(248)))
+    assert not host.is_healthy
+    assert host.sentence == (
+        "sed is not installed: install the package sed. systemd-nspawn is version 248; 249 or newer is needed."
+    )
+
+
+def test_healthy() -> None:
+    host = Host(252, (6, 1), CgroupMode.V1, ())
+    assert host.is_healthy
+    assert host.sentence == "Healthy"
+
+
+@pytest.mark.parametrize(
+    ("script", "version"),
+    [
+        ("echo 'systemd 252 (252.39-1~deb12u1)'; echo '+PAM +AUDIT'", 252),
+        ("echo 'systemd 257.13 (257.13-1)'", 257),
+        ("echo 'systemd 262~rc1'", 262),
+        ("echo 'nspawn 1'", 0),
+        ("exit 1", 0),
+        ("printf '\\377\\n'", 0),
+    ],
+)
+def test_nspawn_version(tmp_path: Path, script: str, version: int) -> None:
+    tool = tmp_path / "systemd-nspawn"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    assert driver.read_nspawn_version(str(tool), tool.stat().st_mtime) == version
+
+
+def test_nspawn_version_without_nspawn(tmp_path: Path) -> None:
+    assert driver.read_nspawn_version(str(tmp_path / "nothing"), 0.0) == 0
+
+
+def test_nspawn_version_is_asked_again_after_an_upgrade(tmp_path: Path) -> None:
+    tool = tmp_path / "systemd-nspawn"
+    for number, version in enumerate((252, 257)):
+        tool.write_text(f"#!/bin/sh\necho systemd {version}\necho >>{tmp_path}/asked\n")
+        tool.chmod(0o755)
+        for _ in range(3):
+            assert driver.read_nspawn_version(str(tool), float(number)) == version
+    assert len((tmp_path / "asked").read_text()) == 2
+
+
+def test_this_host() -> None:
+    host = driver.read_host()
+    assert host.kernel >= (3, 0)
+    assert host.cgroups is driver.read_cgroup_mode()
+    assert all(problem.endswith(".") for problem in host.problems)
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "a b) c", ") S 1 (", "new\nline", "é" * 8, b"\xff\xfe".decode("latin-1")]
+)
+def test_process_of_any_name(tmp_path: Path, name: str) -> None:
+    """The kernel cuts names at 15 bytes, also in the middle of a character: that is no UTF-8 any more."""
+    program = tmp_path / name
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "60"]) as process:
+        try:
+            fields = driver.read_stat(process.pid)
+            found = driver.ProcessId.of(process.pid)
+            assert fields is not None
+            assert int(fields[1]) == os.getpid()
+            assert found is not None and found.is_alive
+            assert found.started == int(fields[19])
+        finally:
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert driver.ProcessId.of(process.pid) is None  # a zombie is no live process
+    assert driver.read_stat(process.pid) is None
+    assert not found.is_alive
+
+
+def test_process_identity_is_more_than_its_number() -> None:
+    this = driver.ProcessId.of(os.getpid())
+    assert this is not None and this.is_alive
+    assert not driver.ProcessId(this.pid, this.started + 1).is_alive
+    assert not driver.ProcessId(this.pid, this.started + 1).send(0)
+    assert this.send(0)
