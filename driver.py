@@ -294,12 +294,14 @@ async def wait_readable(fd: int) -> None:
         loop.remove_reader(fd)
 
 
-def start_process(argv: Sequence[str], *, environ: Mapping[str, str], stdout: int, stderr: int) -> ProcessId:
-    """Start a process in a session of its own with /dev/null as stdin; ProcessId.wait reaps it."""
+def start_process(
+    argv: Sequence[str], *, environ: Mapping[str, str], stdin: int, stdout: int, stderr: int
+) -> ProcessId:
+    """Start a process in a session of its own; ProcessId.wait reaps it."""
     process = subprocess.Popen(
         argv,
         env=dict(environ),
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         cwd="/",
@@ -894,6 +896,19 @@ def is_image_name(name: str) -> bool:
     return "/" not in name and name not in (".", "..")
 
 
+def make_mount_points(root: Path) -> None:
+    """Make the directories a task finds its own ones at: nspawn makes what is missing in a writable image, but
+    mounts a read-only one before it comes to that."""
+    for name in ("alloc", "local", "secrets"):
+        try:
+            (root / name).mkdir(mode=0o755)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            rule = f"the image has no /{name} to mount on, and none can be made in it ({error.strerror})"
+            raise ConfigError("read_only", True, rule, "make the directory in the image") from None
+
+
 def find_in_image(root: Path, path: str, mounts: Mapping[str, str]) -> Path | None:
     """Resolve a path as the container would, without leaving its root; None when it is not there.
 
@@ -1427,6 +1442,8 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"Failed to set up ID mapped mounts|ID mapped mounts are apparently not available",
      "user_namespacing: the image's file system cannot be mapped; set user_namespacing = false", False),
     (r"Failed to map ids for bind mount", "user_namespacing: a mounted directory cannot be mapped", False),
+    (r"Failed to create mount point (\S+): Read-only file system",
+     'read_only: the image has no {0} to mount on; make it in the image, or set volatile = "overlay"', False),
     (r"No space left on device", "image: the disk is full", True),
 )  # fmt: skip
 
@@ -1491,7 +1508,7 @@ def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, 
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, record.at)
     for line in lines:
         match = re.search(r"terminated by signal (\w+)", line)
-        if match and mode is not Mode.BOOT:
+        if match:
             number = parse_signal(match[1])
             return Exit(128 + number, number, "", record.at)
     if record.status == 255 and mode is Mode.PROCESS_TWO:
@@ -1514,11 +1531,14 @@ def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, 
 # in place of /dev/kmsg: the payload's stderr stays the payload's, and the plugin can read what went wrong.
 # =====================================================================================================
 
-# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. Its variables
-# have a prefix that no variable of a job in its environment has (STEERING).
+# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. It starts when
+# a line comes on stdin: if the plugin dies before its pid is on disk, nothing has happened. Its variables have a
+# prefix that no variable of a job in its environment has (STEERING).
 KEEPER = r"""
 keeper_state=$1 keeper_cgroup=$2 keeper_filter=$3
 shift 3
+read -r keeper_go || exit 1
+exec </dev/null
 enter() { [ -z "$keeper_cgroup" ] || echo 0 >"$keeper_cgroup$1/cgroup.procs"; }
 keep() {
 	(
@@ -1571,7 +1591,7 @@ def open_log(path: str) -> int:
     return fd
 
 
-def start_keeper(plan: Plan, state_dir: Path, logs: Sequence[int]) -> ProcessId:
+def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId:
     environ = {
         **plan.environ,
         "PATH": SAFE_PATH,
@@ -1581,7 +1601,7 @@ def start_keeper(plan: Plan, state_dir: Path, logs: Sequence[int]) -> ProcessId:
     argv = ["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", KEEPER, "nomad-nspawn-keeper"]
     argv += [str(state_dir), plan.cgroup, "filter" if plan.wants_filter else "", *plan.argv]
     try:
-        return start_process(argv, environ=environ, stdout=logs[0], stderr=logs[1])
+        return start_process(argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
     except OSError as error:
         raise HostError(f"the container's keeper cannot be started: {error.strerror}") from None
 
@@ -1945,11 +1965,15 @@ class Start:
             self.prepare()
             with contextlib.ExitStack() as stack:
                 notify = stack.enter_context(self.listen())
+                go, may_go = os.pipe()
+                stack.callback(os.close, go)
+                stack.callback(os.close, may_go)
                 logs = []
                 for path in (self.plan.stdout_path, self.plan.stderr_path):
                     logs.append(open_log(path))
                     stack.callback(os.close, logs[-1])
-                self.save(keeper=start_keeper(self.plan, self.directory, logs))
+                self.save(keeper=start_keeper(self.plan, self.directory, [go, *logs]))
+                os.write(may_go, b"go\n")
                 leader = await self.wait_ready(notify)
                 snapshot = read_snapshot(leader.pid, self.plan.image.path) if self.plan.is_ephemeral else ""
                 self.save(leader=leader, snapshot=snapshot, uid_base=read_uid_base(leader.pid))
@@ -1971,6 +1995,8 @@ class Start:
         (self.directory / "nspawn.log").touch(mode=0o600)
         if self.plan.cgroup:
             Path(self.plan.cgroup, "keeper").mkdir(parents=True, exist_ok=True)
+        if "--read-only" in self.plan.argv and self.plan.image.is_directory:
+            make_mount_points(self.plan.image.path)
         if self.plan.settings is not None:
             SETTINGS_ROOT.mkdir(parents=True, exist_ok=True)
             write_file(SETTINGS_ROOT / f"{self.plan.machine}.nspawn", self.plan.settings)
