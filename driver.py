@@ -866,7 +866,7 @@ def find_image_path(name: str, task_dir: Path | None) -> Path:
     candidates = list(image_places(name, task_dir))
     for candidate in candidates:
         found = Path(os.path.realpath(candidate))
-        if not found.exists():
+        if not os.path.exists(found):  # unlike Path.exists it takes a name that is too long for one of nothing
             continue
         if (
             task_dir
@@ -923,18 +923,22 @@ def find_in_image(root: Path, path: str, mounts: Mapping[str, str]) -> Path | No
         if part in ("", "."):
             continue
         if part == "..":
+            if not os.path.isdir(host_path(root, done, mounts)):
+                return None
             del done[-1:]
             continue
         here = host_path(root, [*done, part], mounts)
-        if here.is_symlink():
+        if os.path.islink(here):
             target = os.readlink(here)
             if target.startswith("/"):
                 done = []
             pending.extendleft(reversed(target.split("/")))
         else:
             done.append(part)
+    else:
+        return None
     found = host_path(root, done, mounts)
-    return found if found.exists() and not found.is_symlink() else None
+    return found if os.path.exists(found) else None
 
 
 def host_path(root: Path, parts: Sequence[str], mounts: Mapping[str, str]) -> Path:
@@ -947,6 +951,8 @@ def host_path(root: Path, parts: Sequence[str], mounts: Mapping[str, str]) -> Pa
 
 def explain_command(command: str, search: str, root: Path, mounts: Mapping[str, str]) -> str:
     """Say why a program could not be executed, "" when it looks as if it could."""
+    if "/" in command and not command.startswith("/"):
+        return ""  # relative to the working directory
     places = [command] if "/" in command else [f"{place}/{command}" for place in search.split(":")]
     found = [path for place in places if (path := find_in_image(root, place, mounts))]
     if not found:
@@ -974,7 +980,8 @@ def plan_cgroup(mode: CgroupMode, given: str, alloc_id: str, task_name: str) -> 
     """
     if mode.root is None:
         return ""
-    if given.startswith(f"{mode.root}/") and ".." not in given.split("/"):
+    given = os.path.normpath(given)
+    if given.startswith(f"{mode.root}/"):
         return given
     name = urllib.parse.quote(f"{alloc_id}.{task_name}", safe="")
     if len(name) > 200:
@@ -1173,7 +1180,7 @@ class Mode(enum.Enum):
 
 def parse_signal(name: str) -> int:
     """Return the number of SIGTERM, TERM, 15 or SIGRTMIN+4."""
-    match = re.fullmatch(r"(?:SIG)?(RTMIN|RTMAX)([+-]\d+)|(?:SIG)?([A-Z][A-Z0-9]*)|(\d+)", name.upper())
+    match = re.fullmatch(r"(?:SIG)?(RTMIN|RTMAX)([+-]\d{1,2})|(?:SIG)?([A-Z][A-Z0-9]*)|(\d{1,3})", name.upper())
     if match:
         base, offset, plain, digits = match.groups()
         known = signal.Signals.__members__.get(f"SIG{base or plain}")
@@ -1187,7 +1194,7 @@ def render_signal(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
-        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number > signal.SIGRTMIN else str(number)
 
 
 def plan_machine(task_name: str, alloc_id: str) -> str:
@@ -1212,11 +1219,11 @@ STEERING = re.compile(
     r"|RESOLV_|HOSTALIASES|DBUS_|XTABLES|IPTABLES|NFT|OPENSSL|SSL_|SSLKEYLOG|GNUTLS_|P11_|NSS_|KRB5|PATH$|HOME$|TMP|TEMP"
     r"|TERM|COLORTERM|NO_COLOR|USER$|LOGNAME$|SHELL|CONTAINER|INVOCATION_ID|JOURNAL_|CREDENTIALS_|XDG_|LIBMOUNT_"
     r"|BLKID_|LIBBLKID|UDEV|KMOD|MODPROBE|SELINUX|ENV$|BASH|IFS$|PS[0-9]|PWD|OLDPWD|CDPATH|POSIXLY|PYTHON|PERL"
-    r"|PAGER|LESS|KEEPER_|GETCONF|COREDUMP|ARGV0|_$)",
+    r"|PAGER|LESS|KEEPER_|OPT|LINENO|PPID|HIST|MAIL|GETCONF|COREDUMP|ARGV0|_$)",
     re.IGNORECASE,
 )
 
-MAX_VARIABLE = 128 << 10  # bytes with name, "=" and the final NUL: MAX_ARG_STRLEN of the kernel
+MAX_VARIABLE = 128 << 10  # bytes of an argument with its final NUL: MAX_ARG_STRLEN of the kernel
 MAX_ENVIRONMENT = 1536 << 10  # the kernel's limit for arguments and environment together is 2 MiB
 
 
@@ -1238,7 +1245,7 @@ def plan_environment(variables: Mapping[str, str]) -> Environment:
     the command line: names there, values in nspawn's own environment; names that would steer nspawn carry
     their value on the command line, where other users of the host can read it.
     """
-    check_environment_size(variables)
+    check_environment(variables)
     names = sorted(name for name in variables if VARIABLE.fullmatch(name))
     dropped = tuple(sorted(set(variables) - set(names)))
     if not any(re.search(r"[\n\r]", variables[name]) for name in names):
@@ -1246,6 +1253,9 @@ def plan_environment(variables: Mapping[str, str]) -> Environment:
         return Environment("[Exec]\n" + "".join(lines), dropped=dropped)
     hidden = {name: variables[name] for name in names if not STEERING.match(name)}
     argv = [f"--setenv={name}" if name in hidden else f"--setenv={name}={variables[name]}" for name in names]
+    for name, argument in zip(names, argv, strict=True):
+        if len(argument.encode()) >= MAX_VARIABLE:
+            raise too_large(name, len(argument))
     return Environment(None, ("--settings=no", *argv), hidden, dropped)
 
 
@@ -1254,14 +1264,20 @@ def quote_setting(text: str) -> str:
     return "'" + text.replace("'", "'\"'\"'") + "'"
 
 
-def check_environment_size(variables: Mapping[str, str]) -> None:
+def too_large(name: str, size: int) -> ConfigError:
+    rule = f"a variable may have {MAX_VARIABLE >> 10} KiB, this one has {size >> 10}"
+    return ConfigError("env", name, rule, "put the value into a file with a template block")
+
+
+def check_environment(variables: Mapping[str, str]) -> None:
     total = 0
     for name, value in variables.items():
-        size = len(name.encode()) + len(value.encode()) + 2
+        if "\0" in value:  # would end the line in the settings file, and begin one of the job's own making
+            raise ConfigError("env", name, "the value must not hold a NUL character")
+        size = len(f"{name}={value}".encode()) + 1
         total += size
         if size > MAX_VARIABLE:
-            rule = f"a variable may have {MAX_VARIABLE >> 10} KiB, this one has {size >> 10}"
-            raise ConfigError("env", name, rule, "put the value into a file with a template block")
+            raise too_large(name, size)
     if total > MAX_ENVIRONMENT:
         rule = f"all variables together may have {MAX_ENVIRONMENT >> 10} KiB"
         raise ConfigError("env", f"{total >> 10} KiB", rule, "put large values into files with template blocks")
@@ -1507,10 +1523,11 @@ def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, 
         why = f"systemd-nspawn itself was killed (status {record.status}); the container was ended with it"
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, record.at)
     for line in lines:
-        match = re.search(r"terminated by signal (\w+)", line)
+        match = re.search(r"terminated by signal (\S+)\.", line)
         if match:
-            number = parse_signal(match[1])
-            return Exit(128 + number, number, "", record.at)
+            with contextlib.suppress(ConfigError):  # a name that only a newer systemd has
+                number = parse_signal(match[1])
+                return Exit(128 + number, number, "", record.at)
     if record.status == 255 and mode is Mode.PROCESS_TWO:
         if sent:
             return Exit(128 + sent, sent, "", record.at)
