@@ -269,7 +269,7 @@ NO_PROCESS = ProcessId(0, 0)
 def read_stat(pid: int | str) -> list[str] | None:
     """Return the fields of /proc/PID/stat from the state (field 3) on, None when there is no such process."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace")
     except OSError:
         return None
     return text[text.rindex(")") + 2 :].split()  # the name in parentheses may hold anything
@@ -477,7 +477,7 @@ class Mounts:
 
 def parse_mountinfo(text: str) -> Mounts:
     points = []
-    for line in text.splitlines():
+    for line in text.rstrip("\n").split("\n"):  # not splitlines: a path may hold what else ends a line
         left, _, right = line.partition(" - ")
         point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split(" ")[4])
         points.append((point, right.split(" ")[0]))
@@ -485,7 +485,7 @@ def parse_mountinfo(text: str) -> Mounts:
 
 
 def read_mounts() -> Mounts:
-    return parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape"))
 
 
 # =====================================================================================================
@@ -923,7 +923,8 @@ def find_in_image(root: Path, path: str, mounts: Mapping[str, str]) -> Path | No
         if part in ("", "."):
             continue
         if part == "..":
-            if not os.path.isdir(host_path(root, done, mounts)):
+            above_mount = any(target.startswith(f"/{'/'.join(done)}/") for target in mounts)  # nspawn makes it
+            if not above_mount and not os.path.isdir(host_path(root, done, mounts)):
                 return None
             del done[-1:]
             continue
@@ -2103,7 +2104,7 @@ def read_snapshot(pid: int, image: Path) -> str:
     """Return the copy nspawn runs an ephemeral container on: a hidden sibling of the image, which stays for
     ever if nspawn is killed."""
     for line in read_text(Path(f"/proc/{pid}/mountinfo")).splitlines():
-        root, point = line.split(" ")[3:5]
+        root, point = [*line.split(" "), "", "", "", "", ""][3:5]
         name = root.rsplit("/", 1)[-1]
         if point == "/" and name.startswith(".#"):
             return str(image.parent / name)
