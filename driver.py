@@ -477,7 +477,7 @@ class Mounts:
 
 def parse_mountinfo(text: str) -> Mounts:
     points = []
-    for line in text.rstrip("\n").split("\n"):  # not splitlines: a path may hold what else ends a line
+    for line in filter(None, text.split("\n")):  # not splitlines: a path may hold what else ends a line
         left, _, right = line.partition(" - ")
         point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split(" ")[4])
         points.append((point, right.split(" ")[0]))
