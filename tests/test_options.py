@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -83,6 +84,36 @@ def test_default_is_a_value_of_the_option(option: Option) -> None:
     assert type(option.default) is kinds[option.kind]
     if option.check:
         option.check(option.name, option.default)
+
+
+def test_reference() -> None:
+    options = (
+        Option("a", Kind.STRING, "First.", required=True),
+        Option("b", Kind.BOOL, "Second.", default=True),
+        Option("c", Kind.BOOL, "Third.", default=False),
+        Option("d", Kind.STRING_MAP, "Fourth.", default={}),
+        Option("e", Kind.STRINGS, "Fifth."),
+    )
+    assert driver.render_reference(options) == (
+        "| option | type | default | meaning |\n"
+        "|---|---|---|---|\n"
+        "| `a` | string | required | First. |\n"
+        "| `b` | bool | true | Second. |\n"
+        "| `c` | bool | false | Third. |\n"
+        "| `d` | list(map(string)) |  | Fourth. |\n"
+        "| `e` | list(string) |  | Fifth. |\n"
+    )
+
+
+@pytest.mark.parametrize("options", [TASK_OPTIONS, PLUGIN_OPTIONS])
+def test_readme_has_the_reference(options: Sequence[Option]) -> None:
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    assert f"\n{driver.render_reference(options)}\n" in readme.read_text()
+
+
+@pytest.mark.parametrize("option", ALL_OPTIONS, ids=lambda option: str(option.name))
+def test_reference_is_no_broken_table(option: Option) -> None:
+    assert "|" not in option.doc
 
 
 @pytest.mark.parametrize("name", GO_OPTIONS)
