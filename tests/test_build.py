@@ -26,6 +26,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.agent import Allocation, Task, launch_like_agent
+
 TOP = Path(__file__).resolve().parent.parent
 NAME = "nomad-driver-nspawn"
 VERSION = re.search(r'^__version__ = "(.+?)"', (TOP / "driver.py").read_text(), re.MULTILINE)[1]  # type: ignore[index]
@@ -240,16 +242,45 @@ def test_programs_in_front_of_the_archive_are_clean(driver_file: Path, tmp_path:
 # -- which Python runs it ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", PYTHONS)
-def test_runs_under(version: str, driver_file: Path, tmp_path: Path) -> None:
+def environment_for(version: str, cache: Path) -> dict[str, str]:
     python = find_python(version)
     if python is None:
         pytest.skip(f"no Python {version} in /usr/bin, /usr/local/bin or ~/.pyenv: this version was NOT tested")
-    environment = {"SHIV_ROOT": str(tmp_path / "cache"), "NOMAD_DRIVER_NSPAWN_PYTHON": str(python)}
+    return {"SHIV_ROOT": str(cache), "NOMAD_DRIVER_NSPAWN_PYTHON": str(python)}
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_runs_under(version: str, driver_file: Path, tmp_path: Path) -> None:
+    environment = environment_for(version, tmp_path / "cache")
     assert run(driver_file, **environment).stdout == HELLO
     assert HANDSHAKE.fullmatch(handshake(driver_file, **environment))
     (module,) = find_tree(tmp_path / "cache").glob("grpc/_cython/*.so")
     assert f"cpython-{version.replace('.', '')}-" in module.name
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("version", PYTHONS)
+def test_runs_a_task_under(version: str, driver_file: Path, image: Path, tmp_path: Path) -> None:
+    """Start, statistics, a killed plugin, recovery, stop: what touches asyncio, pidfds and signals."""
+    environment = {**os.environ, **environment_for(version, tmp_path / "cache")}
+    config = {
+        "image": str(image),
+        "boot": False,
+        "read_only": True,
+        "command": ["/bin/sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done"],
+    }
+    first = launch_like_agent(driver_file, env=environment)
+    with Allocation() as allocation, Task(first, allocation, "web", config) as task:
+        task.start()
+        task.logmon.wait_for("up")
+        assert next(task.stats(0.2)).agg_resource_usage.memory.usage > 0
+        first.kill_hard()
+        with launch_like_agent(driver_file, env=environment) as second:
+            task.recover(second, agent_restart=False)
+            task.stop()
+            assert task.wait(10).exit_code == 3
+            task.close()
+        assert not first.violations + second.violations
 
 
 @needs_root
