@@ -2459,7 +2459,7 @@ class DriverService:
         values = decode_options(TASK_OPTIONS, config.options)
         image = find_image(values["image"], Path(config.task_dir) if config.alloc_dir else None, values)
         plan = plan_task(config, values, image, host, read_mounts())
-        for note in plan.notes:
+        for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):
             self.events.emit(config, note)
         task = await self.tasks.start(plan, config)
         handle = driver_pb2.TaskHandle(

@@ -72,8 +72,7 @@ class Tasks:
         for task in self.made:
             if task.plugin.exited():
                 task.plugin = self.plugin
-            if task.handle is None:
-                task.logmon.stop(0)  # nobody has written: there will be no end of file to wait for
+            task.logmon.stop(0)
             try:
                 task.close()
             except AgentError as error:
@@ -81,6 +80,8 @@ class Tasks:
         for task in self.made:
             task.allocation.close()
             left += [*task.allocation.violations, *leftovers(task.allocation.id)]
+            for pid, _ in processes(task.allocation.id):
+                kill(pid)  # a failed test must not disturb the next
         self.made = []
         assert not left, "left behind:\n" + "\n".join(left)
 
@@ -155,7 +156,8 @@ def eventually(condition: Callable[[], T], timeout: float = 10, pause: float = 0
 
 
 def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None:
