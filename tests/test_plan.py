@@ -996,8 +996,8 @@ EXPLAINED: list[tuple[str, str, bool]] = [
         False,
     ),
     (
-        "Failed to create mount point /srv/image/alloc: Read-only file system",
-        'read_only: the image has no /srv/image/alloc to mount on; make it in the image, or set volatile = "overlay"',
+        "Failed to create mount point /srv/i/alloc: Read-only file system",
+        'read_only: the image has no /srv/i/alloc to mount on; make it in the image, or set volatile = "overlay"',
         False,
     ),
     ("Failed to copy /a: No space left on device", "image: the disk is full", True),
