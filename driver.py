@@ -2681,7 +2681,7 @@ async def serve() -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     for ignored in (signal.SIGINT, signal.SIGHUP):  # meant for the agent; tasks are ended by calls only
-        signal.signal(ignored, signal.SIG_IGN)
+        loop.add_signal_handler(ignored, lambda: None)  # SIG_IGN would be passed on to children
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", -1),
