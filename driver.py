@@ -1710,6 +1710,33 @@ def read_state(directory: Path) -> State | None:
         return None
 
 
+def split_id(task_id: str) -> tuple[str, str]:
+    """Return allocation and task of `<allocation>/<task>/<8 hex digits>`; a task's name may hold slashes."""
+    alloc_id, *name = task_id.split("/")
+    return alloc_id, "/".join(name[:-1])
+
+
+def guess_state(task_id: str) -> State:
+    """Return what the id alone tells of a task whose state file cannot be read: enough to kill and remove it."""
+    alloc_id, task_name = split_id(task_id)
+    shared = plan_cgroup(read_cgroup_mode(), "", alloc_id, task_name)
+    reserved = shared.replace("/share.slice/", "/reserve.slice/")
+    return State(
+        task_id=task_id,
+        machine=plan_machine(task_name, alloc_id),
+        mode=Mode.COMMAND,
+        cgroup=reserved if os.path.isdir(reserved) else shared,
+        boot_id=read_boot_id(),
+        keeper=NO_PROCESS,
+        leader=None,
+        started_at=0.0,
+        search_path="",
+        command=(),
+        image="",
+        mounts={},
+    )
+
+
 class Events:
     """Hands what happens to tasks to every TaskEvents stream; keeps a few while no stream is open."""
 
@@ -1742,15 +1769,6 @@ class TaskEvent:
     task_id: str
     message: str
     at: float  # Unix time
-
-    @property
-    def alloc_id(self) -> str:
-        return self.task_id.split("/")[0]
-
-    @property
-    def task_name(self) -> str:
-        # <allocation>/<task>/<8 hex digits>: a task's name may hold slashes itself
-        return "/".join(self.task_id.split("/")[1:-1])
 
 
 class Task:
@@ -2137,7 +2155,7 @@ class Tasks:
             if state.task_id == plan.task_id or state.machine == plan.machine:
                 log.warn("removing a left-over of an earlier start", task=state.task_id)
                 await self.destroy(state.task_id)
-        remove_tree(state_directory(plan.task_id))
+        await self.destroy(plan.task_id)
 
     async def recover(self, task_id: str, driver_state: bytes) -> None:
         """Take up a running or ended task again; TaskNotFound, at once, when it is gone."""
@@ -2157,11 +2175,10 @@ class Tasks:
         """Kill and remove a task; from its id alone if need be, and without complaint if there is none."""
         task = self.known.get(task_id)
         if task is None:
-            state = read_state(state_directory(task_id))
-            if state is None:
-                remove_tree(state_directory(task_id))
+            directory = state_directory(task_id)
+            if not directory.exists():
                 return
-            task = Task(state, self.events)
+            task = Task(read_state(directory) or guess_state(task_id), self.events)
         await task.destroy()
         self.known.pop(task_id, None)
 
@@ -2551,11 +2568,9 @@ class DriverService:
         with self.events.subscribe() as queue:
             while True:
                 event = await queue.get()
+                alloc_id, task_name = split_id(event.task_id)
                 response = driver_pb2.DriverTaskEvent(
-                    task_id=event.task_id,
-                    alloc_id=event.alloc_id,
-                    task_name=event.task_name,
-                    message=event.message,
+                    task_id=event.task_id, alloc_id=alloc_id, task_name=task_name, message=event.message
                 )
                 response.timestamp.FromNanoseconds(int(event.at * 1e9))
                 yield response
