@@ -805,7 +805,7 @@ RULES: tuple[Rule, ...] = (
             value["volatile"] in ("yes", "state") and value["user_namespacing"] and host.systemd < 257
         ),
         "needs systemd 257 or newer together with user namespaces",
-        'set user_namespacing = false, or volatile = "overlay"',
+        "set user_namespacing = false",
     ),
     Rule(
         "volatile",
@@ -1220,7 +1220,7 @@ STEERING = re.compile(
     r"|RESOLV_|HOSTALIASES|DBUS_|XTABLES|IPTABLES|NFT|OPENSSL|SSL_|SSLKEYLOG|GNUTLS_|P11_|NSS_|KRB5|PATH$|HOME$|TMP|TEMP"
     r"|TERM|COLORTERM|NO_COLOR|USER$|LOGNAME$|SHELL|CONTAINER|INVOCATION_ID|JOURNAL_|CREDENTIALS_|XDG_|LIBMOUNT_"
     r"|BLKID_|LIBBLKID|UDEV|KMOD|MODPROBE|SELINUX|ENV$|BASH|IFS$|PS[0-9]|PWD|OLDPWD|CDPATH|POSIXLY|PYTHON|PERL"
-    r"|PAGER|LESS|KEEPER_|OPT|LINENO|PPID|HIST|MAIL|GETCONF|COREDUMP|ARGV0|_$)",
+    r"|PAGER|LESS|(RUNTIME|STATE|CACHE|LOGS|CONFIGURATION)_DIRECTORY|KEEPER_|OPT|LINENO|PPID|HIST|MAIL|GETCONF|COREDUMP|ARGV0|_$)",
     re.IGNORECASE,
 )
 
@@ -1236,6 +1236,14 @@ class Environment:
     argv: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)  # for nspawn's own process
     dropped: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the task's events."""
+        return tuple(
+            f"The variable {name!r} is not passed on: systemd-nspawn accepts letters, digits and underscores only."
+            for name in self.dropped
+        )
 
 
 def plan_environment(variables: Mapping[str, str]) -> Environment:
@@ -1298,6 +1306,7 @@ class Plan:
     stdout_path: str
     stderr_path: str
     image: Image
+    root: str  # where the container's root is on the host, to explain what went wrong with its command
     command: tuple[str, ...]
     search_path: str  # PATH of the command
     mounts: Mapping[str, str]  # targets in the container to sources on the host
@@ -1319,16 +1328,12 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
     values = {
         **values,
         "console": values["console"] or mode.console,
-        "user": values["user"] or (task.user if mode is not Mode.BOOT else ""),
+        "user": values["user"] or ("" if mode is Mode.BOOT else decode_string("user", task.user)),
     }
     variables = {**values["environment"], **task.env}
     if mode is Mode.BOOT:
         variables.setdefault("TERM", "dumb")  # no colours and no cursor movement in the logs
     environment = plan_environment(variables)
-    environ = dict(environment.environ)
-    if host.cgroups is CgroupMode.HYBRID:
-        # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
-        environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
     volumes = plan_volumes(task, values, host, mounts)
     machine = plan_machine(task.name, task.alloc_id)
     argv = [
@@ -1352,21 +1357,28 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
         machine=machine,
         mode=mode,
         argv=tuple(argv),
-        environ=environ,
+        environ=plan_environ(environment, host),
         settings=environment.settings,
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         stdout_path=task.stdout_path,
         stderr_path=task.stderr_path,
         image=image,
+        root=str(image.path / (values["pivot_root"] or "").split(":")[0].lstrip("/")),
         command=values["command"],
         search_path=variables.get("PATH") or DEFAULT_PATH,
         mounts=plan_mount_table(values, volumes),
         is_ephemeral=values["ephemeral"],
-        notes=tuple(
-            f"The variable {name!r} is not passed on: systemd-nspawn accepts letters, digits and underscores only."
-            for name in environment.dropped
-        ),
+        notes=environment.notes,
     )
+
+
+def plan_environ(environment: Environment, host: Host) -> dict[str, str]:
+    """Return what stands in nspawn's own environment beside what the keeper's always holds."""
+    environ = dict(environment.environ)
+    if host.cgroups is CgroupMode.HYBRID:
+        # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
+        environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
+    return environ
 
 
 UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
@@ -1459,7 +1471,7 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"Failed to set up ID mapped mounts|ID mapped mounts are apparently not available",
      "user_namespacing: the image's file system cannot be mapped; set user_namespacing = false", False),
     (r"Failed to map ids for bind mount", "user_namespacing: a mounted directory cannot be mapped", False),
-    (r"Failed to create mount point (\S+): Read-only file system",
+    (r"Failed to create mount point (.+): Read-only file system",
      'read_only: the image has no {0} to mount on; make it in the image, or set volatile = "overlay"', False),
     (r"No space left on device", "image: the disk is full", True),
 )  # fmt: skip
@@ -1663,7 +1675,7 @@ class State:
     started_at: float  # Unix time
     search_path: str
     command: tuple[str, ...]
-    image: str
+    root: str  # the container's root on the host, "" when unknown
     mounts: Mapping[str, str]
     snapshot: str = ""  # the copy nspawn made for `ephemeral`
     uid_base: int = 0  # the first id on the host of the container's user namespace
@@ -1732,7 +1744,7 @@ def guess_state(task_id: str) -> State:
         started_at=0.0,
         search_path="",
         command=(),
-        image="",
+        root="",
         mounts={},
     )
 
@@ -1820,7 +1832,7 @@ class Task:
         nspawn reports the container as up before it executes the command; its line ("execv() failed") is in
         the task's stderr.
         """
-        root = Path(self.state.image)
+        root = Path(self.state.root)
         if not self.state.command or not root.is_dir():
             return ""
         why = explain_command(self.state.command[0], self.state.search_path, root, self.state.mounts)
@@ -1990,7 +2002,7 @@ class Start:
             started_at=time.time(),
             search_path=plan.search_path,
             command=plan.command,
-            image=str(plan.image.path),
+            root=plan.root,
             mounts=plan.mounts,
         )
         self.directory = self.state.directory

@@ -396,14 +396,13 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
     (
         {"volatile": "yes"},
         256,
-        'volatile = "yes": needs systemd 257 or newer together with user namespaces; '
-        'set user_namespacing = false, or volatile = "overlay"',
+        'volatile = "yes": needs systemd 257 or newer together with user namespaces; set user_namespacing = false',
     ),
     (
         {"volatile": "state"},
         252,
         'volatile = "state": needs systemd 257 or newer together with user namespaces; '
-        'set user_namespacing = false, or volatile = "overlay"',
+        "set user_namespacing = false",
     ),
     (
         {"volatile": "overlay", "ephemeral": True},

@@ -1167,7 +1167,7 @@ states = st.builds(
     started_at=st.floats(0, 1e11),
     search_path=st.text(),
     command=st.lists(st.text(), max_size=3).map(tuple),
-    image=st.text(),
+    root=st.text(),
     mounts=st.dictionaries(st.text(), st.text(), max_size=3),
     snapshot=st.text(),
     uid_base=st.integers(0, 1 << 32),
@@ -1183,7 +1183,7 @@ STATE = State(
     started_at=1.5,
     search_path="/bin",
     command=("a",),
-    image="/i",
+    root="/i",
     mounts={"/a": "/b"},
 )
 
@@ -1234,5 +1234,4 @@ def test_garbage_is_no_state(text: str | bytes) -> None:
     [(TASK.id, ALLOC, "web"), ("a/b/c/0a1b2c3d", "a", "b/c"), ("a", "a", "")],
 )
 def test_event_names_its_task(task_id: str, alloc_id: str, name: str) -> None:
-    event = driver.TaskEvent(task_id, "x", 0.0)
-    assert (event.alloc_id, event.task_name) == (alloc_id, name)
+    assert driver.split_id(task_id) == (alloc_id, name)
