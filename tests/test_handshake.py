@@ -30,6 +30,7 @@ from tests.agent import PLUGIN_ENV, Allocation, DriverError, Plugin, Task, call,
 
 COOKIE_NAME = "NOMAD_PLUGIN_MAGIC_COOKIE"
 HANDSHAKE = re.compile(rb"1\|2\|unix\|(/[^|\n]+)\|grpc\|\n")
+STATE_ROOT = Path("/run/nomad-driver-nspawn")
 SHUTDOWN_LIMIT = 2.0  # seconds an agent waits for the process after Shutdown, then it sends SIGKILL
 AT_ONCE = 1.0  # seconds; generous, for machines that do something else at the same time
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes the user: run as root")
@@ -127,7 +128,9 @@ def long_lived(file: Path) -> Plugin:
     return plugin
 
 
-def make_task(plugin: Plugin, allocation: Allocation, image: Path, script: str, name: str = "task") -> Task:
+def make_task(
+    plugin: Plugin, allocation: Allocation, image: Path, script: str, name: str = "task", **options: object
+) -> Task:
     """A task that runs a shell script and leaves the image as it is."""
     config = {
         "image": str(image),
@@ -136,17 +139,17 @@ def make_task(plugin: Plugin, allocation: Allocation, image: Path, script: str, 
         "volatile": "overlay",
         "user_namespacing": False,
         "network_veth": False,
+        **options,
     }
     return Task(plugin, allocation, name, config)
 
 
 @contextlib.contextmanager
-def outliving(file: Path, plugin: Plugin, image: Path, script: str) -> Iterator[Task]:
-    """A started task for tests that end its plugin: a plugin of its own destroys it, however the test ends."""
+def outliving(file: Path, plugin: Plugin, image: Path, script: str, **options: object) -> Iterator[Task]:
+    """A task for tests that end its plugin: a plugin of its own destroys it, however the test ends."""
     with Allocation() as allocation:
-        task = make_task(plugin, allocation, image, script)
+        task = make_task(plugin, allocation, image, script, "task", **options)
         try:
-            task.start()
             yield task
         finally:
             plugin.kill_hard()
@@ -482,6 +485,7 @@ def test_driver_shutdown_alone_does_not_end_the_plugin(driver_file: Path) -> Non
 def test_shutdown_is_as_fast_with_calls_blocked_in_it(driver_file: Path, image: Path) -> None:
     plugin = long_lived(driver_file)
     with outliving(driver_file, plugin, image, "exec sleep 60") as task:
+        task.start()
         calls = [in_background(task.wait) for _ in range(10)]
         calls += [in_background(lambda: list(task.stats(0.2))) for _ in range(5)]
         calls += [in_background(lambda: list(plugin.driver.TaskEvents(driver_pb2.TaskEventsRequest())))]
@@ -496,11 +500,30 @@ def test_shutdown_is_as_fast_with_calls_blocked_in_it(driver_file: Path, image: 
 
 
 @pytest.mark.root
+def test_shutdown_during_a_start_leaves_nothing_of_the_task(driver_file: Path, tmp_path: Path) -> None:
+    """No agent will ever ask for this task again: it got no handle."""
+    image = tmp_path / "image"
+    (image / "usr").mkdir(parents=True)
+    for number in range(200):  # takes systemd-nspawn a while to copy
+        (image / f"usr/big{number}").write_bytes(os.urandom(1 << 20))
+    plugin = long_lived(driver_file)
+    with outliving(driver_file, plugin, image, "true", volatile="no", ephemeral=True) as task:
+        start = in_background(task.start)
+        wait_until(lambda: list(tmp_path.glob(".#machine.*")))
+        end_by_shutdown(plugin)
+        start.join(10)
+        assert not list(STATE_ROOT.glob(f"{task.allocation.id}*"))
+        assert [path.name for path in tmp_path.iterdir()] == ["image"]
+    assert not plugin.violations
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("end", [end_by_shutdown, end_by_sigterm, end_by_sigkill])
 def test_container_outlives_the_plugin(driver_file: Path, image: Path, end: Callable[[Plugin], None]) -> None:
     script = "trap 'echo told; exit 7' TERM; echo up; while :; do sleep 0.1; done"
     first = long_lived(driver_file)
     with outliving(driver_file, first, image, script) as task:
+        task.start()
         task.logmon.wait_for("up")
         end(first)
         assert not first.violations
@@ -524,6 +547,7 @@ def test_dead_agent_leaves_a_plugin_that_the_next_one_can_use(driver_file: Path,
     plugin = long_lived(driver_file)
     script = "trap 'exit 5' TERM; echo up; while :; do sleep 0.1; done"
     with outliving(driver_file, plugin, image, script) as task:
+        task.start()
         short = make_task(plugin, task.allocation, image, "sleep 0.5; exit 4", name="short")
         short.start()
         task.logmon.wait_for("up")
@@ -575,6 +599,7 @@ def test_three_launches_of_an_agents_start_break_no_rule(driver_file: Path) -> N
 def test_launches_leave_tasks_of_another_plugin_process_alone(driver_file: Path, image: Path) -> None:
     plugin = long_lived(driver_file)
     with outliving(driver_file, plugin, image, "exec sleep 60") as task:
+        task.start()
         with launch_like_agent(driver_file, {"enabled": False}) as other:
             pass
         with pytest.raises(TimeoutError):
