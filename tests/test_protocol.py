@@ -126,13 +126,12 @@ def check_detail(code: grpc.StatusCode, text: str, metadata: Mapping[str, Any]) 
 
 def check_text(text: str) -> None:
     """A sentence for people: nothing of Python in it, one line, not endless."""
-    python = (
-        r"Traceback|<class|\w+(Error|Exception)\b|__\w+__|object at 0x|\.py\b|NoneType|\bcodec\b|\bdict\b|\bstr\b"
-    )
+    python = r"internal error|Traceback|Errno|<class|\w+(Error|Exception)\b|__\w+__|object at 0x|\.py\b|NoneType"
     assert text.strip()
     assert not re.search(python, text), text
+    assert not re.search(r"\b(codec|dict|str|int|bytes)\b", text), text
     assert "\n" not in text
-    assert len(text) < 1000
+    assert len(text) < 2000
     assert not text.rstrip().endswith((":", ": ''", ";"))
 
 
@@ -673,7 +672,9 @@ def test_running_task_is_not_destroyed_without_force(shared: Plugin, running: Ta
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", ["", "SIGNONE", "0", "-1", "65", "TERM; id", "SIGRTMIN+99", "x" * 100_000])
+@pytest.mark.parametrize(
+    "name", ["", "SIGNONE", "0", "-1", "65", "TERM; id", "SIGRTMIN+99", "9" * 10_000, "x" * 100_000]
+)
 def test_signal_that_is_none_is_refused(shared: Plugin, running: Task, name: str) -> None:
     request = driver_pb2.SignalTaskRequest(task_id=running.id, signal=name)
     error = failure(shared.driver.SignalTask, request)
@@ -704,6 +705,7 @@ WRONG_CONFIGS: list[tuple[object, str]] = [
     ({"image": "a\0b"}, "image"),
     ({"image": "a" * 300}, "image"),
     ({"image": "/" + "a" * 5000}, "image"),
+    ({"image": "/" + "ä" * 5000}, "image"),
     ({"image": "@", "boot": False, "command": ["a" * 200_000]}, "command"),
     ({"image": "@", "boot": False, "command": ["a" * 1000] * 3000}, "command"),
     ({"image": "/", "command": ["true"], "boot": False}, "image"),
