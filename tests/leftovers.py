@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -55,16 +56,14 @@ def mounts(alloc_id: str) -> Iterator[str]:
 
 def cgroups(alloc_id: str) -> Iterator[str]:
     for hierarchy in (CGROUPS, CGROUPS / "unified", CGROUPS / "systemd"):
-        for path in (hierarchy / "nomad.slice").glob("**/"):
-            if alloc_id in path.name:
-                yield str(path)
+        for folder, names, _ in os.walk(hierarchy / "nomad.slice"):  # others come and go meanwhile: no glob
+            yield from (f"{folder}/{name}" for name in names if alloc_id in name)
 
 
 def files(alloc_id: str) -> Iterator[str]:
     for root in (STATE, NSPAWN):
-        for path in root.glob("**/*"):
-            if alloc_id in path.name:
-                yield str(path)
+        for folder, folders, names in os.walk(root):
+            yield from (f"{folder}/{name}" for name in (*folders, *names) if alloc_id in name)
 
 
 def interfaces(alloc_id: str) -> Iterator[str]:
@@ -81,4 +80,15 @@ def interfaces(alloc_id: str) -> Iterator[str]:
 
 def snapshots(image: Path) -> list[Path]:
     """Copies that nspawn has made of an image for `ephemeral`."""
-    return sorted(image.parent.glob(f".#machine.{image.name}*"))
+    return sorted(image.parent.glob(f".#*{image.name}*"))
+
+
+def peer(pid: int) -> int:
+    """The index on the host of the other end of a container's host0."""
+    command = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "-json", "link", "show", "host0"]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=10)
+    return int(json.loads(shown.stdout)[0]["link_index"])
+
+
+def interface_indexes() -> set[int]:
+    return {int(path.read_text()) for path in Path("/sys/class/net").glob("*/ifindex")}

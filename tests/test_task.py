@@ -17,7 +17,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import pytest
 from nomad_pb import driver_pb2
 from tests.agent import Allocation, DriverError, Plugin, Task, Template, call, launch_like_agent
 from tests.containers import Tasks, escape, eventually, is_alive, kill, leader, make_small_image, nspawn, output
-from tests.leftovers import STATE, leftovers, processes, snapshots
+from tests.leftovers import STATE, interface_indexes, leftovers, peer, processes, snapshots
 
 pytestmark = pytest.mark.root
 
@@ -151,8 +151,7 @@ def test_stop_kills_after_the_timeout_and_says_so(tasks: Tasks, mode: Options) -
     result = task.wait(1)
     assert (result.exit_code, result.signal) == (137, 9)
     assert "kill_timeout" in result.err and "1 s" in result.err and "SIGTERM" in result.err
-    messages = task.plugin.wait_for(lambda: [event.message for event in task.events])
-    assert any("kill_timeout" in message for message in messages)
+    task.plugin.wait_for(lambda: any("kill_timeout" in event.message for event in task.events))
     assert b"no\n" in task.logmon.stdout
 
 
@@ -175,6 +174,17 @@ def test_stop_of_an_ended_task_is_no_error(tasks: Tasks) -> None:
     assert task.wait(1) == result
     task.destroy()
     task.stop(timeout=30)
+
+
+def test_stop_while_others_wait(tasks: Tasks) -> None:
+    """As an agent does: its WaitTask is under way, and a second StopTask may come on top."""
+    task = tasks.start(trapping("TERM"))
+    task.logmon.wait_for("ready\n")
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(task.wait, PATIENCE) for _ in range(2)]
+        for stopping in [pool.submit(task.stop, timeout=30) for _ in range(2)]:
+            stopping.result(PATIENCE)
+        assert {pending.result(1).exit_code for pending in waiting} == {5}
 
 
 def test_stop_answers_when_the_container_is_gone(tasks: Tasks) -> None:
@@ -802,8 +812,37 @@ def test_snapshot_of_ephemeral_is_removed(tasks: Tasks, small: Path, driver_file
             call(second.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True))
     task.wait(30)
     task.destroy()
-    assert snapshots(small) == []
+    left = snapshots(small)
+    remove(left)
+    assert left == []
     assert not (small / "changed").exists()
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_copy_of_an_interrupted_ephemeral_start_is_removed(tasks: Tasks, small: Path, driver_file: Path) -> None:
+    """The plugin is killed while nspawn still copies the image."""
+    with (small / "large").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 2 << 30)
+    task = tasks.make(FOREVER, image=str(small), ephemeral=True)
+    task.id = f"{task.allocation.id}/task/{os.urandom(4).hex()}"
+    task.prestart()
+    doomed = configured(driver_file)
+    pending: Any = doomed.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
+    try:
+        eventually(lambda: snapshots(small), pause=0.001)
+        os.kill(doomed.pid, signal.SIGKILL)
+        doomed.kill_hard()
+        pending.cancel()
+        task.destroy()
+        assert snapshots(small) == []
+        assert leftovers(task.allocation.id) == []
+    finally:
+        (small / "large").unlink()
+        remove(snapshots(small))
 
 
 def test_pivot_root(tasks: Tasks, small: Path) -> None:
@@ -943,8 +982,10 @@ def test_words_that_look_like_options_are_data(tasks: Tasks) -> None:
         task, result = tasks.run(command)
         assert result.successful
         assert output(task) == " ".join(command[1:]) + "\n"
-    text, _ = failure(tasks.make(["--bind=/:/host", "/bin/true"]))
-    assert "--bind=/:/host" in text
+    task, result = tasks.run(["--bind=/:/host", "/bin/true"])
+    assert not result.successful
+    task.logmon.wait_eof()
+    assert b"execv(--bind=/:/host" in task.logmon.stderr, "it is what nspawn tried to run"
 
 
 def test_arguments_of_init_that_look_like_options_are_data(tasks: Tasks) -> None:
@@ -1043,9 +1084,12 @@ def test_destroy_from_the_id_alone(tasks: Tasks, driver_file: Path, kind: str) -
     else:
         task = tasks.start(FOREVER, network_veth=kind == "veth")
     assert leftovers(task.allocation.id)
+    link = peer(leader(task)) if kind != "command" else 0
+    assert not link or link in interface_indexes()
     with launch_like_agent(driver_file) as second:
         call(second.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True), 30)
     assert leftovers(task.allocation.id) == []
+    assert link not in interface_indexes()
     assert not task.wait(PATIENCE).successful, "the first plugin notices"
 
 
@@ -1105,6 +1149,48 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     assert (task.wait(1).exit_code, task.wait(1).signal) == (137, 9)
 
 
+@pytest.mark.parametrize("attempt", range(5))
+def test_start_that_the_agent_gives_up(tasks: Tasks, attempt: int) -> None:
+    """The agent dies during StartTask and its successor, which has no handle, starts the task under a new id."""
+    task = tasks.make(["/bin/sleep", "60"])
+    task.id = f"{task.allocation.id}/task/{os.urandom(4).hex()}"
+    task.prestart()
+    pending: Any = task.plugin.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
+    time.sleep(random.uniform(0, 0.12))
+    pending.cancel()
+    task.start()
+    time.sleep(0.3)
+    running = [pid for pid, command in processes(task.allocation.id) if command == "/bin/sleep 60 "]
+    assert len(running) == 1
+    assert is_alive(leader(task))
+
+
+def test_forgotten_start_gives_way_to_a_new_one(tasks: Tasks, driver_file: Path) -> None:
+    """Nomad never wants two of one task of an allocation."""
+    task = tasks.start(FOREVER)
+    forgotten = leader(task)
+    with launch_like_agent(driver_file) as second:
+        task.plugin = second
+        task.start()
+        assert not is_alive(forgotten)
+        assert is_alive(leader(task))
+        task.stop(timeout=0)
+        task.destroy()
+        task.plugin = tasks.plugin
+    assert leftovers(task.allocation.id) == []
+
+
+def test_claim_on_user_ids_is_given_back(tasks: Tasks) -> None:
+    for end in (nspawn, leader):
+        task = tasks.start(FOREVER)
+        base = Path(f"/proc/{leader(task)}/uid_map").read_text().split()[1]
+        assert Path(f"/run/systemd/nspawn-uid/{base}").exists()
+        kill(end(task))
+        task.wait(PATIENCE)
+        task.destroy()
+        assert not Path(f"/run/systemd/nspawn-uid/{base}").exists()
+
+
 def configured(driver_file: Path) -> Plugin:
     """A plugin without the two that an agent starts before it only to look."""
     plugin = Plugin(driver_file)
@@ -1137,7 +1223,7 @@ def test_events_are_the_tasks_own(tasks: Tasks) -> None:
     task = tasks.start(f"trap '' TERM; echo ready; {FOREVER}", name="stubborn")
     task.logmon.wait_for("ready")
     task.stop(timeout=0.2)
-    (event,) = task.plugin.wait_for(lambda: task.events)
+    (event,) = task.plugin.wait_for(lambda: [event for event in task.events if "kill_timeout" in event.message])
     assert (event.task_id, event.task_name, event.alloc_id) == (task.id, "stubborn", task.allocation.id)
     assert abs(event.timestamp.ToNanoseconds() / 1e9 - time.time()) < 60
     assert signal.Signals(task.wait(1).signal) is signal.SIGKILL
