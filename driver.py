@@ -28,7 +28,9 @@ import datetime
 import enum
 import fcntl
 import functools
+import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -37,6 +39,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -1675,10 +1678,9 @@ class State:
     started_at: float  # Unix time
     search_path: str
     command: tuple[str, ...]
-    root: str  # the container's root on the host, "" when unknown
+    image: str  # its path, "" when unknown
+    root: str  # the container's root on the host, as `Plan.root`
     mounts: Mapping[str, str]
-    snapshot: str = ""  # the copy nspawn made for `ephemeral`
-    uid_base: int = 0  # the first id on the host of the container's user namespace
 
     @property
     def directory(self) -> Path:
@@ -1744,6 +1746,7 @@ def guess_state(task_id: str) -> State:
         started_at=0.0,
         search_path="",
         command=(),
+        image="",
         root="",
         mounts={},
     )
@@ -1952,26 +1955,35 @@ async def wait_processes(state: State) -> None:
 def remove_leftovers(state: State) -> None:
     """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
     remove_settings(state.machine)
-    if state.snapshot:
-        remove_tree(Path(state.snapshot))
-        with contextlib.suppress(OSError):
-            Path(state.snapshot).with_name(f"{Path(state.snapshot).name}.lck").unlink()
     for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
             (SETTINGS_ROOT / place).rmdir()
-    if state.uid_base:
-        remove_uid_lock(Path(f"/run/systemd/nspawn-uid/{state.uid_base}"))
+    remove_stale_locks(Path(state.image) if state.image else None)
     if state.cgroup:
         remove_cgroup(state.cgroup)
     remove_tree(state.directory)
 
 
-def remove_uid_lock(path: Path) -> None:
-    """Remove nspawn's claim on a range of ids, unless another container holds it by now."""
-    with contextlib.suppress(OSError), open(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+WRITE_LOCK = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+def remove_stale_locks(image: Path | None) -> None:
+    """Remove lock files that no process holds: an nspawn that was killed leaves them, for its range of ids and its
+    image, and beside an ephemeral copy's the copy. Who makes a lock looks whether its file is still there."""
+    places = [Path("/run/systemd/nspawn-uid").glob("*"), (SETTINGS_ROOT / "locks").glob("*")]
+    if image:
+        name = glob.escape(image.name)
+        places += [
+            image.parent.glob(f".#{name}.lck"),
+            image.parent.glob(f".#.#machine.{name}{'[0-9a-f]' * 16}.lck"),
+        ]
+    for path in itertools.chain(*places):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
+            if path.name.startswith(".#.#"):
+                remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
+            path.unlink()
 
 
 def remove_settings(machine: str) -> None:
@@ -2002,6 +2014,7 @@ class Start:
             started_at=time.time(),
             search_path=plan.search_path,
             command=plan.command,
+            image=str(plan.image.path),
             root=plan.root,
             mounts=plan.mounts,
         )
@@ -2023,9 +2036,8 @@ class Start:
                 self.save(keeper=start_keeper(self.plan, self.directory, [go, *logs]))
                 os.write(may_go, b"go\n")
                 leader = await self.wait_ready(notify)
-                snapshot = read_snapshot(leader.pid, self.plan.image.path) if self.plan.is_ephemeral else ""
-                self.save(leader=leader, snapshot=snapshot, uid_base=read_uid_base(leader.pid))
-                give_logs(logs, self.state.uid_base)
+                self.save(leader=leader)
+                give_logs(logs, read_uid_base(leader.pid))
         except BaseException:
             await self.abandon()
             raise
@@ -2128,17 +2140,6 @@ def read_uid_base(pid: int) -> int:
     """Return where a process's user namespace begins on the host, 0 without one of its own."""
     fields = read_text(Path(f"/proc/{pid}/uid_map")).split()
     return int(fields[1]) if len(fields) >= 3 and fields[0] == "0" else 0
-
-
-def read_snapshot(pid: int, image: Path) -> str:
-    """Return the copy nspawn runs an ephemeral container on: a hidden sibling of the image, which stays for
-    ever if nspawn is killed."""
-    for line in read_text(Path(f"/proc/{pid}/mountinfo")).splitlines():
-        root, point = [*line.split(" "), "", "", "", "", ""][3:5]
-        name = root.rsplit("/", 1)[-1]
-        if point == "/" and name.startswith(".#"):
-            return str(image.parent / name)
-    return ""
 
 
 class Tasks:
@@ -2802,6 +2803,7 @@ def check_host() -> int:
 
 
 def run_plugin() -> int:
+    """Be a plugin until the process ends; return an exit status only when it cannot be one."""
     import gc
 
     gc.disable()  # nothing of what is imported from here on is garbage: 10 ms
@@ -2812,12 +2814,15 @@ def run_plugin() -> int:
         for later in (gc.collect, gc.freeze, gc.enable):
             loop.call_later(1, later)
         await serve()
+        # What is left are gRPC's threads, whose end nobody needs to wait for, and calls of its own, which it would
+        # write about to stderr if asyncio cancelled them.
+        os._exit(0)
 
     try:
         asyncio.run(main())
     except DriverError as error:
         return fail(str(error))
-    return 0
+    raise AssertionError
 
 
 def fail(text: str) -> int:
@@ -2840,8 +2845,7 @@ def main() -> None:
     elif arguments == ["check"]:
         sys.exit(check_host())
     elif os.environ.get(COOKIE[0]) == COOKIE[1]:
-        code = run_plugin()
-        os._exit(code)  # gRPC's threads have nothing more to say, and exit handlers may wait for them
+        sys.exit(run_plugin())
     else:
         sys.stderr.write(USAGE)
         sys.exit(1)

@@ -39,10 +39,10 @@ def launch(driver_file: Path) -> Iterator[Launch]:
         return made[-1]
 
     yield start
-    for plugin in made:
-        if not plugin.exited():
-            plugin.kill()
-            assert not plugin.violations
+    last = [plugin for plugin in made if not plugin.exited()]
+    for plugin in last:
+        plugin.kill()
+    assert not [violation for plugin in last for violation in plugin.violations]
 
 
 @pytest.fixture
