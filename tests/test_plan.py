@@ -1167,10 +1167,9 @@ states = st.builds(
     started_at=st.floats(0, 1e11),
     search_path=st.text(),
     command=st.lists(st.text(), max_size=3).map(tuple),
+    image=st.text(),
     root=st.text(),
     mounts=st.dictionaries(st.text(), st.text(), max_size=3),
-    snapshot=st.text(),
-    uid_base=st.integers(0, 1 << 32),
 )
 STATE = State(
     task_id=TASK.id,
@@ -1183,6 +1182,7 @@ STATE = State(
     started_at=1.5,
     search_path="/bin",
     command=("a",),
+    image="/i",
     root="/i",
     mounts={"/a": "/b"},
 )
