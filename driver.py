@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import datetime
 import enum
+import errno
 import fcntl
 import functools
 import glob
@@ -46,7 +47,7 @@ import time
 import urllib.parse
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,8 @@ class TaskNotFound(DriverError):
     """Nothing is known of the task. Nomad's client cannot match this error, it only shows it."""
 
     def __init__(self, task_id: str) -> None:
-        super().__init__(f"task {task_id} is not known to this plugin, and nothing of it is left on this machine")
+        where = "to this plugin, and nothing of it is left on this machine"
+        super().__init__(f"task {cut(task_id)} is not known {where}")
 
 
 class Unsupported(DriverError):
@@ -606,7 +608,7 @@ def decode_options(options: Sequence[Option], raw: Mapping[str, object]) -> dict
     names = [option.name for option in options]
     for key in raw:
         if key not in names:
-            raise ConfigError(key, raw[key], "no such option", f"the options are {', '.join(names)}")
+            raise ConfigError(str(key), raw[key], "no such option", f"the options are {', '.join(names)}")
     return {option.name: option.decode(raw.get(option.name)) for option in options}
 
 
@@ -878,7 +880,7 @@ def find_image_path(name: str, task_dir: Path | None) -> Path:
         ):
             raise ConfigError("image", name, "leads out of the task's directory")
         return found
-    rule = f"not found (looked for {', '.join(map(str, candidates))})"
+    rule = f"not found (looked for {', '.join(cut(str(place)) for place in candidates)})"
     raise ConfigError("image", name, rule, f"give the path of an image, or the name of one in {MACHINES_ROOT}")
 
 
@@ -1636,6 +1638,9 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId
     try:
         return start_process(argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
     except OSError as error:
+        if error.errno == errno.E2BIG:
+            rule = "is longer than the kernel takes: 128 KiB an argument, 2 MiB with all options"
+            raise ConfigError("command", list(plan.command), rule, "put long texts into files") from None
         raise HostError(f"the container's keeper cannot be started: {error.strerror}") from None
 
 
@@ -1694,20 +1699,21 @@ class State:
         """Raise ValueError on what this version cannot read."""
         try:
             values = json.loads(text)
-            if values.pop("version") != STATE_VERSION:
-                raise ValueError("of another version")
-            leader = values.pop("leader")
-            return cls(
-                **{
-                    **values,
+            version = values.pop("version")
+            if version == STATE_VERSION:
+                leader = values["leader"]
+                changes = {
                     "mode": Mode(values["mode"]),
                     "keeper": ProcessId(**values["keeper"]),
                     "leader": ProcessId(**leader) if leader else None,
                     "command": tuple(values["command"]),
                 }
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the task's stored state cannot be read: {error}") from None
+                known = {name.name for name in fields(cls)}  # a later release may have written more
+                return cls(**{name: value for name, value in {**values, **changes}.items() if name in known})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError("the task's stored state cannot be read: it is damaged") from None
+        rule = f"it is of version {version!r}, this plugin knows version {STATE_VERSION}"
+        raise ValueError(f"the task's stored state cannot be read: {rule}")
 
 
 def state_directory(task_id: str) -> Path:
@@ -1871,7 +1877,7 @@ class Task:
 
     async def stop(self, kill_signal: str, timeout: float) -> None:
         """End the task: its signal, `timeout` seconds, then SIGKILL. Returns when it is dead."""
-        number = self.state.mode.stop_signal(kill_signal)
+        number = self.find_stop_signal(kill_signal)
         if timeout > 0 and not self.ended.is_set():
             await self.send(number)
             await self.wait(timeout)
@@ -1885,6 +1891,14 @@ class Task:
             with contextlib.suppress(OSError):  # destroyed meanwhile
                 write_file(self.state.directory / "reason", reason)
         await self.kill()
+
+    def find_stop_signal(self, name: str) -> int:
+        """Return the job's kill_signal; where it is none the usual one: refusing would keep the task running."""
+        try:
+            return self.state.mode.stop_signal(name)
+        except ConfigError as error:
+            self.events.emit(self.state, f"{error}. SIGTERM is sent instead.")
+            return self.state.mode.stop_signal("")
 
     async def kill(self) -> None:
         """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if all that fails."""
@@ -2148,6 +2162,7 @@ class Tasks:
     def __init__(self, events: Events) -> None:
         self.events = events
         self.known: dict[str, Task] = {}
+        self.starting: set[asyncio.Task[Task]] = set()
 
     def get(self, task_id: str) -> Task:
         task = self.known.get(task_id)
@@ -2157,7 +2172,10 @@ class Tasks:
 
     async def start(self, plan: Plan, config: TaskConfig) -> Task:
         await self.clear(plan)
-        task = await Start(plan, self.events, config).run()
+        start = asyncio.create_task(Start(plan, self.events, config).run())
+        self.starting.add(start)
+        start.add_done_callback(self.starting.discard)
+        task = await start
         self.known[plan.task_id] = task
         return task
 
@@ -2255,12 +2273,13 @@ async def abort(context: Any, error: DriverError) -> None:
     """End a call with an error as Nomad's client reads it: the text in the status, and whether to try again in
     the first detail of a google.rpc.Status in the trailing metadata."""
     code = next(getattr(grpc.StatusCode, name) for kind, name in STATUS_CODES if isinstance(error, kind))
-    status = rpc_status_pb2.Status(code=code.value[0], message=str(error))
+    text = cut(str(error), 1500)  # some clients refuse metadata of more than 8 KiB, and this goes there twice
+    status = rpc_status_pb2.Status(code=code.value[0], message=text)
     detail = status.details.add()
     detail.type_url = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError"
     detail.value = recoverable_error_pb2.RecoverableError(recoverable=error.recoverable).SerializeToString()
     metadata = (("grpc-status-details-bin", status.SerializeToString()),)
-    await context.abort(code, str(error), trailing_metadata=metadata)
+    await context.abort(code, text, trailing_metadata=metadata)
 
 
 def as_driver_error(error: Exception) -> DriverError:
@@ -2328,8 +2347,8 @@ def unpack_options(packed: bytes) -> Mapping[str, object]:
         return {}
     try:
         raw = msgpack.unpackb(packed, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise DriverError(f"the configuration is no msgpack: {error}") from None
+    except (ValueError, msgpack.UnpackException):
+        raise DriverError("the configuration cannot be read: it is no msgpack") from None
     if not isinstance(raw, dict):
         raise DriverError("the configuration is no map")
     return raw
@@ -2729,6 +2748,8 @@ async def serve() -> None:
         await stop.wait()
         watcher.cancel()
         await server.stop(0.2)  # seconds for answers under way, the one to Shutdown among them
+        if driver.tasks.starting:  # their calls are cancelled by now: they remove what they have made
+            await asyncio.wait(driver.tasks.starting, timeout=1.5)
     finally:
         remove_tree(directory)
 

@@ -273,7 +273,7 @@ def test_unpack_nothing(packed: bytes) -> None:
 
 @pytest.mark.parametrize("packed", [b"\xc1", b"\x81", b"\x81\xa1a", b"\xa1\xff", b"\x80\x80"])
 def test_unpack_garbage(packed: bytes) -> None:
-    with pytest.raises(driver.DriverError, match=r"^the configuration is no msgpack: "):
+    with pytest.raises(driver.DriverError, match=r"^the configuration cannot be read: it is no msgpack$"):
         driver.unpack_options(packed)
 
 
