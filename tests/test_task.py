@@ -8,12 +8,14 @@ be left on the machine: the fixture `tasks` looks.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import re
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import threading
 import time
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.root
 
 PATIENCE = 10.0  # seconds for what takes about one on a quiet machine
 BOOTED = "Reached target multi-user.target"
+UID_CLAIMS = Path("/run/systemd/nspawn-uid")
 FOREVER = "while :; do sleep 0.05; done"
 MODES = [pytest.param({}, id="command"), pytest.param({"process_two": True}, id="process_two")]
 Options = dict[str, Any]
@@ -818,6 +821,22 @@ def test_snapshot_of_ephemeral_is_removed(tasks: Tasks, small: Path, driver_file
     assert not (small / "changed").exists()
 
 
+def test_ephemeral_tasks_spare_each_others_copies_and_ids(tasks: Tasks, small: Path) -> None:
+    first, *others = [tasks.start(FOREVER, image=str(small), ephemeral=True) for _ in range(3)]
+    copies = snapshots(small)
+    claims = [UID_CLAIMS / Path(f"/proc/{leader(task)}/uid_map").read_text().split()[1] for task in others]
+    kill(nspawn(first))
+    first.wait(PATIENCE)
+    first.destroy()
+    assert len(snapshots(small)) == len(copies) * 2 // 3
+    for task, claim in zip(others, claims, strict=True):
+        assert Path(f"/proc/{leader(task)}/root/usr/bin/sleep").exists()
+        assert claim.exists()
+        task.stop(timeout=0)
+        task.destroy()
+    assert snapshots(small) == []
+
+
 def remove(paths: Iterable[Path]) -> None:
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1131,6 +1150,7 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     task.id = f"{task.allocation.id}/task/{os.urandom(4).hex()}"
     task.prestart()
     request = driver_pb2.StartTaskRequest(task=task.task_config())
+    claims = set(UID_CLAIMS.glob("*"))
     doomed = configured(driver_file)
     pending: Any = doomed.driver.StartTask.future(request)
     if attempt % 2:  # as soon as anything of it is there
@@ -1147,6 +1167,8 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     assert len(running) == 1, "not doubled, and running"
     task.stop(timeout=0)
     assert (task.wait(1).exit_code, task.wait(1).signal) == (137, 9)
+    task.destroy()
+    assert [path for path in set(UID_CLAIMS.glob("*")) - claims if not is_held(path)] == []
 
 
 @pytest.mark.parametrize("attempt", range(5))
@@ -1183,12 +1205,26 @@ def test_forgotten_start_gives_way_to_a_new_one(tasks: Tasks, driver_file: Path)
 def test_claim_on_user_ids_is_given_back(tasks: Tasks) -> None:
     for end in (nspawn, leader):
         task = tasks.start(FOREVER)
-        base = Path(f"/proc/{leader(task)}/uid_map").read_text().split()[1]
-        assert Path(f"/run/systemd/nspawn-uid/{base}").exists()
+        claim = UID_CLAIMS / Path(f"/proc/{leader(task)}/uid_map").read_text().split()[1]
+        assert is_held(claim)
         kill(end(task))
         task.wait(PATIENCE)
         task.destroy()
-        assert not Path(f"/run/systemd/nspawn-uid/{base}").exists()
+        assert not claim.exists()
+
+
+def is_held(lock: Path) -> bool:
+    """Whether somebody holds a lock file of nspawn's; another container's may come and go while we look.
+
+    systemd takes them with open-file-description locks, which flock() does not see.
+    """
+    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with lock.open("r+") as file:
+            found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, wanted)
+    except FileNotFoundError:
+        return True
+    return bool(struct.unpack("hhqqi4x", found)[0] != fcntl.F_UNLCK)
 
 
 def configured(driver_file: Path) -> Plugin:
