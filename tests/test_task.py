@@ -235,11 +235,13 @@ def test_unknown_signal_is_refused_with_a_sentence(tasks: Tasks, name: str) -> N
     assert is_alive(leader(task))
 
 
-def test_unknown_kill_signal_is_refused_and_ends_nothing(tasks: Tasks) -> None:
-    task = tasks.start(FOREVER)
-    with pytest.raises(DriverError, match="SIGNONSENSE"):
-        task.stop(kill_signal="SIGNONSENSE")
-    assert is_alive(leader(task))
+def test_unknown_kill_signal_gives_way_to_the_usual_one(tasks: Tasks) -> None:
+    """Refusing would keep the task running: an agent repeats a failed StopTask for minutes."""
+    task = tasks.start(trapping("TERM"))
+    task.logmon.wait_for("ready\n")
+    task.stop(timeout=30, kill_signal="SIGNONSENSE")
+    assert task.wait(1).exit_code == 5
+    task.plugin.wait_for(lambda: any('"SIGNONSENSE"' in event.message for event in task.events))
 
 
 def test_signal_to_an_ended_or_unknown_task_is_an_error(tasks: Tasks) -> None:
