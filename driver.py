@@ -463,9 +463,8 @@ IDMAP_SINCE = {
 class Mounts:
     """The mounts of this process, to ask which file system a path is on."""
 
-    points: tuple[
-        tuple[str, str], ...
-    ]  # (mount point, file system), as in mountinfo: later ones cover earlier ones
+    # mount point and file system, in mountinfo's order: later ones cover earlier ones
+    points: tuple[tuple[str, str], ...]
 
     def filesystem(self, path: str) -> str:
         best = ("", "")
@@ -852,19 +851,18 @@ def find_image(name: str, task_dir: Path | None, values: Values) -> Image:
     """
     path = find_image_path(name, task_dir)
     mode = path.stat().st_mode
-    if path == Path("/"):
-        # nspawn runs the host's own root only if nothing can be written back to it
-        if not (values["ephemeral"] or values["volatile"] in ("yes", "state")):
-            raise ConfigError(
-                "image", name, "is the host's own root", "set ephemeral, or volatile to yes or state"
-            )
-    elif Path("/").is_relative_to(path) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+    if path == Path("/") and not (values["ephemeral"] or values["volatile"] in ("yes", "state")):
+        raise ConfigError("image", name, "is the host's own root", "set ephemeral, or volatile to yes or state")
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise ConfigError("image", name, "must be a directory, a disk image or a block device")
-    if stat.S_ISDIR(mode) and not any((path / tree).is_dir() for tree in ("usr", "ostree", "@.mstack")):
-        pivoted = path / (values["pivot_root"] or "/").split(":")[0].lstrip("/")
-        if not (pivoted / "usr").is_dir():
-            raise ConfigError("image", name, "has no /usr directory, so it is no operating system tree")
+    if stat.S_ISDIR(mode) and not any((root / "usr").is_dir() for root in (path, find_root(path, values))):
+        raise ConfigError("image", name, "has no /usr directory, so it is no operating system tree")
     return Image(path, stat.S_ISDIR(mode))
+
+
+def find_root(path: Path, values: Values) -> Path:
+    """Return the directory of an image that becomes the container's root."""
+    return path / (values["pivot_root"] or "").split(":")[0].lstrip("/")
 
 
 def find_image_path(name: str, task_dir: Path | None) -> Path:
@@ -873,11 +871,8 @@ def find_image_path(name: str, task_dir: Path | None) -> Path:
         found = Path(os.path.realpath(candidate))
         if not os.path.exists(found):  # unlike Path.exists it takes a name that is too long for one of nothing
             continue
-        if (
-            task_dir
-            and candidate.is_relative_to(task_dir)
-            and not found.is_relative_to(os.path.realpath(task_dir))
-        ):
+        inside = task_dir if task_dir and candidate.is_relative_to(task_dir) else Path("/")
+        if not found.is_relative_to(os.path.realpath(inside)):
             raise ConfigError("image", name, "leads out of the task's directory")
         return found
     rule = f"not found (looked for {', '.join(cut(str(place)) for place in candidates)})"
@@ -1368,7 +1363,7 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
         stdout_path=task.stdout_path,
         stderr_path=task.stderr_path,
         image=image,
-        root=str(image.path / (values["pivot_root"] or "").split(":")[0].lstrip("/")),
+        root=str(find_root(image.path, values)),
         command=values["command"],
         search_path=variables.get("PATH") or DEFAULT_PATH,
         mounts=plan_mount_table(values, volumes),
