@@ -1621,6 +1621,17 @@ def open_log(path: str) -> int:
     return fd
 
 
+@contextlib.contextmanager
+def open_logs(plan: Plan) -> Iterator[list[int]]:
+    """Yield stdout and stderr for a task; they close here when the keeper has them, too."""
+    with contextlib.ExitStack() as stack:
+        logs = []
+        for path in (plan.stdout_path, plan.stderr_path):
+            logs.append(open_log(path))
+            stack.callback(os.close, logs[-1])
+        yield logs
+
+
 def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId:
     environ = {
         **plan.environ,
@@ -2008,8 +2019,9 @@ def remove_tree(path: Path) -> None:
 class Start:
     """One start of a task, from the plan to the handle."""
 
-    def __init__(self, plan: Plan, events: Events, task: TaskConfig) -> None:
+    def __init__(self, plan: Plan, events: Events, task: TaskConfig, logs: Sequence[int]) -> None:
         self.plan = plan
+        self.logs = logs
         self.events = events
         self.task = task
         self.state = State(
@@ -2038,15 +2050,11 @@ class Start:
                 go, may_go = os.pipe()
                 stack.callback(os.close, go)
                 stack.callback(os.close, may_go)
-                logs = []
-                for path in (self.plan.stdout_path, self.plan.stderr_path):
-                    logs.append(open_log(path))
-                    stack.callback(os.close, logs[-1])
-                self.save(keeper=start_keeper(self.plan, self.directory, [go, *logs]))
+                self.save(keeper=start_keeper(self.plan, self.directory, [go, *self.logs]))
                 os.write(may_go, b"go\n")
                 leader = await self.wait_ready(notify)
                 self.save(leader=leader)
-                give_logs(logs, read_uid_base(leader.pid))
+                give_logs(self.logs, read_uid_base(leader.pid))
         except BaseException:
             await self.abandon()
             raise
@@ -2166,11 +2174,14 @@ class Tasks:
         return task
 
     async def start(self, plan: Plan, config: TaskConfig) -> Task:
-        await self.clear(plan)
-        start = asyncio.create_task(Start(plan, self.events, config).run())
-        self.starting.add(start)
-        start.add_done_callback(self.starting.discard)
-        task = await start
+        # The logs first: while one writer holds them, Nomad's reader does not take the end of a left-over for the
+        # end of the log.
+        with open_logs(plan) as logs:
+            await self.clear(plan)
+            start = asyncio.create_task(Start(plan, self.events, config, logs).run())
+            self.starting.add(start)
+            start.add_done_callback(self.starting.discard)
+            task = await start
         self.known[plan.task_id] = task
         return task
 
