@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import driver
 from driver import PLUGIN_OPTIONS, TASK_OPTIONS, CgroupMode, ConfigError, Host, Kind, Option
 from nomad_pb import hcl_spec_pb2
+from tests import agent
 
 ALL_OPTIONS = (*TASK_OPTIONS, *PLUGIN_OPTIONS)
 BY_NAME = {option.name: option for option in ALL_OPTIONS}
@@ -451,3 +452,29 @@ def test_values_in_sentences_are_json() -> None:
     """They can be pasted back into a job."""
     text = refusal(TASK_OPTIONS, {"image": "debian", "volatile": 'a"b'})
     assert json.loads(text.split(" = ")[1].split(": must")[0]) == 'a"b'
+
+
+# --- from HCL, by the schema Nomad is given ---
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'bind { a = "/b" }\nenvironment { FOO = "bar" }\nport_map { http = 80 }',
+        'bind = { a = "/b" }\nenvironment = { FOO = "bar" }\nport_map = { http = 80 }',
+        'bind = [{ a = "/b" }]\nenvironment = [{ FOO = "bar" }]\nport_map = [{ http = "80" }]',
+        'bind { a = "/x" }\nbind { a = "/b" }\nenvironment { FOO = "bar" }\nport_map { http = 80 }',
+    ],
+    ids=["blocks", "attributes", "lists", "two blocks"],
+)
+def test_every_form_of_a_map_arrives(body: str) -> None:
+    driver.load_protocol()
+    body = body.replace(" a = ", ' "/a" = ') if "bind =" in body else body.replace(" a = ", " host_path = ")
+    spec = driver.render_spec(driver.TASK_OPTIONS)
+    packed = agent.to_msgpack(agent.decode_config(spec, f'image = "debian"\n{body}'))
+    raw = driver.unpack_options(packed)
+    source = "/a" if '"/a"' in body else "host_path"
+    assert driver.decode_map("bind", raw["bind"], driver.decode_string) == {source: "/b"}
+    values = driver.decode_options(driver.TASK_OPTIONS, {**raw, "bind": None})
+    assert (values["environment"], values["port_map"]) == ({"FOO": "bar"}, {"http": 80})
+    assert (values["boot"], values["user_namespacing"], values["network_veth"]) == (True, True, True)
