@@ -29,6 +29,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -1908,8 +1909,10 @@ class NomadAgent:
         return self._poll(placed, f"no allocation for job {name}", timeout)
 
     def allocations(self, job: str) -> list[dict[str, Any]]:
-        with contextlib.suppress(AgentError, ValueError):
-            return list(json.loads(self.run("job", "allocs", "-json", job)) or [])
+        """By the API: the command `nomad job allocs` came after 1.0."""
+        address = f"{self.url}/v1/job/{job}/allocations"
+        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(address, timeout=10) as answer:
+            return list(json.load(answer) or [])
         return []
 
     def allocation(self, alloc: str) -> dict[str, Any]:

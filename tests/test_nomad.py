@@ -30,7 +30,8 @@ def agent(driver_file: Path) -> Iterator[NomadAgent]:
 def write_job(path: Path, image: Path, script: str, name: str, more: str = "", task: str = "") -> Path:
     path.write_text(f"""
 job "{name}" {{
-  type = "batch"
+  type        = "batch"
+  datacenters = ["dc1"]
   group "group" {{
     restart {{
       attempts = 0
@@ -126,6 +127,7 @@ def test_booted_system(agent: NomadAgent, image: Path, tmp_path: Path) -> None:
     job = tmp_path / "j.hcl"
     job.write_text(f"""
 job "booted" {{
+  datacenters = ["dc1"]
   group "group" {{
     task "task" {{
       driver       = "nspawn"
