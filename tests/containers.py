@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import driver
 from tests.agent import AgentError, Allocation, ExitResult, Plugin, Task
 from tests.leftovers import leftovers, processes
 
@@ -178,7 +179,9 @@ def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None
         (target / "usr/lib").mkdir(parents=True, exist_ok=True)
         (target / "usr/bin").mkdir(parents=True, exist_ok=True)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(image / file.lstrip("/"), copy)
+        found = driver.find_in_image(image, file, {})  # its links are absolute: followed as they are, they
+        assert found, file  # would lead to the host's libraries, which may be of another release
+        shutil.copy2(found, copy)
     (target / "usr/bin/sh").symlink_to("dash")
     for name in ("dev", "etc", "mnt", "proc", "run", "sys", "tmp", "var"):
         (target / name).mkdir(exist_ok=True)

@@ -561,7 +561,8 @@ def test_environment_steers_no_process_of_the_host(tasks: Tasks, spy: Path, line
         assert "spy" not in Path(f"/proc/{pid}/maps").read_text()
     assert not Path(f"{spy}.loaded").exists()
     assert not Path("/run/oops").exists()
-    eventually(lambda: "/bin/sleep" in Path(f"/proc/{leader(task)}/cmdline").read_text())
+    # Before it is executed the process is a copy of nspawn, with nspawn's environment and arguments.
+    eventually(lambda: Path(f"/proc/{leader(task)}/cmdline").read_text().startswith("/bin/sleep"))
     inner = Path(f"/proc/{leader(task)}/environ").read_bytes()
     for name in ("LD_PRELOAD", "GCONV_PATH", "SYSTEMD_LOG_LEVEL", "PATH", "LC_ALL"):
         assert f"{name}={variables[name]}\0".encode() in inner, f"{name} reaches the payload all the same"
