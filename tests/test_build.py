@@ -269,8 +269,11 @@ def test_runs_a_task_under(version: str, driver_file: Path, image: Path, tmp_pat
         "read_only": True,
         "command": ["/bin/sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done"],
     }
-    first = launch_like_agent(driver_file, env=environment)
-    with Allocation() as allocation, Task(first, allocation, "web", config) as task:
+    with (
+        launch_like_agent(driver_file, env=environment) as first,
+        Allocation() as allocation,
+        Task(first, allocation, "web", config) as task,
+    ):
         task.start()
         task.logmon.wait_for("up")
         assert next(task.stats(0.2)).agg_resource_usage.memory.usage > 0
@@ -280,7 +283,7 @@ def test_runs_a_task_under(version: str, driver_file: Path, image: Path, tmp_pat
             task.stop()
             assert task.wait(10).exit_code == 3
             task.close()
-        assert not first.violations + second.violations
+    assert not first.violations + second.violations
 
 
 @needs_root
