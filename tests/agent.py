@@ -735,7 +735,9 @@ class Plugin:
         self._follow("stdio", stdio.StreamStdio(empty_pb2.Empty()), lambda message: None)
 
     def _silence(self) -> Iterator[grpc_plugin_pb2.ConnInfo]:
-        self._broker_end.wait()
+        """Nothing, until the end; gRPC asks for it in a thread Python waits for, so that counts as one."""
+        while not self._broker_end.wait(1) and threading.main_thread().is_alive():
+            pass
         yield from ()
 
     # --- streams ---
