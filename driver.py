@@ -1597,6 +1597,15 @@ fi
 """
 
 
+def check_directories(task: TaskConfig) -> None:
+    """Refuse symbolic links in the place of the task's directories: other tasks of the allocation can put them
+    there, and root would follow them. What is above the allocation's directory is the operator's."""
+    shared, own = task.shared_dir, task.task_dir
+    for path in (shared, f"{shared}/logs", own, f"{own}/local", f"{own}/secrets"):
+        if os.path.islink(path):
+            raise HostError(f"{path} is a symbolic link instead of a directory; the task is not started")
+
+
 def open_log(path: str) -> int:
     """Open one of the task's log FIFOs for its whole life; /dev/null when nobody collects logs.
 
@@ -1606,8 +1615,6 @@ def open_log(path: str) -> int:
     """
     if not path:
         path = "/dev/null"
-    if os.path.realpath(os.path.dirname(path)) != os.path.dirname(path):
-        raise HostError(f"the log path {path} leads through a symbolic link; the task is not started")
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError:
@@ -2176,6 +2183,7 @@ class Tasks:
     async def start(self, plan: Plan, config: TaskConfig) -> Task:
         # The logs first: while one writer holds them, Nomad's reader does not take the end of a left-over for the
         # end of the log.
+        check_directories(config)
         with open_logs(plan) as logs:
             await self.clear(plan)
             start = asyncio.create_task(Start(plan, self.events, config, logs).run())
@@ -2440,6 +2448,7 @@ class DriverService:
     def __init__(self) -> None:
         self.config: dict[str, Any] = decode_options(PLUGIN_OPTIONS, {})
         self.core_mhz = 0.0
+        self.agents = 0  # connected ones, counted by their Fingerprint streams
         self.events = Events()
         self.tasks = Tasks(self.events)
 
@@ -2469,12 +2478,16 @@ class DriverService:
     async def Fingerprint(self, request: Any) -> AsyncIterator[driver_pb2.FingerprintResponse]:
         """Never ends: the agent would open it again at once, without any delay."""
         last = None
-        while True:
-            current = self.render_fingerprint(read_host())
-            if current != last:
-                yield current
-                last = current
-            await asyncio.sleep(FINGERPRINT_PERIOD)
+        self.agents += 1
+        try:
+            while True:
+                current = self.render_fingerprint(read_host())
+                if current != last:
+                    yield current
+                    last = current
+                await asyncio.sleep(FINGERPRINT_PERIOD)
+        finally:
+            self.agents -= 1
 
     def render_fingerprint(self, host: Host) -> driver_pb2.FingerprintResponse:
         response = driver_pb2.FingerprintResponse()
@@ -2773,7 +2786,7 @@ ORPHAN_PERIOD = 300.0  # seconds
 
 
 async def watch_agent(driver: DriverService, stop: asyncio.Event) -> None:
-    """End the plugin some minutes after its agent has died, unless tasks run.
+    """End the plugin some minutes after its agent has died, unless tasks run or another agent has found it.
 
     With tasks it stays for the next agent to reattach: some agents (before 1.9.2) kill the process number they
     remember, whatever process that is by then.
@@ -2784,7 +2797,7 @@ async def watch_agent(driver: DriverService, stop: asyncio.Event) -> None:
     await wait_readable(2)  # a pipe's writing end becomes "readable" when its reader is gone
     while True:
         await asyncio.sleep(ORPHAN_PERIOD)
-        if not any(not task.ended.is_set() for task in driver.tasks.known.values()):
+        if not driver.agents and all(task.ended.is_set() for task in driver.tasks.known.values()):
             stop.set()
 
 

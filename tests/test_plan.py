@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -1240,3 +1241,32 @@ def test_garbage_is_no_state(text: str | bytes) -> None:
 )
 def test_event_names_its_task(task_id: str, alloc_id: str, name: str) -> None:
     assert driver.split_id(task_id) == (alloc_id, name)
+
+
+# --- directories ---
+
+
+def make_allocation(root: Path) -> TaskConfig:
+    for name in ("alloc/logs", "web/local", "web/secrets"):
+        (root / name).mkdir(parents=True)
+    return replace(TASK, alloc_dir=str(root))
+
+
+@pytest.mark.parametrize("name", ["alloc", "alloc/logs", "web", "web/local", "web/secrets"])
+def test_links_in_place_of_a_tasks_directories_are_refused(tmp_path: Path, name: str) -> None:
+    """Another task of the allocation could make root mount or write what lies behind one."""
+    task = make_allocation(tmp_path / "a")
+    (tmp_path / "a" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "a" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(driver.HostError, match=f"/{name} is a symbolic link instead of a directory"):
+        driver.check_directories(task)
+
+
+def test_data_directory_may_lie_behind_a_link(tmp_path: Path) -> None:
+    """The operator's own links are no concern: a data_dir on another disk is usual."""
+    make_allocation(tmp_path / "disk/a")
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    driver.check_directories(replace(TASK, alloc_dir=str(tmp_path / "data/a")))
+    fifo = tmp_path / "data/a/alloc/logs/.web.stdout.fifo"
+    os.mkfifo(fifo)
+    os.close(driver.open_log(str(fifo)))
