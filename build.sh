@@ -406,7 +406,7 @@ for variable in [v for v in os.environ if v.startswith("SHIV_") and v != "SHIV_R
 os.environ["SHIV_ROOT"] = unpack()
 # grpc's fork handlers crash children of a process that starts many (grpc#41768); read when grpc is imported.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-from _bootstrap import bootstrap  # noqa: E402
+from _bootstrap import bootstrap  # noqa: E402 - shiv's, which reads the environment set above
 bootstrap()
 EOF
 }

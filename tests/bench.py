@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# A script has its own folder on sys.path, not the one above it: so the import comes after the line that adds it.
 from tests.agent import Allocation, Plugin, Task, launch_like_agent  # noqa: E402
 
 DRIVER = Path(os.environ.get("NSPAWN_TEST_DRIVER", ROOT / "nomad-driver-nspawn"))

@@ -30,7 +30,7 @@ from tests.agent import Allocation, Task, launch_like_agent
 
 TOP = Path(__file__).resolve().parent.parent
 NAME = "nomad-driver-nspawn"
-VERSION = re.search(r'^__version__ = "(.+?)"', (TOP / "driver.py").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+[VERSION] = re.findall(r'^__version__ = "(.+?)"', (TOP / "driver.py").read_text(), re.MULTILINE)
 HELLO = f"{NAME} {VERSION}\n"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 COOKIE = {"NOMAD_PLUGIN_MAGIC_COOKIE": "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255"}

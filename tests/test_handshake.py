@@ -233,8 +233,7 @@ def test_stdin_and_stdout_are_given_up_after_the_handshake(driver_file: Path) ->
     with started(driver_file) as run:
         run.handshake()
         assert not run.read(5)  # end of file: whatever is printed later cannot fill the agent's pipe
-        for fd in (0, 1):
-            wait_until(lambda fd=fd: os.readlink(f"/proc/{run.pid}/fd/{fd}") == "/dev/null")  # type: ignore[misc]
+        wait_until(lambda: {os.readlink(f"/proc/{run.pid}/fd/{fd}") for fd in (0, 1)} == {"/dev/null"})
 
 
 def test_stdin_of_the_agent_is_not_read(driver_file: Path) -> None:

@@ -186,7 +186,7 @@ def test_logs_can_be_disabled(tasks: Tasks, kind: str) -> None:
 def test_missing_fifos_are_no_error(tasks: Tasks) -> None:
     """With disable_log_collection the paths name FIFOs that nobody makes."""
     task = tasks.make("echo nobody reads; exit 4")
-    task.logmon.restart = lambda: None  # type: ignore[method-assign]
+    task.logmon.restart = lambda: None  # type: ignore[method-assign]  # no reader, as Nomad then has none
     task.start()
     assert task.wait(10).exit_code == 4
     assert not list(task.allocation.logs.iterdir()), "and none are made"
@@ -216,7 +216,7 @@ def test_log_path_that_is_no_fifo_is_refused(tasks: Tasks, tmp_path: Path, strea
         else:
             os.mknod(path, 0o140600)
 
-    task.logmon.start = replace_fifo  # type: ignore[method-assign]
+    task.logmon.start = replace_fifo  # type: ignore[method-assign]  # between the FIFOs and StartTask
     with pytest.raises(DriverError) as caught:
         task.start()
     assert FIFOS[stream] in caught.value.text, "the sentence names the path"
@@ -235,7 +235,7 @@ def test_logs_directory_that_is_a_symlink_is_refused(tasks: Tasks, tmp_path: Pat
         folder.rename(tmp_path / level)
         folder.symlink_to(tmp_path / level)
 
-    task.logmon.start = redirect  # type: ignore[method-assign]
+    task.logmon.start = redirect  # type: ignore[method-assign]  # between the FIFOs and StartTask
     with pytest.raises(DriverError, match="symbolic link") as caught:
         task.start()
     assert str(folder) in caught.value.text
