@@ -9,6 +9,7 @@ The module reads top to bottom as words, facts, plan, act, serve; a section uses
     Host        facts about this machine
     Options     the tables of options; schema, checks, nspawn arguments and reference all come from them
     Image       an image's name to a place on disk
+    Network     a task's network, ports and names: nspawn's arguments, and what has to be looked up for them
     Cgroup      where a task's processes live, and what they use
     Plan        a task's configuration to everything needed to start it; pure
     Keeper      the small process that outlives the plugin
@@ -743,7 +744,7 @@ TASK_OPTIONS: tuple[Option, ...] = (
            "Give the container a network of its own with a virtual link to the host; false: the host's network.",
            default=True, argv=flag("--network-veth")),
     Option("port_map", Kind.NUMBER_MAP,
-           "Port labels to ports inside the container, for TCP.",
+           "Port labels to ports inside the container, for TCP and UDP.",
            default={}, check=are_ports),
     Option("resolv_conf", Kind.STRING,
            "How `/etc/resolv.conf` inside the container is made.",
@@ -965,6 +966,130 @@ def explain_command(command: str, search: str, root: Path, mounts: Mapping[str, 
 
 
 # =====================================================================================================
+# Network
+#
+# Where a container's network comes from, and what it finds in /etc/resolv.conf and /etc/hosts. The namespace of a
+# group (bridge, none, cni) is Nomad's: keeper and nspawn enter it, and nspawn is told of no network at all.
+# --network-namespace-path would do the same only without user namespaces, or on 262 and later (systemd#36363).
+# What goes through a group's namespace (ports, Consul Connect) is Nomad's and CNI's business. All other networks
+# are nspawn's options. No rule of the host's firewall is ever the driver's: nspawn keeps its own for --port.
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port of the group's or the task's network block."""
+
+    host: int
+    to: int = 0  # the one inside; 0: the same
+    host_ip: str = ""
+
+    @property
+    def inside(self) -> int:
+        return self.to or self.host
+
+
+@dataclass(frozen=True)
+class GroupNetwork:
+    """What Nomad says of a task's network."""
+
+    namespace: str = ""  # a path; "" in host mode
+    ports: Mapping[str, Port] = field(default_factory=dict)  # by label
+
+
+# Run inside the group's namespace, before the keeper. Root of a user namespace has no rights over a network
+# namespace made outside of it: without these it could neither listen on ports below 1024 nor ping. Docker sets
+# the same two; they go with the namespace.
+ENTER_NAMESPACE = r"""
+exec 4>&2 2>/dev/null
+echo 0 >/proc/sys/net/ipv4/ip_unprivileged_port_start
+echo "0 2147483647" >/proc/sys/net/ipv4/ping_group_range
+exec "$@" 2>&4 4>&-
+"""
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """How one container gets its network."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)  # options as they are to be rendered
+    entry: tuple[str, ...] = ()  # what starts the keeper in another network namespace
+    argv: tuple[str, ...] = ()  # of nspawn
+    environ: Mapping[str, str] = field(default_factory=dict)  # for the payload
+    notes: tuple[str, ...] = ()  # sentences for the task's events
+
+
+def plan_network(group: GroupNetwork, values: Values) -> NetworkPlan:
+    """Return the network of a task. A group's namespace stands above the default of network_veth."""
+    if group.namespace:
+        check_group_options(values)
+        set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if values["user_namespacing"] else ()
+        entry = ("nsenter", f"--net={group.namespace}", "--", *set_up)
+        return NetworkPlan(values={"network_veth": False}, entry=entry)
+    ports = {label: replace(find_port(group, label, to), to=to) for label, to in values["port_map"].items()}
+    return NetworkPlan(
+        argv=tuple(argument for port in ports.values() for argument in render_port(port)),
+        environ=plan_port_environ(ports),
+        notes=tuple(note for label, port in ports.items() for note in explain_port(label, port)),
+    )
+
+
+def check_group_options(values: Values) -> None:
+    """Refuse what would be a second network, or a second mapping of ports, beside the group's."""
+    for name, remedy in (("port_map", "write `to = PORT` into the port's block of the group's network"),):
+        if values[name]:
+            raise ConfigError(name, values[name], "cannot be combined with the network of the group", remedy)
+
+
+def find_port(group: GroupNetwork, label: str, to: int) -> Port:
+    port = group.ports.get(label)
+    if port is None:
+        rule = "no port of this label in the group's or task's network block"
+        known = f"the labels are {', '.join(group.ports) or 'none'}"
+        raise ConfigError(f"port_map.{label}", to, rule, known)
+    return port
+
+
+def render_port(port: Port) -> list[str]:
+    return [f"--port={protocol}:{port.host}:{port.inside}" for protocol in ("tcp", "udp")]
+
+
+def plan_port_environ(ports: Mapping[str, Port]) -> dict[str, str]:
+    """Return the variables that tell the port inside. Nomad does not know of port_map; it knows of `to`."""
+    names = {label: re.sub(r"[^A-Za-z0-9_]", "_", label) for label in ports}
+    kinds = ("NOMAD_PORT", "NOMAD_ALLOC_PORT")
+    return {f"{kind}_{names[label]}": str(port.inside) for label, port in ports.items() for kind in kinds}
+
+
+def explain_port(label: str, port: Port) -> Iterator[str]:
+    """Say where nspawn's mapping differs from what Nomad shows: it is for all addresses of the host but loopback
+    ones (measured on 252, 257 and 262)."""
+    if port.host_ip.startswith("127.") or port.host_ip == "::1":
+        yield (
+            f"The port {label!r} cannot be reached at {port.host_ip}:{port.host}: systemd-nspawn maps ports at "
+            "the host's other addresses only. Bridge mode has no such limit."
+        )
+
+
+NS_GET_NSTYPE = 0xB703  # ioctl: which kind of namespace a file is
+CLONE_NEWNET = 0x40000000
+
+
+def check_namespace(path: str) -> None:
+    """Raise HostError unless there is a network namespace at `path`."""
+    try:
+        with open(path, "rb") as file:
+            kind = fcntl.ioctl(file, NS_GET_NSTYPE)
+    except OSError as error:
+        gone = "is not there" if error.errno == errno.ENOENT else "is no network namespace"
+        raise HostError(
+            f"the network namespace of the group, {cut(path)}, {gone}; the task is not started"
+        ) from None
+    if kind != CLONE_NEWNET:
+        raise HostError(f"{cut(path)} is a namespace, but not of a network; the task is not started")
+
+
+# =====================================================================================================
 # Cgroup
 #
 # Where a task's processes live: <task>/keeper, and <task>/supervisor and <task>/payload, which nspawn makes
@@ -1136,7 +1261,7 @@ class TaskConfig:
     stdout_path: str = "/dev/null"
     stderr_path: str = "/dev/null"
     cgroup: str = ""
-    ports: Mapping[str, int] = field(default_factory=dict)  # label to port on the host
+    network: GroupNetwork = GroupNetwork()
     mounts: tuple[Mount, ...] = ()
 
     @property
@@ -1299,6 +1424,7 @@ class Plan:
     task_id: str
     machine: str
     mode: Mode
+    entry: tuple[str, ...]  # what stands before the keeper's command line, see NetworkPlan
     argv: tuple[str, ...]  # of systemd-nspawn
     environ: Mapping[str, str]  # of nspawn beside the driver's own, see plan_environment
     settings: str | None
@@ -1325,12 +1451,9 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  #
 def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts: Mounts) -> Plan:
     check_rules(values, host)
     mode = Mode.of(values)
-    values = {
-        **values,
-        "console": values["console"] or mode.console,
-        "user": values["user"] or ("" if mode is Mode.BOOT else decode_string("user", task.user)),
-    }
-    variables = {**values["environment"], **task.env}
+    network = plan_network(task.network, values)
+    values = {**values, **network.values, **plan_defaults(task, values, mode)}
+    variables = {**values["environment"], **task.env, **network.environ}
     if mode is Mode.BOOT:
         variables.setdefault("TERM", "dumb")  # no colours and no cursor movement in the logs
     environment = plan_environment(variables)
@@ -1346,7 +1469,7 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
         *(["--restrict-address-families="] if host.systemd >= 261 else []),  # silences a note at every start
         *image.argv,
         *render_options(values),
-        *plan_ports(values["port_map"], task.ports),
+        *network.argv,
         *(argument for volume in volumes for argument in volume.argv),
         *environment.argv,
     ]
@@ -1356,6 +1479,7 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
         task_id=task.id,
         machine=machine,
         mode=mode,
+        entry=network.entry,
         argv=tuple(argv),
         environ=plan_environ(environment, host),
         settings=environment.settings,
@@ -1368,8 +1492,14 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
         search_path=variables.get("PATH") or DEFAULT_PATH,
         mounts=plan_mount_table(values, volumes),
         is_ephemeral=values["ephemeral"],
-        notes=environment.notes,
+        notes=(*environment.notes, *network.notes),
     )
+
+
+def plan_defaults(task: TaskConfig, values: Values, mode: Mode) -> dict[str, str]:
+    """Return the options whose default depends on others."""
+    user = "" if mode is Mode.BOOT else decode_string("user", task.user)
+    return {"console": values["console"] or mode.console, "user": values["user"] or user}
 
 
 def plan_environ(environment: Environment, host: Host) -> dict[str, str]:
@@ -1391,14 +1521,6 @@ def render_options(values: Values) -> list[str]:
         if option.argv and value not in (None, "", (), {}):
             arguments += option.argv(value)
     return arguments
-
-
-def plan_ports(port_map: Mapping[str, int], ports: Mapping[str, int]) -> list[str]:
-    for label, port in port_map.items():
-        if label not in ports:
-            rule = "no port of this label in the group's or task's network block"
-            raise ConfigError(f"port_map.{label}", port, rule, f"the labels are {', '.join(ports) or 'none'}")
-    return [f"--port=tcp:{ports[label]}:{port}" for label, port in port_map.items()]
 
 
 @dataclass(frozen=True)
@@ -1648,6 +1770,7 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId
     }
     argv = ["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", KEEPER, "nomad-nspawn-keeper"]
     argv += [str(state_dir), plan.cgroup, "filter" if plan.wants_filter else "", *plan.argv]
+    argv = [*plan.entry, *argv]
     try:
         return start_process(argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
     except OSError as error:
@@ -2369,12 +2492,6 @@ def unpack_options(packed: bytes) -> Mapping[str, object]:
 
 
 def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
-    ports = {
-        port.label: port.value
-        for network in task.resources.allocated_resources.networks
-        for port in [*network.reserved_ports, *network.dynamic_ports]
-    }
-    ports.update({port.label: port.value for port in task.resources.ports})
     return TaskConfig(
         id=task.id,
         name=task.name,
@@ -2386,12 +2503,24 @@ def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
         stdout_path=task.stdout_path,
         stderr_path=task.stderr_path,
         cgroup=task.resources.linux_resources.cpuset_cgroup,
-        ports=ports,
+        network=read_group_network(task),
         mounts=tuple(
             Mount(mount.host_path, mount.task_path, mount.readonly, mount.propagation_mode)
             for mount in task.mounts
         ),
     )
+
+
+def read_group_network(task: driver_pb2.TaskConfig) -> GroupNetwork:
+    ports = {
+        port.label: Port(port.value, host_ip=network.ip)
+        for network in task.resources.allocated_resources.networks
+        for port in [*network.reserved_ports, *network.dynamic_ports]
+    }
+    ports |= {port.label: Port(port.value, port.to, port.host_ip) for port in task.resources.ports}
+    spec = task.network_isolation_spec
+    is_group = spec.mode == driver_pb2.NetworkIsolationSpec.GROUP
+    return GroupNetwork(spec.path if is_group else "", ports)
 
 
 class BaseService:
@@ -2462,7 +2591,7 @@ class DriverService:
             send_signals=True,
             exec=False,
             fs_isolation=driver_pb2.DriverCapabilities.IMAGE,
-            network_isolation_modes=[driver_pb2.NetworkIsolationSpec.HOST],
+            network_isolation_modes=[driver_pb2.NetworkIsolationSpec.HOST, driver_pb2.NetworkIsolationSpec.GROUP],
             mount_configs=driver_pb2.DriverCapabilities.ANY_MOUNTS
             if self.config["volumes"]
             else driver_pb2.DriverCapabilities.NO_MOUNTS,
@@ -2525,6 +2654,8 @@ class DriverService:
                 "volume_mount", config.mounts[0].target, rule, "set volumes = true in the plugin block"
             )
         values = decode_options(TASK_OPTIONS, config.options)
+        if config.network.namespace:
+            check_namespace(config.network.namespace)
         image = find_image(values["image"], Path(config.task_dir) if config.alloc_dir else None, values)
         plan = plan_task(config, values, image, host, read_mounts())
         for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):

@@ -22,12 +22,14 @@ from driver import (
     ConfigError,
     DriverError,
     Exit,
+    GroupNetwork,
     Host,
     Image,
     Mode,
     Mount,
     Mounts,
     Plan,
+    Port,
     ProcessId,
     Record,
     State,
@@ -67,6 +69,10 @@ def decode(options: Mapping[str, object]) -> dict[str, Any]:
 
 def plan(options: Mapping[str, object], task: TaskConfig = TASK, host: Host = HOST, mounts: Mounts = EXT4) -> Plan:
     return driver.plan_task(task, decode(options), IMAGE, host, mounts)
+
+
+def network(ports: Mapping[str, int]) -> GroupNetwork:
+    return GroupNetwork(ports={label: Port(number) for label, number in ports.items()})
 
 
 def command(*argv: str, **options: object) -> dict[str, object]:
@@ -230,9 +236,10 @@ def test_task_user(options: dict[str, object], user: str, argument: str | None) 
 
 
 def test_ports() -> None:
-    task = replace(TASK, ports={"http": 20080, "unused": 1, "dns": 20053})
+    task = replace(TASK, network=network({"http": 20080, "unused": 1, "dns": 20053}))
     argv = plan({"port_map": [{"dns": 53, "http": 80}]}, task=task).argv
-    assert argv == (*HEAD, *BOOT, "--port=tcp:20053:53", "--port=tcp:20080:80", *VOLUMES)
+    ports = ("--port=tcp:20053:53", "--port=udp:20053:53", "--port=tcp:20080:80", "--port=udp:20080:80")
+    assert argv == (*HEAD, *BOOT, *ports, *VOLUMES)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +247,7 @@ def test_ports() -> None:
 )
 def test_port_without_label(ports: dict[str, int], known: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan({"port_map": [{"http": 80}]}, task=replace(TASK, ports=ports))
+        plan({"port_map": [{"http": 80}]}, task=replace(TASK, network=network(ports)))
     rule = "no port of this label in the group's or task's network block"
     assert str(caught.value) == f"port_map.http = 80: {rule}; {known}"
 
@@ -348,7 +355,7 @@ valid_tasks = st.builds(
     user=words,
     env=st.dictionaries(words, words, max_size=3),
     cgroup=words | st.just("/sys/fs/cgroup/nomad.slice/x.scope"),
-    ports=st.just({"a": 1, "b": 2, "c": 3}),
+    network=st.just(network({"a": 1, "b": 2, "c": 3})),
     mounts=st.lists(
         st.builds(Mount, paths, paths, st.booleans(), st.sampled_from(["", "private"])), max_size=2
     ).map(tuple),

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Network: where a container's network comes from, what can be reached, and that nothing is left of it.
+
+The namespaces of groups are made here by hand, as Nomad and CNI make them: with `ip netns`, a veth pair and
+addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import driver
+from driver import GroupNetwork, HostError, Port
+from nomad_pb import driver_pb2
+from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
+from tests.containers import Tasks, eventually, keeper, kill, leader, nspawn, output
+from tests.leftovers import leftovers
+from tests.test_plan import ALLOC, BOOT, HEAD, TASK, USERS, VOLUMES, plan
+
+PATIENCE = 10.0
+FOREVER = "while :; do sleep 0.05; done"
+GROUP = GroupNetwork(namespace=f"/var/run/netns/{ALLOC}")
+numbers = itertools.count(os.getpid() % 60 * 1000)
+
+
+def values(**options: Any) -> dict[str, Any]:
+    return driver.decode_options(driver.TASK_OPTIONS, {"image": "debian", **options})
+
+
+# -- the plan ------------------------------------------------------------------------------------------------
+
+
+def test_group_is_entered_before_the_keeper_and_nspawn_knows_no_network() -> None:
+    found = plan({}, task=replace(TASK, network=GROUP))
+    assert found.argv == (*HEAD, *BOOT[:-1], *VOLUMES)
+    assert found.entry[:3] == ("nsenter", f"--net={GROUP.namespace}", "--")
+    assert plan({}).entry == ()
+
+
+def test_group_keeps_user_namespaces() -> None:
+    assert set(USERS) <= set(plan({}, task=replace(TASK, network=GROUP)).argv)
+
+
+def test_group_without_user_namespaces_is_left_as_it_is() -> None:
+    found = plan({"user_namespacing": False}, task=replace(TASK, network=GROUP))
+    assert found.entry == ("nsenter", f"--net={GROUP.namespace}", "--")
+
+
+def test_group_maps_ports_itself() -> None:
+    network = replace(GROUP, ports={"http": Port(20080, 80)})
+    assert not [word for word in plan({}, task=replace(TASK, network=network)).argv if word.startswith("--port")]
+    with pytest.raises(driver.ConfigError) as caught:
+        plan({"port_map": [{"http": 80}]}, task=replace(TASK, network=network))
+    assert str(caught.value) == (
+        'port_map = {"http": 80}: cannot be combined with the network of the group; '
+        "write `to = PORT` into the port's block of the group's network"
+    )
+
+
+def test_variables_tell_the_port_inside() -> None:
+    ports = {"http-alt": Port(20080), "db": Port(20432, 5432)}
+    found = driver.plan_network(GroupNetwork(ports=ports), values(port_map=[{"http-alt": 80}]))
+    assert found.environ == {"NOMAD_PORT_http_alt": "80", "NOMAD_ALLOC_PORT_http_alt": "80"}
+    task = replace(TASK, network=GroupNetwork(ports=ports), env={"NOMAD_PORT_http_alt": "20080"})
+    settings = plan({"port_map": [{"http-alt": 80}]}, task=task).settings
+    assert settings and "NOMAD_PORT_http_alt=80'" in settings and "=20080'" not in settings
+
+
+@pytest.mark.parametrize(
+    ("host_ip", "told"), [("127.0.0.1", True), ("::1", True), ("192.0.2.2", False), ("", False)]
+)
+def test_port_on_loopback_is_told(host_ip: str, told: bool) -> None:
+    network = GroupNetwork(ports={"http": Port(20080, host_ip=host_ip)})
+    notes = plan({"port_map": [{"http": 80}]}, task=replace(TASK, network=network)).notes
+    assert [host_ip in note and "'http'" in note for note in notes] == [True] * told
+
+
+# -- the namespace -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """A group's network namespace with a veth pair to the host, as the bridge plugin of CNI leaves it."""
+
+    name: str
+    address: str  # inside
+    gateway: str  # on the host
+    link: str  # the host's end
+
+    @property
+    def path(self) -> str:
+        return f"/var/run/netns/{self.name}"
+
+    @property
+    def spec(self) -> driver_pb2.NetworkIsolationSpec:
+        return driver_pb2.NetworkIsolationSpec(mode=driver_pb2.NetworkIsolationSpec.GROUP, path=self.path)
+
+
+def ip(*arguments: str) -> str:
+    command = ["ip", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=30).stdout.decode()
+
+
+@contextlib.contextmanager
+def make_group() -> Iterator[Group]:
+    """Make a group's network; at the end remove it as Nomad does, and see that nothing has kept it."""
+    number = next(numbers) * 4 % 65536
+    subnet = f"198.18.{number // 256}"
+    group = Group(f"grp{number}", f"{subnet}.{number % 256 + 2}", f"{subnet}.{number % 256 + 1}", f"vg{number}")
+    ip("netns", "add", group.name)
+    try:
+        ip("-n", group.name, "link", "set", "lo", "up")
+        ip("link", "add", group.link, "type", "veth", "peer", "name", "eth0", "netns", group.name)
+        ip("addr", "add", f"{group.gateway}/30", "dev", group.link)
+        ip("link", "set", group.link, "up")
+        ip("-n", group.name, "addr", "add", f"{group.address}/30", "dev", "eth0")
+        ip("-n", group.name, "link", "set", "eth0", "up")
+        ip("-n", group.name, "route", "add", "default", "via", group.gateway)
+        yield group
+    finally:
+        ip("netns", "del", group.name)
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not Path("/sys/class/net", group.link).exists(), 5)
+        kept = Path("/sys/class/net", group.link).exists()
+        if kept:
+            ip("link", "del", group.link)
+        assert not kept, "something still holds the group's namespace"
+
+
+SERVER = """
+use IO::Socket::INET;
+$| = 1;
+$server = IO::Socket::INET->new(LocalPort => $ARGV[0], Listen => 5, ReuseAddr => 1) or die "cannot listen: $!";
+print "listening\\n";
+while ($client = $server->accept) { print $client "hello from $ARGV[1]\\n"; close $client }
+"""
+
+
+def serve(port: int, name: str = "task") -> list[str]:
+    """A command that answers every connection with a greeting."""
+    return ["/usr/bin/perl", "-e", SERVER, str(port), name]
+
+
+def read_port(address: str, port: int) -> str:
+    with socket.create_connection((address, port), PATIENCE) as connection:
+        return connection.makefile().read()
+
+
+@pytest.fixture(scope="module")
+def shared(driver_file: Path) -> Iterator[Plugin]:
+    with launch_like_agent(driver_file) as plugin:
+        yield plugin
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    with make_group() as made:
+        yield made
+
+
+@pytest.fixture
+def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
+    with Tasks(shared, image) as made:
+        yield made
+    violations, shared.violations = shared.violations, []
+    assert not violations
+
+
+USER_NAMESPACES = pytest.mark.parametrize("user_namespacing", [True, False])
+
+
+@pytest.mark.root
+@USER_NAMESPACES
+@pytest.mark.parametrize("port", [8080, 80])
+def test_task_in_a_group_serves_a_port(group: Group, tasks: Tasks, user_namespacing: bool, port: int) -> None:
+    """Below 1024 too, though root of a user namespace has no rights over the group's network namespace."""
+    task = tasks.start(serve(port), network=group.spec, network_veth=True, user_namespacing=user_namespacing)
+    task.logmon.wait_for("listening\n")
+    inside = Path(f"/proc/{leader(task)}/uid_map").read_text().split()
+    assert (inside[1] != "0") is user_namespacing
+    assert read_port(group.address, port) == "hello from task\n"
+
+
+@pytest.mark.root
+def test_namespace_is_the_groups(group: Group, tasks: Tasks) -> None:
+    task = tasks.start("ls /sys/class/net; tail -n +3 /proc/net/dev | cut -d: -f1; echo ready; sleep 60",
+                       network=group.spec)  # fmt: skip
+    task.logmon.wait_for("ready\n")
+    assert output_so_far(task).split() == ["eth0", "lo", "lo", "eth0", "ready"]
+    assert os.stat(f"/proc/{leader(task)}/ns/net").st_ino == os.stat(group.path).st_ino
+
+
+def output_so_far(task: Task) -> str:
+    return task.logmon.stdout.decode()
+
+
+@pytest.mark.root
+def test_two_tasks_of_a_group_meet_on_loopback(group: Group, tasks: Tasks) -> None:
+    """As a service and its sidecar do with Consul Connect."""
+    allocation = Allocation()
+    server = tasks.start(serve(9090, "the sidecar"), name="sidecar", network=group.spec, allocation=allocation)
+    server.logmon.wait_for("listening\n")
+    reader = "use IO::Socket::INET; print IO::Socket::INET->new('127.0.0.1:9090')->getline"
+    client, result = tasks.run(["/usr/bin/perl", "-e", reader], network=group.spec, allocation=allocation)
+    assert result.successful, client.logmon.stderr
+    assert output(client) == "hello from the sidecar\n"
+
+
+@pytest.mark.root
+def test_root_inside_has_no_rights_over_the_groups_network(group: Group, tasks: Tasks) -> None:
+    script = "echo 1 >/proc/sys/net/ipv4/ip_forward"
+    _, result = tasks.run(script, network=group.spec)
+    assert not result.successful
+
+
+@pytest.mark.root
+def test_hosts_own_network_keeps_its_settings(group: Group, tasks: Tasks) -> None:
+    names = ("ip_unprivileged_port_start", "ping_group_range")
+    before = [Path("/proc/sys/net/ipv4", name).read_text() for name in names]
+    tasks.run(["/bin/true"], network=group.spec)
+    assert [Path("/proc/sys/net/ipv4", name).read_text() for name in names] == before
+
+
+@pytest.mark.root
+def test_booted_system_in_a_group(group: Group, tasks: Tasks) -> None:
+    task = tasks.boot(network=group.spec, network_veth=True, kill_timeout=30)
+    task.logmon.wait_for("Reached target multi-user.target", timeout=60)
+    assert os.stat(f"/proc/{leader(task)}/ns/net").st_ino == os.stat(group.path).st_ino
+    task.stop()
+    assert task.wait(1).successful
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("victim", ["stop", "nspawn", "keeper", "leader", "destroy"])
+def test_nothing_holds_the_groups_namespace(tasks: Tasks, victim: str) -> None:
+    """Another task, started while the group was there, must not keep its namespace either."""
+    with make_group() as group:
+        task = tasks.start(FOREVER, network=group.spec)
+        tasks.start(FOREVER, name="other")
+        if victim == "stop":
+            task.stop(timeout=0)
+        elif victim != "destroy":
+            kill({"nspawn": nspawn, "keeper": keeper, "leader": leader}[victim](task))
+            if victim == "keeper":
+                task.stop(timeout=0)
+            task.wait(PATIENCE)
+        task.destroy()
+        assert leftovers(task.allocation.id) == []
+
+
+@pytest.mark.root
+def test_restart_in_the_same_group(group: Group, tasks: Tasks) -> None:
+    task = tasks.start(serve(8080), network=group.spec)
+    for number in range(3):
+        task.logmon.wait_for("listening\n" * (number + 1))
+        assert read_port(group.address, 8080) == "hello from task\n"
+        task.stop(timeout=0)
+        task.wait(PATIENCE)
+        task.destroy()
+        task.start()
+
+
+@pytest.mark.root
+def test_namespace_that_is_gone(tasks: Tasks, tmp_path: Path) -> None:
+    def spec(path: str) -> driver_pb2.NetworkIsolationSpec:
+        return driver_pb2.NetworkIsolationSpec(mode=driver_pb2.NetworkIsolationSpec.GROUP, path=path)
+
+    (tmp_path / "file").touch()
+    for path, why in (
+        ("/var/run/netns/no-such-group", "is not there"),
+        (str(tmp_path / "file"), "is no network namespace"),
+        ("/proc/self/ns/uts", "is a namespace, but not of a network"),
+    ):
+        task = tasks.make(["/bin/true"], network=spec(path))
+        with pytest.raises(DriverError, match=f"{re.escape(path)}.*{why}"):
+            task.start()
+
+
+def test_check_namespace() -> None:
+    driver.check_namespace("/proc/self/ns/net")
+    with pytest.raises(HostError):
+        driver.check_namespace("/etc")
