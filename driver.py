@@ -334,6 +334,13 @@ def run(argv: Sequence[str], *, timeout: float) -> str:
     return done.stdout.decode(errors="replace")
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def write_file(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a file that is either whole or not there, whatever happens in between."""
     temporary = path.with_name(f".{path.name}.new")
@@ -897,6 +904,26 @@ def is_image_name(name: str) -> bool:
     return "/" not in name and name not in (".", "..")
 
 
+def place_in_image(values: Values, path: str) -> str:
+    """Return where a path of the container is in the image."""
+    return (values["pivot_root"] or "").split(":")[0] + path
+
+
+def open_in_image(image: Image, path: str, flags: int) -> int:
+    """Open a file of an image without following symbolic links: a container that may write to it can make any, and
+    root would follow them out of the image. Raises OSError."""
+    *parents, name = filter(None, path.split("/"))
+    fd = os.open(image.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parents:
+            inner = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
 def make_mount_points(root: Path) -> None:
     """Make the directories a task finds its own ones at: nspawn makes what is missing in a writable image, but
     mounts a read-only one before it comes to that."""
@@ -908,6 +935,17 @@ def make_mount_points(root: Path) -> None:
         except OSError as error:
             rule = f"the image has no /{name} to mount on, and none can be made in it ({error.strerror})"
             raise ConfigError("read_only", True, rule, "make the directory in the image") from None
+
+
+def make_mount_file(image: Image, path: str) -> None:
+    """Make an empty file to mount on in an image that is to be read-only."""
+    try:
+        os.close(open_in_image(image, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    except OSError as error:
+        rule = f"the image has no {path} to mount on, and none can be made in it ({error.strerror})"
+        raise ConfigError("read_only", True, rule, "make the file in the image") from None
 
 
 def find_in_image(root: Path, path: str, mounts: Mapping[str, str]) -> Path | None:
@@ -990,11 +1028,38 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Dns:
+    """The group's dns block. What it leaves out is the host's, as with Nomad's own drivers."""
+
+    servers: tuple[str, ...] = ()
+    searches: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.servers or self.searches or self.options)
+
+
+@dataclass(frozen=True)
 class GroupNetwork:
     """What Nomad says of a task's network."""
 
     namespace: str = ""  # a path; "" in host mode
     ports: Mapping[str, Port] = field(default_factory=dict)  # by label
+    dns: Dns = Dns()
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a container's /etc/resolv.conf and /etc/hosts are made from, see read_names."""
+
+    resolv_conf: str = ""  # the host's
+    hosts: str = ""  # the image's
+    addresses: tuple[str, ...] = ()  # of the group's namespace
+    missing: frozenset[str] = frozenset()  # files of NAME_FILES that cannot be mounted in the image
+
+
+NAME_FILES = ("/etc/resolv.conf", "/etc/hosts")
 
 
 # Run inside the group's namespace, before the keeper. Root of a user namespace has no rights over a network
@@ -1016,21 +1081,35 @@ class NetworkPlan:
     entry: tuple[str, ...] = ()  # what starts the keeper in another network namespace
     argv: tuple[str, ...] = ()  # of nspawn
     environ: Mapping[str, str] = field(default_factory=dict)  # for the payload
+    files: Mapping[str, str] = field(default_factory=dict)  # paths inside to texts, to be mounted read-only
+    mount_files: tuple[str, ...] = ()  # to be made in a read-only image, to mount on
     notes: tuple[str, ...] = ()  # sentences for the task's events
 
+    def render_files(self, directory: Path) -> list[str]:
+        """Return nspawn's arguments for the files, which lie in the task's state directory."""
+        return [f"--bind-ro={directory}{path}:{path}" for path in self.files]
 
-def plan_network(group: GroupNetwork, values: Values) -> NetworkPlan:
+
+def plan_network(group: GroupNetwork, values: Values, names: Names, machine: str) -> NetworkPlan:
     """Return the network of a task. A group's namespace stands above the default of network_veth."""
+    files = plan_name_files(group, values, names, machine)
+    network = NetworkPlan(
+        values={"resolv_conf": "off"} if "/etc/resolv.conf" in files else {},
+        files=files,
+        mount_files=tuple(place_in_image(values, path) for path in files if is_read_only(values)),
+        notes=tuple(explain_dns(group, values, files)),
+    )
     if group.namespace:
         check_group_options(values)
         set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if values["user_namespacing"] else ()
         entry = ("nsenter", f"--net={group.namespace}", "--", *set_up)
-        return NetworkPlan(values={"network_veth": False}, entry=entry)
+        return replace(network, values={**network.values, "network_veth": False}, entry=entry)
     ports = {label: replace(find_port(group, label, to), to=to) for label, to in values["port_map"].items()}
-    return NetworkPlan(
+    return replace(
+        network,
         argv=tuple(argument for port in ports.values() for argument in render_port(port)),
         environ=plan_port_environ(ports),
-        notes=tuple(note for label, port in ports.items() for note in explain_port(label, port)),
+        notes=(*network.notes, *(note for label, port in ports.items() for note in explain_port(label, port))),
     )
 
 
@@ -1069,6 +1148,156 @@ def explain_port(label: str, port: Port) -> Iterator[str]:
             f"The port {label!r} cannot be reached at {port.host_ip}:{port.host}: systemd-nspawn maps ports at "
             "the host's other addresses only. Bridge mode has no such limit."
         )
+
+
+def plan_name_files(group: GroupNetwork, values: Values, names: Names, machine: str) -> dict[str, str]:
+    """Return the texts of /etc/resolv.conf and /etc/hosts where they are the driver's to make: in a group's
+    network, which the image cannot know, and for a dns block. What the job mounts there itself stays."""
+    policy = values["resolv_conf"]
+    files = {}
+    if not group.dns.is_empty or (group.namespace and policy in (None, "auto")):
+        files["/etc/resolv.conf"] = render_resolv_conf(names.resolv_conf, group.dns)
+    if group.namespace:
+        files["/etc/hosts"] = render_hosts(names.hosts, names.addresses, machine)
+    mounted = {target.rstrip("/") for name in ("bind", "bind_read_only") for target in values[name].values()}
+    needed = {"/etc/resolv.conf"} if not group.dns.is_empty else set()
+    return {
+        path: text
+        for path, text in files.items()
+        if not mounted & {path, "/etc", ""} and (path in needed or path not in names.missing)
+    }
+
+
+def render_resolv_conf(host: str, dns: Dns) -> str:
+    """Return a resolv.conf of the group's dns block, and of the host's lines for what the block leaves out."""
+    given = {"nameserver": dns.servers, "search": dns.searches, "options": dns.options}
+    lines = []
+    for name, values in given.items():
+        words = values or tuple(find_resolv_conf(host, name))
+        if name == "nameserver":
+            lines += [f"nameserver {server}" for server in words]
+        elif words:
+            lines.append(f"{name} {' '.join(words)}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def find_resolv_conf(text: str, name: str) -> list[str]:
+    """Return the words of all lines of a resolv.conf that begin with `name`; of several search lines the last
+    counts, as for the resolver."""
+    found = [line.split()[1:] for line in text.splitlines() if line.split()[:1] == [name]]
+    return found[-1] if name == "search" and found else [word for words in found for word in words]
+
+
+def render_hosts(image: str, addresses: Sequence[str], hostname: str) -> str:
+    """Return the image's own lines, and those for the container itself."""
+    lines = [line for line in image.splitlines() if hostname not in line.split()[1:]]
+    if not any("localhost" in line.split("#")[0].split()[1:] for line in lines):
+        lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback", *lines]
+    lines += [f"{address} {hostname}" for address in addresses or ("127.0.1.1",)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def explain_dns(group: GroupNetwork, values: Values, files: Mapping[str, str]) -> Iterator[str]:
+    """Say what of a resolv.conf may surprise."""
+    policy, text = values["resolv_conf"], files.get("/etc/resolv.conf")
+    if text is None:
+        return
+    if policy not in (None, "auto", "off"):
+        yield f"/etc/resolv.conf comes from the group's dns block; resolv_conf = {json.dumps(policy)} is ignored."
+    servers = find_resolv_conf(text, "nameserver")
+    if group.namespace and servers and all(server.startswith(("127.", "::1")) for server in servers):
+        yield (
+            f"The host's name server {servers[0]} cannot be reached from the group's network: name one in the "
+            "group's dns block."
+        )
+
+
+RESOLV_CONF_PATHS = (
+    "/etc/resolv.conf",
+    "/run/systemd/resolve/resolv.conf",
+    "/run/NetworkManager/no-stub-resolv.conf",
+)
+
+
+def read_resolv_conf(paths: Sequence[str] = RESOLV_CONF_PATHS) -> str:
+    """Return the host's resolv.conf. A name server on its loopback (systemd-resolved) is of use to the host alone:
+    then the file that names the servers behind it."""
+    texts = [text for path in paths if (text := read_text(Path(path)))]
+    for text in texts:
+        servers = find_resolv_conf(text, "nameserver")
+        if servers and not all(server.startswith(("127.", "::1")) for server in servers):
+            return text
+    return texts[0] if texts else ""
+
+
+def parse_addresses(fib_trie: str, if_inet6: str) -> tuple[str, ...]:
+    """Return the addresses of a network namespace that others can reach, IPv4 first, from files of /proc/net."""
+    found = re.findall(r"\|-- ([\d.]+)\n\s+/32 host LOCAL", fib_trie)
+    for line in if_inet6.splitlines():
+        digits, _, _, scope, flags, _ = line.split()
+        if scope == "00" and not int(flags, 16) & IFA_F_TENTATIVE:
+            found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
+    return tuple(dict.fromkeys(address for address in found if not address.startswith(("127.", "169.254."))))
+
+
+IFA_F_TENTATIVE = 0x40  # being checked for duplicates; cannot be used yet
+
+
+def read_group_addresses(namespace: str) -> tuple[str, ...]:
+    """Return the addresses of a group's namespace. /proc/net is that of the process which reads it."""
+    command = ["nsenter", f"--net={namespace}", "--", "cat", "/proc/net/fib_trie", "/proc/net/if_inet6"]
+    text = run(command, timeout=10)
+    lines = text.splitlines(keepends=True)
+    inet6 = [line for line in lines if re.match(r"[0-9a-f]{32} ", line)]
+    return parse_addresses(text, "".join(inet6))
+
+
+def read_names(group: GroupNetwork, image: Image, values: Values) -> Names:
+    """Read what the container's name files depend on; nothing where they are not the driver's to make."""
+    if not group.namespace and group.dns.is_empty:
+        return Names()
+    return Names(
+        resolv_conf=read_resolv_conf(),
+        hosts=read_in_image(image, values, "/etc/hosts") if group.namespace else "",
+        addresses=read_group_addresses(group.namespace) if group.namespace else (),
+        missing=frozenset(path for path in NAME_FILES if not can_mount_file(image, values, path)),
+    )
+
+
+MAX_HOSTS = 64 << 10  # bytes of an image's /etc/hosts
+
+
+def read_in_image(image: Image, values: Values, path: str) -> str:
+    """Return the beginning of a file of an image, "" when it is not there or is a symbolic link."""
+    if not image.is_directory:
+        return ""
+    try:
+        with open(open_in_image(image, place_in_image(values, path), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            return file.read(MAX_HOSTS).decode(errors="replace") if is_regular else ""
+    except OSError:
+        return ""
+
+
+def is_read_only(values: Values) -> bool:
+    """Whether nspawn cannot make mount points, because the image is mounted read-only before it comes to that."""
+    return bool(values["read_only"]) or values["volatile"] == "state"
+
+
+def can_mount_file(image: Image, values: Values, path: str) -> bool:
+    """Whether nspawn will find a file to mount on, or can make one, or make_mount_points can."""
+    if not is_read_only(values):
+        return True
+    if not image.is_directory:
+        return False  # nobody has looked into it
+    for candidate in (path, os.path.dirname(path)):
+        with contextlib.suppress(OSError):
+            fd = open_in_image(image, place_in_image(values, candidate), os.O_PATH)
+            try:
+                return candidate == path or os.fstatvfs(fd).f_flag & os.ST_RDONLY == 0
+            finally:
+                os.close(fd)
+    return False
 
 
 NS_GET_NSTYPE = 0xB703  # ioctl: which kind of namespace a file is
@@ -1337,6 +1566,13 @@ def plan_machine(task_name: str, alloc_id: str) -> str:
     return f"{name}-{alloc}"
 
 
+def state_directory(task_id: str) -> Path:
+    """Return where a task's files are: found from the id alone, short enough for a socket's path, and never
+    outside the state root whatever the id holds."""
+    readable = re.sub(r"[^A-Za-z0-9-]+", "-", task_id)[:40]
+    return STATE_ROOT / f"{readable}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"
+
+
 # Names that mean something to the root processes around the container (the loader, libc, systemd, sh, mount,
 # iptables, OpenSSL, ...). A job's LD_PRELOAD in nspawn's own environment would be loaded by nspawn as root of
 # the host (measured).
@@ -1424,7 +1660,7 @@ class Plan:
     task_id: str
     machine: str
     mode: Mode
-    entry: tuple[str, ...]  # what stands before the keeper's command line, see NetworkPlan
+    network: NetworkPlan
     argv: tuple[str, ...]  # of systemd-nspawn
     environ: Mapping[str, str]  # of nspawn beside the driver's own, see plan_environment
     settings: str | None
@@ -1448,17 +1684,19 @@ class Plan:
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # nspawn's own for the payload
 
 
-def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts: Mounts) -> Plan:
+def plan_task(
+    task: TaskConfig, values: Values, image: Image, host: Host, mounts: Mounts, names: Names = Names()
+) -> Plan:
     check_rules(values, host)
     mode = Mode.of(values)
-    network = plan_network(task.network, values)
+    machine = plan_machine(task.name, task.alloc_id)
+    network = plan_network(task.network, values, names, machine)
     values = {**values, **network.values, **plan_defaults(task, values, mode)}
     variables = {**values["environment"], **task.env, **network.environ}
     if mode is Mode.BOOT:
         variables.setdefault("TERM", "dumb")  # no colours and no cursor movement in the logs
     environment = plan_environment(variables)
     volumes = plan_volumes(task, values, host, mounts)
-    machine = plan_machine(task.name, task.alloc_id)
     argv = [
         "systemd-nspawn",
         "--quiet",
@@ -1471,6 +1709,7 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
         *render_options(values),
         *network.argv,
         *(argument for volume in volumes for argument in volume.argv),
+        *network.render_files(state_directory(task.id)),
         *environment.argv,
     ]
     if values["command"]:
@@ -1479,7 +1718,7 @@ def plan_task(task: TaskConfig, values: Values, image: Image, host: Host, mounts
         task_id=task.id,
         machine=machine,
         mode=mode,
-        entry=network.entry,
+        network=network,
         argv=tuple(argv),
         environ=plan_environ(environment, host),
         settings=environment.settings,
@@ -1770,7 +2009,7 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId
     }
     argv = ["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", KEEPER, "nomad-nspawn-keeper"]
     argv += [str(state_dir), plan.cgroup, "filter" if plan.wants_filter else "", *plan.argv]
-    argv = [*plan.entry, *argv]
+    argv = [*plan.network.entry, *argv]
     try:
         return start_process(argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
     except OSError as error:
@@ -1850,13 +2089,6 @@ class State:
             raise ValueError("the task's stored state cannot be read: it is damaged") from None
         rule = f"it is of version {version!r}, this plugin knows version {STATE_VERSION}"
         raise ValueError(f"the task's stored state cannot be read: {rule}")
-
-
-def state_directory(task_id: str) -> Path:
-    """Return where a task's files are: found from the id alone, short enough for a socket's path, and never
-    outside the state root whatever the id holds."""
-    readable = re.sub(r"[^A-Za-z0-9-]+", "-", task_id)[:40]
-    return STATE_ROOT / f"{readable}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"
 
 
 def read_state(directory: Path) -> State | None:
@@ -2065,13 +2297,6 @@ class Task:
         return usage
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
 def read_nspawn_log(directory: Path) -> list[str]:
     return parse_nspawn_log(read_text(directory / "nspawn.log"))
 
@@ -2204,6 +2429,12 @@ class Start:
             Path(self.plan.cgroup, "keeper").mkdir(parents=True, exist_ok=True)
         if "--read-only" in self.plan.argv and self.plan.image.is_directory:
             make_mount_points(self.plan.image.path)
+        for path in self.plan.network.mount_files if self.plan.image.is_directory else ():
+            make_mount_file(self.plan.image, path)
+        for path, text in self.plan.network.files.items():
+            file = Path(f"{self.directory}{path}")
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            write_file(file, text, 0o644)
         if self.plan.settings is not None:
             SETTINGS_ROOT.mkdir(parents=True, exist_ok=True)
             write_file(SETTINGS_ROOT / f"{self.plan.machine}.nspawn", self.plan.settings)
@@ -2520,7 +2751,8 @@ def read_group_network(task: driver_pb2.TaskConfig) -> GroupNetwork:
     ports |= {port.label: Port(port.value, port.to, port.host_ip) for port in task.resources.ports}
     spec = task.network_isolation_spec
     is_group = spec.mode == driver_pb2.NetworkIsolationSpec.GROUP
-    return GroupNetwork(spec.path if is_group else "", ports)
+    dns = Dns(tuple(task.dns.servers), tuple(task.dns.searches), tuple(task.dns.options))
+    return GroupNetwork(spec.path if is_group else "", ports, dns)
 
 
 class BaseService:
@@ -2657,7 +2889,8 @@ class DriverService:
         if config.network.namespace:
             check_namespace(config.network.namespace)
         image = find_image(values["image"], Path(config.task_dir) if config.alloc_dir else None, values)
-        plan = plan_task(config, values, image, host, read_mounts())
+        names = read_names(config.network, image, values)
+        plan = plan_task(config, values, image, host, read_mounts(), names)
         for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):
             self.events.emit(config, note)
         task = await self.tasks.start(plan, config)

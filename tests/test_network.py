@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 import driver
-from driver import GroupNetwork, HostError, Port
+from driver import Dns, GroupNetwork, HostError, Image, Names, Port
 from nomad_pb import driver_pb2
 from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
-from tests.containers import Tasks, eventually, keeper, kill, leader, nspawn, output
+from tests.containers import Tasks, eventually, keeper, kill, leader, make_small_image, nspawn, output
 from tests.leftovers import leftovers
 from tests.test_plan import ALLOC, BOOT, HEAD, TASK, USERS, VOLUMES, plan
 
@@ -43,9 +43,9 @@ def values(**options: Any) -> dict[str, Any]:
 
 def test_group_is_entered_before_the_keeper_and_nspawn_knows_no_network() -> None:
     found = plan({}, task=replace(TASK, network=GROUP))
-    assert found.argv == (*HEAD, *BOOT[:-1], *VOLUMES)
-    assert found.entry[:3] == ("nsenter", f"--net={GROUP.namespace}", "--")
-    assert plan({}).entry == ()
+    assert found.argv == (*HEAD, *BOOT[:-1], "--resolv-conf=off", *VOLUMES, RESOLV_CONF_MOUNT, HOSTS_MOUNT)
+    assert found.network.entry[:3] == ("nsenter", f"--net={GROUP.namespace}", "--")
+    assert plan({}).network.entry == ()
 
 
 def test_group_keeps_user_namespaces() -> None:
@@ -54,7 +54,7 @@ def test_group_keeps_user_namespaces() -> None:
 
 def test_group_without_user_namespaces_is_left_as_it_is() -> None:
     found = plan({"user_namespacing": False}, task=replace(TASK, network=GROUP))
-    assert found.entry == ("nsenter", f"--net={GROUP.namespace}", "--")
+    assert found.network.entry == ("nsenter", f"--net={GROUP.namespace}", "--")
 
 
 def test_group_maps_ports_itself() -> None:
@@ -70,7 +70,7 @@ def test_group_maps_ports_itself() -> None:
 
 def test_variables_tell_the_port_inside() -> None:
     ports = {"http-alt": Port(20080), "db": Port(20432, 5432)}
-    found = driver.plan_network(GroupNetwork(ports=ports), values(port_map=[{"http-alt": 80}]))
+    found = driver.plan_network(GroupNetwork(ports=ports), values(port_map=[{"http-alt": 80}]), Names(), "m")
     assert found.environ == {"NOMAD_PORT_http_alt": "80", "NOMAD_ALLOC_PORT_http_alt": "80"}
     task = replace(TASK, network=GroupNetwork(ports=ports), env={"NOMAD_PORT_http_alt": "20080"})
     settings = plan({"port_map": [{"http-alt": 80}]}, task=task).settings
@@ -84,6 +84,188 @@ def test_port_on_loopback_is_told(host_ip: str, told: bool) -> None:
     network = GroupNetwork(ports={"http": Port(20080, host_ip=host_ip)})
     notes = plan({"port_map": [{"http": 80}]}, task=replace(TASK, network=network)).notes
     assert [host_ip in note and "'http'" in note for note in notes] == [True] * told
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+HOST_RESOLV_CONF = (
+    "# made by hand\nnameserver 192.0.2.53\nnameserver 2001:db8::53\nsearch example.com\noptions edns0\n"
+)
+LOCALHOST = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
+STATE_DIR = driver.state_directory(TASK.id)
+RESOLV_CONF_MOUNT = f"--bind-ro={STATE_DIR}/etc/resolv.conf:/etc/resolv.conf"
+HOSTS_MOUNT = f"--bind-ro={STATE_DIR}/etc/hosts:/etc/hosts"
+
+
+@pytest.mark.parametrize(
+    ("dns", "text"),
+    [
+        (Dns(), HOST_RESOLV_CONF.partition("\n")[2]),
+        (
+            Dns(servers=("10.0.0.1",)),
+            "nameserver 10.0.0.1\nsearch example.com\noptions edns0\n",
+        ),
+        (
+            Dns(("10.0.0.1", "fd00::1"), ("a.example", "b.example"), ("ndots:2", "timeout:1")),
+            "nameserver 10.0.0.1\nnameserver fd00::1\nsearch a.example b.example\noptions ndots:2 timeout:1\n",
+        ),
+        (
+            Dns(searches=("a.example",)),
+            "nameserver 192.0.2.53\nnameserver 2001:db8::53\nsearch a.example\noptions edns0\n",
+        ),
+    ],
+)
+def test_resolv_conf(dns: Dns, text: str) -> None:
+    assert driver.render_resolv_conf(HOST_RESOLV_CONF, dns) == text
+
+
+def test_last_search_line_counts() -> None:
+    assert (
+        driver.render_resolv_conf("search a b\nsearch c\nnameserver\n;nameserver 1.1.1.1", Dns()) == "search c\n"
+    )
+
+
+def test_name_server_of_the_hosts_loopback_is_looked_behind(tmp_path: Path) -> None:
+    stub, uplink, absent = tmp_path / "stub", tmp_path / "uplink", tmp_path / "absent"
+    stub.write_text("nameserver 127.0.0.53\noptions edns0 trust-ad\n")
+    uplink.write_text("nameserver 192.0.2.53\n")
+    assert driver.read_resolv_conf([str(absent), str(stub), str(uplink)]) == uplink.read_text()
+    assert driver.read_resolv_conf([str(stub), str(absent)]) == stub.read_text()
+    assert driver.read_resolv_conf([str(uplink), str(stub)]) == uplink.read_text()
+    assert driver.read_resolv_conf([str(absent)]) == ""
+
+
+def test_unreachable_name_server_is_told() -> None:
+    found = plan({}, task=replace(TASK, network=GROUP), names=Names(resolv_conf="nameserver 127.0.0.53\n"))
+    assert [note for note in found.notes if "127.0.0.53" in note and "dns block" in note]
+
+
+@pytest.mark.parametrize(
+    ("image", "addresses", "text"),
+    [
+        ("", (), f"{LOCALHOST}127.0.1.1 web\n"),
+        ("127.0.0.1 localhost\n", ("10.0.0.2", "fd00::2"), "127.0.0.1 localhost\n10.0.0.2 web\nfd00::2 web\n"),
+        (
+            "# localhost\n10.0.0.9 web\n10.0.0.1 db",
+            ("10.0.0.2",),
+            f"{LOCALHOST}# localhost\n10.0.0.1 db\n10.0.0.2 web\n",
+        ),
+    ],
+)
+def test_hosts(image: str, addresses: tuple[str, ...], text: str) -> None:
+    assert driver.render_hosts(image, addresses, "web") == text
+
+
+@pytest.mark.parametrize(
+    ("options", "network", "mounts", "argument"),
+    [
+        ({}, GROUP, [RESOLV_CONF_MOUNT, HOSTS_MOUNT], "--resolv-conf=off"),
+        ({"resolv_conf": "auto"}, GROUP, [RESOLV_CONF_MOUNT, HOSTS_MOUNT], "--resolv-conf=off"),
+        ({"resolv_conf": "copy-host"}, GROUP, [HOSTS_MOUNT], "--resolv-conf=copy-host"),
+        ({"resolv_conf": "off"}, GROUP, [HOSTS_MOUNT], "--resolv-conf=off"),
+        ({}, GroupNetwork(), [], None),
+        ({}, GroupNetwork(dns=Dns(("10.0.0.1",))), [RESOLV_CONF_MOUNT], "--resolv-conf=off"),
+        (
+            {"resolv_conf": "copy-host", "network_veth": False},
+            GroupNetwork(dns=Dns(("10.0.0.1",))),
+            [RESOLV_CONF_MOUNT],
+            "--resolv-conf=off",
+        ),
+        ({"bind": [{"/srv/etc": "/etc/"}]}, GROUP, [], None),
+        ({"bind_read_only": [{"/srv/hosts": "/etc/hosts"}]}, GROUP, [RESOLV_CONF_MOUNT], "--resolv-conf=off"),
+    ],
+)
+def test_name_files(
+    options: dict[str, Any], network: GroupNetwork, mounts: list[str], argument: str | None
+) -> None:
+    argv = plan(options, task=replace(TASK, network=network)).argv
+    assert [word for word in argv if word.startswith(f"--bind-ro={STATE_DIR}")] == mounts
+    assert [word for word in argv if word.startswith("--resolv-conf")] == ([argument] if argument else [])
+
+
+def test_name_files_an_image_has_no_place_for() -> None:
+    """Nobody asked for them, so that is no reason not to start; a dns block is one."""
+    names = Names(missing=frozenset(driver.NAME_FILES))
+    assert plan({"read_only": True}, task=replace(TASK, network=GROUP), names=names).network.files == {}
+    network = replace(GROUP, dns=Dns(("10.0.0.1",)))
+    files = plan({"read_only": True}, task=replace(TASK, network=network), names=names).network.files
+    assert list(files) == ["/etc/resolv.conf"]
+
+
+def test_ignored_policy_is_told() -> None:
+    task = replace(TASK, network=GroupNetwork(dns=Dns(("10.0.0.1",))))
+    assert "copy-host" in " ".join(plan({"resolv_conf": "copy-host"}, task=task).notes)
+    assert plan({"resolv_conf": "off"}, task=task).notes == ()
+
+
+def test_image_is_read_without_following_links(tmp_path: Path) -> None:
+    """A container that may write to its image can make any link in it; root must not follow."""
+    image = Image(tmp_path / "image", is_directory=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/hosts").write_text("secret")
+    (image.path / "etc").mkdir(parents=True)
+    hosts = image.path / "etc/hosts"
+    hosts.write_text("10.0.0.1 db\n")
+    assert driver.read_in_image(image, values(), "/etc/hosts") == "10.0.0.1 db\n"
+    hosts.unlink()
+    hosts.symlink_to(tmp_path / "outside/hosts")
+    assert driver.read_in_image(image, values(), "/etc/hosts") == ""
+    hosts.unlink()
+    os.mkfifo(hosts)
+    assert driver.read_in_image(image, values(), "/etc/hosts") == ""
+    hosts.unlink()
+    hosts.parent.rmdir()
+    hosts.parent.symlink_to(tmp_path / "outside")
+    assert driver.read_in_image(image, values(), "/etc/hosts") == ""
+    with pytest.raises(driver.ConfigError, match=r"/etc/resolv\.conf"):
+        driver.make_mount_file(image, "/etc/resolv.conf")
+    assert os.listdir(tmp_path / "outside") == ["hosts"]
+    assert driver.read_in_image(replace(image, is_directory=False), values(), "/etc/hosts") == ""
+
+
+def test_place_for_a_file(tmp_path: Path) -> None:
+    image = Image(tmp_path, is_directory=True)
+    read_only = values(read_only=True)
+    assert not driver.can_mount_file(image, read_only, "/etc/hosts")
+    assert driver.can_mount_file(image, values(), "/etc/hosts"), "nspawn makes it"
+    (tmp_path / "etc").mkdir()
+    assert driver.can_mount_file(image, read_only, "/etc/hosts")
+    driver.make_mount_file(image, "/etc/hosts")
+    driver.make_mount_file(image, "/etc/hosts")
+    assert (tmp_path / "etc/hosts").read_text() == ""
+    (tmp_path / "inner/etc").mkdir(parents=True)
+    pivot = values(read_only=True, pivot_root="/inner:/old")
+    assert driver.place_in_image(pivot, "/etc/hosts") == "/inner/etc/hosts"
+    assert driver.can_mount_file(image, pivot, "/etc/hosts")
+    assert not driver.can_mount_file(replace(image, is_directory=False), read_only, "/etc/hosts")
+
+
+FIB_TRIE = """\
+Local:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 10.0.0.2
+        /32 host LOCAL
+     +-- 127.0.0.0/8 2 0 2
+           |-- 127.0.0.1
+              /32 host LOCAL
+        |-- 127.255.255.255
+           /32 link BROADCAST
+     |-- 169.254.7.9
+        /32 host LOCAL
+     |-- 10.0.0.2
+        /32 host LOCAL
+"""
+IF_INET6 = """\
+00000000000000000000000000000001 01 80 10 80       lo
+fd000000000000000000000000000002 02 40 00 80     eth0
+fd000000000000000000000000000003 02 40 00 40     eth0
+fe8000000000000000fc00fffe000001 02 40 20 80     eth0
+"""
+
+
+def test_addresses() -> None:
+    assert driver.parse_addresses(FIB_TRIE, IF_INET6) == ("10.0.0.2", "fd00::2")
+    assert driver.parse_addresses("", "") == ()
 
 
 # -- the namespace -------------------------------------------------------------------------------------------
@@ -167,6 +349,13 @@ def shared(driver_file: Path) -> Iterator[Plugin]:
 def group() -> Iterator[Group]:
     with make_group() as made:
         yield made
+
+
+@pytest.fixture
+def small(image: Path, tmp_path: Path) -> Path:
+    """An image of a few MB that has neither /etc/resolv.conf nor /etc/hosts."""
+    make_small_image(image, tmp_path / "small", ("dash", "cat"))
+    return tmp_path / "small"
 
 
 @pytest.fixture
@@ -257,6 +446,48 @@ def test_nothing_holds_the_groups_namespace(tasks: Tasks, victim: str) -> None:
             task.wait(PATIENCE)
         task.destroy()
         assert leftovers(task.allocation.id) == []
+
+
+@pytest.mark.root
+@USER_NAMESPACES
+@pytest.mark.parametrize("mode", [{"read_only": True}, {"volatile": "overlay", "user_namespacing": False}, {}])
+def test_names_in_a_group(
+    group: Group, tasks: Tasks, small: Path, user_namespacing: bool, mode: dict[str, Any]
+) -> None:
+    """In an image without the two files, too, and that is to be read-only."""
+    dns = driver_pb2.DNSConfig(servers=["192.0.2.1"], searches=["a.example", "b.example"], options=["ndots:3"])
+    options = {"image": str(small), "user_namespacing": user_namespacing, "read_only": False, **mode}
+    task, result = tasks.run("cat /etc/resolv.conf /etc/hosts", network=group.spec, dns=dns, **options)
+    assert result.successful, task.logmon.stderr
+    assert output(task).splitlines() == [
+        "nameserver 192.0.2.1",
+        "search a.example b.example",
+        "options ndots:3",
+        "127.0.0.1 localhost",
+        "::1 localhost ip6-localhost ip6-loopback",
+        f"{group.address} {driver_name(task)}",
+    ]
+
+
+def driver_name(task: Task) -> str:
+    return driver.plan_machine(task.name, task.allocation.id)
+
+
+@pytest.mark.root
+def test_names_without_a_dns_block_are_the_hosts(group: Group, tasks: Tasks) -> None:
+    task, _ = tasks.run("cat /etc/resolv.conf; hostname; getent hosts $(hostname)", network=group.spec)
+    given, own = output(task).split(driver_name(task), 1)
+    servers = [line for line in Path("/etc/resolv.conf").read_text().splitlines() if line.startswith("nameserver")]
+    assert given.splitlines()[: len(servers)] == servers
+    assert own.split() == [group.address, driver_name(task)]
+
+
+@pytest.mark.root
+def test_dns_block_on_the_hosts_network(tasks: Tasks) -> None:
+    dns = driver_pb2.DNSConfig(servers=["192.0.2.1"])
+    task, _ = tasks.run("cat /etc/resolv.conf", dns=dns, resolv_conf="copy-host")
+    assert output(task).splitlines()[0] == "nameserver 192.0.2.1"
+    assert any("copy-host" in event.message for event in task.events)
 
 
 @pytest.mark.root

@@ -28,6 +28,7 @@ from driver import (
     Mode,
     Mount,
     Mounts,
+    Names,
     Plan,
     Port,
     ProcessId,
@@ -43,6 +44,7 @@ MACHINE = f"web-{ALLOC}"
 HOST = Host(systemd=252, kernel=(6, 1), cgroups=CgroupMode.V2, problems=())
 EXT4 = Mounts((("/", "ext4"),))
 IMAGE = Image(Path("/var/lib/machines/debian"), is_directory=True)
+NO_NAMES = Names()
 TASK = TaskConfig(id=f"{ALLOC}/web/0a1b2c3d", name="web", alloc_id=ALLOC, alloc_dir=ALLOC_DIR, options={})
 
 HEAD = (
@@ -67,8 +69,14 @@ def decode(options: Mapping[str, object]) -> dict[str, Any]:
     return driver.decode_options(TASK_OPTIONS, {"image": "debian", **options})
 
 
-def plan(options: Mapping[str, object], task: TaskConfig = TASK, host: Host = HOST, mounts: Mounts = EXT4) -> Plan:
-    return driver.plan_task(task, decode(options), IMAGE, host, mounts)
+def plan(
+    options: Mapping[str, object],
+    task: TaskConfig = TASK,
+    host: Host = HOST,
+    mounts: Mounts = EXT4,
+    names: Names = NO_NAMES,
+) -> Plan:
+    return driver.plan_task(task, decode(options), IMAGE, host, mounts, names)
 
 
 def network(ports: Mapping[str, int]) -> GroupNetwork:
