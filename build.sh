@@ -22,6 +22,7 @@ usage: sh build.sh [command]
   demo                build and start a Nomad agent with the driver; root, the same
   bench               build and measure; root, the same
   protos              generate the Python code in nomad_pb/ anew
+  reference           write the reference of all options into README.md anew
   clean               remove what was built
 
 Images for tests are made once in \$IMAGE_CACHE (now $image_cache).
@@ -103,6 +104,17 @@ protos() {
 	for proto in nomad_pb/*.proto; do
 		grep -q '^service ' "$proto" || rm -f "${proto%.proto}_pb2_grpc.py" "${proto%.proto}_pb2_grpc.pyi"
 	done
+}
+
+reference() {
+	make_tools
+	$python - <<'EOF'
+import re
+import driver
+text = open("README.md").read()
+marks = re.compile(r"(?s)(<!-- what `nomad-driver-nspawn options` prints.*?-->\n\n).*?(\n<!-- end of the reference -->)")
+open("README.md", "w").write(marks.sub(lambda found: found[1] + driver.render_reference() + found[2], text))
+EOF
 }
 
 clean() {
@@ -413,7 +425,7 @@ EOF
 
 [ $# -gt 0 ] || set -- build
 case $1 in
-build | demo | bench | protos | clean) "$@" ;;
+build | demo | bench | protos | reference | clean) "$@" ;;
 --arch) build "$@" ;;
 test)
 	shift

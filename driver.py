@@ -9,6 +9,7 @@ The module reads top to bottom as words, facts, plan, act, serve; a section uses
     Host        facts about this machine
     Options     the tables of options; schema, checks, nspawn arguments and reference all come from them
     Image       an image's name to a place on disk
+    Sources     what of the host a job names, judged by what the operator allows
     Network     a task's network, ports and names: nspawn's arguments, and what has to be looked up for them
     Cgroup      where a task's processes live, and what they use
     Plan        a task's configuration to everything needed to start it; pure
@@ -103,10 +104,14 @@ class ConfigError(DriverError):
     """
 
     def __init__(self, option: str, value: object, rule: str, remedy: str = "") -> None:
-        self.option = option
+        self.option, self.value, self.rule, self.remedy = option, value, rule, remedy
         shown = json.dumps(value, ensure_ascii=False, default=str)
         text = f"{cut(option)} = {cut(shown)}: {rule}"
         super().__init__(f"{text}; {remedy}" if remedy else text)
+
+    def within(self, block: str) -> ConfigError:
+        """Return the error as one of an option inside a block."""
+        return ConfigError(f"{block}.{self.option}", self.value, self.rule, self.remedy)
 
 
 def cut(text: str, length: int = 200) -> str:
@@ -503,9 +508,10 @@ def read_mounts() -> Mounts:
 # =====================================================================================================
 # Options
 #
-# One row an option; the schema Nomad checks jobs against, decoding, validation and nspawn's arguments all
-# come from the rows. What concerns two options stands in RULES. Every value arrives as the agent's msgpack
-# has it: every key of the schema present, nil where the job says nothing.
+# One row an option; the schema Nomad checks jobs against, decoding, validation, nspawn's arguments and the
+# reference all come from the rows. What concerns two options stands in RULES, what opens the host in GATES.
+# Every value arrives as the agent's msgpack has it: every key of the schema present, nil where the job says
+# nothing.
 # =====================================================================================================
 
 Values = Mapping[str, Any]
@@ -519,15 +525,18 @@ class Kind(enum.Enum):
     """
 
     BOOL = "bool"
+    NUMBER = "number"
     STRING = "string"
     STRINGS = "list(string)"
     STRING_MAP = "list(map(string))"
     NUMBER_MAP = "list(map(number))"
+    BLOCK = "block"
 
     def decode(self, name: str, value: object) -> object:
         """Return the value as the plan uses it; raise ConfigError on anything that is not of this type."""
         decoders: dict[Kind, Callable[[str, object], object]] = {
             Kind.BOOL: decode_bool,
+            Kind.NUMBER: decode_number,
             Kind.STRING: decode_string,
             Kind.STRINGS: decode_strings,
             Kind.STRING_MAP: functools.partial(decode_map, decode=decode_string),
@@ -579,85 +588,238 @@ def decode_map(name: str, value: object, decode: Callable[[str, object], object]
     return folded
 
 
-Check = Callable[[str, Any], None]
-Render = Callable[[Any], list[str]]
+class Gate(enum.Enum):
+    """What the operator of a client allows jobs, by the plugin option that says so.
+
+    The first five are words of the plugin's `allow`; the others have options of their own.
+    """
+
+    HOST_NETWORK = "host_network"
+    HOST_USERS = "host_users"
+    DEVICES = "devices"
+    DISK_IMAGES = "disk_images"
+    SYSTEM_CALLS = "system_calls"
+    CAPABILITIES = "allow_caps"
+    PATHS = "allow_paths"
+
+    @property
+    def is_word(self) -> bool:
+        return self not in (Gate.CAPABILITIES, Gate.PATHS)
+
+    @property
+    def reference(self) -> str:
+        return f"`allow`: {self.value}" if self.is_word else f"`{self.value}`"
+
+
+Check = Callable[[str, Any], Any]
+Render = Callable[[str, Any], list[str]]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a task or of the plugin."""
+    """One option of a task or of the plugin.
+
+    `check` raises ConfigError, or returns the value as it is used from there on. `choices` maps what is allowed
+    to the systemd version each needs, 0 for any. `argument` is nspawn's option; `render` makes its arguments
+    where one word a value will not do.
+    """
 
     name: str
     kind: Kind
     doc: str
-    default: object = None  # what an unset option is; None: unset
+    example: str = ""  # a value, as a job has it in HCL
+    default: Any = None  # what an unset option is; None: unset
     required: bool = False
+    aliases: tuple[str, ...] = ()
     check: Check | None = None
-    argv: Render | None = None  # None: the plan uses the value by itself
+    choices: Mapping[str, int] = field(default_factory=dict)
+    since: int = 0  # the systemd version it needs, 0 for any supported one
+    gate: Gate | None = None
+    argument: str = ""  # "": the plan uses the value by itself
+    render: Render | None = None
+    fields: tuple[Option, ...] = ()  # of a BLOCK
 
     def decode(self, value: object) -> Any:
-        if value is None:
+        if value is None or value == "":  # HCL cannot say "unset" in an expression: "" means the same
             if self.required:
-                raise ConfigError(self.name, value, "is required")
+                raise ConfigError(self.name, value, "is required" if value is None else "must not be empty")
             return self.default
+        if self.kind is Kind.BLOCK:
+            return self.decode_block(value)
         decoded = self.kind.decode(self.name, value)
-        if decoded in ("", (), {}):  # HCL cannot say "unset" in an expression: empty means the same
-            if self.required:
-                raise ConfigError(self.name, value, "must not be empty")
-            return self.default
-        if self.check:
-            self.check(self.name, decoded)
-        return decoded
+        if self.choices and decoded not in self.choices:
+            raise ConfigError(self.name, decoded, f"must be one of {', '.join(self.choices)}")
+        return self.check(self.name, decoded) if self.check and decoded not in ((), {}) else decoded
+
+    def decode_block(self, value: object) -> Any:
+        if not isinstance(value, Mapping):
+            raise ConfigError(self.name, value, "must be a block")
+        try:
+            return decode_options(self.fields, value)
+        except ConfigError as error:
+            raise error.within(self.name) from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    def needed_systemd(self, value: object) -> int:
+        """Return the systemd version that this value of the option needs."""
+        return max(self.since, self.choices.get(value, 0) if isinstance(value, str) else 0)
+
+    def argv(self, value: Any) -> list[str]:
+        """Return nspawn's arguments, each one word, so that no value can become an argument of its own."""
+        if not self.argument or not is_said(value):
+            return []
+        if self.render:
+            return self.render(self.argument, value)
+        if self.kind is Kind.BOOL:
+            return [self.argument]
+        items = value if self.kind is Kind.STRINGS else (value,)
+        return [f"{self.argument}={item}" for item in items]
+
+
+def is_said(value: object) -> bool:
+    """Whether a value is more than an option left alone; a 0 is."""
+    return value is not None and value is not False and value not in ("", (), {})
 
 
 def decode_options(options: Sequence[Option], raw: Mapping[str, object]) -> dict[str, Any]:
     """Return every option's value; raise ConfigError for what is unknown, missing or wrong."""
-    names = [option.name for option in options]
+    names = [name for option in options for name in option.names]
     for key in raw:
         if key not in names:
             raise ConfigError(str(key), raw[key], "no such option", f"the options are {', '.join(names)}")
-    return {option.name: option.decode(raw.get(option.name)) for option in options}
+    return {option.name: decode_named(option, raw) for option in options}
 
 
-# Checks: raise ConfigError, return nothing.
+def decode_named(option: Option, raw: Mapping[str, object]) -> Any:
+    """Return what is said under any of an option's names; what is wrong is said of the name the job uses."""
+    said = [name for name in option.names if raw.get(name) is not None]
+    if len(said) > 1:
+        raise ConfigError(said[1], raw[said[1]], f"is another name of {option.name}", "set one of the two")
+    if not said:
+        return option.decode(None)
+    return (option if said[0] == option.name else replace(option, name=said[0])).decode(raw[said[0]])
 
 
-def one_of(*choices: str) -> Check:
-    def check(name: str, value: str) -> None:
-        if value not in choices:
-            raise ConfigError(name, value, f"must be one of {', '.join(choices)}")
-
-    return check
+# Checks: raise ConfigError, or return the value, in one spelling where there are several.
 
 
-def is_container_path(name: str, value: str) -> None:
+def is_container_path(name: str, value: str) -> str:
     if not value.startswith("/"):
         raise ConfigError(name, value, "must be an absolute path inside the container")
     if ".." in value.split("/"):
         raise ConfigError(name, value, 'must not contain ".."')
+    return value
 
 
-def is_pivot_root(name: str, value: str) -> None:
+def are_container_paths(name: str, value: Sequence[str]) -> Sequence[str]:
+    return tuple(is_container_path(name, path) for path in value)
+
+
+def is_pivot_root(name: str, value: str) -> str:
     if value.count(":") > 1:
         raise ConfigError(name, value, "must be PATH or PATH:PATH")
     for part in value.split(":"):
         is_container_path(name, part)
+    return value
 
 
-def are_binds(name: str, value: Mapping[str, str]) -> None:
+def matches(pattern: str, rule: str) -> Check:
+    """Make a check of a string, or of each string in a list."""
+
+    def check(name: str, value: Any) -> Any:
+        for item in (value,) if isinstance(value, str) else value:
+            if not re.fullmatch(pattern, item):
+                raise ConfigError(name, item, rule)
+        return value
+
+    return check
+
+
+def is_between(low: int, high: int, what: str = "a whole number") -> Check:
+    def check(name: str, value: int) -> int:
+        if not low <= value <= high:
+            raise ConfigError(name, value, f"must be {what} from {low} to {high}")
+        return value
+
+    return check
+
+
+BIND_OPTIONS = ("rbind", "norbind", "idmap", "noidmap", "rootidmap", "owneridmap")
+
+
+def parse_bind(target: str) -> tuple[str, str]:
+    """Split `/path:options` as nspawn has it; a colon that no options follow belongs to the path."""
+    path, colon, options = target.rpartition(":")
+    if colon and all(option in BIND_OPTIONS for option in options.split(",")):
+        return path, options
+    return target, ""
+
+
+def are_binds(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for source, target in value.items():
-        if not source.startswith("/"):
-            raise ConfigError(f"{name}.{source}", target, "the source must be an absolute path of the host")
-        is_container_path(f"{name}.{source}", target)
+        is_source(f"{name}.{source}", source, shown=target)
+        is_container_path(f"{name}.{source}", parse_bind(target)[0])
+    return value
 
 
-def are_ports(name: str, value: Mapping[str, int]) -> None:
+OWN_DIRECTORIES = ("alloc", "local", "secrets")  # of a task, as it names them itself
+
+
+def is_source(name: str, path: str, shown: object) -> None:
+    """Check where something comes from: a path of the host, or one in the task's own directories."""
+    own = path.split("/")[0] in OWN_DIRECTORIES
+    if not (path.startswith("/") or own):
+        rule = "the source must be an absolute path of the host, or one that begins with alloc, local or secrets"
+        raise ConfigError(name, shown, rule)
+    if own and ".." in path.split("/"):
+        raise ConfigError(name, shown, 'the source must not contain ".."')
+
+
+def split_fields(text: str) -> list[str]:
+    """Split at colons, as nspawn does: a backslash makes the next character an ordinary one."""
+    return [
+        re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL)
+        for part in re.findall(r"(?:^|:)((?:\\.|[^:\\])*)", text, re.DOTALL)
+    ]
+
+
+def are_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
+    """The directory that takes the changes must be a temporary one: systemd-nspawn opens it and its work directory
+    by path, when somebody who can write there may have exchanged them."""
+    for item in value:
+        *sources, target = split_fields(item)
+        if len(sources) < 2 or not all(sources[:-1]):
+            form = "LOWER::TARGET" if name == "overlay" else "LOWER:LOWER:TARGET with the topmost last"
+            raise ConfigError(name, item, f"must be {form}")
+        if sources[-1] and name == "overlay":
+            rule = "the field before the target must be empty: changes go to a temporary directory"
+            raise ConfigError(name, item, rule, "use bind for a directory that keeps changes")
+        for source in filter(None, sources):
+            if not source.startswith("+/"):
+                is_source(name, source, shown=item)
+        is_container_path(name, target)
+    return value
+
+
+def are_tmpfs(name: str, value: Sequence[str]) -> Sequence[str]:
+    for item in value:
+        path, colon, options = item.partition(":")
+        if colon and not re.fullmatch(r"[\w=,.%+-]+", options, re.ASCII):
+            raise ConfigError(name, item, "must be PATH or PATH:OPTIONS, as in /run/cache:size=100M,mode=755")
+        is_container_path(name, path)
+    return value
+
+
+def are_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
     for label, port in value.items():
-        if not 0 < port < 65536:
-            raise ConfigError(f"{name}.{label}", port, "must be a port from 1 to 65535")
+        is_between(1, 65535, "a port")(f"{name}.{label}", port)
+    return value
 
 
-def are_variables(name: str, value: Mapping[str, str]) -> None:
+def are_variables(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for key in value:
         if not VARIABLE.fullmatch(key):
             raise ConfigError(
@@ -665,120 +827,570 @@ def are_variables(name: str, value: Mapping[str, str]) -> None:
                 key,
                 "the name of a variable is letters, digits and underscores, and no digit comes first",
             )
+    return value
 
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # nspawn refuses others: "Cannot assign environment variable"
 
-
-# Renderers: from a value to nspawn's arguments. Always one word an option, so that no value can become an
-# argument of its own.
-
-
-def flag(argument: str) -> Render:
-    return lambda value: [argument] if value else []
-
-
-def word(argument: str) -> Render:
-    return lambda value: [f"{argument}={value}"]
-
-
-def escape_bind(path: str) -> str:
-    """Escape a path for nspawn's colon-separated fields."""
-    return path.replace("\\", "\\\\").replace(":", "\\:")
-
-
-def binds(argument: str) -> Render:
-    def render(value: Mapping[str, str]) -> list[str]:
-        return [f"{argument}={escape_bind(source)}:{escape_bind(to)}" for source, to in value.items()]
-
-    return render
-
-
-def private_users(value: bool) -> list[str]:
-    # Not -U: it silently does without a user namespace where it cannot have one.
-    return ["--private-users=pick", "--private-users-ownership=auto"] if value else []
-
-
-RESOLV_CONF = tuple(
-    ["auto", "off", "delete"]
-    + [f"{how}-{what}" for how in ("copy", "replace", "bind") for what in ("host", "static", "uplink", "stub")]
+CAPABILITIES = tuple(
+    """
+    CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
+    NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT
+    SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE
+    AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ
+    PERFMON BPF CHECKPOINT_RESTORE
+    """.split()  # noqa: SIM905 # a list of words reads better
 )
 
-TASK_OPTIONS: tuple[Option, ...] = (
+
+def are_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
+    """Return capabilities as CAP_NET_ADMIN, from that, docker's net_admin, or lists with commas."""
+    found = []
+    for item in (part.strip() for text in value for part in text.split(",")):
+        plain = item.upper().removeprefix("CAP_")
+        if item.lower() != "all" and plain not in CAPABILITIES:
+            raise ConfigError(name, item, "is no capability", "use a name such as CAP_NET_ADMIN, or all")
+        found.append("all" if item.lower() == "all" else f"CAP_{plain}")
+    return tuple(found)
+
+
+def are_single_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
+    found = are_capabilities(name, value)
+    if "all" in found:
+        raise ConfigError(name, "all", "must be a list of single capabilities")
+    return found
+
+
+RLIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE", "NICE", "NOFILE", "NPROC", "RSS",
+           "RTPRIO", "RTTIME", "SIGPENDING", "STACK")  # fmt: skip
+
+
+def are_rlimits(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    """Return limits by their full names, from RLIMIT_NOFILE or docker's nofile."""
+    found = {}
+    for key, limit in value.items():
+        plain = key.upper().removeprefix("RLIMIT_")
+        if plain not in RLIMITS:
+            known = ", ".join(limit.lower() for limit in RLIMITS)
+            raise ConfigError(f"{name}.{key}", limit, "is no resource limit", f"the limits are {known}")
+        if not re.fullmatch(r"(\d{1,19}|infinity)(:(\d{1,19}|infinity))?", limit):
+            raise ConfigError(f"{name}.{key}", limit, "must be LIMIT or SOFT:HARD, each a number or infinity")
+        soft, _, hard = limit.partition(":")
+        if hard and float(soft.replace("infinity", "inf")) > float(hard.replace("infinity", "inf")):
+            raise ConfigError(f"{name}.{key}", limit, "the soft limit must not be above the hard one")
+        found[f"RLIMIT_{plain}"] = limit
+    return found
+
+
+CREDENTIAL = re.compile(r"(?!\.{1,2}$)[!-.0-9;-~]{1,255}", re.ASCII)  # printable, without "/" and ":"
+
+
+def are_credentials(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    for key in value:
+        if not CREDENTIAL.fullmatch(key):
+            raise ConfigError(name, key, 'the name of a credential is printable ASCII without "/" and ":"')
+    return value
+
+
+def are_credential_files(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    for key, path in are_credentials(name, value).items():
+        is_source(f"{name}.{key}", path, shown=path)
+    return value
+
+
+def is_range(name: str, value: str) -> str:
+    """no, yes, pick, identity, BASE or BASE:COUNT, as in nspawn's --private-users=."""
+    if re.fullmatch(r"no|yes|pick|identity", value):
+        return value
+    rule = "must be pick, identity, no, or BASE or BASE:COUNT with numbers of users"
+    match = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}))?", value)
+    if not match:
+        raise ConfigError(name, value, rule)
+    base, count = int(match[1]), int(match[2] or 65536)
+    if not (count and base + count < 1 << 32):
+        raise ConfigError(name, value, "the range must not be empty and must end below 4294967295")
+    return value
+
+
+def is_url(name: str, value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+\S*", value):
+        raise ConfigError(name, value, "must be an http:// or https:// address")
+    return value
+
+
+def is_host_directory(name: str, value: str) -> str:
+    if not value.startswith("/") or ".." in value.split("/"):
+        raise ConfigError(name, value, 'must be an absolute path of the host without ".."')
+    return value
+
+
+def are_host_directories(name: str, value: Sequence[str]) -> Sequence[str]:
+    return tuple(is_host_directory(name, path) for path in value)
+
+
+def are_gates(name: str, value: Sequence[str]) -> Sequence[str]:
+    known = [gate.value for gate in Gate if gate.is_word] + ["all"]
+    for word in value:
+        if word not in known:
+            raise ConfigError(name, word, f"must be one of {', '.join(known)}")
+    return value
+
+
+is_interface = matches(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", "must be the name of a network interface")
+are_interfaces = matches(
+    r"(?!\.{1,2}(:|$))[!-.0-9;-~]{1,15}(:(?!\.{1,2}$)[!-.0-9;-~]{1,15})?",
+    "must be the name of an interface of the host, or HOST:CONTAINER, each of up to 15 characters",
+)
+is_printable = matches(r"[ -~]+", "must be printable ASCII")
+ACCOUNT = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+HOSTNAME = r"(?=.{1,64}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
+USER = re.compile(r"(?!-)[^\s:/,\x00-\x1f\x7f]{1,256}")
+
+
+def is_user(name: str, value: str) -> str:
+    if not USER.fullmatch(value):
+        raise ConfigError(name, value, "must be the name or the number of a user inside the container")
+    return value
+
+
+# Renderers, for what is more than one word a value.
+
+
+def escape_field(text: str) -> str:
+    """Escape for nspawn's colon-separated fields."""
+    return text.replace("\\", "\\\\").replace(":", "\\:")
+
+
+def pairs(argument: str, value: Mapping[str, str]) -> list[str]:
+    return [f"{argument}={key}={item}" for key, item in value.items()]
+
+
+def tmpfs(argument: str, value: Sequence[str]) -> list[str]:
+    return [f"{argument}={item}" for item in (text.replace("\\", "\\\\") for text in value)]
+
+
+def glued(argument: str, value: str) -> list[str]:
+    return [f"{argument}{value}"]
+
+
+def joined(argument: str, value: Sequence[str]) -> list[str]:
+    return [f"{argument}={' '.join(value)}"]
+
+
+RESOLV_CONF = ("auto", "off", "delete") + tuple(
+    f"{how}-{what}" for how in ("copy", "replace", "bind") for what in ("host", "static", "uplink", "stub")
+)
+
+
+def any_of(*choices: str, **since: int) -> dict[str, int]:
+    """Return choices for a row; those that need a systemd version come with it."""
+    return {**dict.fromkeys(choices, 0), **since}
+
+
+IMAGE_OPTIONS: tuple[Option, ...] = (
     Option("image", Kind.STRING,
            "The container's file system: the path of a directory, of a disk image or block device, or the name "
-           "of an image in `/var/lib/machines`. A relative path is looked up in the task's directory first.",
-           required=True),
+           "of an image in `image_dir`. A relative path is looked up in the task's directory first.",
+           '"debian"', required=True),
+    Option("image_download", Kind.BLOCK,
+           "Where the image comes from when it is not there yet.",
+           '{ url = "https://example.com/debian.tar.xz" }', fields=(
+               Option("url", Kind.STRING, "The address of the image.", '"https://example.com/debian.tar.xz"',
+                      required=True, check=is_url),
+               Option("type", Kind.STRING, "What is there: an archive of a directory, or a disk image.", '"raw"',
+                      default="tar", choices=any_of("tar", "raw")),
+               Option("verify", Kind.STRING, "What it is checked against.", '"checksum"',
+                      default="no", choices=any_of("no", "checksum", "signature")),
+               Option("force", Kind.BOOL, "Fetch it again even if it is there.", "true", default=False),
+           )),
+    Option("ephemeral", Kind.BOOL,
+           "Run on a copy of the image that is thrown away: a snapshot on btrfs, a full copy elsewhere.",
+           "true", default=False, argument="--ephemeral"),
+    Option("read_only", Kind.BOOL, "Mount the image read-only.", "true", default=False, argument="--read-only"),
+    Option("volatile", Kind.STRING,
+           "Keep changes in memory only: `yes` for all but `/usr`, `state` for `/var`, `overlay` for everything.",
+           '"overlay"', choices=any_of("no", "yes", "state", "overlay"), argument="--volatile"),
+    Option("pivot_root", Kind.STRING,
+           "Make this directory of the image the root: `PATH`, or `PATH:PATH` to say where the old root goes.",
+           '"/sysroot"', check=is_pivot_root, argument="--pivot-root"),
+    Option("image_policy", Kind.STRING,
+           "Which partitions a disk image must and may have, and how they must be protected.",
+           '"root=verity+signed:swap=absent"', since=254, check=is_printable, argument="--image-policy"),
+    Option("root_hash", Kind.STRING,
+           "The dm-verity root hash, in hexadecimal, that a disk image must have.",
+           '"2d8c7f1f2b6a4f0e9c3d5b7a8e9f0a1b2d8c7f1f2b6a4f0e9c3d5b7a8e9f0a1b"',
+           check=matches(r"([0-9a-fA-F]{2}){16,64}", "must be a hash in hexadecimal digits"),
+           argument="--root-hash"),
+    Option("root_hash_sig", Kind.STRING,
+           "The PKCS#7 signature of `root_hash`, as `base64:...`.",
+           '"base64:MIIC"', check=matches(r"base64:[A-Za-z0-9+/=]+", "must be base64: and the signature in it"),
+           argument="--root-hash-sig"),
+)  # fmt: skip
+
+PROGRAM_OPTIONS: tuple[Option, ...] = (
     Option("boot", Kind.BOOL,
            "Boot the image's init as PID 1; `command` then holds arguments for it.",
-           default=True, argv=flag("--boot")),
+           "false", default=True, argument="--boot"),
     Option("command", Kind.STRINGS,
            "The program and its arguments; required unless `boot` is true.",
-           default=()),
+           '["/bin/sleep", "60"]', default=()),
     Option("process_two", Kind.BOOL,
            "Run the command as PID 2 under a small init that reaps processes and keeps the usual meaning of "
            "signals.",
-           default=False, argv=flag("--as-pid2")),
+           "true", default=False, aliases=("init",), argument="--as-pid2"),
     Option("user", Kind.STRING,
            "The user inside the container that runs the command; the task's own `user` when unset.",
-           argv=word("--user")),
+           '"www-data"', check=is_user, argument="-u", render=glued),  # --user= means another thing since 261
     Option("working_directory", Kind.STRING,
            "The directory inside the container in which the command starts.",
-           check=is_container_path, argv=word("--chdir")),
+           '"/srv"', aliases=("work_dir",), check=is_container_path, argument="--chdir"),
     Option("environment", Kind.STRING_MAP,
            "Variables for the command or init; those that Nomad sets win.",
-           default={}, check=are_variables),
+           '{ GREETING = "hello" }', default={}, check=are_variables),
     Option("console", Kind.STRING,
            "How stdin, stdout and stderr are set up: `pipe` for commands and `read-only` for booted systems when "
            "unset.",
-           check=one_of("interactive", "read-only", "passive", "pipe"), argv=word("--console")),
-    Option("ephemeral", Kind.BOOL,
-           "Run on a copy of the image that is thrown away: a snapshot on btrfs, a full copy elsewhere.",
-           default=False, argv=flag("--ephemeral")),
-    Option("read_only", Kind.BOOL,
-           "Mount the image read-only.",
-           default=False, argv=flag("--read-only")),
-    Option("volatile", Kind.STRING,
-           "Keep changes in memory only: `yes` for all but `/usr`, `state` for `/var`, `overlay` for everything.",
-           check=one_of("no", "yes", "state", "overlay"), argv=word("--volatile")),
-    Option("pivot_root", Kind.STRING,
-           "Make this directory of the image the root: `PATH`, or `PATH:PATH` to say where the old root goes.",
-           check=is_pivot_root, argv=word("--pivot-root")),
-    Option("user_namespacing", Kind.BOOL,
-           "Map the container's users to a range of their own on the host.",
-           default=True, argv=private_users),
-    Option("network_veth", Kind.BOOL,
-           "Give the container a network of its own with a virtual link to the host; false: the host's network.",
-           default=True, argv=flag("--network-veth")),
-    Option("port_map", Kind.NUMBER_MAP,
-           "Port labels to ports inside the container, for TCP and UDP.",
-           default={}, check=are_ports),
-    Option("resolv_conf", Kind.STRING,
-           "How `/etc/resolv.conf` inside the container is made.",
-           check=one_of(*RESOLV_CONF), argv=word("--resolv-conf")),
-    Option("bind", Kind.STRING_MAP,
-           "Host paths to mount, writable: `\"/host/path\" = \"/container/path\"`.",
-           default={}, check=are_binds, argv=binds("--bind")),
-    Option("bind_read_only", Kind.STRING_MAP,
-           "Host paths to mount read-only.",
-           default={}, check=are_binds, argv=binds("--bind-ro")),
+           '"pipe"', choices=any_of("interactive", "read-only", "passive", "pipe", "autopipe"),
+           argument="--console"),
+    Option("notify_ready", Kind.BOOL,
+           "Take the task for started only when its PID 1 says so (`sd_notify`): a booted systemd does, once it "
+           "has reached its default target.",
+           "true", default=False, argument="--notify-ready=yes"),
+    Option("suppress_sync", Kind.BOOL,
+           "Let fsync() and its like do nothing: faster, and not for data that must outlive a power failure.",
+           "true", default=False, since=250, argument="--suppress-sync=yes"),
+    Option("personality", Kind.STRING,
+           "The architecture that uname() reports, to run 32-bit systems on 64-bit hosts.",
+           '"x86"', choices=any_of("x86", "x86-64", "arm", "arm64", "ppc", "ppc64", "ppc64-le", "s390", "s390x"),
+           argument="--personality"),
+    Option("set_credential", Kind.STRING_MAP,
+           "Credentials for systemd and its services inside, by name. The values stand on no command line.",
+           '{ "db.password" = "secret" }', default={}, check=are_credentials),
+    Option("load_credential", Kind.STRING_MAP,
+           "Credentials out of files: by name, a path of the host or one in the task's directories.",
+           '{ "db.password" = "secrets/password" }', default={}, check=are_credential_files, gate=Gate.PATHS),
 )  # fmt: skip
 
+USER_OPTIONS: tuple[Option, ...] = (
+    Option("user_namespacing", Kind.BOOL,
+           "Map the container's users to a range of their own on the host. The operator chooses what it is when "
+           "unset.",
+           "false", gate=Gate.HOST_USERS),
+    Option("private_users", Kind.STRING,
+           "Which range: `pick` finds a free one, `identity` and `BASE:COUNT` name one, `no` is the same as "
+           "`user_namespacing = false`. Counts only with user namespaces.",
+           '"pick"', check=is_range, gate=Gate.HOST_USERS, argument="--private-users"),
+    Option("private_users_ownership", Kind.STRING,
+           "How the image's files come to belong to that range: `map` shows them so, `chown` changes them for "
+           "good, `auto` maps where that is possible.",
+           '"map"', choices=any_of("off", "chown", "map", "auto", foreign=258),
+           argument="--private-users-ownership"),
+    Option("private_users_delegate", Kind.NUMBER,
+           "How many further ranges of 65536 users the container gets for containers of its own.",
+           "1", since=260, check=is_between(1, 1024), argument="--private-users-delegate"),
+    Option("bind_user", Kind.STRINGS,
+           "Users of the host to bring into the container, with their home directories.",
+           '["alice"]', default=(), check=matches(ACCOUNT, "must be the name of a user of the host"),
+           gate=Gate.HOST_USERS, argument="--bind-user"),
+    Option("bind_user_shell", Kind.STRING,
+           "The shell of those users inside: a path, or true for their own one.",
+           '"/bin/bash"', since=258, check=matches(r"true|false|/[!-~]+", "must be a path, true or false"),
+           argument="--bind-user-shell"),
+    Option("bind_user_group", Kind.STRINGS,
+           "Further groups of those users inside.",
+           '["video"]', default=(), since=259, check=matches(ACCOUNT, "must be the name of a group"),
+           argument="--bind-user-group"),
+)  # fmt: skip
+
+NETWORK_OPTIONS: tuple[Option, ...] = (
+    Option("network_veth", Kind.BOOL,
+           "Give the container a network of its own with a virtual link to the host; false: the host's network. "
+           "True when unset, unless another option of this table makes its network.",
+           "false", gate=Gate.HOST_NETWORK, argument="--network-veth"),
+    Option("network_zone", Kind.STRING,
+           "Join the virtual link to a bridge of this name, which all containers of the zone share and which is "
+           "there as long as one of them runs.",
+           '"web"',
+           check=matches(r"[A-Za-z0-9_.-]{1,12}", "must be 1 to 12 letters, digits, dots, dashes or underscores"),
+           argument="--network-zone"),
+    Option("network_bridge", Kind.STRING,
+           "Join the virtual link to this bridge of the host.",
+           '"br0"', check=is_interface, gate=Gate.HOST_NETWORK, argument="--network-bridge"),
+    Option("network_veth_extra", Kind.STRINGS,
+           "Further virtual links to the host: `HOST`, or `HOST:CONTAINER` with the names of both ends.",
+           '["ve-db:db0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK,
+           argument="--network-veth-extra"),
+    Option("network_macvlan", Kind.STRINGS,
+           "Interfaces of the host on each of which the container gets an address of its own in the LAN.",
+           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-macvlan"),
+    Option("network_ipvlan", Kind.STRINGS,
+           "The same with the hardware address of the host's interface.",
+           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-ipvlan"),
+    Option("network_interface", Kind.STRINGS,
+           "Interfaces of the host that move into the container while it runs.",
+           '["eth1"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-interface"),
+    Option("private_network", Kind.BOOL,
+           "Give the container a network of its own with nothing in it but the loopback interface, and what other "
+           "options of this table add.",
+           "true", default=False, argument="--private-network"),
+    Option("ports", Kind.STRINGS,
+           "Labels of ports in the group's network block: the host's port leads to the label's `to`, or to the "
+           "same number.",
+           '["http"]', default=()),
+    Option("port_map", Kind.NUMBER_MAP,
+           "Port labels to ports inside the container, for TCP and UDP.",
+           "{ http = 8080 }", default={}, check=are_ports),
+    Option("hostname", Kind.STRING,
+           "The name of the host inside; the machine's name when unset.",
+           '"web1"', check=matches(HOSTNAME, "must be a host name of up to 64 letters, digits, dashes and dots"),
+           argument="--hostname"),
+    Option("resolv_conf", Kind.STRING,
+           "How `/etc/resolv.conf` inside the container is made.",
+           '"copy-host"', choices=any_of(*RESOLV_CONF), argument="--resolv-conf"),
+)  # fmt: skip
+
+FILE_OPTIONS: tuple[Option, ...] = (
+    Option("bind", Kind.STRING_MAP,
+           "Directories and files to mount, writable. The source is a path of the host, or one that begins with "
+           "`alloc`, `local` or `secrets` in the task's own directories; options may follow the target after a "
+           "colon: `norbind`, `idmap`, `rootidmap`, `owneridmap` (systemd 256).",
+           '{ "/srv/data" = "/data", "local/etc" = "/etc/app:idmap" }', default={}, check=are_binds,
+           gate=Gate.PATHS),
+    Option("bind_read_only", Kind.STRING_MAP,
+           "The same, read-only.",
+           '{ "/etc/ssl/certs" = "/etc/ssl/certs" }', default={}, check=are_binds, gate=Gate.PATHS),
+    Option("tmpfs", Kind.STRINGS,
+           "Directories to mount an empty file system in memory on: `PATH` or `PATH:OPTIONS`.",
+           '["/run/cache:size=100M"]', default=(), check=are_tmpfs, argument="--tmpfs", render=tmpfs),
+    Option("overlay", Kind.STRINGS,
+           "Directories whose changes go to a temporary place: `LOWER::TARGET`, or `LOWER:LOWER::TARGET` with the "
+           "topmost last. A `+` in front of a path takes it from the image.",
+           '["+/etc::/etc"]', default=(), check=are_overlays, gate=Gate.PATHS),
+    Option("overlay_read_only", Kind.STRINGS,
+           "Directories to lay over one another, read-only: `LOWER:LOWER:TARGET` with the topmost last.",
+           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=are_overlays, gate=Gate.PATHS),
+    Option("inaccessible", Kind.STRINGS,
+           "Files and directories of the image to hide.",
+           '["/usr/bin/ssh"]', default=(), check=are_container_paths, argument="--inaccessible"),
+)  # fmt: skip
+
+SECURITY_OPTIONS: tuple[Option, ...] = (
+    Option("capability", Kind.STRINGS,
+           "Capabilities the container gets beside the default ones; `all` for all there are.",
+           '["CAP_NET_ADMIN"]', default=(), aliases=("cap_add",), check=are_capabilities, gate=Gate.CAPABILITIES,
+           argument="--capability"),
+    Option("drop_capability", Kind.STRINGS,
+           "Capabilities it shall not have.",
+           '["CAP_NET_RAW", "CAP_SYS_PTRACE"]', default=(), aliases=("cap_drop",), check=are_capabilities,
+           argument="--drop-capability"),
+    Option("ambient_capability", Kind.STRINGS,
+           "Capabilities the command has although its user is not root.",
+           '["CAP_NET_BIND_SERVICE"]', default=(), check=are_single_capabilities, gate=Gate.CAPABILITIES,
+           argument="--ambient-capability"),
+    Option("no_new_privileges", Kind.BOOL,
+           "Let no program inside get more rights than who starts it: setuid programs lose their effect.",
+           "true", default=False, argument="--no-new-privileges=yes"),
+    Option("system_call_filter", Kind.STRINGS,
+           "System calls and groups of them to allow beside the default ones, or with a `~` in front to forbid.",
+           '["~@mount", "~bpf"]', default=(),
+           check=matches(r"~?@?[a-z0-9_-]+", "must be a system call or a group as @mount, or ~ and one of them"),
+           gate=Gate.SYSTEM_CALLS, argument="--system-call-filter"),
+    Option("restrict_address_families", Kind.STRINGS,
+           "The only families of sockets the container may use, or with a `~` in front of the first the only ones "
+           "it may not.",
+           '["AF_UNIX", "AF_INET", "AF_INET6"]', default=(), since=261,
+           check=matches(r"~?AF_[A-Z0-9_]+|none", "must be an address family such as AF_INET"),
+           argument="--restrict-address-families", render=joined),
+    Option("selinux_context", Kind.STRING,
+           "The SELinux label of the container's processes.",
+           '"system_u:system_r:svirt_lxc_net_t:s0"', check=is_printable, gate=Gate.HOST_USERS,
+           argument="--selinux-context"),
+    Option("selinux_apifs_context", Kind.STRING,
+           "The SELinux label of the files in its API file systems.",
+           '"system_u:object_r:svirt_sandbox_file_t:s0"', check=is_printable, gate=Gate.HOST_USERS,
+           argument="--selinux-apifs-context"),
+)  # fmt: skip
+
+RESOURCE_OPTIONS: tuple[Option, ...] = (
+    Option("rlimit", Kind.STRING_MAP,
+           "Limits of the container's processes: `LIMIT`, or `SOFT:HARD`.",
+           '{ nofile = "4096:8192" }', default={}, aliases=("ulimit",), check=are_rlimits, argument="--rlimit",
+           render=pairs),
+    Option("oom_score_adjust", Kind.NUMBER,
+           "How much sooner than others the kernel ends the container's processes when the host is out of memory: "
+           "0 to 1000.",
+           "500", aliases=("oom_score_adj",), check=is_between(0, 1000), argument="--oom-score-adjust"),
+    Option("cpu_affinity", Kind.STRING,
+           "The only CPUs its processes run on, as in `0-3,5`.",
+           '"0-1"',
+           check=matches(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", "must be CPUs and ranges, as in 0-3,5"),
+           argument="--cpu-affinity"),
+)  # fmt: skip
+
+INTEGRATION_OPTIONS: tuple[Option, ...] = (
+    Option("timezone", Kind.STRING,
+           "How `/etc/localtime` inside the container is made.",
+           '"off"', choices=any_of("off", "copy", "bind", "symlink", "delete", "auto"), argument="--timezone"),
+    Option("link_journal", Kind.STRING,
+           "Show the container's journal on the host: its files are kept there (`host`), or linked from there "
+           "(`guest`), below `/var/log/journal`.",
+           '"try-guest"', choices=any_of("no", "host", "try-host", "guest", "try-guest", "auto"),
+           argument="--link-journal"),
+)  # fmt: skip
+
+TASK_GROUPS: Mapping[str, tuple[Option, ...]] = {
+    "Image": IMAGE_OPTIONS,
+    "Program": PROGRAM_OPTIONS,
+    "Users": USER_OPTIONS,
+    "Network": NETWORK_OPTIONS,
+    "Files": FILE_OPTIONS,
+    "Security": SECURITY_OPTIONS,
+    "Resources": RESOURCE_OPTIONS,
+    "Integration": INTEGRATION_OPTIONS,
+}
+TASK_OPTIONS: tuple[Option, ...] = tuple(itertools.chain(*TASK_GROUPS.values()))
+
 PLUGIN_OPTIONS: tuple[Option, ...] = (
-    Option("enabled", Kind.BOOL, "Whether the driver offers itself to jobs at all.", default=True),
-    Option("volumes", Kind.BOOL, "Whether tasks may mount Nomad's volumes (`volume_mount`).", default=True),
+    Option("enabled", Kind.BOOL, "Whether the driver offers itself to jobs at all.", "false", default=True),
+    Option("volumes", Kind.BOOL,
+           "Whether tasks may mount anything of the host: Nomad's volumes (`volume_mount`), and what `bind`, "
+           "`bind_read_only`, `overlay`, `load_credential` and a path in `image` name. Their own directories they "
+           "always may.",
+           "false", default=True),
+    Option("allow_paths", Kind.STRINGS,
+           "The only directories of the host that jobs may name in those options, with all that is below them; "
+           "links are followed first. Nomad's volumes and `image_dir` need not be among them.",
+           '["/srv", "/etc/ssl/certs"]', default=("/",), check=are_host_directories),
+    Option("allow_caps", Kind.STRINGS,
+           "The only capabilities jobs may ask for; `all` for any.",
+           '["CAP_NET_ADMIN"]', default=("all",), check=are_capabilities),
+    Option("allow", Kind.STRINGS,
+           "What else jobs may do that opens the host: `host_network` (its network, its interfaces and bridges), "
+           "`host_users` (no user namespace, or a range of the job's choice), `devices` (device nodes), "
+           "`disk_images` (file systems for the kernel to read), `system_calls` (more than nspawn allows); `all` "
+           "for any.",
+           '["devices"]', default=("all",), check=are_gates),
+    Option("user_namespacing", Kind.BOOL,
+           "Whether containers have user namespaces when their job does not say.", "false", default=True),
+    Option("image_dir", Kind.STRING,
+           "The directory of images that jobs name without a path.",
+           '"/srv/images"', default=str(MACHINES_ROOT), check=is_host_directory),
+    Option("disable_log_collection", Kind.BOOL,
+           "Whether Nomad shall not collect what tasks write (Nomad 1.6 and later).", "true", default=False),
+)  # fmt: skip
+
+# Options of nspawn that jobs do not have, each with the reason.
+NOT_OFFERED: Mapping[str, str] = {
+    "--quiet": "always set; its messages are in the task's events",
+    "--settings": "always decided by the driver: settings beside an image must not count",
+    "--cleanup": "the driver cleans up itself",
+    "--directory": "`image`",
+    "--image": "`image`",
+    "--template": "`ephemeral` gives each task its own root without a copy",
+    "--mstack": "`image_download` brings images of several layers",
+    "--oci-bundle": "a bundle's own configuration would go past what the operator allows",
+    "--verity-data": "put the hash partition into the disk image",
+    "--setenv": "`environment`, and Nomad's `env` block",
+    "--kill-signal": "Nomad's `kill_signal`, sent to the payload itself",
+    "--machine": "made of the names of task and allocation",
+    "--uuid": "the allocation's id",
+    "--slice": "the task lives in the cgroup Nomad made for it",
+    "--property": "the same; limits come from Nomad's `resources`",
+    "--register": "the driver registers the machine where systemd-machined runs",
+    "--keep-unit": "always set, for the same reason",
+    "-U": "`user_namespacing`",
+    "--network-namespace-path": "Nomad's `network` block makes the group's namespace",
+    "--port": "`ports` and `port_map`",
+    "--forward-journal": "`link_journal`",
+    "-j": "`link_journal`",
+    "--pipe": "`console`",
+    "--background": "there is no terminal",
+    "--no-pager": "there is no pager",
+    "--no-ask-password": "nobody could be asked",
+    "--system": "the driver runs as root",
+    "--user": "the driver runs as root; the user inside is `user`",
+    "--help": "`nomad-driver-nspawn options`",
+    "--version": "the attribute `driver.nspawn.systemd` of the node",
+}
+
+
+def render_reference() -> str:
+    """Return the manual of all options in Markdown; the README holds what this gives."""
+    parts = []
+    for title, options in TASK_GROUPS.items():
+        parts.append(f"#### {title}\n\n{render_table(options)}")
+    parts.append(f"#### In the plugin's block\n\n{render_table(PLUGIN_OPTIONS)}")
+    rows = [f"| `{name}` | {reason} |\n" for name, reason in NOT_OFFERED.items()]
+    parts.append(
+        "#### Options of systemd-nspawn that jobs do not have\n\n| option | why |\n|---|---|\n" + "".join(rows)
+    )
+    return "\n".join(parts)
+
+
+def render_table(options: Sequence[Option]) -> str:
+    lines = ["| option | type | default | meaning | example |", "|---|---|---|---|---|"]
+    for option in options:
+        lines.append(render_row(option, ""))
+        lines += [render_row(inner, f"{option.name}.") for inner in option.fields]
+    return "\n".join(lines) + "\n"
+
+
+def render_row(option: Option, prefix: str) -> str:
+    default = "required" if option.required else ""
+    if option.default is not None and option.default not in ((), {}):
+        default = json.dumps(option.default)
+    notes = [option.doc]
+    if option.choices:
+        notes.append(f"One of {', '.join(f'`{choice}`' for choice in option.choices)}.")
+    for version in sorted({option.since, *option.choices.values()} - {0}):
+        which = [choice for choice, since in option.choices.items() if since == version]
+        notes.append(f"{'`' + '`, `'.join(which) + '` needs' if which else 'Needs'} systemd {version}.")
+    if option.aliases:
+        notes.append(f"Also called {', '.join(f'`{alias}`' for alias in option.aliases)}.")
+    if option.gate:
+        notes.append(f"The operator decides: {option.gate.reference}.")
+    equals = " " if option.kind is Kind.BLOCK else " = "
+    cells = (f"`{prefix}{option.name}`", option.kind.value, default, " ".join(notes))
+    return f"| {' | '.join(cells)} | `{option.name}{equals}{option.example}` |"
+
+
+def settle_values(values: Values, config: Values, *, is_in_group: bool = False) -> dict[str, Any]:
+    """Return a task's options with what depends on other options, or on the operator, filled in."""
+    values = dict(values)
+    if values["user_namespacing"] is None:
+        values["user_namespacing"] = config["user_namespacing"]
+    if values["private_users"] == "no":
+        values["user_namespacing"] = False
+    # Not -U: it silently does without a user namespace where it cannot have one.
+    users = ("pick", "auto") if values["user_namespacing"] else (None, None)
+    for name, usual in zip(("private_users", "private_users_ownership"), users, strict=True):
+        values[name] = usual and (values[name] or usual)
+    if values["network_veth"] is None:
+        values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
+    if is_in_group:  # its network is Nomad's, with the ports; the Go driver's jobs leave network_veth at true
+        values |= {"network_veth": False, "ports": ()}
+    return values
+
+
+# What gives a container a network of its own, beside network_veth.
+OWN_NETWORK = (
+    "private_network",
+    "network_zone",
+    "network_bridge",
+    "network_veth_extra",
+    "network_macvlan",
+    "network_ipvlan",
+    "network_interface",
 )
 
 
-def render_reference(options: Sequence[Option]) -> str:
-    """Return the options as a table in Markdown; the README holds what this gives."""
-    lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
-    for option in options:
-        default = "required" if option.required else json.dumps(option.default) if option.default else ""
-        if option.default is False:
-            default = "false"
-        lines.append(f"| `{option.name}` | {option.kind.value} | {default} | {option.doc} |")
-    return "\n".join(lines) + "\n"
+def have_own_network(values: Values) -> bool:
+    return values["network_veth"] or any(values[name] for name in OWN_NETWORK)
+
+
+def have_link(values: Values) -> bool:
+    """Whether the container has the link that nspawn can forward ports through."""
+    return bool(values["network_veth"] or values["network_zone"] or values["network_bridge"])
 
 
 @dataclass(frozen=True)
@@ -791,25 +1403,41 @@ class Rule:
     remedy: str = ""
 
 
+def together(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...]:
+    """Make rules that an option excludes others."""
+    return tuple(
+        Rule(
+            option,
+            lambda value, host, other=other: bool(value[option] and value[other]),  # type: ignore[misc]
+            f"cannot be combined with {other}",
+            remedy,
+        )
+        for other in others
+    )
+
+
 RULES: tuple[Rule, ...] = (
-    Rule(
-        "process_two",
-        lambda value, host: value["boot"] and value["process_two"],
-        "cannot be combined with boot",
-        "set boot = false to run a command, or leave process_two out",
-    ),
+    *together("process_two", ("boot",), "set boot = false to run a command, or leave process_two out"),
     Rule(
         "command",
         lambda value, host: not value["boot"] and not value["command"],
         "is required when boot is false",
         'name the program and its arguments, as in command = ["/bin/sleep", "60"]',
     ),
-    Rule(
-        "port_map",
-        lambda value, host: bool(value["port_map"]) and not value["network_veth"],
-        "needs a network of the container's own",
-        "leave network_veth at true, or listen on the host's port itself",
+    *together("user", ("boot",), "set boot = false: an init must run as root"),
+    *together("ambient_capability", ("boot",), "set boot = false: an init has its capabilities by itself"),
+    # The payload is PID 2 and can never say READY (measured on 252, 257 and 262).
+    *together("notify_ready", ("process_two",), "leave process_two out: only PID 1 can say that it is ready"),
+    *(
+        Rule(
+            option,
+            lambda value, host, option=option: bool(value[option]) and not have_link(value),  # type: ignore[misc]
+            "needs a network of the container's own",
+            "leave network_veth at true, or listen on the host's port itself",
+        )
+        for option in ("ports", "port_map")
     ),
+    *together("network_zone", ("network_bridge",), "a link can be joined to one bridge only"),
     Rule(
         "volatile",
         # "Failed to set up ID mapped mounts: Device or resource busy"; measured on 252, works on 257 and 262.
@@ -825,13 +1453,111 @@ RULES: tuple[Rule, ...] = (
         "cannot be combined with ephemeral",
         "either one already throws all changes away",
     ),
+    Rule(
+        "private_users_ownership",
+        lambda value, host: (
+            value["private_users_ownership"] == "chown"
+            and (value["read_only"] or value["volatile"] not in (None, "no"))
+        ),
+        "cannot be combined with read_only or volatile",
+        "leave it out: the image's files are then mapped",
+    ),
+    Rule(
+        "link_journal",
+        lambda value, host: value["link_journal"] not in (None, "no", "auto") and value["ephemeral"],
+        "cannot be combined with ephemeral",
+        "leave one of the two out",
+    ),
+    Rule(
+        "bind_user",
+        lambda value, host: bool(value["bind_user"]) and not value["user_namespacing"],
+        "needs user namespaces",
+        "set user_namespacing = true",
+    ),
+    *(
+        Rule(
+            option,
+            lambda value, host, option=option, needed=needed: (  # type: ignore[misc]
+                bool(value[option]) and not value[needed]
+            ),
+            f"needs {needed}",
+            f"set {needed}, too",
+        )
+        for option, needed in (
+            ("bind_user_shell", "bind_user"),
+            ("bind_user_group", "bind_user"),
+            ("root_hash_sig", "root_hash"),
+            ("private_users_delegate", "user_namespacing"),
+        )
+    ),
+    Rule(
+        "load_credential",
+        lambda value, host: bool(value["load_credential"].keys() & value["set_credential"].keys()),
+        "names a credential that set_credential sets, too",
+        "give it one of the two ways",
+    ),
 )
 
 
 def check_rules(values: Values, host: Host) -> None:
-    for rule in RULES:
-        if rule.is_broken(values, host):
-            raise ConfigError(rule.option, values[rule.option], rule.rule, rule.remedy)
+    for option in TASK_OPTIONS:
+        value = values[option.name]
+        needed = option.needed_systemd(value)
+        if needed > host.systemd and is_said(value):
+            rule = f"needs systemd {needed} or newer, and this host has {host.systemd}"
+            raise ConfigError(option.name, value, rule, "leave it out, or constrain the job to newer hosts")
+    for broken in RULES:
+        if broken.is_broken(values, host):
+            raise ConfigError(broken.option, values[broken.option], broken.rule, broken.remedy)
+
+
+# When a value opens the host, so that the operator has to allow it; a task in the group's network is not on the
+# host's. Paths and capabilities are looked at one by one.
+GATES: tuple[tuple[str, Gate, Callable[[Values], bool]], ...] = (
+    ("network_veth", Gate.HOST_NETWORK, lambda value: not have_own_network(value)),
+    *(
+        (name, Gate.HOST_NETWORK, lambda value, name=name: bool(value[name]))
+        for name in (
+            "network_bridge",
+            "network_veth_extra",
+            "network_macvlan",
+            "network_ipvlan",
+            "network_interface",
+        )
+    ),
+    ("user_namespacing", Gate.HOST_USERS, lambda value: not value["user_namespacing"]),
+    ("private_users", Gate.HOST_USERS, lambda value: value["private_users"] not in (None, "yes", "pick")),
+    *(
+        (name, Gate.HOST_USERS, lambda value, name=name: bool(value[name]))
+        for name in ("bind_user", "selinux_context", "selinux_apifs_context")
+    ),
+    (
+        "system_call_filter",
+        Gate.SYSTEM_CALLS,
+        lambda value: any(not item.startswith("~") for item in value["system_call_filter"]),
+    ),
+)
+
+
+def check_gates(values: Values, config: Values, *, is_in_group: bool = False) -> None:
+    """Refuse what the operator does not allow."""
+    for name, gate, opens in GATES:
+        if gate is Gate.HOST_NETWORK and is_in_group:
+            continue
+        if opens(values):
+            check_gate(name, values[name], gate, config)
+    for name in ("capability", "ambient_capability"):
+        for capability in values[name]:
+            if capability not in config["allow_caps"] and "all" not in config["allow_caps"]:
+                rule = "the operator of this client does not allow this capability"
+                allowed = ", ".join(config["allow_caps"]) or "none"
+                raise ConfigError(name, capability, rule, f"its plugin block has allow_caps = {allowed}")
+
+
+def check_gate(name: str, value: object, gate: Gate, config: Values) -> None:
+    if not {gate.value, "all"} & set(config["allow"]):
+        rule = f"the operator of this client does not allow {gate.value}"
+        raise ConfigError(name, value, rule, f'it takes allow = ["{gate.value}"] in its plugin block')
 
 
 # =====================================================================================================
@@ -851,13 +1577,13 @@ class Image:
         return [f"--directory={self.path}" if self.is_directory else f"--image={self.path}"]
 
 
-def find_image(name: str, task_dir: Path | None, values: Values) -> Image:
+def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path = MACHINES_ROOT) -> Image:
     """Return the image a job names.
 
-    A name without a slash is one in /var/lib/machines; a relative path is looked up in the task's directory
-    (where artifacts land), then in the plugin's, as the Go driver did.
+    A name without a slash is one in `image_dir`; a relative path is looked up in the task's directory (where
+    artifacts land), then in the plugin's, as the Go driver did.
     """
-    path = find_image_path(name, task_dir)
+    path = find_image_path(name, task_dir, image_dir)
     mode = path.stat().st_mode
     if path == Path("/") and not (values["ephemeral"] or values["volatile"] in ("yes", "state")):
         raise ConfigError("image", name, "is the host's own root", "set ephemeral, or volatile to yes or state")
@@ -873,8 +1599,8 @@ def find_root(path: Path, values: Values) -> Path:
     return path / (values["pivot_root"] or "").split(":")[0].lstrip("/")
 
 
-def find_image_path(name: str, task_dir: Path | None) -> Path:
-    candidates = list(image_places(name, task_dir))
+def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
+    candidates = list(image_places(name, task_dir, image_dir))
     for candidate in candidates:
         found = Path(os.path.realpath(candidate))
         if not os.path.exists(found):  # unlike Path.exists it takes a name that is too long for one of nothing
@@ -884,16 +1610,16 @@ def find_image_path(name: str, task_dir: Path | None) -> Path:
             raise ConfigError("image", name, "leads out of the task's directory")
         return found
     rule = f"not found (looked for {', '.join(cut(str(place)) for place in candidates)})"
-    raise ConfigError("image", name, rule, f"give the path of an image, or the name of one in {MACHINES_ROOT}")
+    raise ConfigError("image", name, rule, f"give the path of an image, or the name of one in {image_dir}")
 
 
-def image_places(name: str, task_dir: Path | None) -> Iterator[Path]:
+def image_places(name: str, task_dir: Path | None, image_dir: Path) -> Iterator[Path]:
     if name.startswith("/"):
         yield Path(name)
         return
     if is_image_name(name):
-        yield MACHINES_ROOT / name
-        yield MACHINES_ROOT / f"{name}.raw"
+        yield image_dir / name
+        yield image_dir / f"{name}.raw"
     if task_dir:
         yield task_dir / name
     yield Path(sys.argv[0]).resolve().parent / name
@@ -1004,6 +1730,139 @@ def explain_command(command: str, search: str, root: Path, mounts: Mapping[str, 
 
 
 # =====================================================================================================
+# Sources
+#
+# What of the host a job names (to mount, to read a credential from), found out once and judged by what the
+# operator allows. Whoever may write to a directory on the way can exchange a part of it at any moment: so a
+# source is opened, what has been opened is judged, and the keeper mounts it only if it still is the same.
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or directory of the host, as it was when it was looked at."""
+
+    path: str  # without symbolic links
+    device: int
+    inode: int
+    mode: int
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_device(self) -> bool:
+        return stat.S_ISCHR(self.mode) or stat.S_ISBLK(self.mode) or is_below(self.path, "/dev")
+
+
+def is_below(path: str, directory: str) -> bool:
+    """Whether a path is a directory or in it; both without symbolic links and dots."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def name_sources(values: Values) -> Iterator[tuple[str, str]]:
+    """Yield option and source for everything of the host that a job names beside its image."""
+    for option in ("bind", "bind_read_only"):
+        yield from ((option, source) for source in values[option])
+    for option in ("overlay", "overlay_read_only"):
+        for item in values[option]:
+            yield from ((option, source) for source in split_fields(item)[:-1] if source.startswith("/") or
+                        source.split("/")[0] in OWN_DIRECTORIES)  # fmt: skip
+    yield from (("load_credential", source) for source in values["load_credential"].values())
+
+
+def open_source(option: str, name: str, own: Mapping[str, str]) -> tuple[int, Source]:
+    """Open what a job names; return the descriptor, too, which keeps its inode from being used for another file.
+
+    `own` maps the names a task has for its own directories to their paths.
+    """
+    first, *rest = name.split("/")
+    path = "/".join([own[first], *rest]) if first in own else name
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(option, name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
+    status = os.fstat(fd)
+    return fd, Source(os.readlink(f"/proc/self/fd/{fd}"), status.st_dev, status.st_ino, status.st_mode)
+
+
+def check_source(option: str, name: str, source: Source, own: Mapping[str, str], config: Values) -> None:
+    """Refuse a source the operator does not allow."""
+    real = {key: os.path.realpath(path) for key, path in own.items()}
+    if "alloc" in real and (source.path == real["alloc"] or is_below(source.path, f"{real['alloc']}/logs")):
+        rule = "holds the log pipes of all tasks of the allocation"
+        raise ConfigError(option, name, rule, "use a directory below alloc, or /alloc, which is there anyway")
+    if not any(is_below(source.path, path) for path in real.values()):
+        if name.split("/")[0] in own:
+            raise ConfigError(option, name, "leads out of the task's directories")
+        check_host_path(option, name, source.path, config)
+    if source.is_device:
+        check_gate(option, name, Gate.DEVICES, config)
+
+
+def check_host_path(option: str, name: str, path: str, config: Values) -> None:
+    if not config["volumes"]:
+        rule = "the operator of this client does not let tasks mount anything of the host (volumes = false)"
+        raise ConfigError(option, name, rule, "use the task's own directories, alloc, local and secrets")
+    allowed = config["allow_paths"]
+    if not any(is_below(path, os.path.realpath(directory)) for directory in allowed):
+        leads = f" (it is {cut(path)})" if path != name else ""
+        rule = f"the operator of this client does not allow this path{leads}"
+        raise ConfigError(option, name, rule, f"allowed is what is below {', '.join(allowed) or 'nothing'}")
+
+
+@contextlib.contextmanager
+def open_sources(values: Values, own: Mapping[str, str], config: Values) -> Iterator[dict[str, Source]]:
+    """Yield what a job names by its name; while they are open nothing else can take their place unseen."""
+    found: dict[str, Source] = {}
+    with contextlib.ExitStack() as stack:
+        for option, name in name_sources(values):
+            fd, source = open_source(option, name, own)
+            stack.callback(os.close, fd)
+            check_source(option, name, source, own, config)
+            found[name] = source
+        yield found
+
+
+MAX_CREDENTIALS = 1 << 20  # bytes of all together, systemd's own limit
+
+
+def read_credentials(values: Values, sources: Mapping[str, Source]) -> dict[str, bytes]:
+    """Return what each credential holds."""
+    found = {key: value.encode() for key, value in values["set_credential"].items()}
+    for key, name in values["load_credential"].items():
+        found[key] = read_source(f"load_credential.{key}", name, sources[name])
+    if sum(map(len, found.values())) > MAX_CREDENTIALS:
+        raise ConfigError("load_credential", sorted(found), "credentials may have 1 MiB together")
+    return found
+
+
+def read_source(option: str, name: str, source: Source) -> bytes:
+    """Return what a source holds, if it still is what was looked at."""
+    try:
+        with open(source.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if (status.st_dev, status.st_ino) != (source.device, source.inode) or not stat.S_ISREG(source.mode):
+                raise ConfigError(option, name, "must be a file")
+            return file.read(MAX_CREDENTIALS + 1)
+    except OSError as error:
+        raise ConfigError(option, name, f"cannot be read: {error.strerror}") from None
+
+
+def check_image(image: Image, name: str, own: Mapping[str, str], config: Values) -> None:
+    """Refuse an image the operator does not allow: what is not his own is a path of the host as any other."""
+    path, folder = str(image.path), os.path.realpath(config["image_dir"])
+    places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in ("", ".raw")]
+    if (is_image_name(name) and path in places) or is_below(path, folder):
+        return
+    if not any(is_below(path, os.path.realpath(directory)) for directory in own.values()):
+        check_host_path("image", name, path, config)
+    if not image.is_directory:
+        check_gate("image", name, Gate.DISK_IMAGES, config)
+
+
+# =====================================================================================================
 # Network
 #
 # Where a container's network comes from, and what it finds in /etc/resolv.conf and /etc/hosts. The namespace of a
@@ -1104,7 +1963,9 @@ def plan_network(group: GroupNetwork, values: Values, names: Names, machine: str
         set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if values["user_namespacing"] else ()
         entry = ("nsenter", f"--net={group.namespace}", "--", *set_up)
         return replace(network, values={**network.values, "network_veth": False}, entry=entry)
-    ports = {label: replace(find_port(group, label, to), to=to) for label, to in values["port_map"].items()}
+    ports = {label: find_port(group, "ports", label, label) for label in values["ports"]}
+    for label, to in values["port_map"].items():
+        ports[label] = replace(find_port(group, f"port_map.{label}", label, to), to=to)
     return replace(
         network,
         argv=tuple(argument for port in ports.values() for argument in render_port(port)),
@@ -1120,12 +1981,12 @@ def check_group_options(values: Values) -> None:
             raise ConfigError(name, values[name], "cannot be combined with the network of the group", remedy)
 
 
-def find_port(group: GroupNetwork, label: str, to: int) -> Port:
+def find_port(group: GroupNetwork, option: str, label: str, shown: object) -> Port:
     port = group.ports.get(label)
     if port is None:
         rule = "no port of this label in the group's or task's network block"
         known = f"the labels are {', '.join(group.ports) or 'none'}"
-        raise ConfigError(f"port_map.{label}", to, rule, known)
+        raise ConfigError(option, shown, rule, known)
     return port
 
 
@@ -1501,6 +2362,12 @@ class TaskConfig:
     def task_dir(self) -> str:
         return f"{self.alloc_dir}/{self.name}"
 
+    @property
+    def own_directories(self) -> dict[str, str]:
+        """The directories a task may name without a gate, by their names."""
+        paths = (self.shared_dir, f"{self.task_dir}/local", f"{self.task_dir}/secrets")
+        return dict(zip(OWN_DIRECTORIES, paths, strict=True)) if self.alloc_dir else {}
+
 
 class Mode(enum.Enum):
     """What the container's PID 1 is. It decides who gets a signal, and what one means."""
@@ -1654,6 +2521,14 @@ def check_environment(variables: Mapping[str, str]) -> None:
 
 
 @dataclass(frozen=True)
+class Pin:
+    """A source the keeper mounts at a place that nobody else can touch, for nspawn to mount from there."""
+
+    source: Source
+    place: str  # in the task's state directory
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything needed to start a task."""
 
@@ -1672,6 +2547,8 @@ class Plan:
     command: tuple[str, ...]
     search_path: str  # PATH of the command
     mounts: Mapping[str, str]  # targets in the container to sources on the host
+    pins: tuple[Pin, ...]
+    credentials: Mapping[str, bytes]  # by their names
     is_ephemeral: bool
     notes: tuple[str, ...]  # sentences for the task's events
 
@@ -1684,66 +2561,134 @@ class Plan:
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # nspawn's own for the payload
 
 
-def plan_task(
-    task: TaskConfig, values: Values, image: Image, host: Host, mounts: Mounts, names: Names = Names()
-) -> Plan:
+@dataclass(frozen=True)
+class Found:
+    """What was looked up on the host before a task's start is planned."""
+
+    image: Image
+    mounts: Mounts
+    sources: Mapping[str, Source] = field(default_factory=dict)  # by the names the job has for them
+    credentials: Mapping[str, bytes] = field(default_factory=dict)
+    names: Names = Names()
+
+
+def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Plan:
+    """Work out everything that is needed to start a task."""
     check_rules(values, host)
+    check_image_rules(values, found.image)
     mode = Mode.of(values)
     machine = plan_machine(task.name, task.alloc_id)
-    network = plan_network(task.network, values, names, machine)
+    network = plan_network(task.network, values, found.names, machine)
     values = {**values, **network.values, **plan_defaults(task, values, mode)}
     variables = {**values["environment"], **task.env, **network.environ}
     if mode is Mode.BOOT:
         variables.setdefault("TERM", "dumb")  # no colours and no cursor movement in the logs
     environment = plan_environment(variables)
-    volumes = plan_volumes(task, values, host, mounts)
-    argv = [
-        "systemd-nspawn",
-        "--quiet",
-        "--keep-unit",
-        "--register=no",
-        f"--machine={machine}",
-        *([f"--uuid={task.alloc_id}"] if UUID.fullmatch(task.alloc_id) else []),
-        *(["--restrict-address-families="] if host.systemd >= 261 else []),  # silences a note at every start
-        *image.argv,
+    volumes = plan_volumes(task, values, host, found.mounts)
+    state = state_directory(task.id)
+    pins = plan_pins(found.sources, state)
+    arguments = [
         *render_options(values),
+        *plan_binds(values, pins),
+        *render_credentials(plan_credentials(found.credentials, state)),
         *network.argv,
-        *(argument for volume in volumes for argument in volume.argv),
-        *network.render_files(state_directory(task.id)),
+        *itertools.chain(*(volume.argv for volume in volumes)),
+        *network.render_files(state),
         *environment.argv,
     ]
-    if values["command"]:
-        argv += ["--", *values["command"]]  # what follows "--" is data, whatever it begins with
     return Plan(
         task_id=task.id,
         machine=machine,
         mode=mode,
         network=network,
-        argv=tuple(argv),
-        environ=plan_environ(environment, host),
+        argv=plan_argv(task, values, found.image, host, arguments),
+        environ=plan_environ(environment, host, values, state),
         settings=environment.settings,
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         stdout_path=task.stdout_path,
         stderr_path=task.stderr_path,
-        image=image,
-        root=str(find_root(image.path, values)),
+        image=found.image,
+        root=str(find_root(found.image.path, values)),
         command=values["command"],
         search_path=variables.get("PATH") or DEFAULT_PATH,
-        mounts=plan_mount_table(values, volumes),
+        mounts=plan_mount_table(values, volumes, found.sources),
+        pins=tuple(pins.values()),
+        credentials=found.credentials,
         is_ephemeral=values["ephemeral"],
         notes=(*environment.notes, *network.notes),
     )
 
 
+def plan_argv(
+    task: TaskConfig, values: Values, image: Image, host: Host, arguments: Sequence[str]
+) -> tuple[str, ...]:
+    """Return nspawn's command line."""
+    # nspawn 261 and later print a note at every start, even with --quiet, unless the families are said.
+    is_noisy = host.systemd >= 261 and not values["restrict_address_families"]
+    return (
+        "systemd-nspawn",
+        "--quiet",
+        "--keep-unit",
+        "--register=no",
+        f"--machine={plan_machine(task.name, task.alloc_id)}",
+        *([f"--uuid={task.alloc_id}"] if UUID.fullmatch(task.alloc_id) else []),
+        *(["--restrict-address-families="] if is_noisy else []),
+        *image.argv,
+        *arguments,
+        *(["--", *values["command"]] if values["command"] else []),  # what follows "--" is data
+    )
+
+
 def plan_defaults(task: TaskConfig, values: Values, mode: Mode) -> dict[str, str]:
     """Return the options whose default depends on others."""
-    user = "" if mode is Mode.BOOT else decode_string("user", task.user)
+    # A booted system's init is root's, whatever the job says.
+    user = "" if mode is Mode.BOOT or not task.user else is_user("user", decode_string("user", task.user))
     return {"console": values["console"] or mode.console, "user": values["user"] or user}
 
 
-def plan_environ(environment: Environment, host: Host) -> dict[str, str]:
+def check_image_rules(values: Values, image: Image) -> None:
+    for option in ("image_policy", "root_hash"):
+        if values[option] and image.is_directory:
+            rule = f"is for disk images, and {image.path} is a directory"
+            raise ConfigError(option, values[option], rule, "leave it out")
+
+
+def plan_pins(sources: Mapping[str, Source], state: Path) -> dict[str, Pin]:
+    """Return a place for each source, by the name the job has for it."""
+    return {name: Pin(source, f"{state}/mounts/{number}") for number, (name, source) in enumerate(sources.items())}
+
+
+def plan_binds(values: Values, pins: Mapping[str, Pin]) -> list[str]:
+    arguments = []
+    for option, argument in (("bind", "--bind"), ("bind_read_only", "--bind-ro")):
+        for name, text in values[option].items():
+            target, options = parse_bind(text)
+            end = f":{options}" if options else ""
+            arguments.append(f"{argument}={pins[name].place}:{escape_field(target)}{end}")
+    for option, argument in (("overlay", "--overlay"), ("overlay_read_only", "--overlay-ro")):
+        for item in values[option]:
+            *lower, target = split_fields(item)
+            places = [pins[name].place if name in pins else escape_field(name) for name in lower]
+            arguments.append(f"{argument}={':'.join([*places, escape_field(target)])}")
+    return arguments
+
+
+def plan_credentials(credentials: Mapping[str, bytes], state: Path) -> dict[str, str]:
+    """Return where each credential's file is."""
+    return {key: f"{state}/credentials/{number}" for number, key in enumerate(credentials)}
+
+
+def render_credentials(places: Mapping[str, str]) -> list[str]:
+    return [f"--load-credential={escape_field(key)}:{place}" for key, place in places.items()]
+
+
+def plan_environ(environment: Environment, host: Host, values: Values, state: Path) -> dict[str, str]:
     """Return what stands in nspawn's own environment beside what the keeper's always holds."""
     environ = dict(environment.environ)
+    if values["overlay"]:
+        environ["TMPDIR"] = (
+            f"{state}/tmp"  # where nspawn makes directories for changes, and forgets them if killed
+        )
     if host.cgroups is CgroupMode.HYBRID:
         # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
         environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
@@ -1754,12 +2699,7 @@ UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
 
 
 def render_options(values: Values) -> list[str]:
-    arguments: list[str] = []
-    for option in TASK_OPTIONS:
-        value = values[option.name]
-        if option.argv and value not in (None, "", (), {}):
-            arguments += option.argv(value)
-    return arguments
+    return [argument for option in TASK_OPTIONS for argument in option.argv(values[option.name])]
 
 
 @dataclass(frozen=True)
@@ -1778,7 +2718,7 @@ class Volume:
         # cannot be read, and no other user can create any (measured on 252).
         option = ":idmap" if self.have_idmap else ""
         argument = "--bind-ro" if self.read_only else "--bind"
-        return [f"{argument}={escape_bind(self.source)}:{escape_bind(self.target)}{option}"]
+        return [f"{argument}={escape_field(self.source)}:{escape_field(self.target)}{option}"]
 
 
 def plan_volumes(task: TaskConfig, values: Values, host: Host, mounts: Mounts) -> list[Volume]:
@@ -1807,10 +2747,11 @@ def plan_volumes(task: TaskConfig, values: Values, host: Host, mounts: Mounts) -
     return volumes
 
 
-def plan_mount_table(values: Values, volumes: Sequence[Volume]) -> dict[str, str]:
+def plan_mount_table(values: Values, volumes: Sequence[Volume], sources: Mapping[str, Source]) -> dict[str, str]:
     table = {volume.target.rstrip("/"): volume.source for volume in volumes}
-    for name in ("bind", "bind_read_only"):
-        table.update({target.rstrip("/"): source for source, target in values[name].items()})
+    for option in ("bind", "bind_read_only"):
+        for name, text in values[option].items():
+            table[parse_bind(text)[0].rstrip("/")] = sources[name].path
     return table
 
 
@@ -1820,6 +2761,8 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"Directory tree (.+) is currently busy", "image: {0} is in use by another container that may write to it; "
      "set ephemeral, read_only or volatile for all tasks that share it", True),
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
+    (r"keeper: the source of a mount was exchanged: (.+) \(",
+     "{0} was exchanged for something else while the task started; it is not mounted", False),
     (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container', False),
     (r"Failed to change to specified working directory ([^:]+)",
      "working_directory: there is no directory {0} in the container", False),
@@ -1922,9 +2865,10 @@ def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, 
 # in place of /dev/kmsg: the payload's stderr stays the payload's, and the plugin can read what went wrong.
 # =====================================================================================================
 
-# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. It starts when
-# a line comes on stdin: if the plugin dies before its pid is on disk, nothing has happened. Its variables have a
-# prefix that no variable of a job in its environment has (STEERING).
+# Arguments: state directory, cgroup ("" for none), "filter" or "", for each pin its source, its place and what
+# must be found there, "--", nspawn and its arguments. It starts when a line comes on stdin: if the plugin dies
+# before its pid is on disk, nothing has happened. Its variables have a prefix that no variable of a job in its
+# environment has (STEERING).
 KEEPER = r"""
 keeper_state=$1 keeper_cgroup=$2 keeper_filter=$3
 shift 3
@@ -1934,6 +2878,14 @@ enter() { [ -z "$keeper_cgroup" ] || echo 0 >"$keeper_cgroup$1/cgroup.procs"; }
 keep() {
 	(
 		enter ""
+		while [ "$1" != -- ]; do
+			if ! keeper_error=$(mount --rbind -- "$1" "$2" 2>&1) || [ "$(stat -c %d:%i -- "$2")" != "$3" ]; then
+				echo "keeper: the source of a mount was exchanged: $1 ($keeper_error)" >"$keeper_state/nspawn.log"
+				exit 1
+			fi
+			shift 3
+		done
+		shift
 		if mount --bind "$keeper_state/nspawn.log" /dev/kmsg; then
 			SYSTEMD_LOG_TARGET=kmsg
 			export SYSTEMD_LOG_TARGET
@@ -2008,8 +2960,10 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId
         "NOTIFY_SOCKET": str(state_dir / "notify"),
     }
     argv = ["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", KEEPER, "nomad-nspawn-keeper"]
-    argv += [str(state_dir), plan.cgroup, "filter" if plan.wants_filter else "", *plan.argv]
-    argv = [*plan.network.entry, *argv]
+    argv += [str(state_dir), plan.cgroup, "filter" if plan.wants_filter else ""]
+    for pin in plan.pins:
+        argv += [pin.source.path, pin.place, f"{pin.source.device}:{pin.source.inode}"]
+    argv = [*plan.network.entry, *argv, "--", *plan.argv]
     try:
         return start_process(argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2])
     except OSError as error:
@@ -2413,7 +3367,8 @@ class Start:
         except BaseException:
             await self.abandon()
             raise
-        remove_settings(self.plan.machine)  # nspawn has read it: the values need not stay on disk
+        remove_settings(self.plan.machine)  # nspawn has read them: the values need not stay on disk
+        remove_tree(self.directory / "credentials")
         return Task(self.state, self.events)
 
     def save(self, **changes: Any) -> None:
@@ -2435,6 +3390,12 @@ class Start:
             file = Path(f"{self.directory}{path}")
             file.parent.mkdir(mode=0o700, exist_ok=True)
             write_file(file, text, 0o644)
+        for pin in self.plan.pins:
+            make_place(Path(pin.place), pin.source.is_directory)
+        for key, place in plan_credentials(self.plan.credentials, self.directory).items():
+            write_secret(Path(place), self.plan.credentials[key])
+        if "TMPDIR" in self.plan.environ:
+            Path(self.plan.environ["TMPDIR"]).mkdir()
         if self.plan.settings is not None:
             SETTINGS_ROOT.mkdir(parents=True, exist_ok=True)
             write_file(SETTINGS_ROOT / f"{self.plan.machine}.nspawn", self.plan.settings)
@@ -2498,6 +3459,22 @@ class Start:
         kill_processes(self.state)
         await wait_processes(self.state)
         remove_leftovers(self.state)
+
+
+def make_place(path: Path, is_directory: bool) -> None:
+    """Make something to mount a source on."""
+    path.parent.mkdir(exist_ok=True)
+    if is_directory:
+        path.mkdir()
+    else:
+        path.touch()
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(content)
 
 
 def read_notifications(notify: socket.socket) -> Iterator[str]:
@@ -2693,17 +3670,21 @@ def streams(
 
 
 def render_spec(options: Sequence[Option]) -> hcl_spec_pb2.Spec:
-    """Return the options as the schema Nomad checks jobs against."""
+    """Return the options as the schema Nomad checks jobs against.
+
+    Defaults are ours to fill in: what a job does not say arrives as nil.
+    """
     spec = hcl_spec_pb2.Spec()
+    spec.object.SetInParent()
     for option in options:
-        entry = spec.object.attributes[option.name]
-        # An attribute inside a default must carry its own name: Nomad passes none on to it.
-        attribute = entry.default.primary.Attr if isinstance(option.default, bool) else entry.Attr
-        attribute.name = option.name
-        attribute.type = option.kind.value
-        attribute.required = option.required
-        if isinstance(option.default, bool):
-            entry.default.default.literal.value = json.dumps(option.default)
+        for name in option.names:
+            entry = spec.object.attributes[name]
+            if option.kind is Kind.BLOCK:
+                entry.block_value.name = name
+                entry.block_value.nested.CopyFrom(render_spec(option.fields))
+            else:
+                entry.Attr.name, entry.Attr.type = name, option.kind.value
+                entry.Attr.required = option.required
     return spec
 
 
@@ -2827,6 +3808,7 @@ class DriverService:
             mount_configs=driver_pb2.DriverCapabilities.ANY_MOUNTS
             if self.config["volumes"]
             else driver_pb2.DriverCapabilities.NO_MOUNTS,
+            disable_log_collection=self.config["disable_log_collection"],
         )
         return driver_pb2.CapabilitiesResponse(capabilities=capabilities)
 
@@ -2885,15 +3867,7 @@ class DriverService:
             raise ConfigError(
                 "volume_mount", config.mounts[0].target, rule, "set volumes = true in the plugin block"
             )
-        values = decode_options(TASK_OPTIONS, config.options)
-        if config.network.namespace:
-            check_namespace(config.network.namespace)
-        image = find_image(values["image"], Path(config.task_dir) if config.alloc_dir else None, values)
-        names = read_names(config.network, image, values)
-        plan = plan_task(config, values, image, host, read_mounts(), names)
-        for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):
-            self.events.emit(config, note)
-        task = await self.tasks.start(plan, config)
+        task = await self.start_task(config, host)
         handle = driver_pb2.TaskHandle(
             version=STATE_VERSION,
             config=request.task,
@@ -2901,6 +3875,24 @@ class DriverService:
             driver_state=task.state.render().encode(),
         )
         return driver_pb2.StartTaskResponse(result=driver_pb2.StartTaskResponse.SUCCESS, handle=handle)
+
+    async def start_task(self, config: TaskConfig, host: Host) -> Task:
+        is_in_group = bool(config.network.namespace)
+        values = settle_values(decode_options(TASK_OPTIONS, config.options), self.config, is_in_group=is_in_group)
+        check_gates(values, self.config, is_in_group=is_in_group)
+        if is_in_group:
+            check_namespace(config.network.namespace)
+        own = config.own_directories
+        task_dir = Path(config.task_dir) if config.alloc_dir else None
+        image = find_image(values["image"], task_dir, values, Path(self.config["image_dir"]))
+        check_image(image, values["image"], own, self.config)
+        names = read_names(config.network, image, values)
+        with open_sources(values, own, self.config) as sources:
+            credentials = read_credentials(values, sources)
+            plan = plan_task(config, values, host, Found(image, read_mounts(), sources, credentials, names))
+            for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):
+                self.events.emit(config, note)
+            return await self.tasks.start(plan, config)
 
     @answers
     async def WaitTask(self, request: driver_pb2.WaitTaskRequest) -> driver_pb2.WaitTaskResponse:
@@ -3245,7 +4237,7 @@ def main() -> None:
     elif arguments == ["--help"]:
         print(USAGE, end="")
     elif arguments == ["options"]:
-        print(f"{render_reference(TASK_OPTIONS)}\n{render_reference(PLUGIN_OPTIONS)}", end="")
+        print(render_reference(), end="")
     elif arguments == ["check"]:
         sys.exit(check_host())
     elif os.environ.get(COOKIE[0]) == COOKIE[1]:

@@ -21,7 +21,6 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "machines"
     path.mkdir()
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(driver, "MACHINES_ROOT", path)
     monkeypatch.setattr("sys.argv", [str(tmp_path / "plugins/nomad-driver-nspawn")])
     monkeypatch.chdir(tmp_path / "empty")
     return path
@@ -41,7 +40,11 @@ def make_tree(path: Path, tree: str = "usr") -> Path:
 
 def find(name: str, task_dir: Path | None = None, **options: object) -> Image:
     values: dict[str, Any] = {"ephemeral": False, "volatile": None, "pivot_root": None, **options}
-    return driver.find_image(name, task_dir, values)
+    return driver.find_image(name, task_dir, values, image_dir())
+
+
+def image_dir() -> Path:
+    return Path.cwd().parent / "machines"  # see the fixture
 
 
 def refusal(name: str, task_dir: Path | None = None, **options: object) -> str:
@@ -168,8 +171,8 @@ def test_not_found(machines: Path, task_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".", ".."])
 def test_dots_are_no_names(machines: Path, name: str) -> None:
     """They would be the directory of all images, and the one it is in."""
-    assert not any(place.is_relative_to(machines) for place in driver.image_places(name, None))
-    assert machines / "x" in driver.image_places("x", None)
+    assert not any(place.is_relative_to(machines) for place in driver.image_places(name, None, machines))
+    assert machines / "x" in driver.image_places("x", None, machines)
 
 
 @pytest.mark.parametrize("name", ["a" * 256, "a/" + "b" * 256, "/" + "a" * 5000, "/" + "a/" * 5000])

@@ -179,7 +179,7 @@ def test_name_files(
     options: dict[str, Any], network: GroupNetwork, mounts: list[str], argument: str | None
 ) -> None:
     argv = plan(options, task=replace(TASK, network=network)).argv
-    assert [word for word in argv if word.startswith(f"--bind-ro={STATE_DIR}")] == mounts
+    assert [word for word in argv if word.startswith(f"--bind-ro={STATE_DIR}/etc/")] == mounts
     assert [word for word in argv if word.startswith("--resolv-conf")] == ([argument] if argument else [])
 
 

@@ -33,6 +33,7 @@ from driver import (
     Port,
     ProcessId,
     Record,
+    Source,
     State,
     TaskConfig,
     TransientError,
@@ -65,8 +66,20 @@ VOLUMES = (
 )
 
 
+CONFIG = driver.decode_options(driver.PLUGIN_OPTIONS, {})
+
+
 def decode(options: Mapping[str, object]) -> dict[str, Any]:
-    return driver.decode_options(TASK_OPTIONS, {"image": "debian", **options})
+    return driver.settle_values(driver.decode_options(TASK_OPTIONS, {"image": "debian", **options}), CONFIG)
+
+
+def find_sources(values: Mapping[str, Any]) -> dict[str, Source]:
+    """What a job names, as if it were there."""
+    names = dict.fromkeys(name for _, name in driver.name_sources(values))
+    return {
+        name: Source(f"/real/{name.lstrip('/')}", device=1, inode=number, mode=0o040755)
+        for number, name in enumerate(names)
+    }
 
 
 def plan(
@@ -75,8 +88,12 @@ def plan(
     host: Host = HOST,
     mounts: Mounts = EXT4,
     names: Names = NO_NAMES,
+    image: Image = IMAGE,
 ) -> Plan:
-    return driver.plan_task(task, decode(options), IMAGE, host, mounts, names)
+    values = decode(options)
+    credentials = {key: b"" for key in (*values["set_credential"], *values["load_credential"])}
+    found = driver.Found(image, mounts, find_sources(values), credentials, names)
+    return driver.plan_task(task, values, host, found)
 
 
 def network(ports: Mapping[str, int]) -> GroupNetwork:
@@ -94,8 +111,12 @@ def test_whole_argv() -> None:
     assert plan({}).argv == (*HEAD, "--boot", "--console=read-only", *USERS, "--network-veth", *VOLUMES)
 
 
+# The usual arguments between the image and the volumes.
 BOOT = ("--boot", "--console=read-only", *USERS, "--network-veth")
 RUN = ("--console=pipe", *USERS, "--network-veth")
+MOUNTS = f"{driver.state_directory(TASK.id)}/mounts"
+CREDENTIALS = f"{driver.state_directory(TASK.id)}/credentials"
+HEX = "ab" * 32
 
 # options, arguments between the image and the volumes, arguments after "--"
 GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
@@ -108,37 +129,173 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
     (command("--", "--bind=/:/host"), RUN, ("--", "--bind=/:/host")),
     (command("a", "", "b c", "d\ne"), RUN, ("a", "", "b c", "d\ne")),
     (command("a", process_two=True), ("--as-pid2", *RUN), ("a",)),
-    (command("a", process_two=False), RUN, ("a",)),
-    (command("a", user="www-data"), ("--user=www-data", *RUN), ("a",)),
-    (command("a", user="-x y"), ("--user=-x y", *RUN), ("a",)),
+    (command("a", init=True), ("--as-pid2", *RUN), ("a",)),
+    (command("a", user="www-data"), ("-uwww-data", *RUN), ("a",)),
+    (command("a", user="1000"), ("-u1000", *RUN), ("a",)),
     (command("a", working_directory="/srv/a b"), ("--chdir=/srv/a b", *RUN), ("a",)),
-    (command("a", console="interactive"), ("--console=interactive", *RUN[1:]), ("a",)),
-    (command("a", console="passive"), ("--console=passive", *RUN[1:]), ("a",)),
-    (command("a", console="read-only"), ("--console=read-only", *RUN[1:]), ("a",)),
-    ({"console": "pipe"}, ("--boot", "--console=pipe", *USERS, "--network-veth"), ()),
-    ({"ephemeral": True}, (*BOOT[:2], "--ephemeral", *BOOT[2:]), ()),
-    ({"read_only": True}, (*BOOT[:2], "--read-only", *BOOT[2:]), ()),
-    ({"volatile": "overlay"}, (*BOOT[:2], "--volatile=overlay", *BOOT[2:]), ()),
-    ({"volatile": "no"}, (*BOOT[:2], "--volatile=no", *BOOT[2:]), ()),
-    ({"pivot_root": "/sysroot"}, (*BOOT[:2], "--pivot-root=/sysroot", *BOOT[2:]), ()),
-    ({"pivot_root": "/a:/b"}, (*BOOT[:2], "--pivot-root=/a:/b", *BOOT[2:]), ()),
-    ({"network_veth": False}, BOOT[:-1], ()),
+    (command("a", work_dir="/srv"), ("--chdir=/srv", *RUN), ("a",)),
+    (command("a", console="interactive"), ("--console=interactive", *USERS, "--network-veth"), ("a",)),
+    (command("a", console="passive"), ("--console=passive", *USERS, "--network-veth"), ("a",)),
+    (command("a", console="read-only"), ("--console=read-only", *USERS, "--network-veth"), ("a",)),
+    (command("a", console="autopipe"), ("--console=autopipe", *USERS, "--network-veth"), ("a",)),
+    ({"console": "pipe"}, ("--boot", *RUN), ()),
+    (
+        {"notify_ready": True},
+        ("--boot", "--console=read-only", "--notify-ready=yes", *USERS, "--network-veth"),
+        (),
+    ),
+    (
+        {"suppress_sync": True},
+        ("--boot", "--console=read-only", "--suppress-sync=yes", *USERS, "--network-veth"),
+        (),
+    ),
+    ({"personality": "x86"}, ("--boot", "--console=read-only", "--personality=x86", *USERS, "--network-veth"), ()),
+    ({"set_credential": [{"a": "b"}]}, (*BOOT, f"--load-credential=a:{CREDENTIALS}/0"), ()),
+    ({"load_credential": [{"a": "/etc/passwd"}]}, (*BOOT, f"--load-credential=a:{CREDENTIALS}/0"), ()),
+    (
+        {"set_credential": [{"z": "1", "a\\b": "2"}], "load_credential": [{"m": "secrets/x"}]},
+        (
+            *BOOT,
+            f"--load-credential=z:{CREDENTIALS}/0",
+            f"--load-credential=a\\\\b:{CREDENTIALS}/1",
+            f"--load-credential=m:{CREDENTIALS}/2",
+        ),
+        (),
+    ),
+    ({"image_download": {"url": "https://example.com/x.tar"}}, BOOT, ()),
+    ({"ephemeral": True}, ("--ephemeral", *BOOT), ()),
+    ({"read_only": True}, ("--read-only", *BOOT), ()),
+    ({"volatile": "overlay"}, ("--volatile=overlay", *BOOT), ()),
+    ({"volatile": "no"}, ("--volatile=no", *BOOT), ()),
+    ({"pivot_root": "/sysroot"}, ("--pivot-root=/sysroot", *BOOT), ()),
+    ({"pivot_root": "/a:/b"}, ("--pivot-root=/a:/b", *BOOT), ()),
+    ({"user_namespacing": False}, ("--boot", "--console=read-only", "--network-veth"), ()),
+    ({"private_users": "pick"}, BOOT, ()),
+    ({"private_users": "no"}, ("--boot", "--console=read-only", "--network-veth"), ()),
+    (
+        {"private_users": "identity"},
+        (
+            "--boot",
+            "--console=read-only",
+            "--private-users=identity",
+            "--private-users-ownership=auto",
+            "--network-veth",
+        ),
+        (),
+    ),
+    (
+        {"private_users": "131072:65536", "private_users_ownership": "map"},
+        (
+            "--boot",
+            "--console=read-only",
+            "--private-users=131072:65536",
+            "--private-users-ownership=map",
+            "--network-veth",
+        ),
+        (),
+    ),
+    (
+        {"private_users": "pick", "private_users_ownership": "chown", "user_namespacing": False},
+        ("--boot", "--console=read-only", "--network-veth"),
+        (),
+    ),
+    (
+        {"bind_user": ["alice", "bob"]},
+        ("--boot", "--console=read-only", *USERS, "--bind-user=alice", "--bind-user=bob", "--network-veth"),
+        (),
+    ),
+    ({"network_veth": False}, ("--boot", "--console=read-only", *USERS), ()),
+    ({"network_veth": True}, BOOT, ()),
+    ({"network_zone": "web"}, ("--boot", "--console=read-only", *USERS, "--network-zone=web"), ()),
+    ({"network_zone": "web", "network_veth": True}, (*BOOT, "--network-zone=web"), ()),
+    ({"network_bridge": "br0"}, ("--boot", "--console=read-only", *USERS, "--network-bridge=br0"), ()),
+    (
+        {"network_veth_extra": ["ve-a:eth7", "b"]},
+        ("--boot", "--console=read-only", *USERS, "--network-veth-extra=ve-a:eth7", "--network-veth-extra=b"),
+        (),
+    ),
+    ({"network_macvlan": ["eth0"]}, ("--boot", "--console=read-only", *USERS, "--network-macvlan=eth0"), ()),
+    (
+        {"network_ipvlan": ["eth0", "eth1"]},
+        ("--boot", "--console=read-only", *USERS, "--network-ipvlan=eth0", "--network-ipvlan=eth1"),
+        (),
+    ),
+    ({"network_interface": ["eth1"], "network_veth": True}, (*BOOT, "--network-interface=eth1"), ()),
+    ({"private_network": True}, ("--boot", "--console=read-only", *USERS, "--private-network"), ()),
+    ({"hostname": "web1.example"}, (*BOOT, "--hostname=web1.example"), ()),
     ({"resolv_conf": "copy-host"}, (*BOOT, "--resolv-conf=copy-host"), ()),
-    ({"resolv_conf": "off", "network_veth": False}, (*BOOT[:-1], "--resolv-conf=off"), ()),
-    ({"bind": [{"/srv/a": "/b"}]}, (*BOOT, "--bind=/srv/a:/b"), ()),
+    (
+        {"resolv_conf": "off", "network_veth": False},
+        ("--boot", "--console=read-only", *USERS, "--resolv-conf=off"),
+        (),
+    ),
+    ({"bind": [{"/srv/a": "/b"}]}, (*BOOT, f"--bind={MOUNTS}/0:/b"), ()),
     (
         {"bind": [{"/z": "/1", "/a": "/2"}, {"/m": "/3"}]},
-        (*BOOT, "--bind=/z:/1", "--bind=/a:/2", "--bind=/m:/3"),
+        (*BOOT, f"--bind={MOUNTS}/0:/1", f"--bind={MOUNTS}/1:/2", f"--bind={MOUNTS}/2:/3"),
         (),
     ),
-    ({"bind": [{"/a:b": "/c:idmap"}]}, (*BOOT, r"--bind=/a\:b:/c\:idmap"), ()),
-    ({"bind": [{"/a\\": "/c\\:d"}]}, (*BOOT, r"--bind=/a\\:/c\\\:d"), ()),
-    ({"bind_read_only": [{"/etc/ssl": "/etc/ssl"}]}, (*BOOT, "--bind-ro=/etc/ssl:/etc/ssl"), ()),
+    ({"bind": [{"/a:b": "/c:idmap"}]}, (*BOOT, f"--bind={MOUNTS}/0:/c:idmap"), ()),
+    ({"bind": [{"/a": "/c:norbind,rootidmap"}]}, (*BOOT, f"--bind={MOUNTS}/0:/c:norbind,rootidmap"), ()),
+    ({"bind": [{"/a": "/c:d"}]}, (*BOOT, f"--bind={MOUNTS}/0:/c\\:d"), ()),
+    ({"bind": [{"/a\\": "/c\\:d"}]}, (*BOOT, f"--bind={MOUNTS}/0:/c\\\\\\:d"), ()),
+    ({"bind": [{"local/a": "/c"}]}, (*BOOT, f"--bind={MOUNTS}/0:/c"), ()),
+    ({"bind_read_only": [{"/etc/ssl": "/etc/ssl"}]}, (*BOOT, f"--bind-ro={MOUNTS}/0:/etc/ssl"), ()),
     (
         {"bind_read_only": [{"/a": "/b"}], "bind": [{"/c": "/d"}]},
-        (*BOOT, "--bind=/c:/d", "--bind-ro=/a:/b"),
+        (*BOOT, f"--bind={MOUNTS}/0:/d", f"--bind-ro={MOUNTS}/1:/b"),
         (),
     ),
+    (
+        {"tmpfs": ["/run/a", "/run/b:size=10M,mode=755", "/c\\d"]},
+        (*BOOT, "--tmpfs=/run/a", "--tmpfs=/run/b:size=10M,mode=755", "--tmpfs=/c\\\\d"),
+        (),
+    ),
+    ({"overlay": ["+/etc::/etc"]}, (*BOOT, "--overlay=+/etc::/etc"), ()),
+    ({"overlay": ["/a:local/b:+/c::/d"]}, (*BOOT, f"--overlay={MOUNTS}/0:{MOUNTS}/1:+/c::/d"), ()),
+    (
+        {"overlay_read_only": ["+/usr:/srv/addon/usr:/usr", "/a\\:b:/c:/d\\:e"]},
+        (*BOOT, f"--overlay-ro=+/usr:{MOUNTS}/0:/usr", f"--overlay-ro={MOUNTS}/1:{MOUNTS}/2:/d\\:e"),
+        (),
+    ),
+    (
+        {"inaccessible": ["/usr/bin/ssh", "/a b"]},
+        (*BOOT, "--inaccessible=/usr/bin/ssh", "--inaccessible=/a b"),
+        (),
+    ),
+    (
+        {"capability": ["CAP_NET_ADMIN", "sys_time"]},
+        (*BOOT, "--capability=CAP_NET_ADMIN", "--capability=CAP_SYS_TIME"),
+        (),
+    ),
+    ({"cap_add": ["net_admin,mknod"]}, (*BOOT, "--capability=CAP_NET_ADMIN", "--capability=CAP_MKNOD"), ()),
+    ({"capability": ["all"]}, (*BOOT, "--capability=all"), ()),
+    ({"drop_capability": ["ALL"]}, (*BOOT, "--drop-capability=all"), ()),
+    ({"cap_drop": ["net_raw"]}, (*BOOT, "--drop-capability=CAP_NET_RAW"), ()),
+    (
+        command("a", ambient_capability=["net_bind_service"]),
+        (*RUN, "--ambient-capability=CAP_NET_BIND_SERVICE"),
+        ("a",),
+    ),
+    ({"no_new_privileges": True}, (*BOOT, "--no-new-privileges=yes"), ()),
+    (
+        {"system_call_filter": ["~@mount", "bpf"]},
+        (*BOOT, "--system-call-filter=~@mount", "--system-call-filter=bpf"),
+        (),
+    ),
+    ({"selinux_context": "a:b:c:d"}, (*BOOT, "--selinux-context=a:b:c:d"), ()),
+    ({"selinux_apifs_context": "a:b:c:d"}, (*BOOT, "--selinux-apifs-context=a:b:c:d"), ()),
+    (
+        {"rlimit": [{"nofile": "1024:2048", "RLIMIT_CORE": "infinity"}]},
+        (*BOOT, "--rlimit=RLIMIT_NOFILE=1024:2048", "--rlimit=RLIMIT_CORE=infinity"),
+        (),
+    ),
+    ({"ulimit": [{"nproc": "100"}]}, (*BOOT, "--rlimit=RLIMIT_NPROC=100"), ()),
+    ({"oom_score_adjust": 0}, (*BOOT, "--oom-score-adjust=0"), ()),
+    ({"oom_score_adj": 500}, (*BOOT, "--oom-score-adjust=500"), ()),
+    ({"cpu_affinity": "0-1,3"}, (*BOOT, "--cpu-affinity=0-1,3"), ()),
+    ({"timezone": "off"}, (*BOOT, "--timezone=off"), ()),
+    ({"link_journal": "try-guest"}, (*BOOT, "--link-journal=try-guest"), ()),
     (
         command(
             "a",
@@ -155,17 +312,17 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
             bind_read_only=[{"/e": "/f"}],
         ),
         (
-            "--as-pid2",
-            "--user=nobody",
-            "--chdir=/srv",
-            "--console=pipe",
             "--ephemeral",
             "--read-only",
             "--pivot-root=/a",
+            "--as-pid2",
+            "-unobody",
+            "--chdir=/srv",
+            "--console=pipe",
             *USERS,
             "--resolv-conf=auto",
-            "--bind=/c:/d",
-            "--bind-ro=/e:/f",
+            f"--bind={MOUNTS}/0:/d",
+            f"--bind-ro={MOUNTS}/1:/f",
         ),
         ("a",),
     ),
@@ -174,20 +331,60 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(("options", "middle", "after"), GOLDEN)
 def test_argv(options: dict[str, object], middle: tuple[str, ...], after: tuple[str, ...]) -> None:
-    expected = (*HEAD, *middle, *VOLUMES, *(("--", *after) if after else ()))
+    have_users = any(word.startswith("--private-users=") for word in middle)
+    volumes = VOLUMES if have_users else [volume.removesuffix(":idmap") for volume in VOLUMES]
+    expected = (*HEAD, *middle, *volumes, *(("--", *after) if after else ()))
     assert plan(options).argv == expected
     assert plan(dict(reversed(options.items()))).argv == expected
 
 
-def test_argv_without_user_namespace() -> None:
-    argv = plan({"user_namespacing": False}).argv
-    assert argv == (
-        *HEAD,
-        "--boot",
-        "--console=read-only",
-        "--network-veth",
-        *(volume.removesuffix(":idmap") for volume in VOLUMES),
+# options that need a newer systemd, its version, the arguments they become
+GOLDEN_NEW: list[tuple[dict[str, object], int, tuple[str, ...]]] = [
+    ({"private_users_ownership": "foreign"}, 258, ("--private-users=pick", "--private-users-ownership=foreign")),
+    ({"private_users_delegate": 2}, 260, (*USERS, "--private-users-delegate=2")),
+    (
+        {"bind_user": ["a"], "bind_user_shell": "/bin/sh"},
+        258,
+        (*USERS, "--bind-user=a", "--bind-user-shell=/bin/sh"),
+    ),
+    (
+        {"bind_user": ["a"], "bind_user_group": ["video"]},
+        259,
+        (*USERS, "--bind-user=a", "--bind-user-group=video"),
+    ),
+    ({"restrict_address_families": ["AF_UNIX", "AF_INET"]}, 261, ("--restrict-address-families=AF_UNIX AF_INET",)),
+]
+
+
+@pytest.mark.parametrize(("options", "systemd", "arguments"), GOLDEN_NEW)
+def test_argv_on_newer_systemd(options: dict[str, object], systemd: int, arguments: tuple[str, ...]) -> None:
+    argv = plan(options, host=replace(HOST, systemd=systemd)).argv
+    place = argv.index(arguments[0])
+    assert argv[place : place + len(arguments)] == arguments
+    with pytest.raises(ConfigError, match=rf"needs systemd {systemd} or newer, and this host has {systemd - 1}"):
+        plan(options, host=replace(HOST, systemd=systemd - 1))
+
+
+def test_argv_of_a_disk_image() -> None:
+    options = {"image_policy": "root=verity", "root_hash": HEX, "root_hash_sig": "base64:AAAA"}
+    image = replace(IMAGE, path=Path("/var/lib/machines/debian.raw"), is_directory=False)
+    argv = plan(options, host=replace(HOST, systemd=254), image=image).argv
+    assert argv[len(HEAD) - 1 :][:4] == (
+        "--image=/var/lib/machines/debian.raw",
+        "--image-policy=root=verity",
+        f"--root-hash={HEX}",
+        "--root-hash-sig=base64:AAAA",
     )
+    for option in ("image_policy", "root_hash"):
+        with pytest.raises(ConfigError, match=f"^{option} = .*: is for disk images, and .* is a directory"):
+            plan({option: options[option]}, host=replace(HOST, systemd=262))
+
+
+def test_every_option_has_a_golden_argv() -> None:
+    """Each row that becomes an argument by itself, and each alias."""
+    used = {name for options, *_ in (*GOLDEN, *GOLDEN_NEW) for name in options}
+    used |= {"image", "image_policy", "root_hash", "root_hash_sig", "environment", "ports", "port_map"}
+    assert used >= {name for option in TASK_OPTIONS for name in option.names}
 
 
 @pytest.mark.parametrize("systemd", [249, 252, 260])
@@ -203,7 +400,7 @@ def test_new_systemd_is_silenced(systemd: int) -> None:
 
 def test_volatile_on_new_systemd() -> None:
     argv = plan({"volatile": "yes"}, host=replace(HOST, systemd=257)).argv
-    assert argv == (*HEAD, *BOOT[:2], "--volatile=yes", *BOOT[2:], *VOLUMES)
+    assert argv == (*HEAD, "--volatile=yes", *BOOT, *VOLUMES)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +420,7 @@ def test_machine_id(alloc_id: str, argument: str) -> None:
 
 def test_image_file() -> None:
     image = Image(Path("/var/lib/machines/debian.raw"), is_directory=False)
-    argv = driver.plan_task(TASK, decode({}), image, HOST, EXT4).argv
+    argv = plan({}, image=image).argv
     assert "--image=/var/lib/machines/debian.raw" in argv
     assert not any(word.startswith("--directory") for word in argv)
 
@@ -231,8 +428,8 @@ def test_image_file() -> None:
 @pytest.mark.parametrize(
     ("options", "user", "argument"),
     [
-        (command("a"), "www-data", "--user=www-data"),
-        (command("a", user="root"), "www-data", "--user=root"),
+        (command("a"), "www-data", "-uwww-data"),
+        (command("a", user="root"), "www-data", "-uroot"),
         (command("a"), "", None),
         ({}, "www-data", None),
     ],
@@ -240,7 +437,7 @@ def test_image_file() -> None:
 def test_task_user(options: dict[str, object], user: str, argument: str | None) -> None:
     """Nomad's `user` is whom the command runs as; the init of a booted system stays root."""
     argv = plan(options, task=replace(TASK, user=user)).argv
-    assert next((word for word in argv if word.startswith("--user=")), None) == argument
+    assert next((word for word in argv if word.startswith("-u")), None) == argument
 
 
 def test_ports() -> None:
@@ -302,13 +499,31 @@ def test_rest_of_the_plan() -> None:
 ARGUMENTS = set(
     """
     --quiet --keep-unit --boot --as-pid2 --ephemeral --read-only --network-veth --register= --machine= --uuid=
-    --restrict-address-families= --directory= --image= --user= --chdir= --console= --volatile= --pivot-root=
+    --restrict-address-families= --directory= --image= --chdir= --console= --volatile= --pivot-root=
     --private-users= --private-users-ownership= --resolv-conf= --bind= --bind-ro= --port= --settings= --setenv=
+    --overlay= --overlay-ro= --tmpfs= --inaccessible= --hostname= --private-network --network-zone=
+    --network-bridge= --network-veth-extra= --network-macvlan= --network-ipvlan= --network-interface=
+    --capability= --drop-capability=
+    --ambient-capability= --no-new-privileges= --system-call-filter= --selinux-context= --selinux-apifs-context=
+    --rlimit= --oom-score-adjust= --cpu-affinity= --timezone= --link-journal= --personality= --notify-ready=
+    --suppress-sync= --load-credential= --bind-user=
     """.split()  # noqa: SIM905 # a list of words reads better
 )
+PLACES = re.compile(rf"{re.escape(str(driver.STATE_ROOT))}/[A-Za-z0-9-]+/(mounts|credentials)/\d+")
 
 
-def check_structure(found: Plan, options: Mapping[str, Any]) -> None:
+def split_fields(text: str) -> list[str]:
+    """Split as nspawn does with --bind: at colons, a backslash takes the next character as it is."""
+    fields, characters = [""], iter(text)
+    for character in characters:
+        if character == ":":
+            fields.append("")
+        else:
+            fields[-1] += next(characters) if character == "\\" else character
+    return fields
+
+
+def check_structure(found: Plan, options: Mapping[str, Any], task: TaskConfig) -> None:
     assert found.argv[0] == "systemd-nspawn"
     before, after = found.argv[1:], tuple(options.get("command") or ())
     if after:
@@ -316,13 +531,29 @@ def check_structure(found: Plan, options: Mapping[str, Any]) -> None:
         before, rest = found.argv[1:place], found.argv[place + 1 :]
         assert rest == after
     for word in before:
+        if re.fullmatch(r"-u[^-\s:/,][^\s:/,]*", word):
+            continue
         assert word.startswith("--")
-        name, equals, _ = word.partition("=")
+        name, equals, value = word.partition("=")
         assert name + equals in ARGUMENTS
+        check_host_paths(name, value, task)
     assert not any("\0" in word for word in found.argv)
     for once in ("--register=no", "--keep-unit", f"--machine={found.machine}"):
         assert found.argv.count(once) == 1
         assert sum(word.split("=")[0] == once.split("=")[0] for word in before) == 1
+
+
+def check_host_paths(name: str, value: str, task: TaskConfig) -> None:
+    """What nspawn takes from the host is at places of the driver's own, or Nomad's directories of the task."""
+    if name in ("--bind", "--bind-ro"):
+        source = split_fields(value)[0]
+        logs = f"{task.shared_dir}/logs"
+        nomads = {*task.own_directories.values(), logs, *(mount.source for mount in task.mounts)}
+        assert PLACES.fullmatch(source) or source in nomads
+    if name in ("--overlay", "--overlay-ro"):
+        assert all(PLACES.fullmatch(field) or field[:2] in ("", "+/") for field in split_fields(value)[:-1])
+    if name == "--load-credential":
+        assert PLACES.fullmatch(split_fields(value)[1])
 
 
 words = st.one_of(
@@ -334,10 +565,28 @@ words = st.one_of(
 paths = words.filter(lambda text: ".." not in text).map(lambda text: "/" + text)
 binds = st.lists(st.dictionaries(paths, paths, max_size=3), max_size=2)
 names = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,9}\Z") | st.sampled_from(["LD_PRELOAD", "PATH", "TERM"])
+users = words.filter(driver.USER.fullmatch)
+interfaces = st.lists(st.from_regex(r"\A[a-z0-9-]{1,7}(:[a-z0-9-]{1,7})?\Z"), max_size=2)
+capabilities = st.lists(st.sampled_from(["all", "net_admin", "CAP_CHOWN,sys_time"]), max_size=2)
+credentials = st.dictionaries(st.from_regex(r"\A[!-.0-9;-~]{3,9}\Z"), words, max_size=2)
+field_paths = paths.map(driver.escape_field)
+overlays = st.lists(
+    st.builds(
+        lambda lower, target: f"{lower}::{target}",
+        st.one_of(field_paths, field_paths.map("+".__add__)),
+        field_paths,
+    ),
+    max_size=2,
+)
 valid_options = st.fixed_dictionaries(
-    {"image": words.filter(bool), "boot": st.booleans(), "command": st.lists(words, min_size=1, max_size=3)},
+    {
+        "image": words.filter(bool),
+        "boot": st.just(False),
+        "command": st.lists(words, min_size=1, max_size=3),
+        "network_veth": st.just(True),
+    },
     optional={
-        "user": words,
+        "user": users,
         "working_directory": paths,
         "environment": st.lists(st.dictionaries(names, words, max_size=3), max_size=2),
         "console": st.sampled_from([None, "", "interactive", "read-only", "passive", "pipe"]),
@@ -346,11 +595,29 @@ valid_options = st.fixed_dictionaries(
         "volatile": st.sampled_from([None, "no"]),
         "pivot_root": paths.map(lambda path: path.replace(":", "")),
         "user_namespacing": st.booleans(),
-        "network_veth": st.just(True),
+        "private_users": st.sampled_from(["pick", "identity", "no", "1000000:65536"]),
+        "network_zone": st.just("web"),
+        "network_veth_extra": interfaces,
+        "network_macvlan": interfaces,
         "port_map": st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(1, 65535)), max_size=2),
+        "ports": st.lists(st.sampled_from("abc"), max_size=2),
+        "hostname": st.just("a.b"),
         "resolv_conf": st.sampled_from(driver.RESOLV_CONF),
         "bind": binds,
         "bind_read_only": binds,
+        "tmpfs": st.lists(paths.map(lambda path: path.replace(":", "")), max_size=2),
+        "overlay": overlays,
+        "inaccessible": st.lists(paths, max_size=2),
+        "capability": capabilities,
+        "drop_capability": capabilities,
+        "system_call_filter": st.lists(st.sampled_from(["@mount", "~bpf"]), max_size=2),
+        "set_credential": st.lists(credentials, max_size=2),
+        "rlimit": st.lists(
+            st.dictionaries(st.sampled_from(["nofile", "RLIMIT_CORE"]), st.just("1:2")), max_size=2
+        ),
+        "oom_score_adjust": st.integers(0, 1000),
+        "selinux_context": st.just("--boot"),
+        "image_policy": st.none(),
     },
 )
 valid_tasks = st.builds(
@@ -360,7 +627,7 @@ valid_tasks = st.builds(
     alloc_id=words.filter(bool) | st.just(ALLOC),
     alloc_dir=paths,
     options=st.just({}),
-    user=words,
+    user=users | st.just(""),
     env=st.dictionaries(words, words, max_size=3),
     cgroup=words | st.just("/sys/fs/cgroup/nomad.slice/x.scope"),
     network=st.just(network({"a": 1, "b": 2, "c": 3})),
@@ -374,7 +641,7 @@ valid_tasks = st.builds(
 @settings(deadline=None, max_examples=200)
 def test_valid_options_become_a_plan(options: dict[str, Any], task: TaskConfig) -> None:
     found = plan(options, task=task)
-    check_structure(found, options)
+    check_structure(found, options, task)
     assert plan(options, task=task) == found
 
 
@@ -386,7 +653,9 @@ anything = st.recursive(
 
 
 @given(
-    st.dictionaries(st.sampled_from([option.name for option in TASK_OPTIONS]) | words, anything, max_size=4),
+    st.dictionaries(
+        st.sampled_from([name for option in TASK_OPTIONS for name in option.names]) | words, anything, max_size=4
+    ),
     st.dictionaries(st.text(), st.text(), max_size=3),
 )
 @settings(deadline=None, max_examples=300)
@@ -396,7 +665,7 @@ def test_any_options_become_a_plan_or_a_sentence(options: dict[str, Any], env: d
     except DriverError as error:
         assert str(error)
     else:
-        check_structure(found, options)
+        check_structure(found, options, TASK)
 
 
 # -- machine names -------------------------------------------------------------------------------------------
@@ -815,29 +1084,40 @@ def test_mount_table() -> None:
     assert plan(options, task=replace(TASK, mounts=(Mount("/srv/v", "/v", False),))).mounts == {
         "/alloc": f"{ALLOC_DIR}/alloc",
         "/alloc/logs": f"{ALLOC_DIR}/alloc/logs",
-        "/local": "/srv/l",
+        "/local": "/real/srv/l",
         "/secrets": f"{ALLOC_DIR}/web/secrets",
         "/v": "/srv/v",
-        "/a": "/srv/a",
-        "/b": "/srv/b",
+        "/a": "/real/srv/a",
+        "/b": "/real/srv/b",
     }
-
-
-def split_fields(text: str) -> list[str]:
-    """Split as nspawn does with --bind: at colons, a backslash takes the next character as it is."""
-    fields, characters = [""], iter(text)
-    for character in characters:
-        if character == ":":
-            fields.append("")
-        else:
-            fields[-1] += next(characters) if character == "\\" else character
-    return fields
 
 
 @given(st.text(), st.text("\\:a"), st.sampled_from(["", ":idmap"]))
 def test_paths_are_escaped_for_nspawn(source: str, target: str, option: str) -> None:
-    text = f"{driver.escape_bind(source)}:{driver.escape_bind(target)}{option}"
+    text = f"{driver.escape_field(source)}:{driver.escape_field(target)}{option}"
     assert split_fields(text) == [source, target, *option.split(":")[1:]]
+
+
+@given(st.lists(st.text(), min_size=1))
+def test_fields_are_split_as_nspawn_does(fields: list[str]) -> None:
+    text = ":".join(driver.escape_field(field) for field in fields)
+    assert driver.split_fields(text) == split_fields(text) == fields
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "options"),
+    [
+        ("/a", "/a", ""),
+        ("/a:idmap", "/a", "idmap"),
+        ("/a:norbind,rootidmap", "/a", "norbind,rootidmap"),
+        ("/a:ro", "/a:ro", ""),
+        ("/a:b:idmap", "/a:b", "idmap"),
+        ("/a:idmap,", "/a:idmap,", ""),
+        ("/a:", "/a:", ""),
+    ],
+)
+def test_bind_options(text: str, path: str, options: str) -> None:
+    assert driver.parse_bind(text) == (path, options)
 
 
 # -- signals -------------------------------------------------------------------------------------------------
@@ -972,6 +1252,11 @@ EXPLAINED: list[tuple[str, str, bool]] = [
         "Disk image /srv/a b.raw is currently busy.",
         "image: /srv/a b.raw is in use by another container that may write to it",
         True,
+    ),
+    (
+        "keeper: the source of a mount was exchanged: /srv/a (b) ()",
+        "/srv/a (b) was exchanged for something else while the task started; it is not mounted",
+        False,
     ),
     ("Failed to resolve user nouser.", 'user: there is no user "nouser" in the container', False),
     (

@@ -924,7 +924,8 @@ def test_bidirectional_propagation_is_refused(tasks: Tasks, tmp_path: Path) -> N
 
 def test_volumes_can_be_switched_off(driver_file: Path, image: Path, tmp_path: Path) -> None:
     mount = driver_pb2.Mount(task_path="/mnt", host_path=str(tmp_path))
-    with launch_like_agent(driver_file, "volumes = false") as plugin, Tasks(plugin, image) as tasks:
+    config = f'volumes = false\nimage_dir = "{image.parent}"'
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
         with pytest.raises(DriverError, match=r"volume_mount.*switched off.*volumes = true"):
             tasks.make("true", mounts=[mount]).start()
         _, result = tasks.run("true")
