@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,6 +159,20 @@ def eventually(condition: Callable[[], T], timeout: float = 10, pause: float = 0
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def on_overlay(image: Path, folder: Path) -> Iterator[Path]:
+    """An image on a file system that cannot be id-mapped: nspawn has to copy it for `ephemeral`, beside it."""
+    for name in ("upper", "work", "images"):
+        (folder / name).mkdir(parents=True)
+    layers = f"lowerdir={image.parent},upperdir={folder}/upper,workdir={folder}/work"
+    images = folder / "images"
+    subprocess.run(["mount", "-t", "overlay", "-o", layers, "overlay", str(images)], check=True, timeout=30)
+    try:
+        yield images / image.name
+    finally:
+        eventually(lambda: subprocess.run(["umount", str(images)], check=False, timeout=30).returncode == 0)
 
 
 def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None:

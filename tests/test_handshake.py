@@ -27,6 +27,7 @@ import pytest
 
 from nomad_pb import base_pb2, driver_pb2, grpc_plugin_pb2
 from tests.agent import PLUGIN_ENV, Allocation, DriverError, Plugin, Task, call, launch_like_agent
+from tests.containers import on_overlay
 
 COOKIE_NAME = "NOMAD_PLUGIN_MAGIC_COOKIE"
 HANDSHAKE = re.compile(rb"1\|2\|unix\|(/[^|\n]+)\|grpc\|\n")
@@ -501,18 +502,22 @@ def test_shutdown_is_as_fast_with_calls_blocked_in_it(driver_file: Path, image: 
 @pytest.mark.root
 def test_shutdown_during_a_start_leaves_nothing_of_the_task(driver_file: Path, tmp_path: Path) -> None:
     """No agent will ever ask for this task again: it got no handle."""
-    image = tmp_path / "image"
+    image = tmp_path / "images/image"
     (image / "usr").mkdir(parents=True)
     for number in range(200):  # takes systemd-nspawn a while to copy
         (image / f"usr/big{number}").write_bytes(os.urandom(1 << 20))
     plugin = long_lived(driver_file)
-    with outliving(driver_file, plugin, image, "true", volatile="no", ephemeral=True) as task:
+    options = {"volatile": "no", "ephemeral": True, "user_namespacing": True}
+    with (
+        on_overlay(image, tmp_path / "copied") as slow,
+        outliving(driver_file, plugin, slow, "true", **options) as task,
+    ):
         start = in_background(task.start)
-        wait_until(lambda: list(tmp_path.glob(".#machine.*")))
+        wait_until(lambda: list(slow.parent.glob(".#machine.*")))
         end_by_shutdown(plugin)
         start.join(10)
         assert not list(STATE_ROOT.glob(f"{task.allocation.id}*"))
-        assert [path.name for path in tmp_path.iterdir()] == ["image"]
+        assert [path.name for path in slow.parent.iterdir()] == ["image"]
     assert not plugin.violations
 
 

@@ -264,6 +264,7 @@ PACKAGES = {
     "unshare": "util-linux",
     "mount": "util-linux",
     "sed": "sed",
+    "rm": "coreutils",
     "sh": "dash",
 }
 

@@ -261,8 +261,14 @@ def test_nothing_that_forks() -> None:
             forking = {"user", "group", "extra_groups"} if "subprocess." in ast.unparse(node.func) else set()
             assert not keywords & {"preexec_fn", *forking}, f"line {node.lineno}"
         for name in read_imports(node):
-            assert name.split(".")[0] not in ("multiprocessing", "uvloop", "pty", "threading", "concurrent"), name
-    assert not uses("multiprocessing", "uvloop", "pty", "threading", "concurrent")
+            assert name.split(".")[0] not in ("multiprocessing", "uvloop", "pty", "concurrent"), name
+    assert not uses("multiprocessing", "uvloop", "pty", "concurrent")
+
+
+def test_threads_are_started_by_one_function_only() -> None:
+    """Everything is done in one thread, but for what must leave its namespace."""
+    assert uses("threading") == {"", "Processes"}
+    assert SOURCE.count("threading.") == 1
 
 
 def test_no_asyncio_processes_and_threads() -> None:

@@ -851,17 +851,6 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
         "leave network_veth at true, or listen on the host's port itself",
     ),
     (
-        {"volatile": "yes"},
-        256,
-        'volatile = "yes": needs systemd 257 or newer together with user namespaces; set user_namespacing = false',
-    ),
-    (
-        {"volatile": "state"},
-        252,
-        'volatile = "state": needs systemd 257 or newer together with user namespaces; '
-        "set user_namespacing = false",
-    ),
-    (
         {"volatile": "overlay", "ephemeral": True},
         257,
         'volatile = "overlay": cannot be combined with ephemeral; either one already throws all changes away',

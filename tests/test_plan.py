@@ -163,9 +163,7 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
         (),
     ),
     ({"image_download": {"url": "https://example.com/x.tar"}}, BOOT, ()),
-    ({"ephemeral": True}, ("--ephemeral", *BOOT), ()),
     ({"read_only": True}, ("--read-only", *BOOT), ()),
-    ({"volatile": "overlay"}, ("--volatile=overlay", *BOOT), ()),
     ({"volatile": "no"}, ("--volatile=no", *BOOT), ()),
     ({"pivot_root": "/sysroot"}, ("--pivot-root=/sysroot", *BOOT), ()),
     ({"pivot_root": "/a:/b"}, ("--pivot-root=/a:/b", *BOOT), ()),
@@ -303,7 +301,6 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
             user="nobody",
             working_directory="/srv",
             console="pipe",
-            ephemeral=True,
             read_only=True,
             pivot_root="/a",
             network_veth=False,
@@ -312,7 +309,6 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
             bind_read_only=[{"/e": "/f"}],
         ),
         (
-            "--ephemeral",
             "--read-only",
             "--pivot-root=/a",
             "--as-pid2",
@@ -383,7 +379,16 @@ def test_argv_of_a_disk_image() -> None:
 def test_every_option_has_a_golden_argv() -> None:
     """Each row that becomes an argument by itself, and each alias."""
     used = {name for options, *_ in (*GOLDEN, *GOLDEN_NEW) for name in options}
-    used |= {"image", "image_policy", "root_hash", "root_hash_sig", "environment", "ports", "port_map"}
+    used |= {
+        "ephemeral",
+        "image",
+        "image_policy",
+        "root_hash",
+        "root_hash_sig",
+        "environment",
+        "ports",
+        "port_map",
+    }
     assert used >= {name for option in TASK_OPTIONS for name in option.names}
 
 
@@ -479,14 +484,16 @@ def test_only_consoles_of_booted_systems_are_filtered(options: dict[str, object]
 
 def test_rest_of_the_plan() -> None:
     task = replace(TASK, stdout_path="/o", stderr_path="/e", env={"PATH": "/x", "A-B": "", "1": ""})
-    found = plan(command("a", "b", ephemeral=True, environment=[{"PATH": "/y"}]), task=task)
+    found = plan(command("a", "b", environment=[{"PATH": "/y"}]), task=task)
     assert found.task_id == TASK.id
     assert found.machine == MACHINE
     assert found.mode is Mode.COMMAND
     assert found.command == ("a", "b")
     assert found.search_path == "/x"
     assert (found.stdout_path, found.stderr_path) == ("/o", "/e")
-    assert found.is_ephemeral
+    assert found.private is None
+    assert found.roots == ("/var/lib/machines/debian",)
+    assert found.copying == ""
     assert found.cgroup == f"/sys/fs/cgroup/nomad.slice/share.slice/{ALLOC}.web.scope"
     assert found.notes == tuple(
         f"The variable {name!r} is not passed on: systemd-nspawn accepts letters, digits and underscores only."
@@ -1469,8 +1476,9 @@ states = st.builds(
     search_path=st.text(),
     command=st.lists(st.text(), max_size=3).map(tuple),
     image=st.text(),
-    root=st.text(),
     mounts=st.dictionaries(st.text(), st.text(), max_size=3),
+    roots=st.lists(st.text(), max_size=3).map(tuple),
+    place=st.text(),
 )
 STATE = State(
     task_id=TASK.id,
@@ -1484,8 +1492,9 @@ STATE = State(
     search_path="/bin",
     command=("a",),
     image="/i",
-    root="/i",
     mounts={"/a": "/b"},
+    roots=("/i",),
+    place="/p",
 )
 
 

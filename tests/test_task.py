@@ -28,7 +28,18 @@ import pytest
 
 from nomad_pb import driver_pb2
 from tests.agent import Allocation, DriverError, Plugin, Task, Template, call, launch_like_agent
-from tests.containers import Tasks, escape, eventually, is_alive, kill, leader, make_small_image, nspawn, output
+from tests.containers import (
+    Tasks,
+    escape,
+    eventually,
+    is_alive,
+    kill,
+    leader,
+    make_small_image,
+    nspawn,
+    on_overlay,
+    output,
+)
 from tests.leftovers import STATE, interface_indexes, leftovers, peer, processes, snapshots
 
 pytestmark = pytest.mark.root
@@ -62,6 +73,13 @@ def small(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     make_small_image(image, parent / "inner", ("dash", "cat", "id", "ls", "sleep", "touch", "true"))
     yield parent / "inner"
     shutil.rmtree(parent)
+
+
+@pytest.fixture
+def copied(small: Path, tmp_path: Path) -> Iterator[Path]:
+    """The small image where nspawn has to copy it for `ephemeral`."""
+    with on_overlay(small, tmp_path / "copied") as path:
+        yield path
 
 
 # -- exit codes ----------------------------------------------------------------------------------------------
@@ -805,10 +823,10 @@ def test_read_only_image_without_nomads_directories(tasks: Tasks, small: Path) -
 
 
 @pytest.mark.parametrize("how", ["ends", "stopped", "nspawn killed", "plugin knows no more"])
-def test_snapshot_of_ephemeral_is_removed(tasks: Tasks, small: Path, driver_file: Path, how: str) -> None:
-    task = tasks.start(f"{WRITE}; {FOREVER if how != 'ends' else 'sleep 0.5'}", image=str(small), ephemeral=True)
+def test_copy_for_ephemeral_is_removed(tasks: Tasks, copied: Path, driver_file: Path, how: str) -> None:
+    task = tasks.start(f"{WRITE}; {FOREVER if how != 'ends' else 'sleep 0.5'}", image=str(copied), ephemeral=True)
     task.logmon.wait_for("written\n")
-    assert snapshots(small)
+    assert snapshots(copied)
     if how == "stopped":
         task.stop(timeout=0)
     elif how == "nspawn killed":
@@ -818,26 +836,26 @@ def test_snapshot_of_ephemeral_is_removed(tasks: Tasks, small: Path, driver_file
             call(second.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True))
     task.wait(30)
     task.destroy()
-    left = snapshots(small)
+    left = snapshots(copied)
     remove(left)
     assert left == []
-    assert not (small / "changed").exists()
+    assert not (copied / "changed").exists()
 
 
-def test_ephemeral_tasks_spare_each_others_copies_and_ids(tasks: Tasks, small: Path) -> None:
-    first, *others = [tasks.start(FOREVER, image=str(small), ephemeral=True) for _ in range(3)]
-    copies = snapshots(small)
+def test_ephemeral_tasks_spare_each_others_copies_and_ids(tasks: Tasks, copied: Path) -> None:
+    first, *others = [tasks.start(FOREVER, image=str(copied), ephemeral=True) for _ in range(3)]
+    copies = snapshots(copied)
     claims = [UID_CLAIMS / Path(f"/proc/{leader(task)}/uid_map").read_text().split()[1] for task in others]
     kill(nspawn(first))
     first.wait(PATIENCE)
     first.destroy()
-    assert len(snapshots(small)) == len(copies) * 2 // 3
+    assert len(snapshots(copied)) == len(copies) * 2 // 3
     for task, claim in zip(others, claims, strict=True):
         assert Path(f"/proc/{leader(task)}/root/usr/bin/sleep").exists()
         assert claim.exists()
         task.stop(timeout=0)
         task.destroy()
-    assert snapshots(small) == []
+    assert snapshots(copied) == []
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -845,26 +863,26 @@ def remove(paths: Iterable[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_copy_of_an_interrupted_ephemeral_start_is_removed(tasks: Tasks, small: Path, driver_file: Path) -> None:
+def test_copy_of_an_interrupted_ephemeral_start_is_removed(tasks: Tasks, copied: Path, driver_file: Path) -> None:
     """The plugin is killed while nspawn still copies the image."""
-    with (small / "large").open("wb") as file:
+    with (copied / "large").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 2 << 30)
-    task = tasks.make(FOREVER, image=str(small), ephemeral=True)
+    task = tasks.make(FOREVER, image=str(copied), ephemeral=True)
     task.id = f"{task.allocation.id}/task/{os.urandom(4).hex()}"
     task.prestart()
     doomed = configured(driver_file)
     pending: Any = doomed.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
     try:
-        eventually(lambda: snapshots(small), pause=0.001)
+        eventually(lambda: snapshots(copied), pause=0.001)
         os.kill(doomed.pid, signal.SIGKILL)
         doomed.kill_hard()
         pending.cancel()
         task.destroy()
-        assert snapshots(small) == []
+        assert snapshots(copied) == []
         assert leftovers(task.allocation.id) == []
     finally:
-        (small / "large").unlink()
-        remove(snapshots(small))
+        (copied / "large").unlink()
+        remove(snapshots(copied))
 
 
 def test_pivot_root(tasks: Tasks, small: Path) -> None:
