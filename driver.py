@@ -446,6 +446,7 @@ class Host:
 
 TOOLS = {
     "systemd-nspawn": "systemd-container",
+    "choom": "util-linux",
     "unshare": "util-linux",
     "mount": "util-linux",
     "sed": "sed",
@@ -842,7 +843,7 @@ def are_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
             form = "LOWER::TARGET" if name == "overlay" else "LOWER:LOWER:TARGET with the topmost last"
             raise ConfigError(name, item, f"must be {form}")
         if sources[-1] and name == "overlay":
-            rule = "the field before the target must be empty: changes go to a temporary directory"
+            rule = "the field before the target must be empty: changes are kept in memory"
             raise ConfigError(name, item, rule, "use bind for a directory that keeps changes")
         for source in filter(None, sources):
             if not source.startswith("+/"):
@@ -1018,6 +1019,11 @@ def tmpfs(argument: str, value: Sequence[str]) -> list[str]:
 
 def glued(argument: str, value: str) -> list[str]:
     return [f"{argument}{value}"]
+
+
+def ambient(argument: str, value: Sequence[str]) -> list[str]:
+    """nspawn wants them among the container's capabilities, too."""
+    return [f"{name}={item}" for item in value for name in ("--capability", argument)]
 
 
 def joined(argument: str, value: Sequence[str]) -> list[str]:
@@ -1212,8 +1218,8 @@ FILE_OPTIONS: tuple[Option, ...] = (
            "Directories to mount an empty file system in memory on: `PATH` or `PATH:OPTIONS`.",
            '["/run/cache:size=100M"]', default=(), check=are_tmpfs, argument="--tmpfs", render=tmpfs),
     Option("overlay", Kind.STRINGS,
-           "Directories whose changes go to a temporary place: `LOWER::TARGET`, or `LOWER:LOWER::TARGET` with the "
-           "topmost last. A `+` in front of a path takes it from the image.",
+           "Directories whose changes are kept in memory until the task ends: `LOWER::TARGET`, or "
+           "`LOWER:LOWER::TARGET` with the topmost last. A `+` in front of a path takes it from the image.",
            '["+/etc::/etc"]', default=(), check=are_overlays, gate=Gate.PATHS),
     Option("overlay_read_only", Kind.STRINGS,
            "Directories to lay over one another, read-only: `LOWER:LOWER:TARGET` with the topmost last.",
@@ -1235,7 +1241,7 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
     Option("ambient_capability", Kind.STRINGS,
            "Capabilities the command has although its user is not root.",
            '["CAP_NET_BIND_SERVICE"]', default=(), check=are_single_capabilities, gate=Gate.CAPABILITIES,
-           argument="--ambient-capability"),
+           argument="--ambient-capability", render=ambient),
     Option("no_new_privileges", Kind.BOOL,
            "Let no program inside get more rights than who starts it: setuid programs lose their effect.",
            "true", default=False, argument="--no-new-privileges=yes"),
@@ -1268,7 +1274,7 @@ RESOURCE_OPTIONS: tuple[Option, ...] = (
     Option("oom_score_adjust", Kind.NUMBER,
            "How much sooner than others the kernel ends the container's processes when the host is out of memory: "
            "0 to 1000.",
-           "500", aliases=("oom_score_adj",), check=is_between(0, 1000), argument="--oom-score-adjust"),
+           "500", aliases=("oom_score_adj",), check=is_between(0, 1000)),
     Option("cpu_affinity", Kind.STRING,
            "The only CPUs its processes run on, as in `0-3,5`.",
            '"0-1"',
@@ -1903,11 +1909,13 @@ def read_credentials(values: Values, sources: Mapping[str, Source]) -> dict[str,
 
 def read_source(option: str, name: str, source: Source) -> bytes:
     """Return what a source holds, if it still is what was looked at."""
+    if not stat.S_ISREG(source.mode):
+        raise ConfigError(option, name, "must be a file")
     try:
         with open(source.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
-            if (status.st_dev, status.st_ino) != (source.device, source.inode) or not stat.S_ISREG(source.mode):
-                raise ConfigError(option, name, "must be a file")
+            if (status.st_dev, status.st_ino) != (source.device, source.inode):
+                raise ConfigError(option, name, "was exchanged for something else while the task started")
             return file.read(MAX_CREDENTIALS + 1)
     except OSError as error:
         raise ConfigError(option, name, f"cannot be read: {error.strerror}") from None
@@ -2715,6 +2723,7 @@ class Plan:
     command: tuple[str, ...]
     search_path: str  # PATH of the command
     mounts: Mapping[str, str]  # targets in the container to sources on the host
+    prefix: tuple[str, ...]  # what nspawn is started by
     pins: tuple[Pin, ...]
     credentials: Mapping[str, bytes]  # by their names
     copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
@@ -2775,7 +2784,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         mode=mode,
         network=network,
         argv=plan_argv(task, values, host, [*root.argv, *arguments]),
-        environ=plan_environ(environment, host, values, state),
+        environ=plan_environ(environment, host),
         settings=environment.settings,
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         stdout_path=task.stdout_path,
@@ -2786,6 +2795,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         command=values["command"],
         search_path=variables.get("PATH") or DEFAULT_PATH,
         mounts=plan_mount_table(values, volumes, found.sources),
+        prefix=plan_prefix(values),
         pins=tuple(pins.values()),
         credentials=found.credentials,
         copying=root.copying,
@@ -2808,6 +2818,12 @@ def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[
         *arguments,
         *(["--", *values["command"]] if values["command"] else []),  # what follows "--" is data
     )
+
+
+def plan_prefix(values: Values) -> tuple[str, ...]:
+    """nspawn's own --oom-score-adjust= fails with user namespaces: "Permission denied" (measured on 252)."""
+    score = values["oom_score_adjust"]
+    return () if score is None else ("choom", "-n", str(score), "--")
 
 
 def plan_defaults(task: TaskConfig, values: Values, mode: Mode) -> dict[str, str]:
@@ -2853,13 +2869,9 @@ def render_credentials(places: Mapping[str, str]) -> list[str]:
     return [f"--load-credential={escape_field(key)}:{place}" for key, place in places.items()]
 
 
-def plan_environ(environment: Environment, host: Host, values: Values, state: Path) -> dict[str, str]:
+def plan_environ(environment: Environment, host: Host) -> dict[str, str]:
     """Return what stands in nspawn's own environment beside what the keeper's always holds."""
     environ = dict(environment.environ)
-    if values["overlay"]:
-        environ["TMPDIR"] = (
-            f"{state}/tmp"  # where nspawn makes directories for changes, and forgets them if killed
-        )
     if host.cgroups is CgroupMode.HYBRID:
         # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
         environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
@@ -2892,11 +2904,16 @@ class Volume:
         return [f"{argument}={escape_field(self.source)}:{escape_field(self.target)}{option}"]
 
 
+def have_other_users(values: Values) -> bool:
+    """Whether the container's users are others on the host: the kernel refuses to map ids to themselves."""
+    return bool(values["user_namespacing"]) and not re.fullmatch(r"identity|0+(:.*)?", values["private_users"])
+
+
 def plan_volumes(task: TaskConfig, values: Values, host: Host, mounts: Mounts) -> list[Volume]:
     """Return the task's own directories and the volumes Nomad asks for."""
 
     def volume(source: str, target: str, read_only: bool = False) -> Volume:
-        have_idmap = values["user_namespacing"] and mounts.have_idmap(source, host.kernel)
+        have_idmap = have_other_users(values) and mounts.have_idmap(source, host.kernel)
         return Volume(source, target, read_only, have_idmap)
 
     volumes = [
@@ -2943,6 +2960,29 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
      "working_directory: there is no directory {0} in the container", False),
     (r"Failed to (?:stat|clone) (/[^:]*): No such file", "bind: there is no {0} on the host", False),
     (r"doesn't look like it has an OS tree", "image: this is no operating system tree", False),
+    (r"AmbientCapability= setting is not fully covered",
+     "ambient_capability: the container cannot have it; for CAP_NET_BIND_SERVICE set private_network or another "
+     "network of its own", False),
+    (r"Failed to mount .+ \(MS_MOVE", "pivot_root: the old root cannot be moved to where it shall go", False),
+    (r"Failed to resolve (\S+): No such file", "inaccessible: there is no {0}", False),
+    (r"Unknown or unsupported personality (\S+)\.", "personality: this kernel does not support {0}", False),
+    (r"Creating mount point for tmpfs (\S+) failed: Read-only file system",
+     'tmpfs: the image has no directory {0} to mount on; make it there, or set volatile = "overlay"', False),
+    (r"Failed to resolve user '(\S+)':", 'bind_user: there is no user "{0}" on the host', False),
+    (r"Mapping '(root|nobody)' user not supported", "bind_user: {0} cannot be brought in", False),
+    (r"Failed to make home directory",
+     "user: this user has no home directory in the image, and none can be made in it; make it there", False),
+    (r"Failed to get device (\S+): No such device", "network: there is no interface {0} on the host", False),
+    (r"Failed to add new veth interfaces \((\S+?)[:)].*File exists",
+     "network_veth_extra: there is an interface {0} on the host already", False),
+    (r"setexeccon\(.+\) failed",
+     "selinux_context: SELinux is not enabled on the host, or knows no such label", False),
+    (r"Failed to create (?:directory )?\S*/var/log/journal/.*Read-only",
+     "link_journal: the image is read-only; set volatile or ephemeral", False),
+    (r"Failed to set CPU affinity", "cpu_affinity: the host has none of these CPUs", False),
+    (r"Failed to mount overlay .+lowerdir=.+No such file", "overlay: a directory to lay over is not there", False),
+    (r"Failed to add interface (\S+) to bridge (\S+): ",
+     "network_bridge: there is no bridge {1} on the host", False),
     (r"Couldn't identify a suitable partition table or file system",
      "image: this is no disk image systemd-nspawn can read", False),
     (r"--image= requires access to the host's /run/",
@@ -3260,6 +3300,8 @@ keep() {
 			shift 3
 		done
 		shift
+		# nspawn keeps the changes of overlays in /var/tmp, and leaves them there if it is killed.
+		[ ! -d "$keeper_state/tmp" ] || mount --bind "$keeper_state/tmp" /var/tmp || exit 1
 		if mount --bind "$keeper_state/nspawn.log" /dev/kmsg; then
 			SYSTEMD_LOG_TARGET=kmsg
 			export SYSTEMD_LOG_TARGET
@@ -3351,7 +3393,7 @@ def start_shell(
     argv += ["filter" if plan.wants_filter else ""]
     for pin in plan.pins:
         argv += [pin.source.path, pin.place, f"{pin.source.device}:{pin.source.inode}"]
-    argv = [*plan.network.entry, *argv, "--", plan.argv[0], *arguments, *plan.argv[1:]]
+    argv = [*plan.network.entry, *argv, "--", *plan.prefix, plan.argv[0], *arguments, *plan.argv[1:]]
     try:
         return start_process(
             argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], pass_fds=locks
@@ -3815,8 +3857,10 @@ class Start:
             make_place(Path(pin.place), pin.source.is_directory)
         for key, place in plan_credentials(self.plan.credentials, self.directory).items():
             write_secret(Path(place), self.plan.credentials[key])
-        if "TMPDIR" in self.plan.environ:
-            Path(self.plan.environ["TMPDIR"]).mkdir()
+        if any(word.startswith("--inaccessible=") for word in self.plan.argv):
+            make_inaccessible()
+        if any(word.startswith("--overlay=") for word in self.plan.argv):
+            (self.directory / "tmp").mkdir()
         if self.plan.settings is not None:
             SETTINGS_ROOT.mkdir(parents=True, exist_ok=True)
             write_file(SETTINGS_ROOT / f"{self.plan.machine}.nspawn", self.plan.settings)
@@ -3894,6 +3938,12 @@ def make_place(path: Path, is_directory: bool) -> None:
         path.mkdir()
     else:
         path.touch()
+
+
+def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
+    """Make what nspawn hides paths with, where no systemd has made it as PID 1."""
+    (root / "dir").mkdir(mode=0o000, parents=True, exist_ok=True)
+    (root / "reg").touch(mode=0o000)
 
 
 def write_secret(path: Path, content: bytes) -> None:

@@ -242,7 +242,15 @@ NSPAWN = [
     "--help",
     "--version",
 ]
-BY_PLAN = {"--bind", "--bind-ro", "--overlay", "--overlay-ro", "--load-credential", "--set-credential"}
+BY_PLAN = {
+    "--oom-score-adjust",
+    "--bind",
+    "--bind-ro",
+    "--overlay",
+    "--overlay-ro",
+    "--load-credential",
+    "--set-credential",
+}
 
 
 def offered() -> set[str]:
@@ -712,7 +720,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "overlay",
         ["/a:/b:/c"],
-        'overlay = "/a:/b:/c": the field before the target must be empty: changes go to a temporary directory; use bind for a directory that keeps changes',
+        'overlay = "/a:/b:/c": the field before the target must be empty: changes are kept in memory; use bind for a directory that keeps changes',
     ),
     (
         "overlay",

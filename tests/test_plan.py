@@ -272,7 +272,7 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
     ({"cap_drop": ["net_raw"]}, (*BOOT, "--drop-capability=CAP_NET_RAW"), ()),
     (
         command("a", ambient_capability=["net_bind_service"]),
-        (*RUN, "--ambient-capability=CAP_NET_BIND_SERVICE"),
+        (*RUN, "--capability=CAP_NET_BIND_SERVICE", "--ambient-capability=CAP_NET_BIND_SERVICE"),
         ("a",),
     ),
     ({"no_new_privileges": True}, (*BOOT, "--no-new-privileges=yes"), ()),
@@ -289,8 +289,6 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
         (),
     ),
     ({"ulimit": [{"nproc": "100"}]}, (*BOOT, "--rlimit=RLIMIT_NPROC=100"), ()),
-    ({"oom_score_adjust": 0}, (*BOOT, "--oom-score-adjust=0"), ()),
-    ({"oom_score_adj": 500}, (*BOOT, "--oom-score-adjust=500"), ()),
     ({"cpu_affinity": "0-1,3"}, (*BOOT, "--cpu-affinity=0-1,3"), ()),
     ({"timezone": "off"}, (*BOOT, "--timezone=off"), ()),
     ({"link_journal": "try-guest"}, (*BOOT, "--link-journal=try-guest"), ()),
@@ -327,7 +325,7 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(("options", "middle", "after"), GOLDEN)
 def test_argv(options: dict[str, object], middle: tuple[str, ...], after: tuple[str, ...]) -> None:
-    have_users = any(word.startswith("--private-users=") for word in middle)
+    have_users = any(re.match("--private-users=[^i]", word) for word in middle)
     volumes = VOLUMES if have_users else [volume.removesuffix(":idmap") for volume in VOLUMES]
     expected = (*HEAD, *middle, *volumes, *(("--", *after) if after else ()))
     assert plan(options).argv == expected
@@ -376,11 +374,35 @@ def test_argv_of_a_disk_image() -> None:
             plan({option: options[option]}, host=replace(HOST, systemd=262))
 
 
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [
+        ({}, ()),
+        ({"oom_score_adjust": 0}, ("choom", "-n", "0", "--")),
+        ({"oom_score_adj": 500}, ("choom", "-n", "500", "--")),
+    ],
+)
+def test_prefix(options: dict[str, object], prefix: tuple[str, ...]) -> None:
+    assert plan(options).prefix == prefix
+
+
+@pytest.mark.parametrize(
+    ("users", "is_mapped"),
+    [("pick", True), ("65536", True), ("identity", False), ("0", False), ("0:65536", False)],
+)
+def test_ids_that_stay_the_same_are_not_mapped(users: str, is_mapped: bool) -> None:
+    argv = plan({"private_users": users}).argv
+    assert (VOLUMES[0] in argv) is is_mapped
+    assert (VOLUMES[0].removesuffix(":idmap") in argv) is not is_mapped
+
+
 def test_every_option_has_a_golden_argv() -> None:
     """Each row that becomes an argument by itself, and each alias."""
     used = {name for options, *_ in (*GOLDEN, *GOLDEN_NEW) for name in options}
     used |= {
         "ephemeral",
+        "oom_score_adjust",
+        "oom_score_adj",
         "image",
         "image_policy",
         "root_hash",
@@ -1263,6 +1285,71 @@ EXPLAINED: list[tuple[str, str, bool]] = [
     (
         "keeper: the source of a mount was exchanged: /srv/a (b) ()",
         "/srv/a (b) was exchanged for something else while the task started; it is not mounted",
+        False,
+    ),
+    (
+        "AmbientCapability= setting is not fully covered by Capability= setting.",
+        "ambient_capability: the container cannot have it; for CAP_NET_BIND_SERVICE set private_network or "
+        "another network of its own",
+        False,
+    ),
+    (
+        'Failed to mount /srv/tree (type n/a) on /tmp/nspawn-pivot-9YXP07/mnt (MS_MOVE ""): Invalid argument',
+        "pivot_root: the old root cannot be moved to where it shall go",
+        False,
+    ),
+    (
+        "Failed to resolve /srv/tree//nosuch: No such file or directory",
+        "inaccessible: there is no /srv/tree//nosuch",
+        False,
+    ),
+    (
+        "Unknown or unsupported personality 'ppc'.",
+        "personality: this kernel does not support 'ppc'",
+        False,
+    ),
+    (
+        "Creating mount point for tmpfs /srv/tree/foo failed: Read-only file system",
+        'tmpfs: the image has no directory /srv/tree/foo to mount on; make it there, or set volatile = "overlay"',
+        False,
+    ),
+    ("Failed to resolve user 'alice': No such process", 'bind_user: there is no user "alice" on the host', False),
+    ("Mapping 'root' user not supported, sorry.", "bind_user: root cannot be brought in", False),
+    ("Failed to get device eth9: No such device", "network: there is no interface eth9 on the host", False),
+    (
+        "Failed to add new veth interfaces (lo:x): File exists",
+        "network_veth_extra: there is an interface lo on the host already",
+        False,
+    ),
+    (
+        'setexeccon("a") failed: Invalid argument',
+        "selinux_context: SELinux is not enabled on the host, or knows no such label",
+        False,
+    ),
+    (
+        "Failed to create directory /srv/tree/var/log/journal/4d3159065c504da3: Read-only file system",
+        "link_journal: the image is read-only; set volatile or ephemeral",
+        False,
+    ),
+    (
+        "Failed to set CPU affinity: Invalid argument",
+        "cpu_affinity: the host has none of these CPUs",
+        False,
+    ),
+    (
+        'Failed to mount overlay (type overlay) on /srv/tree/mnt (0 "lowerdir=/srv/tree/nothere,upperdir=/var/tmp/'
+        'nspawn-temp-eMbIKI/src,workdir=/var/tmp/nspawn-temp-eMbIKI/.#src"): No such file or directory',
+        "overlay: a directory to lay over is not there",
+        False,
+    ),
+    (
+        "Failed to add interface vb-web to bridge br0: No such device",
+        "network_bridge: there is no bridge br0 on the host",
+        False,
+    ),
+    (
+        "Failed to make home directory: No such file or directory",
+        "user: this user has no home directory in the image, and none can be made in it; make it there",
         False,
     ),
     ("Failed to resolve user nouser.", 'user: there is no user "nouser" in the container', False),

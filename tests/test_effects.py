@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Options: what each does, as a program in a real container sees it; and what a job cannot do with them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import driver
+from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
+from tests.containers import Tasks, leader, make_small_image, nspawn, output
+from tests.leftovers import STATE
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def shared(driver_file: Path) -> Iterator[Plugin]:
+    with launch_like_agent(driver_file) as plugin:
+        yield plugin
+
+
+@pytest.fixture
+def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
+    with Tasks(shared, image) as made:
+        yield made
+    violations, shared.violations = shared.violations, []
+    assert not violations
+
+
+def run(tasks: Tasks, script: str, **options: Any) -> str:
+    """Run a script in a container and return what it prints; it must succeed."""
+    task, result = tasks.run(script, **options)
+    text = output(task)
+    assert result.successful, (result, text, task.logmon.stderr)
+    return text.strip()
+
+
+def refusal(tasks: Tasks, **options: Any) -> str:
+    with pytest.raises(DriverError) as caught:
+        tasks.start("true", **options)
+    return str(caught.value)
+
+
+# -- security ------------------------------------------------------------------------------------------------
+
+CAPABILITIES = {f"CAP_{name}": 1 << number for number, name in enumerate(driver.CAPABILITIES)}
+KNOWN = (1 << int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1) - 1
+
+
+def status(tasks: Tasks, field: str, **options: Any) -> str:
+    """A field of /proc/self/status inside."""
+    return run(tasks, f"sed -n 's/^{field}:\\t*//p' /proc/self/status", **options)
+
+
+def bounding_set(tasks: Tasks, **options: Any) -> int:
+    return int(status(tasks, "CapBnd", **options), 16)
+
+
+def test_capabilities(tasks: Tasks) -> None:
+    usual = bounding_set(tasks)
+    admin, raw = CAPABILITIES["CAP_NET_ADMIN"], CAPABILITIES["CAP_NET_RAW"]
+    assert usual & raw and not usual & admin
+    assert bounding_set(tasks, capability=["CAP_NET_ADMIN"]) == usual | admin
+    assert bounding_set(tasks, cap_add=["net_admin"], cap_drop=["net_raw"]) == (usual | admin) & ~raw
+    assert bounding_set(tasks, drop_capability=["all"]) == 0
+    everything = bounding_set(tasks, capability=["all"])
+    assert everything & admin and everything | usual == everything <= KNOWN
+
+
+def test_ambient_capability(tasks: Tasks) -> None:
+    options = {"ambient_capability": ["CAP_NET_BIND_SERVICE"], "user": "daemon"}
+    effective = status(tasks, "CapEff", private_network=True, **options)
+    assert int(effective, 16) == CAPABILITIES["CAP_NET_BIND_SERVICE"]
+    assert int(status(tasks, "CapEff", user="daemon"), 16) == 0
+    assert "set private_network" in refusal(tasks, **options), "the host's ports below 1024 are the host's"
+
+
+def test_no_new_privileges(tasks: Tasks) -> None:
+    assert status(tasks, "NoNewPrivs", no_new_privileges=True) == "1"
+    assert status(tasks, "NoNewPrivs") == "0"
+
+
+def test_system_call_filter(tasks: Tasks) -> None:
+    script = "chmod 700 /local && echo changed || echo refused"
+    assert run(tasks, script) == "changed"
+    assert run(tasks, script, system_call_filter=["~@chown", "~chmod", "~fchmodat", "~fchmodat2"]) == "refused"
+
+
+def test_inaccessible(tasks: Tasks) -> None:
+    script = "cat /usr/bin/id; ls /usr/lib/apt; stat -c '%A %s' /usr/bin/id; true"
+    task, _ = tasks.run(script, inaccessible=["/usr/bin/id", "/usr/lib/apt"], user="daemon")
+    assert output(task) == "---------- 0\n"
+    assert task.logmon.stderr.count(b"Permission denied") == 2
+    assert "/usr/nothing" in refusal(tasks, inaccessible=["/usr/nothing"])
+
+
+# -- program -------------------------------------------------------------------------------------------------
+
+
+def test_personality(tasks: Tasks) -> None:
+    assert run(tasks, "uname -m", personality="x86") == "i686"
+
+
+def test_suppress_sync(tasks: Tasks) -> None:
+    """fsync() of a descriptor that is not open: an error, unless nobody looks."""
+    script = "perl -e 'print syscall(74, 99)'"
+    assert run(tasks, script) == "-1"
+    assert run(tasks, script, suppress_sync=True) == "0"
+
+
+def test_notify_ready(tasks: Tasks) -> None:
+    began = time.monotonic()
+    task = tasks.start("sleep 1; exec systemd-notify --ready", notify_ready=True)
+    assert time.monotonic() - began >= 1
+    assert task.wait(30).successful
+
+
+def test_a_booted_system_says_when_it_is_ready(tasks: Tasks) -> None:
+    task = tasks.boot(notify_ready=True)
+    assert "multi-user.target" in task.logmon.stdout.decode()
+
+
+def test_never_ready_but_ended(tasks: Tasks) -> None:
+    text = refusal(tasks, command=["/bin/sh", "-c", "exit 3"], notify_ready=True)
+    assert "status 3" in text
+
+
+SECRET = "s3cret\nwith 'quotes', \\ and $\t\x01 é"
+
+
+def test_credentials(tasks: Tasks, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)))
+    task = tasks.make(
+        "cd $CREDENTIALS_DIRECTORY; cat a.b; echo; od -An -tx1 -v file | tr -d ' \\n'; echo; cat own; sleep 5",
+        set_credential=[{"a.b": SECRET.replace("${", "$${")}],
+        load_credential=[{"file": str(tmp_path / "file"), "own": "secrets/own"}],
+    )
+    task.prestart()
+    secret = Path(task.allocation.dir, "task/secrets/own")
+    secret.write_text("mine\n")
+    task.start()
+    task.logmon.wait_for("mine")
+    assert task.logmon.stdout.decode() == f"{SECRET}\n{bytes(range(256)).hex()}\nmine\n"
+    assert "s3cret" not in Path(f"/proc/{nspawn(task)}/cmdline").read_text()
+    found = subprocess.run(["grep", "-rl", "s3cret", STATE], stdout=subprocess.PIPE, check=False).stdout
+    assert found == b"", "nothing of it stays on the host"
+
+
+def test_credentials_are_files(tasks: Tasks, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "."):
+        assert "must be a file" in refusal(tasks, load_credential=[{"x": str(tmp_path / name)}])
+    (tmp_path / "large").write_bytes(b"x" * ((1 << 20) + 1))
+    assert "1 MiB" in refusal(tasks, load_credential=[{"x": str(tmp_path / "large")}])
+
+
+# -- users and resources -------------------------------------------------------------------------------------
+
+
+def test_private_users(tasks: Tasks) -> None:
+    for users, expected in (("1000000:65536", ["1000000", "65536"]), ("identity", ["0", "65536"])):
+        shown = run(
+            tasks, "cat /proc/self/uid_map; touch /local/file; stat -c %U /local /secrets", private_users=users
+        )
+        assert shown.split()[1:3] == expected
+    assert run(tasks, "cat /proc/self/uid_map", private_users="no").split() == ["0", "0", "4294967295"]
+
+
+def test_user_namespaces_by_the_operators_choice(driver_file: Path, image: Path) -> None:
+    with launch_like_agent(driver_file, "user_namespacing = false") as plugin, Tasks(plugin, image) as tasks:
+        assert run(tasks, "cat /proc/self/uid_map").split()[1] == "0"
+        assert run(tasks, "cat /proc/self/uid_map", user_namespacing=True).split()[1] != "0"
+
+
+def test_rlimit(tasks: Tasks) -> None:
+    script = "ulimit -Sn; ulimit -Hn; ulimit -c"
+    assert run(tasks, script, rlimit=[{"nofile": "1024:2048", "core": "infinity"}]).split() == [
+        "1024",
+        "2048",
+        "unlimited",
+    ]
+
+
+def test_oom_score(tasks: Tasks) -> None:
+    assert run(tasks, "cat /proc/self/oom_score_adj", oom_score_adj=500) == "500"
+    assert run(tasks, "cat /proc/self/oom_score_adj", oom_score_adj=500, user_namespacing=False) == "500"
+
+
+def test_cpu_affinity(tasks: Tasks) -> None:
+    assert status(tasks, "Cpus_allowed_list", cpu_affinity="0") == "0"
+
+
+# -- names and networks --------------------------------------------------------------------------------------
+
+
+def test_hostname(tasks: Tasks) -> None:
+    assert run(tasks, "cat /proc/sys/kernel/hostname", hostname="web1.example") == "web1.example"
+
+
+def interfaces(tasks: Tasks, **options: Any) -> set[str]:
+    return set(run(tasks, "tail -n +3 /proc/net/dev | cut -d: -f1", **options).split())
+
+
+def test_networks(tasks: Tasks) -> None:
+    assert interfaces(tasks, network_veth=None) == {"lo", "host0"}
+    assert interfaces(tasks, network_veth=None, private_network=True) == {"lo"}
+    assert interfaces(tasks, network_veth=None, network_zone="nspawn-tst") == {"lo", "host0"}
+    assert interfaces(tasks, network_veth=None, network_veth_extra=["vx-tst:eth7"]) == {"lo", "eth7"}
+
+
+def test_timezone(tasks: Tasks, image: Path) -> None:
+    assert run(tasks, "readlink /etc/localtime", timezone="off") == os.readlink(image / "etc/localtime")
+    options = {"timezone": "delete", "volatile": "overlay", "user_namespacing": False}
+    assert run(tasks, "test -L /etc/localtime || echo gone", **options) == "gone"
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def test_tmpfs(tasks: Tasks) -> None:
+    script = "stat -f -c '%T %b %S' /mnt; stat -c %a /mnt; echo x >/mnt/x && cat /mnt/x"
+    kind, blocks, size, mode, text = run(tasks, script, tmpfs=["/mnt:size=1M,mode=700"]).split()
+    assert (kind, int(blocks) * int(size), mode, text) == ("tmpfs", 1 << 20, "700", "x")
+
+
+@pytest.mark.parametrize("namespacing", [True, False])
+def test_overlay(tasks: Tasks, tmp_path: Path, namespacing: bool) -> None:
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "lower/file").write_text("below")
+    (tmp_path / "lower/file").chmod(0o666)
+    options = {"overlay": [f"{tmp_path}/lower::/mnt"], "user_namespacing": namespacing}
+    assert run(tasks, "cat /mnt/file; echo above >/mnt/file; cat /mnt/file", **options) == "belowabove"
+    assert (tmp_path / "lower/file").read_text() == "below"
+
+
+def test_overlay_of_the_image(tasks: Tasks) -> None:
+    script = "echo changed >/etc/hostname; cat /etc/hostname; ls /etc/passwd"
+    assert run(tasks, script, overlay=["+/etc::/etc"], user_namespacing=False).split() == [
+        "changed",
+        "/etc/passwd",
+    ]
+
+
+def test_overlay_read_only(tasks: Tasks, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same").write_text(name)
+        (tmp_path / name / name).touch()
+    options = {"overlay_read_only": [f"{tmp_path}/a:{tmp_path}/b:/mnt"]}
+    script = "ls /mnt; cat /mnt/same; touch /mnt/new 2>/dev/null || echo read-only"
+    assert run(tasks, script, **options).split() == ["a", "b", "same", "bread-only"]
+
+
+def test_pivot_root(tasks: Tasks, image: Path, tmp_path: Path) -> None:
+    make_small_image(image, tmp_path / "tree/sysroot", ("dash", "ls"))
+    (tmp_path / "tree/usr").mkdir()
+    options = {"image": str(tmp_path / "tree"), "pivot_root": "/sysroot", "read_only": None}
+    assert run(tasks, "ls -d /usr/bin/ls /sysroot 2>/dev/null || true", **options) == "/usr/bin/ls"
+
+
+def prepared(tasks: Tasks, script: str, **options: Any) -> tuple[Task, Path]:
+    """A task whose directories are there, and the path of its own one."""
+    task = tasks.make(script, **options)
+    task.prestart()
+    return task, Path(task.allocation.dir, "task")
+
+
+def test_bind(tasks: Tasks, image: Path, tmp_path: Path) -> None:
+    """Every way to say it, with names that nspawn would take for something else."""
+    make_small_image(image, tmp_path / "image", ("dash", "cat", "id"))
+    odd = tmp_path / "a:b\\c, d\ne"
+    odd.mkdir()
+    (odd / "file").write_text("odd")
+    (tmp_path / "link").symlink_to(odd)
+    task, own = prepared(
+        tasks,
+        "cat '/mnt/x:y/file' /mnt/l/file; cat /mnt/own/file; cat /mnt/one; echo w >/mnt/own/new; id -u",
+        image=str(tmp_path / "image"),
+        read_only=None,
+        bind=[{str(odd): "/mnt/x:y", str(tmp_path / "link"): "/mnt/l", "local/dir": "/mnt/own:idmap"}],
+        bind_read_only=[{"alloc/data/one": "/mnt/one"}],
+    )
+    (own / "local/dir").mkdir()
+    (own / "local/dir/file").write_text("own")
+    data = own.parent / "alloc/data"
+    data.mkdir(exist_ok=True)
+    (data / "one").write_text("one")
+    task.start()
+    assert task.wait(30).successful
+    assert output(task) == "oddoddownone0\n"
+    assert (own / "local/dir/new").stat().st_uid == 0
+
+
+def test_bind_idmap(tasks: Tasks, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir(mode=0o700)
+    script = "touch /mnt/x 2>/dev/null && echo written || echo refused"
+    assert run(tasks, script, bind=[{f"{tmp_path}/private": "/mnt"}]) == "refused"
+    assert run(tasks, script, bind=[{f"{tmp_path}/private": "/mnt:norbind,idmap"}]) == "written"
+
+
+def test_bind_read_only(tasks: Tasks, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    script = "touch /mnt/x 2>/dev/null && echo written || echo refused"
+    assert run(tasks, script, bind_read_only=[{str(tmp_path): "/mnt"}]) == "refused"
+    assert run(tasks, script, bind=[{str(tmp_path): "/mnt"}]) == "written"
+
+
+# -- what a job cannot do ------------------------------------------------------------------------------------
+
+
+def test_sources_in_the_tasks_directories_do_not_lead_out(tasks: Tasks, tmp_path: Path) -> None:
+    task, own = prepared(tasks, "true", bind=[{"local/link": "/mnt"}])
+    (own / "local/link").symlink_to("/etc")
+    with pytest.raises(DriverError, match="leads out of the task's directories"):
+        task.start()
+
+
+@pytest.mark.parametrize("name", ["alloc", "alloc/logs", "local/logs", "alloc/./logs/../logs"])
+def test_log_pipes_are_out_of_reach(tasks: Tasks, name: str) -> None:
+    task, own = prepared(tasks, "true", bind=[{name: "/mnt:idmap"}])
+    (own / "local/logs").symlink_to(own.parent / "alloc/logs")
+    with pytest.raises(DriverError, match=r"log pipes|\.\."):
+        task.start()
+
+
+@pytest.mark.parametrize("command", ["bind", "load_credential"])
+def test_source_that_is_exchanged_all_the_time(tasks: Tasks, tmp_path: Path, command: str) -> None:
+    """Whoever writes to the directory swaps it with a link to another place: it is mounted, or nothing is."""
+    forbidden = tmp_path / "forbidden"
+    forbidden.mkdir()
+    (forbidden / "file").write_text("forbidden")
+    allocation = Allocation()
+    data = allocation.dir / "alloc/data"
+    (data / "dir").mkdir()
+    (data / "dir/file").write_text("allowed")
+    (data / "link").symlink_to(forbidden)
+    stop = threading.Event()
+    swapper = threading.Thread(target=swap, args=(data / "dir", data / "link", stop))
+    swapper.start()
+    seen = set()
+    try:
+        for number in range(25):
+            options: dict[str, Any] = {"bind": [{"alloc/data/dir": "/mnt:idmap"}]}
+            script = "cat /mnt/file"
+            if command == "load_credential":
+                options = {"load_credential": [{"x": "alloc/data/dir/file"}]}
+                script = "cat $CREDENTIALS_DIRECTORY/x"
+            with contextlib.suppress(DriverError):
+                task, _ = tasks.run(script, name=f"task{number}", allocation=allocation, **options)
+                seen.add(output(task))
+    finally:
+        stop.set()
+        swapper.join()
+    assert seen <= {"allowed"}
+
+
+def swap(first: Path, second: Path, stop: threading.Event) -> None:
+    third = first.with_name("third")
+    while not stop.is_set():
+        os.rename(first, third)
+        os.rename(second, first)
+        os.rename(first, second)
+        os.rename(third, first)
+
+
+@pytest.fixture(scope="module")
+def hardened(driver_file: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tasks]:
+    """Tasks on a client whose operator allows next to nothing."""
+    allowed = tmp_path_factory.mktemp("allowed")
+    allowed.chmod(0o755)
+    config = f"""
+        allow       = []
+        allow_caps  = ["net_admin"]
+        allow_paths = ["{allowed}"]
+        image_dir   = "{image.parent}"
+    """
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
+        tasks.allowed = allowed  # type: ignore[attr-defined]
+        yield tasks
+    assert not plugin.violations
+
+
+def test_hardened_client_runs_ordinary_jobs(hardened: Tasks, image: Path) -> None:
+    options = {"network_veth": None, "private_network": True}
+    assert run(hardened, "id -u", **options) == "0"
+    assert run(hardened, "id -u", image=image.name, capability=["net_admin"], **options) == "0"
+    allowed = hardened.allowed  # type: ignore[attr-defined]
+    (allowed / "file").write_text("allowed")
+    assert run(hardened, "cat /mnt/file", bind=[{str(allowed): "/mnt"}], **options) == "allowed"
+    task, own = prepared(hardened, "cat /dev/x", bind_read_only=[{"secrets/x": "/dev/x"}], **options)
+    (own / "secrets/x").write_text("own")
+    task.start()
+    task.wait(30)
+    assert output(task) == "own"
+
+
+FORBIDDEN = [
+    ({"network_veth": False}, "network_veth = false"),
+    ({"network_interface": ["eth0"]}, "network_interface"),
+    ({"network_bridge": "br0"}, "network_bridge"),
+    ({"network_macvlan": ["eth0"]}, "network_macvlan"),
+    ({"user_namespacing": False}, "user_namespacing = false"),
+    ({"private_users": "0"}, "private_users"),
+    ({"private_users": "identity"}, "private_users"),
+    ({"bind_user": ["root"]}, "bind_user"),
+    ({"capability": ["all"]}, "capability"),
+    ({"cap_add": ["sys_admin"]}, "CAP_SYS_ADMIN"),
+    ({"ambient_capability": ["sys_ptrace"]}, "CAP_SYS_PTRACE"),
+    ({"system_call_filter": ["@module"]}, "system_call_filter"),
+    ({"bind": [{"/": "/host"}]}, "allow this path"),
+    ({"bind": [{"/etc": "/mnt"}]}, "allow this path"),
+    ({"bind_read_only": [{"/etc/shadow": "/mnt"}]}, "allow this path"),
+    ({"bind": [{"/dev/zero": "/mnt"}]}, "allow this path"),
+    ({"bind": [{"/proc/self/root": "/mnt"}]}, "allow this path"),
+    ({"overlay": ["/etc::/mnt"]}, "allow this path"),
+    ({"overlay_read_only": ["/etc:/root:/mnt"]}, "allow this path"),
+    ({"load_credential": [{"x": "/etc/shadow"}]}, "allow this path"),
+    ({"image": "/", "ephemeral": True}, "allow this path"),
+    ({"image": "/usr/.."}, "allow this path|own root"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), FORBIDDEN, ids=lambda value: str(value)[:40])
+def test_hardened_client_refuses(hardened: Tasks, options: dict[str, Any], said: str) -> None:
+    settings = {"network_veth": None, "read_only": None, **options}
+    with pytest.raises(DriverError, match=said) as caught:
+        hardened.start("true", **settings)
+    assert "operator" in str(caught.value) or "own root" in str(caught.value)
+
+
+def test_links_in_allowed_directories_lead_nowhere(hardened: Tasks) -> None:
+    allowed = hardened.allowed  # type: ignore[attr-defined]
+    (allowed / "link").symlink_to("/etc")
+    for path in (f"{allowed}/link", f"{allowed}/link/shadow", f"{allowed}/../../../etc", f"{allowed}-other"):
+        with pytest.raises(DriverError, match=r"does not allow this path|cannot be used"):
+            hardened.start("true", private_network=True, network_veth=None, bind=[{path: "/mnt"}])
+
+
+def test_devices_are_the_operators(driver_file: Path, image: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/dev/zero")
+    os.mknod(tmp_path / "null", 0o20666, os.makedev(1, 3))
+    config = 'allow = ["host_network"]'
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
+        for path in ("/dev/zero", f"{tmp_path}/link", f"{tmp_path}/null", "/dev/shm", "/dev"):
+            assert 'allow = ["devices"]' in refusal(tasks, bind=[{path: "/mnt"}])
+    config = 'allow = ["host_network", "devices"]'
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
+        assert run(tasks, "head -c 3 /dev/z | od -An -tx1", bind=[{"/dev/zero": "/dev/z"}]) == "00 00 00"
+
+
+def test_disk_images_are_the_operators(driver_file: Path, image: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"\0" * 4096)
+    config = 'allow = ["host_network"]'
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
+        assert 'allow = ["disk_images"]' in refusal(tasks, image=str(disk), read_only=None)
+    config += f'\nimage_dir = "{tmp_path}"'
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
+        assert "disk_images" not in refusal(tasks, image="disk", read_only=None), "the operator's own"
+
+
+def test_without_volumes_nothing_of_the_host(driver_file: Path, image: Path) -> None:
+    config = f'volumes = false\nimage_dir = "{image.parent}"'
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
+        for options in ({"bind": [{"/srv": "/mnt"}]}, {"overlay": ["/srv::/mnt"]},
+                        {"load_credential": [{"x": "/etc/hostname"}]}, {"image": "/srv"}):  # fmt: skip
+            assert "volumes = false" in refusal(tasks, **options) or options.get("image")
+        assert run(tasks, "ls -d /mnt", bind=[{"local": "/mnt"}]) == "/mnt"
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ('allow = ["everything"]', 'allow = "everything": must be one of host_network'),
+        ('allow_paths = ["srv"]', 'allow_paths = "srv": must be an absolute path'),
+        ('allow_caps = ["root"]', 'allow_caps = "root": is no capability'),
+        ('image_dir = "images"', 'image_dir = "images": must be an absolute path'),
+    ],
+)
+def test_bad_plugin_block_stops_the_agent_with_a_sentence(driver_file: Path, block: str, said: str) -> None:
+    with pytest.raises(DriverError) as caught, launch_like_agent(driver_file, block):
+        pass
+    assert said in str(caught.value)
+
+
+def test_a_leading_dash_is_data(tasks: Tasks) -> None:
+    task, result = tasks.run(["--boot", "--bind=/:/host"])
+    assert not result.successful
+    assert not Path(f"/proc/{leader(task)}").exists()
+    assert "--boot" in result.err
+
+
+def test_task_user(tasks: Tasks) -> None:
+    assert run(tasks, "id -un", user="daemon") == "daemon"
+    assert run(tasks, "id -un", user="daemon", options={"user": "bin"}) == "bin"
+    assert "no home directory" in refusal(tasks, user="www-data")
+
+
+def test_nothing_is_left_of_what_options_make(tasks: Tasks, tmp_path: Path) -> None:
+    task = tasks.start(
+        "sleep 60",
+        bind=[{str(tmp_path): "/mnt"}],
+        overlay=["+/etc::/etc"],
+        set_credential=[{"a": "b"}],
+        tmpfs=["/srv"],
+    )
+    os.kill(nspawn(task), 9)
+    task.wait(30)
+    task.destroy()
+    assert not [path for path in Path("/var/tmp").iterdir() if "nspawn" in path.name]
+    shutil.rmtree(tmp_path)
