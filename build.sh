@@ -128,7 +128,8 @@ prepare_host() {
 	[ "$(id -u)" = 0 ] || die "containers need root: run this command as root"
 	missing=
 	for need in python3:python3 systemd-nspawn:systemd-container mmdebstrap:mmdebstrap nft:nftables ip:iproute2 \
-		ps:procps unshare:util-linux setpriv:util-linux; do
+		ps:procps unshare:util-linux setpriv:util-linux mke2fs:e2fsprogs qemu-system-x86_64:qemu-system-x86 \
+		qemu-img:qemu-utils; do
 		command -v "${need%:*}" >/dev/null || missing="$missing ${need#*:}"
 	done
 	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"

@@ -55,9 +55,13 @@ def mounts(alloc_id: str) -> Iterator[str]:
 
 
 def cgroups(alloc_id: str) -> Iterator[str]:
+    """Cgroups of the allocation but for the one that the agent makes for each task where there is only v2."""
     for hierarchy in (CGROUPS, CGROUPS / "unified", CGROUPS / "systemd"):
         for folder, names, _ in os.walk(hierarchy / "nomad.slice"):  # others come and go meanwhile: no glob
-            yield from (f"{folder}/{name}" for name in names if alloc_id in name)
+            for name in names:
+                is_agents = hierarchy == CGROUPS and alloc_id in name
+                if alloc_id in f"{folder}/{name}" and not is_agents:
+                    yield f"{folder}/{name}"
 
 
 def files(alloc_id: str) -> Iterator[str]:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Parts of these tests on other hosts than this machine: see tests/hosts.py.
+
+A row says which tests run on which kind of host; they are ordinary test files, and run on this machine too where
+it has what they need. What fails in a host is this file's failure, with all its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import ARCHITECTURE, SYSTEMD, Container, Host, Machine, make_snapshot, make_tree, open_host
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]  # the first run makes the images
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Tests for a kind of host."""
+
+    kind: str  # container or machine
+    tests: tuple[str, ...]  # pytest's arguments
+    suites: tuple[str, ...] = tuple(SYSTEMD)
+    timeout: float = 600
+
+
+# The whole life of tasks on other systemds than this machine's; what systemd and its daemons have to do with them;
+# and in a machine of its own only what a container does not have.
+PARTS = (
+    Part("container", ("tests/test_task.py",), suites=("trixie", "sid")),
+    Part("container", ("tests/test_recover.py", "tests/test_logs.py"), suites=("trixie", "sid")),
+    Part("machine", ("tests/test_host.py",)),
+)
+
+
+def rows(kind: str) -> list[object]:
+    return [
+        pytest.param(suite, part, id=f"{suite}-{' '.join(part.tests).replace('tests/test_', '')}")
+        for suite in SYSTEMD
+        for part in PARTS
+        if part.kind == kind and suite in part.suites
+    ]
+
+
+class Hosts:
+    """Keeps one host at a time: the rows are sorted by release."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.suite = kind, ""
+        self.opened: object = None
+
+    def get(self, suite: str) -> Host:
+        if suite != self.suite:
+            self.close()
+            self.context = open_host(self.kind, suite)
+            self.host = self.context.__enter__()
+            self.suite = suite
+        return self.host
+
+    def close(self) -> None:
+        if self.suite:
+            self.suite = ""
+            self.context.__exit__(None, None, None)
+
+
+def want_image(suite: str, kind: str) -> None:
+    """Make what is missing. Sid is what it is today: when it cannot be made, that is no fault of this checkout."""
+    try:
+        if kind == "machine":
+            make_snapshot(suite)
+        else:
+            make_tree(suite)
+    except Exception as error:
+        if suite != "sid":
+            raise
+        pytest.skip(f"Debian sid cannot be made into a host today, so the newest systemd was NOT tested: {error}")
+
+
+@pytest.fixture(scope="module")
+def containers() -> Iterator[Hosts]:
+    hosts = Hosts("container")
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Hosts]:
+    if ARCHITECTURE != "amd64":
+        pytest.skip(f"virtual machines are made for x86_64 only, so nothing is tested in one on {ARCHITECTURE}")
+    hosts = Hosts("machine")
+    yield hosts
+    hosts.close()
+
+
+def run_part(host: Host, part: Part) -> None:
+    result = host.pytest(*part.tests, "--timeout=300", timeout=part.timeout)
+    print(result.output)
+    assert result.code == 0, f"in {host}: {'it took too long' if result.code is None else result.code}"
+
+
+@pytest.mark.parametrize("suite, part", rows("container"))
+def test_in_container(driver_file: Path, containers: Hosts, suite: str, part: Part) -> None:
+    want_image(suite, "container")
+    run_part(containers.get(suite), part)
+
+
+@pytest.mark.parametrize("suite, part", rows("machine"))
+def test_in_machine(driver_file: Path, machines: Hosts, suite: str, part: Part) -> None:
+    want_image(suite, "machine")
+    run_part(machines.get(suite), part)
+
+
+# -- the hosts themselves ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["container", "machine"])
+@pytest.mark.parametrize("suite", SYSTEMD)
+def test_host_is_what_it_says(request: pytest.FixtureRequest, kind: str, suite: str) -> None:
+    want_image(suite, kind)
+    host: Host = request.getfixturevalue(f"{kind}s").get(suite)
+    assert isinstance(host, Container if kind == "container" else Machine)
+    assert host.check("systemctl is-system-running").strip() == "running", host.check("systemctl --failed")
+    version = host.check("systemctl --version").split()[1]
+    assert SYSTEMD[suite] in (0, int(version.partition(".")[0]))
+    controllers = host.check("cat /sys/fs/cgroup/cgroup.controllers").split()
+    if kind == "machine":
+        assert {"cpu", "cpuset", "io", "memory", "pids"} <= set(controllers)
+    assert "tasks can run here" in host.check("/checkout/nomad-driver-nspawn check")
+
+
+def test_output_and_exit_code_come_back(containers: Hosts) -> None:
+    host = containers.get("bookworm")
+    result = host.sh("echo out; echo err >&2; exit 7")
+    assert (result.code, result.output) == (7, "out\nerr\n")
+    assert host.sh("sleep 60", timeout=0.5).code is None
+
+
+def test_a_failing_and_a_skipped_test_in_a_host_are_failures(containers: Hosts) -> None:
+    host = containers.get("bookworm")
+    for body in ("assert False", "import pytest; pytest.skip('no')"):
+        host.check(f"echo 'def test_it():\n    {body}' > /tmp/test_made_up.py")
+        assert host.pytest("-c/dev/null", "-p", "tests.conftest", "/tmp/test_made_up.py", timeout=60).code == 1
+    host.check("echo 'def test_it(): pass' > /tmp/test_made_up.py")
+    assert host.pytest("-c/dev/null", "-p", "tests.conftest", "/tmp/test_made_up.py", timeout=60).code == 0
+
+
+def test_images_are_not_changed_by_hosts(containers: Hosts) -> None:
+    """Everything a host writes is gone with it."""
+    tree = make_tree("bookworm")
+    containers.get("bookworm").check("touch /usr/changed /etc/changed /root/changed")
+    assert not any((tree / place / "changed").exists() for place in ("usr", "etc", "root"))
