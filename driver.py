@@ -2985,7 +2985,7 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
      "network_bridge: there is no bridge {1} on the host", False),
     (r"Couldn't identify a suitable partition table or file system",
      "image: this is no disk image systemd-nspawn can read", False),
-    (r"--image= requires access to the host's /run/",
+    (r"--image= requires (?:access to the host's /run/|that systemd-udevd is)",  # before 262, and 262
      "image: disk images need systemd-udevd on the host; use a directory", False),
     (r"Failed to set up ID mapped mounts|ID mapped mounts are apparently not available",
      "user_namespacing: the image's file system cannot be mapped; set user_namespacing = false", False),
@@ -3757,6 +3757,7 @@ def remove_stale_locks(image: Path | None) -> None:
         places += [
             image.parent.glob(f".#{name}.lck"),
             image.parent.glob(f".#.#machine.{name}{'[0-9a-f]' * 16}.lck"),
+            image.parent.glob(f".#.#snapshot.{name}{'[0-9a-f]' * 16}.lck"),  # systemd 262
         ]
     for path in itertools.chain(*places):
         with contextlib.suppress(OSError), open(path, "r+b") as file:
