@@ -385,6 +385,19 @@ def open_user_namespace(base: int, count: int) -> int:
         return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
+async def run_tool(argv: Sequence[str]) -> str:
+    """Run a short tool without blocking and return what it prints, "" when it is missing."""
+    environ = {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}
+    with open(os.memfd_create(argv[0]), "w+b") as output, open(os.devnull, "r+b") as null:
+        with contextlib.suppress(OSError):
+            process = start_process(
+                argv, environ=environ, stdin=null.fileno(), stdout=output.fileno(), stderr=null.fileno()
+            )
+            await process.wait()
+        output.seek(0)
+        return output.read().decode(errors="replace")
+
+
 def read_text(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
@@ -867,6 +880,30 @@ def are_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
     return value
 
 
+def is_duration(name: str, value: str) -> float:
+    """Return the seconds of a duration as Nomad's jobs have it: `500ms`, `2s`, `1m`."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)", value, re.ASCII)
+    if not match:
+        raise ConfigError(name, value, "must be a duration such as 500ms, 5s or 1m")
+    return float(match[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+def are_extra_hosts(name: str, value: Sequence[str]) -> Sequence[str]:
+    for item in value:
+        host, _, address = item.partition(":")
+        if not (re.fullmatch(HOSTNAME, host) and is_address(address)):
+            raise ConfigError(name, item, "must be NAME:ADDRESS, as in db:192.0.2.7 or db:2001:db8::7")
+    return value
+
+
+def is_address(text: str) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            socket.inet_pton(family, text)
+            return True
+    return False
+
+
 def are_variables(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for key in value:
         if not VARIABLE.fullmatch(key):
@@ -1199,6 +1236,13 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            "The name of the host inside; the machine's name when unset.",
            '"web1"', check=matches(HOSTNAME, "must be a host name of up to 64 letters, digits, dashes and dots"),
            argument="--hostname"),
+    Option("extra_hosts", Kind.STRINGS,
+           "Lines for `/etc/hosts`, beside the image's own: `NAME:ADDRESS`.",
+           '["db:192.0.2.7"]', default=(), check=are_extra_hosts),
+    Option("address_timeout", Kind.STRING,
+           "How long the start waits for the container's address; `0s` when unset. Only services with "
+           '`address_mode = "driver"` need it: Nomad cannot be told later.',
+           '"10s"', check=is_duration),
     Option("resolv_conf", Kind.STRING,
            "How `/etc/resolv.conf` inside the container is made.",
            '"copy-host"', choices=any_of(*RESOLV_CONF), argument="--resolv-conf"),
@@ -1423,6 +1467,7 @@ def settle_values(values: Values, config: Values, *, is_in_group: bool = False) 
     if values["network_veth"] is None:
         values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
     if is_in_group:  # its network is Nomad's, with the ports; the Go driver's jobs leave network_veth at true
+        check_group_options(values)
         values |= {"network_veth": False, "ports": ()}
     return values
 
@@ -1437,6 +1482,16 @@ OWN_NETWORK = (
     "network_ipvlan",
     "network_interface",
 )
+
+
+def check_group_options(values: Values) -> None:
+    """Refuse what would be a second network, or a second mapping of ports, beside the group's."""
+    for name in ("port_map", *OWN_NETWORK):
+        if values[name]:
+            remedy = "leave it out, or the group's network block"
+            if name == "port_map":
+                remedy = "write `to = PORT` into the port's block of the group's network"
+            raise ConfigError(name, values[name], "cannot be combined with the network of the group", remedy)
 
 
 def have_own_network(values: Values) -> bool:
@@ -2003,10 +2058,53 @@ exec "$@" 2>&4 4>&-
 """
 
 
+class NetworkMode(enum.Enum):
+    """Where the container's network comes from."""
+
+    HOST = "host"
+    NONE = "none"  # a namespace with nothing but loopback in it
+    GROUP = "group"
+    VETH = "veth"  # a link to the host, which gives out addresses on it
+    BRIDGE = "bridge"  # on a network that somebody else looks after
+    INTERFACE = "interface"  # the same, without a link to the host
+
+    @classmethod
+    def of(cls, group: GroupNetwork, values: Values) -> NetworkMode:
+        if group.namespace:
+            return cls.GROUP
+        for mode, names in MODE_OPTIONS.items():
+            if any(values[name] for name in names):
+                return mode
+        return cls.HOST
+
+    @property
+    def has_address(self) -> bool:
+        """Whether the container is to get an address of its own after it has started."""
+        return self in (NetworkMode.VETH, NetworkMode.BRIDGE, NetworkMode.INTERFACE)
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether other machines can reach the container's own address."""
+        return self in (NetworkMode.BRIDGE, NetworkMode.INTERFACE)
+
+
+# The first that is set counts: addresses of a LAN before those that are for this host alone.
+MODE_OPTIONS = {
+    NetworkMode.BRIDGE: ("network_bridge",),
+    NetworkMode.INTERFACE: ("network_macvlan", "network_ipvlan", "network_interface"),
+    NetworkMode.VETH: ("network_zone", "network_veth"),
+    NetworkMode.NONE: ("private_network", "network_veth_extra"),
+}
+
+
 @dataclass(frozen=True)
 class NetworkPlan:
     """How one container gets its network."""
 
+    mode: NetworkMode = NetworkMode.HOST
+    zone: str = ""
+    address_timeout: float = 0.0  # seconds
+    ports: Mapping[str, Port] = field(default_factory=dict)  # those that nspawn maps, by label
     values: Mapping[str, Any] = field(default_factory=dict)  # options as they are to be rendered
     entry: tuple[str, ...] = ()  # what starts the keeper in another network namespace
     argv: tuple[str, ...] = ()  # of nspawn
@@ -2021,35 +2119,31 @@ class NetworkPlan:
 
 
 def plan_network(group: GroupNetwork, values: Values, names: Names, machine: str) -> NetworkPlan:
-    """Return the network of a task. A group's namespace stands above the default of network_veth."""
+    """Return the network of a task."""
     files = plan_name_files(group, values, names, machine)
     network = NetworkPlan(
+        mode=NetworkMode.of(group, values),
+        address_timeout=values["address_timeout"] or 0.0,
+        zone=values["network_zone"] or "",
         values={"resolv_conf": "off"} if "/etc/resolv.conf" in files else {},
         files=files,
         mount_files=tuple(place_in_image(values, path) for path in files if is_read_only(values)),
         notes=tuple(explain_dns(group, values, files)),
     )
     if group.namespace:
-        check_group_options(values)
         set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if values["user_namespacing"] else ()
         entry = ("nsenter", f"--net={group.namespace}", "--", *set_up)
-        return replace(network, values={**network.values, "network_veth": False}, entry=entry)
+        return replace(network, entry=entry)
     ports = {label: find_port(group, "ports", label, label) for label in values["ports"]}
     for label, to in values["port_map"].items():
         ports[label] = replace(find_port(group, f"port_map.{label}", label, to), to=to)
     return replace(
         network,
+        ports=ports,
         argv=tuple(argument for port in ports.values() for argument in render_port(port)),
         environ=plan_port_environ(ports),
         notes=(*network.notes, *(note for label, port in ports.items() for note in explain_port(label, port))),
     )
-
-
-def check_group_options(values: Values) -> None:
-    """Refuse what would be a second network, or a second mapping of ports, beside the group's."""
-    for name, remedy in (("port_map", "write `to = PORT` into the port's block of the group's network"),):
-        if values[name]:
-            raise ConfigError(name, values[name], "cannot be combined with the network of the group", remedy)
 
 
 def find_port(group: GroupNetwork, option: str, label: str, shown: object) -> Port:
@@ -2082,6 +2176,43 @@ def explain_port(label: str, port: Port) -> Iterator[str]:
         )
 
 
+NO_ADDRESS = "The container has no address after {limit:g} s: "
+
+
+def explain_no_address(mode: NetworkMode, is_booted: bool, have_networkd: bool) -> str:
+    """Say what may be missing when a container gets no address."""
+    if mode is NetworkMode.VETH and not have_networkd:
+        return (
+            "systemd-networkd, which gives out addresses on the host's end of its link, does not run on this host "
+            "(systemctl enable --now systemd-networkd); or use bridge mode, or network_veth = false."
+        )
+    if not is_booted:
+        return "a command has no DHCP client beside it; use bridge mode, network_veth = false, or boot = true."
+    if mode is NetworkMode.VETH:
+        return "is a DHCP client, such as systemd-networkd, enabled in the image?"
+    return "is a DHCP client enabled in the image, and does a DHCP server answer on that network?"
+
+
+NETWORKD_CGROUP = "system.slice/systemd-networkd.service"
+
+
+def have_networkd() -> bool:
+    """Whether systemd-networkd runs: a service's cgroup is there as long as it has processes."""
+    return any(Path("/sys/fs/cgroup", root, NETWORKD_CGROUP).exists() for root in ("", "unified", "systemd"))
+
+
+# Elements of nspawn's map in nftables, `6 . 8080 : 10.0.0.2 . 80`, and its rules where it uses iptables: before
+# 259, on kernels without nftables.
+NAT_ELEMENT = re.compile(r"\S+ \. (\d+) : [0-9a-f.:]+ \. (\d+)")
+NAT_RULE = re.compile(r"-A ((?:PREROUTING|OUTPUT) .*--dport (\d+) .*-j DNAT --to-destination \S+:(\d+))")
+
+
+def find_port_maps(text: str, pattern: re.Pattern[str], ports: Sequence[tuple[int, int]]) -> list[str]:
+    """Return the elements or rules that map one of `ports`, pairs of a port of the host and one inside."""
+    found = [(match[0], match.groups()[-2:]) for match in pattern.finditer(text)]
+    return [whole for whole, (host, inside) in found if (int(host), int(inside)) in ports]
+
+
 def plan_name_files(group: GroupNetwork, values: Values, names: Names, machine: str) -> dict[str, str]:
     """Return the texts of /etc/resolv.conf and /etc/hosts where they are the driver's to make: in a group's
     network, which the image cannot know, and for a dns block. What the job mounts there itself stays."""
@@ -2089,14 +2220,20 @@ def plan_name_files(group: GroupNetwork, values: Values, names: Names, machine: 
     files = {}
     if not group.dns.is_empty or (group.namespace and policy in (None, "auto")):
         files["/etc/resolv.conf"] = render_resolv_conf(names.resolv_conf, group.dns)
-    if group.namespace:
-        files["/etc/hosts"] = render_hosts(names.hosts, names.addresses, machine)
-    mounted = {target.rstrip("/") for name in ("bind", "bind_read_only") for target in values[name].values()}
-    needed = {"/etc/resolv.conf"} if not group.dns.is_empty else set()
+    if group.namespace or values["extra_hosts"]:
+        own = names.addresses or ("127.0.1.1",)
+        lines = [f"{address} {values['hostname'] or machine}" for address in own]
+        for item in values["extra_hosts"]:
+            host, _, address = item.partition(":")
+            lines.append(f"{address} {host}")
+        files["/etc/hosts"] = render_hosts(names.hosts, lines)
+    targets = (*values["bind"].values(), *values["bind_read_only"].values())
+    mounted = {parse_bind(target)[0].rstrip("/") for target in targets}
+    asked = {"/etc/resolv.conf": not group.dns.is_empty, "/etc/hosts": bool(values["extra_hosts"])}
     return {
         path: text
         for path, text in files.items()
-        if not mounted & {path, "/etc", ""} and (path in needed or path not in names.missing)
+        if not mounted & {path, "/etc", ""} and (asked[path] or path not in names.missing)
     }
 
 
@@ -2120,13 +2257,13 @@ def find_resolv_conf(text: str, name: str) -> list[str]:
     return found[-1] if name == "search" and found else [word for words in found for word in words]
 
 
-def render_hosts(image: str, addresses: Sequence[str], hostname: str) -> str:
-    """Return the image's own lines, and those for the container itself."""
-    lines = [line for line in image.splitlines() if hostname not in line.split()[1:]]
+def render_hosts(image: str, own: Sequence[str]) -> str:
+    """Return the lines of the image's file but those for names in `own`, and the lines `own`."""
+    names = {name for line in own for name in line.split()[1:]}
+    lines = [line for line in image.splitlines() if not names & set(line.split("#")[0].split()[1:])]
     if not any("localhost" in line.split("#")[0].split()[1:] for line in lines):
         lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback", *lines]
-    lines += [f"{address} {hostname}" for address in addresses or ("127.0.1.1",)]
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{line}\n" for line in (*lines, *own))
 
 
 def explain_dns(group: GroupNetwork, values: Values, files: Mapping[str, str]) -> Iterator[str]:
@@ -2175,6 +2312,11 @@ def parse_addresses(fib_trie: str, if_inet6: str) -> tuple[str, ...]:
 IFA_F_TENTATIVE = 0x40  # being checked for duplicates; cannot be used yet
 
 
+def read_addresses(pid: int) -> tuple[str, ...]:
+    """Return the addresses of a process's network namespace."""
+    return parse_addresses(*(read_text(Path(f"/proc/{pid}/net/{name}")) for name in ("fib_trie", "if_inet6")))
+
+
 def read_group_addresses(namespace: str) -> tuple[str, ...]:
     """Return the addresses of a group's namespace. /proc/net is that of the process which reads it."""
     command = ["nsenter", f"--net={namespace}", "--", "cat", "/proc/net/fib_trie", "/proc/net/if_inet6"]
@@ -2186,11 +2328,11 @@ def read_group_addresses(namespace: str) -> tuple[str, ...]:
 
 def read_names(group: GroupNetwork, image: Image, values: Values) -> Names:
     """Read what the container's name files depend on; nothing where they are not the driver's to make."""
-    if not group.namespace and group.dns.is_empty:
+    if not group.namespace and group.dns.is_empty and not values["extra_hosts"]:
         return Names()
     return Names(
         resolv_conf=read_resolv_conf(),
-        hosts=read_in_image(image, values, "/etc/hosts") if group.namespace else "",
+        hosts=read_in_image(image, values, "/etc/hosts"),
         addresses=read_group_addresses(group.namespace) if group.namespace else (),
         missing=frozenset(path for path in NAME_FILES if not can_mount_file(image, values, path)),
     )
@@ -2972,7 +3114,10 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"Mapping '(root|nobody)' user not supported", "bind_user: {0} cannot be brought in", False),
     (r"Failed to make home directory",
      "user: this user has no home directory in the image, and none can be made in it; make it there", False),
-    (r"Failed to get device (\S+): No such device", "network: there is no interface {0} on the host", False),
+    (r"Failed to (?:get device|resolve interface) \"?([^:\"]+)\"?: No such device",
+     "network: there is no interface {0} on the host", False),
+    (r"Network interface (\S+) is not initialized yet",
+     "network: systemd-udevd, which must run on the host, does not know the interface {0}", True),
     (r"Failed to add new veth interfaces \((\S+?)[:)].*File exists",
      "network_veth_extra: there is an interface {0} on the host already", False),
     (r"setexeccon\(.+\) failed",
@@ -2981,8 +3126,10 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
      "link_journal: the image is read-only; set volatile or ephemeral", False),
     (r"Failed to set CPU affinity", "cpu_affinity: the host has none of these CPUs", False),
     (r"Failed to mount overlay .+lowerdir=.+No such file", "overlay: a directory to lay over is not there", False),
-    (r"Failed to add interface (\S+) to bridge (\S+): ",
-     "network_bridge: there is no bridge {1} on the host", False),
+    (r"Failed to add interface \S+ to bridge (\S+): Operation not supported",
+     "network_bridge: the interface {0} of the host is no bridge", False),
+    (r"Failed to add interface \S+ to bridge (\S+): ",
+     "network_bridge: there is no bridge {0} on the host", False),
     (r"Couldn't identify a suitable partition table or file system",
      "image: this is no disk image systemd-nspawn can read", False),
     (r"--image= requires (?:access to the host's /run/|that systemd-udevd is)",  # before 262, and 262
@@ -3427,6 +3574,7 @@ def read_record(state_dir: Path) -> Record | None:
 STATE_VERSION = 1
 START_LIMIT = 300.0  # seconds: an ephemeral copy of a large image, or a chown of it, takes minutes
 SLOW_START = 10.0  # seconds after which an event says what is going on
+ADDRESS_PATIENCE = 30.0  # seconds after which an event says that a container has no address: DHCP takes a few
 END_LIMIT = 15.0  # seconds for nspawn to clean up after its payload: it removes an ephemeral copy itself
 
 
@@ -3448,6 +3596,8 @@ class State:
     mounts: Mapping[str, str]
     roots: tuple[str, ...] = ()  # as `Plan.roots`
     place: str = ""  # as `PrivateRoot.place`: removed at the end
+    zone: str = ""  # nspawn's bridge vz-<zone>
+    ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
 
     @property
     def directory(self) -> Path:
@@ -3470,6 +3620,7 @@ class State:
                     "leader": ProcessId(**leader) if leader else None,
                     "command": tuple(values["command"]),
                     "roots": tuple(values.get("roots", ())),
+                    "ports": tuple((host, inside) for host, inside in values.get("ports", ())),
                 }
                 known = {name.name for name in fields(cls)}  # a later release may have written more
                 return cls(**{name: value for name, value in {**values, **changes}.items() if name in known})
@@ -3558,6 +3709,7 @@ class Task:
         self.sent = 0  # the last signal sent on Nomad's behalf
         self.log = log.bind(task=state.task_id, machine=state.machine)
         self.watcher = asyncio.create_task(self.watch())
+        self.teller: asyncio.Task[None] | None = None
 
     async def watch(self) -> None:
         try:
@@ -3672,7 +3824,34 @@ class Task:
         """Leave nothing of the task on this machine."""
         if not self.ended.is_set():
             await self.kill()
+        await remove_network(self.state)
         await remove_leftovers(self.state)
+
+    async def find_address(self, limit: float) -> str:
+        """Return the container's address as soon as it has one, "" when it has none within `limit` seconds.
+
+        Looks again after growing pauses: what could tell would be a netlink socket in the container's namespace,
+        which keeps the namespace, and with it the host's end of its link.
+        """
+        deadline, pause = time.monotonic() + limit, 0.02
+        while self.state.leader and not self.ended.is_set():
+            addresses = read_addresses(self.state.leader.pid)
+            if addresses:
+                return addresses[0]
+            if time.monotonic() + pause > deadline:
+                break
+            await self.wait(pause)
+            pause *= 1.5
+        return ""
+
+    async def tell_address(self, mode: NetworkMode) -> None:
+        """Make an event of the container's address, or of what may be missing."""
+        address = await self.find_address(ADDRESS_PATIENCE)
+        if address:
+            self.events.emit(self.state, f"The container has the address {address}.")
+        elif not self.ended.is_set():
+            why = explain_no_address(mode, self.state.mode is Mode.BOOT, have_networkd())
+            self.events.emit(self.state, NO_ADDRESS.format(limit=ADDRESS_PATIENCE) + why)
 
     def read_usage(self) -> Usage:
         usage = read_cgroup_usage(self.state.cgroup) if self.state.cgroup else None
@@ -3713,6 +3892,75 @@ async def wait_processes(state: State) -> None:
         for process in inside:
             await process.wait()
         inside = [found for pid in read_cgroup_pids(state.cgroup) if (found := ProcessId.of(pid))]
+
+
+async def remove_network(state: State) -> None:
+    """Remove what an nspawn that was killed has left of its network; one that ended by itself leaves nothing.
+
+    A link goes with the container's namespace, but only when the kernel comes to it, and not while a process of
+    somebody who looks inside is there.
+    """
+    for link in ("ve", "vb"):
+        delete_link(f"{link}-{state.machine}")  # the whole name is an alternative one: the first has room for 15
+    if state.zone:
+        remove_zone(state.zone)
+    if state.ports:
+        others = {port for other in read_states() if other.task_id != state.task_id for port in other.ports}
+        if ports := [port for port in state.ports if port not in others]:
+            await remove_port_maps(ports)
+
+
+async def remove_port_maps(ports: Sequence[tuple[int, int]]) -> None:
+    """Remove what leads from ports of the host to a container that is gone."""
+    is_nft = False
+    for family in ("ip", "ip6"):
+        table = (family, "io.systemd.nat", "map_port_ipport")
+        text = await run_tool(["nft", "list", "map", *table])
+        is_nft = is_nft or bool(text)
+        for element in find_port_maps(text, NAT_ELEMENT, ports):
+            log.warn("removing a port that leads nowhere", element=element)
+            await run_tool(["nft", "delete", "element", *table, "{", element, "}"])
+    if not is_nft:
+        for rule in find_port_maps(await run_tool(["iptables", "-t", "nat", "-S"]), NAT_RULE, ports):
+            log.warn("removing a port that leads nowhere", rule=rule)
+            await run_tool(["iptables", "-t", "nat", "-D", *rule.removeprefix("-A ").split()])
+
+
+ZONE_LOCK = "/run/systemd/nspawn-network-zone"
+
+
+def remove_zone(zone: str) -> None:
+    """Remove a zone's bridge when nothing is joined to it, under the lock nspawn takes to do so."""
+    fd = os.open(ZONE_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, WRITE_LOCK)
+        if os.fstat(fd).st_nlink:  # who gives the lock back removes its file
+            with contextlib.suppress(FileNotFoundError):
+                if not os.listdir(f"/sys/class/net/vz-{zone}/brif"):
+                    delete_link(f"vz-{zone}")
+            os.unlink(ZONE_LOCK)
+    except BlockingIOError:
+        log.debug("the bridge of a zone is left to who joins or leaves it just now", zone=zone)
+    finally:
+        os.close(fd)
+
+
+NETLINK_ROUTE, RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 0, 17, 1, 4
+IFLA_IFNAME, IFLA_ALT_IFNAME = 3, 53
+
+
+def delete_link(name: str) -> None:
+    """Delete a network interface by its name or alternative name, if there is one."""
+    kind = IFLA_IFNAME if len(name) < 16 else IFLA_ALT_IFNAME
+    text = name.encode() + b"\0"
+    attribute = struct.pack("=HH", 4 + len(text), kind) + text + b"\0" * (-len(text) % 4)
+    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0) + attribute
+    header = struct.pack("=IHHII", 16 + len(body), RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
+        netlink.send(header + body)
+        status = -struct.unpack_from("=i", netlink.recv(65536), 16)[0]
+    if status not in (0, errno.ENODEV):
+        log.warn("cannot remove a network interface", name=name, error=os.strerror(status))
 
 
 async def remove_leftovers(state: State) -> None:
@@ -3800,6 +4048,8 @@ class Start:
             mounts=plan.mounts,
             roots=plan.roots,
             place=plan.private.place if plan.private else "",
+            zone=plan.network.zone,
+            ports=tuple((port.host, port.inside) for port in plan.network.ports.values()),
         )
         self.directory = self.state.directory
 
@@ -3929,6 +4179,7 @@ class Start:
         """Kill and remove what a failed start has left."""
         kill_processes(self.state)
         await wait_processes(self.state)
+        await remove_network(self.state)
         await remove_leftovers(self.state)
 
 
@@ -4344,16 +4595,34 @@ class DriverService:
             raise ConfigError(
                 "volume_mount", config.mounts[0].target, rule, "set volumes = true in the plugin block"
             )
-        task = await self.start_task(config, host)
+        task, network = await self.start_task(config, host)
+        override = await self.find_override(task, network)
         handle = driver_pb2.TaskHandle(
             version=STATE_VERSION,
             config=request.task,
             state=driver_pb2.RUNNING,
             driver_state=task.state.render().encode(),
         )
-        return driver_pb2.StartTaskResponse(result=driver_pb2.StartTaskResponse.SUCCESS, handle=handle)
+        return driver_pb2.StartTaskResponse(
+            result=driver_pb2.StartTaskResponse.SUCCESS, handle=handle, network_override=override
+        )
 
-    async def start_task(self, config: TaskConfig, host: Host) -> Task:
+    async def find_override(self, task: Task, network: NetworkPlan) -> driver_pb2.NetworkOverride | None:
+        """Return what services with `address_mode = "driver"` are registered under, None without an address. A
+        container on a network of the outside whose ports are not mapped is registered so with "auto", too."""
+        if not network.mode.has_address:
+            return None
+        address = await task.find_address(network.address_timeout)
+        task.teller = asyncio.create_task(task.tell_address(network.mode))
+        if not address:
+            return None
+        return driver_pb2.NetworkOverride(
+            addr=address,
+            port_map={label: port.inside for label, port in network.ports.items()},
+            auto_advertise=network.mode.is_outside and not network.ports,
+        )
+
+    async def start_task(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
         is_in_group = bool(config.network.namespace)
         values = settle_values(decode_options(TASK_OPTIONS, config.options), self.config, is_in_group=is_in_group)
         check_gates(values, self.config, is_in_group=is_in_group)
@@ -4369,7 +4638,7 @@ class DriverService:
             plan = plan_task(config, values, host, Found(image, read_mounts(), sources, credentials, names))
             for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):
                 self.events.emit(config, note)
-            return await self.tasks.start(plan, config)
+            return await self.tasks.start(plan, config), plan.network
 
     @answers
     async def WaitTask(self, request: driver_pb2.WaitTaskRequest) -> driver_pb2.WaitTaskResponse:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from typing import Any
 import pytest
 
 import driver
-from driver import Dns, GroupNetwork, HostError, Image, Names, Port
+from driver import Dns, GroupNetwork, HostError, Image, Names, NetworkMode, Port
 from nomad_pb import driver_pb2
-from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
-from tests.containers import Tasks, eventually, keeper, kill, leader, make_small_image, nspawn, output
-from tests.leftovers import leftovers
-from tests.test_plan import ALLOC, BOOT, HEAD, TASK, USERS, VOLUMES, plan
+from tests.agent import Allocation, DriverError, Plugin, Resources, Task, free_port, launch_like_agent
+from tests.agent import Port as GivenPort
+from tests.containers import Tasks, eventually, is_alive, keeper, kill, leader, make_small_image, nspawn, output
+from tests.leftovers import leftovers, peer, processes
+from tests.test_plan import ALLOC, BOOT, HEAD, TASK, USERS, VOLUMES, decode, plan
 
 PATIENCE = 10.0
 FOREVER = "while :; do sleep 0.05; done"
@@ -35,7 +38,7 @@ numbers = itertools.count(os.getpid() % 60 * 1000)
 
 
 def values(**options: Any) -> dict[str, Any]:
-    return driver.decode_options(driver.TASK_OPTIONS, {"image": "debian", **options})
+    return decode(options)
 
 
 # -- the plan ------------------------------------------------------------------------------------------------
@@ -59,13 +62,8 @@ def test_group_without_user_namespaces_is_left_as_it_is() -> None:
 
 def test_group_maps_ports_itself() -> None:
     network = replace(GROUP, ports={"http": Port(20080, 80)})
-    assert not [word for word in plan({}, task=replace(TASK, network=network)).argv if word.startswith("--port")]
-    with pytest.raises(driver.ConfigError) as caught:
-        plan({"port_map": [{"http": 80}]}, task=replace(TASK, network=network))
-    assert str(caught.value) == (
-        'port_map = {"http": 80}: cannot be combined with the network of the group; '
-        "write `to = PORT` into the port's block of the group's network"
-    )
+    argv = plan({"ports": ["http"]}, task=replace(TASK, network=network)).argv
+    assert not [word for word in argv if word.startswith("--port")]
 
 
 def test_variables_tell_the_port_inside() -> None:
@@ -141,19 +139,28 @@ def test_unreachable_name_server_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "addresses", "text"),
+    ("image", "addresses", "extra", "text"),
     [
-        ("", (), f"{LOCALHOST}127.0.1.1 web\n"),
-        ("127.0.0.1 localhost\n", ("10.0.0.2", "fd00::2"), "127.0.0.1 localhost\n10.0.0.2 web\nfd00::2 web\n"),
+        ("", (), [], f"{LOCALHOST}127.0.1.1 web\n"),
+        ("127.0.0.1 localhost\n", ("10.0.0.2", "fd00::2"), [], "127.0.0.1 localhost\n10.0.0.2 web\nfd00::2 web\n"),
         (
             "# localhost\n10.0.0.9 web\n10.0.0.1 db",
             ("10.0.0.2",),
+            [],
             f"{LOCALHOST}# localhost\n10.0.0.1 db\n10.0.0.2 web\n",
+        ),
+        (
+            "127.0.0.1 localhost\n10.0.0.1 db # web\n",
+            ("10.0.0.2",),
+            ["db:fd00::5", "cache.example:10.0.0.6"],
+            "127.0.0.1 localhost\n10.0.0.2 web\nfd00::5 db\n10.0.0.6 cache.example\n",
         ),
     ],
 )
-def test_hosts(image: str, addresses: tuple[str, ...], text: str) -> None:
-    assert driver.render_hosts(image, addresses, "web") == text
+def test_hosts(image: str, addresses: tuple[str, ...], extra: list[str], text: str) -> None:
+    names = Names(hosts=image, addresses=addresses)
+    files = driver.plan_name_files(GROUP, values(extra_hosts=extra), names, "web")
+    assert files["/etc/hosts"] == text
 
 
 @pytest.mark.parametrize(
@@ -172,7 +179,13 @@ def test_hosts(image: str, addresses: tuple[str, ...], text: str) -> None:
             "--resolv-conf=off",
         ),
         ({"bind": [{"/srv/etc": "/etc/"}]}, GROUP, [], None),
-        ({"bind_read_only": [{"/srv/hosts": "/etc/hosts"}]}, GROUP, [RESOLV_CONF_MOUNT], "--resolv-conf=off"),
+        ({"extra_hosts": ["db:192.0.2.7"]}, GroupNetwork(), [HOSTS_MOUNT], None),
+        (
+            {"bind_read_only": [{"/srv/hosts": "/etc/hosts:noidmap"}]},
+            GROUP,
+            [RESOLV_CONF_MOUNT],
+            "--resolv-conf=off",
+        ),
     ],
 )
 def test_name_files(
@@ -190,6 +203,68 @@ def test_name_files_an_image_has_no_place_for() -> None:
     network = replace(GROUP, dns=Dns(("10.0.0.1",)))
     files = plan({"read_only": True}, task=replace(TASK, network=network), names=names).network.files
     assert list(files) == ["/etc/resolv.conf"]
+    files = plan({"read_only": True, "extra_hosts": ["db:192.0.2.7"]}, names=names).network.files
+    assert list(files) == ["/etc/hosts"]
+
+
+@pytest.mark.parametrize(
+    "item", ["db", "db:", ":192.0.2.7", "db:192.0.2", "d b:192.0.2.7", "db:1.2.3.4\nx", "a\nb:1.2.3.4"]
+)
+def test_extra_host_is_a_name_and_an_address(item: str) -> None:
+    with pytest.raises(driver.ConfigError, match="must be NAME:ADDRESS"):
+        values(extra_hosts=[item])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0s", 0), ("500ms", 0.5), ("1.5s", 1.5), ("2m", 120), ("1h", 3600), ("", 0), (None, 0)]
+)
+def test_address_timeout(text: str | None, seconds: float) -> None:
+    assert plan({"address_timeout": text}).network.address_timeout == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["5", "s", "-1s", "1 s", "1d", "5s\n", "٣s"])
+def test_address_timeout_is_a_duration(text: str) -> None:
+    with pytest.raises(driver.ConfigError, match="must be a duration"):
+        values(address_timeout=text)
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({}, NetworkMode.VETH),
+        ({"network_veth": False}, NetworkMode.HOST),
+        ({"private_network": True}, NetworkMode.NONE),
+        ({"network_zone": "web"}, NetworkMode.VETH),
+        ({"network_bridge": "br0"}, NetworkMode.BRIDGE),
+        ({"network_macvlan": ["eth0"]}, NetworkMode.INTERFACE),
+        ({"network_macvlan": ["eth0"], "network_veth": True}, NetworkMode.INTERFACE),
+        ({"network_ipvlan": ["eth0"]}, NetworkMode.INTERFACE),
+        ({"network_interface": ["eth1"]}, NetworkMode.INTERFACE),
+        ({"network_veth_extra": ["ve-db:db0"]}, NetworkMode.NONE),
+    ],
+)
+def test_mode(options: dict[str, Any], mode: NetworkMode) -> None:
+    assert plan(options).network.mode is mode
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("port_map", [{"http": 80}]),
+        ("private_network", True),
+        ("network_zone", "web"),
+        ("network_bridge", "br0"),
+        ("network_veth_extra", ["ve-db:db0"]),
+        ("network_macvlan", ["eth0"]),
+        ("network_ipvlan", ["eth0"]),
+        ("network_interface", ["eth1"]),
+    ],
+)
+def test_second_network_beside_the_groups_is_refused(option: str, value: object) -> None:
+    with pytest.raises(
+        driver.ConfigError, match=f"{option} = .* cannot be combined with the network of the group; "
+    ):
+        plan({option: value}, task=replace(TASK, network=GROUP))
 
 
 def test_ignored_policy_is_told() -> None:
@@ -294,6 +369,11 @@ def ip(*arguments: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=30).stdout.decode()
 
 
+def links() -> dict[str, int]:
+    """The host's interfaces and their numbers. Not from /sys, which may be another network namespace's."""
+    return {link["ifname"]: link["ifindex"] for link in json.loads(ip("-json", "link"))}
+
+
 @contextlib.contextmanager
 def make_group() -> Iterator[Group]:
     """Make a group's network; at the end remove it as Nomad does, and see that nothing has kept it."""
@@ -313,8 +393,8 @@ def make_group() -> Iterator[Group]:
     finally:
         ip("netns", "del", group.name)
         with contextlib.suppress(AssertionError):
-            eventually(lambda: not Path("/sys/class/net", group.link).exists(), 5)
-        kept = Path("/sys/class/net", group.link).exists()
+            eventually(lambda: group.link not in links(), 5)
+        kept = group.link in links()
         if kept:
             ip("link", "del", group.link)
         assert not kept, "something still holds the group's namespace"
@@ -404,6 +484,14 @@ def test_two_tasks_of_a_group_meet_on_loopback(group: Group, tasks: Tasks) -> No
     client, result = tasks.run(["/usr/bin/perl", "-e", reader], network=group.spec, allocation=allocation)
     assert result.successful, client.logmon.stderr
     assert output(client) == "hello from the sidecar\n"
+
+
+@pytest.mark.root
+def test_ping_works_in_a_group(group: Group, tasks: Tasks) -> None:
+    """Modern ones open this kind of socket, which every user may only if the namespace says so."""
+    script = "use Socket; socket(S, PF_INET, SOCK_DGRAM, 1) or die $!; print 'opened'"
+    task, _ = tasks.run(["/usr/bin/perl", "-e", script], network=group.spec, user="daemon")
+    assert output(task) == "opened"
 
 
 @pytest.mark.root
@@ -522,3 +610,349 @@ def test_check_namespace() -> None:
     driver.check_namespace("/proc/self/ns/net")
     with pytest.raises(HostError):
         driver.check_namespace("/etc")
+
+
+# -- nspawn's own networks -----------------------------------------------------------------------------------
+
+
+def inside(task: Task, *command: str) -> str:
+    """Run a program of this machine in a container's network namespace."""
+    argv = ["nsenter", f"--net=/proc/{leader(task)}/ns/net", *command]
+    return subprocess.run(argv, stdout=subprocess.PIPE, check=True, timeout=30).stdout.decode()
+
+
+def find_link(task: Task) -> str:
+    """The name of the host's end of a container's host0."""
+    index = peer(leader(task))
+    return next(name for name, number in links().items() if number == index)
+
+
+@dataclass(frozen=True)
+class Link:
+    name: str
+    host: str  # addresses
+    container: str
+
+
+def give_addresses(task: Task) -> Link:
+    """Do what networkd on the host and a DHCP client in the container would."""
+    number = next(numbers) * 4 % 65536
+    subnet = f"198.19.{number // 256}"
+    link = Link(find_link(task), f"{subnet}.{number % 256 + 1}", f"{subnet}.{number % 256 + 2}")
+    ip("addr", "add", f"{link.host}/30", "dev", link.name)
+    ip("link", "set", link.name, "up")
+    inside(task, "ip", "addr", "add", f"{link.container}/30", "dev", "host0")
+    inside(task, "ip", "link", "set", "host0", "up")
+    inside(task, "ip", "route", "add", "default", "via", link.host)
+    return link
+
+
+def port_maps(port: int) -> list[str]:
+    """nspawn's elements for a port of the host in its tables of nftables."""
+    shown = subprocess.run(
+        ["nft", "list", "ruleset"], stdout=subprocess.PIPE, check=True, timeout=30
+    ).stdout.decode()
+    return re.findall(rf"\S+ \. {port} : \S+ \. \d+", shown)
+
+
+def kill_all(task: Task) -> None:
+    """End a container so that nspawn can clean up nothing."""
+    for pid in (keeper(task), nspawn(task), leader(task)):
+        kill(pid)
+    eventually(lambda: not is_alive(leader(task)))
+
+
+@pytest.mark.root
+def test_ports_lead_to_the_container(tasks: Tasks) -> None:
+    ports = {"http-alt": GivenPort(free_port(), host_ip="192.0.2.2")}
+    host_port = ports["http-alt"].value
+    script = 'echo "$NOMAD_PORT_http_alt"; exec /usr/bin/perl -e "$0" 80'
+    task = tasks.start(["/bin/sh", "-c", script, SERVER], network_veth=True, resources=Resources(ports=ports),
+                       port_map=[{"http-alt": 80}])  # fmt: skip
+    link = give_addresses(task)
+    task.logmon.wait_for("80\nlistening\n")
+    assert len(eventually(lambda: port_maps(host_port))) == 2, "TCP and UDP"
+    assert read_port(link.host, host_port) == "hello from \n"
+    task.stop(timeout=0)
+    task.wait(PATIENCE)
+    assert port_maps(host_port) == []
+
+
+@pytest.mark.root
+def test_ports_of_a_killed_nspawn_are_removed(tasks: Tasks) -> None:
+    """They would lead to nowhere, or to the next container that gets the address."""
+    ports = {name: GivenPort(free_port()) for name in ("http", "other")}
+    killed, other = (
+        tasks.start(FOREVER, name=name, network_veth=True, resources=Resources(ports=ports), port_map=[{name: 80}])
+        for name in ports
+    )
+    for task in (killed, other):
+        give_addresses(task)
+    for port in ports.values():
+        eventually(lambda port=port: len(port_maps(port.value)) == 2)  # type: ignore[misc]
+    kill_all(killed)
+    assert len(port_maps(ports["http"].value)) == 2, "if not, nspawn cleans up by itself, and this test is empty"
+    killed.destroy()
+    assert port_maps(ports["http"].value) == []
+    assert len(port_maps(ports["other"].value)) == 2
+
+
+@pytest.mark.root
+def test_link_goes_though_somebody_looks_inside(tasks: Tasks) -> None:
+    task = tasks.start(FOREVER, network_veth=True)
+    link = find_link(task)
+    argv = ["nsenter", f"--net=/proc/{leader(task)}/ns/net", "sleep", "60"]
+    with subprocess.Popen(argv) as onlooker:
+        try:
+            eventually(lambda: Path(f"/proc/{onlooker.pid}/comm").read_text() == "sleep\n")
+            kill_all(task)
+            assert link in links()
+            task.destroy()
+            assert link not in links()
+        finally:
+            onlooker.kill()
+
+
+@pytest.mark.root
+def test_start_waits_for_an_address_if_asked(tasks: Tasks) -> None:
+    """A service with address_mode = "driver" needs it, and there is no later way to tell."""
+    resources = Resources(ports={"http": GivenPort(free_port(), host_ip="192.0.2.2")})
+    task = tasks.make(
+        FOREVER, network_veth=True, address_timeout="60s", resources=resources, port_map=[{"http": 80}]
+    )
+    override = start_with_address(task, "198.19.255.253/30")
+    assert override and (override.addr, dict(override.port_map)) == ("198.19.255.253", {"http": 80})
+    assert not override.auto_advertise, "others cannot reach it: by default services have the host's address"
+    eventually(lambda: any("198.19.255.253" in event.message for event in task.events))
+
+
+def start_with_address(task: Task, address: str) -> driver_pb2.NetworkOverride | None:
+    """Start a task that waits for its address, and give it one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(task.start)
+        pid = eventually(lambda: find_leader(task))
+        argv = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "addr", "add", address, "dev", "host0"]
+        eventually(lambda: subprocess.run(argv, check=False, stderr=subprocess.DEVNULL).returncode == 0)
+        started.result(PATIENCE)
+    return task.network_override
+
+
+def find_leader(task: Task) -> int:
+    """The container's PID 1 of a task whose start has not returned."""
+    for pid, command in processes(task.allocation.id):
+        if command.startswith("/bin/sh -c") and "/proc" and os.path.exists(f"/proc/{pid}/root/usr/lib/os-release"):
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino:
+                    return pid
+    return 0
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("options", [{"network_veth": True}, {"network_veth": False}])
+def test_start_does_not_wait_for_an_address(tasks: Tasks, options: dict[str, Any]) -> None:
+    task = tasks.start(FOREVER, **options)
+    assert task.network_override is None
+
+
+@pytest.mark.root
+def test_end_of_a_task_ends_the_wait_for_its_address(tasks: Tasks) -> None:
+    task, result = tasks.run("exit 3", network_veth=True, address_timeout="1h")
+    assert result.exit_code == 3
+    assert task.network_override is None
+
+
+# -- what is told of addresses -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "booted", "networkd", "words"),
+    [
+        (NetworkMode.VETH, True, False, "systemctl enable --now systemd-networkd"),
+        (NetworkMode.VETH, False, False, "systemctl enable --now systemd-networkd"),
+        (NetworkMode.VETH, True, True, "DHCP client"),
+        (NetworkMode.VETH, False, True, "a command has no DHCP client"),
+        (NetworkMode.BRIDGE, True, False, "a DHCP server answer on that network"),
+        (NetworkMode.INTERFACE, False, False, "a command has no DHCP client"),
+    ],
+)
+def test_missing_address_is_explained(mode: NetworkMode, booted: bool, networkd: bool, words: str) -> None:
+    assert words in driver.explain_no_address(mode, booted, networkd)
+
+
+NFT = """\
+table ip io.systemd.nat {
+    map map_port_ipport {
+        type inet_proto . inet_service : ipv4_addr . inet_service
+        elements = { 6 . 8080 : 192.168.233.150 . 80, tcp . 8081 : 192.168.233.150 . 80,
+                 17 . 8080 : 192.168.233.150 . 80, 6 . 8080 : 192.168.233.151 . 81 }
+    }
+}
+"""
+IPTABLES = """\
+-P PREROUTING ACCEPT
+-A PREROUTING -p tcp -m tcp --dport 8080 -m addrtype --dst-type LOCAL -j DNAT --to-destination 192.168.233.150:80
+-A PREROUTING -p tcp -m tcp --dport 8080 -m addrtype --dst-type LOCAL -j DNAT --to-destination 192.168.233.150:81
+-A OUTPUT ! -d 127.0.0.0/8 -p tcp --dport 8080 -m addrtype --dst-type LOCAL -j DNAT --to-destination 10.0.0.2:80
+-A POSTROUTING -s 192.168.233.144/28 -j MASQUERADE
+"""
+
+
+def test_port_maps_are_found() -> None:
+    assert driver.find_port_maps(NFT, driver.NAT_ELEMENT, [(8080, 80)]) == [
+        "6 . 8080 : 192.168.233.150 . 80",
+        "17 . 8080 : 192.168.233.150 . 80",
+    ]
+    assert driver.find_port_maps(NFT, driver.NAT_ELEMENT, [(8080, 82)]) == []
+    assert driver.find_port_maps(IPTABLES, driver.NAT_RULE, [(8080, 80)]) == [
+        IPTABLES.splitlines()[number] for number in (1, 3)
+    ]
+
+
+# -- zones, bridges and other interfaces ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def bridge() -> Iterator[str]:
+    """A bridge of the host's with an address, as its administrator has made it."""
+    name = f"br{next(numbers)}"
+    ip("link", "add", name, "type", "bridge")
+    ip("link", "set", name, "up")
+    yield name
+    ip("link", "delete", name)
+
+
+def inside_links(task: Task) -> set[str]:
+    return {link["ifname"] for link in json.loads(inside(task, "ip", "-json", "link"))}
+
+
+def master(name: str) -> str:
+    """The bridge an interface is joined to."""
+    return str(json.loads(ip("-json", "link", "show", name))[0].get("master"))
+
+
+@pytest.mark.root
+def test_zone_is_there_as_long_as_a_member_runs(tasks: Tasks) -> None:
+    zone = f"z{next(numbers)}"
+    first, second = (tasks.start(FOREVER, name=name, network_zone=zone, network_veth=None) for name in ("a", "b"))
+    assert {master(find_link(task)) for task in (first, second)} == {f"vz-{zone}"}
+    first.destroy()
+    assert f"vz-{zone}" in links()
+    second.destroy()
+    assert f"vz-{zone}" not in links()
+
+
+@pytest.mark.root
+def test_zone_of_killed_nspawns_is_removed_with_the_last(tasks: Tasks) -> None:
+    zone = f"z{next(numbers)}"
+    first, second = (tasks.start(FOREVER, name=name, network_zone=zone, network_veth=None) for name in ("a", "b"))
+    kill_all(first)
+    first.destroy()
+    assert master(find_link(second)) == f"vz-{zone}"
+    kill_all(second)
+    assert f"vz-{zone}" in links(), "if not, somebody else cleans up, and this test is empty"
+    second.destroy()
+    assert f"vz-{zone}" not in links()
+    assert not Path(driver.ZONE_LOCK).exists()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("killed", [False, True])
+def test_container_on_a_bridge(tasks: Tasks, bridge: str, killed: bool) -> None:
+    before = set(links())
+    task = tasks.start(FOREVER, network_bridge=bridge, network_veth=None)
+    assert master(find_link(task)) == bridge
+    assert inside_links(task) == {"lo", "host0"}
+    if killed:
+        kill_all(task)
+    task.destroy()
+    assert set(links()) == before
+
+
+def sys_is_writable() -> bool:
+    return not os.statvfs("/sys").f_flag & os.ST_RDONLY
+
+
+NEEDS_UDEV = pytest.mark.skipif(
+    sys_is_writable() and not Path("/run/udev/control").exists(),
+    reason="nspawn takes interfaces only where udev knows them: not run here, but in the hosts of test_hosts.py",
+)
+
+
+@pytest.mark.root
+@NEEDS_UDEV
+@pytest.mark.parametrize("killed", [False, True])
+def test_macvlan(tasks: Tasks, bridge: str, killed: bool) -> None:
+    before = set(links())
+    task = tasks.start(FOREVER, network_macvlan=[bridge], network_veth=None)
+    assert inside_links(task) == {"lo", f"mv-{bridge}"}
+    if killed:
+        kill_all(task)
+    task.destroy()
+    assert set(links()) == before
+
+
+@pytest.mark.root
+@NEEDS_UDEV
+def test_interface_moves_in_and_comes_back(tasks: Tasks, bridge: str) -> None:
+    name = f"vx{next(numbers)}"
+    ip("link", "add", name, "type", "veth", "peer", "name", f"{name}p")
+    try:
+        task = tasks.start(FOREVER, network_interface=[name], network_veth=None)
+        assert inside_links(task) == {"lo", name}
+        assert name not in links()
+        task.stop(timeout=0)
+        task.wait(PATIENCE)
+        task.destroy()
+        assert name in links()
+    finally:
+        ip("link", "delete", f"{name}p")
+
+
+@pytest.mark.root
+def test_extra_links(tasks: Tasks) -> None:
+    name = f"vx{next(numbers)}"
+    task = tasks.start(FOREVER, network_veth_extra=[f"{name}:db0"], network_veth=True)
+    assert inside_links(task) == {"lo", "host0", "db0"}
+    assert name in links()
+    kill_all(task)
+    task.destroy()
+    eventually(lambda: name not in links())
+
+
+@pytest.mark.root
+def test_network_of_its_own_with_nothing_in_it(tasks: Tasks) -> None:
+    task = tasks.start(FOREVER, private_network=True, network_veth=None)
+    assert inside_links(task) == {"lo"}
+
+
+@pytest.mark.root
+def test_container_on_a_bridge_is_registered_under_its_own_address(tasks: Tasks, bridge: str) -> None:
+    """Static addresses of the image's own making are there at once; this stands for one."""
+    task = tasks.make(FOREVER, network_bridge=bridge, network_veth=None, address_timeout="60s")
+    override = start_with_address(task, "198.19.255.249/30")
+    assert override and (override.addr, override.auto_advertise) == ("198.19.255.249", True)
+
+
+@pytest.mark.root
+def test_hostname_and_extra_hosts(tasks: Tasks, small: Path) -> None:
+    script = "cat /proc/sys/kernel/hostname; cat /etc/hosts"
+    task, result = tasks.run(script, image=str(small), hostname="web1.example", extra_hosts=["db:192.0.2.7"])
+    assert result.successful, task.logmon.stderr
+    assert output(task) == f"web1.example\n{LOCALHOST}127.0.1.1 web1.example\n192.0.2.7 db\n"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"network_bridge": "no-such-br"}, "network_bridge: there is no bridge no-such-br on the host"),
+        ({"network_bridge": "lo"}, "network_bridge: the interface lo of the host is no bridge"),
+        ({"network_macvlan": ["no-such-if"]}, "there is no interface no-such-if on the host"),
+        ({"network_interface": ["no-such-if"]}, "there is no interface no-such-if on the host"),
+        ({"network_veth_extra": ["lo:db0"]}, "there is an interface lo on the host already"),
+    ],
+)
+def test_interface_that_is_not_there(tasks: Tasks, options: dict[str, Any], words: str) -> None:
+    task = tasks.make(FOREVER, network_veth=None, **options)
+    with pytest.raises(DriverError, match=words):
+        task.start()

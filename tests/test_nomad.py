@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.agent import ROOT, NomadAgent
+from tests.containers import escape
+from tests.test_network import SERVER
 
 pytestmark = [
     pytest.mark.root,
@@ -150,3 +155,85 @@ job "booted" {{
     agent.wait_status(alloc, "complete")
     assert "Powering off." in agent.logs(alloc, "task")
     assert any("Exit Code: 0" in event for event in agent.task_events(alloc, "task"))
+
+
+# -- the network of a group ----------------------------------------------------------------------------------
+
+CNI_PLUGINS = next((path for path in ("/usr/lib/cni", "/opt/cni/bin") if os.path.exists(f"{path}/bridge")), "")
+BRIDGE = "nspawn-test"
+
+
+@pytest.fixture
+def bridge_agent(driver_file: Path, tmp_path: Path) -> Iterator[NomadAgent]:
+    """An agent that makes networks for groups."""
+    if not CNI_PLUGINS:
+        pytest.skip("no CNI plugins in /usr/lib/cni or /opt/cni/bin: bridge mode was not run under a real agent")
+    config = tmp_path / "config.hcl"
+    client = f'client {{\n  cni_path = "{CNI_PLUGINS}"\n  bridge_network_name = "{BRIDGE}"\n}}\n'
+    config.write_text((ROOT / "example/config.hcl").read_text() + client)
+    try:
+        with NomadAgent(driver_file, config) as running:
+            running.wait_ready()
+            yield running
+    finally:
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=False, timeout=30)
+
+
+def greet(address: str, port: int) -> str:
+    with socket.create_connection((address, port), 10) as connection:
+        return connection.makefile().read()
+
+
+def test_bridge_mode_with_user_namespaces(bridge_agent: NomadAgent, image: Path, tmp_path: Path) -> None:
+    """A port below 1024, and below it a user namespace; reached from the host by way of CNI's mapping."""
+    job = tmp_path / "j.hcl"
+    job.write_text(f"""
+job "bridge" {{
+  datacenters = ["dc1"]
+  group "group" {{
+    network {{
+      mode = "bridge"
+      port "http" {{
+        to = 80
+      }}
+      dns {{
+        servers = ["192.0.2.1"]
+      }}
+    }}
+    task "task" {{
+      driver = "nspawn"
+      config {{
+        image     = "{image}"
+        boot      = false
+        read_only = true
+        command   = ["/bin/sh", "-c", <<-EOT
+          cat /proc/self/uid_map /etc/resolv.conf
+          getent hosts $(hostname)
+          exec /usr/bin/perl -e '{escape(SERVER)}' $NOMAD_PORT_http
+          EOT
+        ]
+      }}
+    }}
+  }}
+}}
+""")
+    alloc = bridge_agent.run_job(job)
+    bridge_agent.wait_status(alloc, "running")
+    state = bridge_agent.allocation(alloc)
+    address = state["NetworkStatus"]["Address"]
+    port = state["AllocatedResources"]["Shared"]["Ports"][0]
+    deadline = time.monotonic() + 30
+    while "listening" not in bridge_agent.logs(alloc, "task"):
+        assert time.monotonic() < deadline, bridge_agent.logs(alloc, "task", stderr=True)
+        time.sleep(0.1)
+    users, servers, own, _ = bridge_agent.logs(alloc, "task").splitlines()
+    assert users.split()[1] != "0"
+    assert servers == "nameserver 192.0.2.1"
+    assert own.split()[0] == address
+    assert greet(address, 80) == greet(port["HostIP"], port["Value"]) == "hello from \n"
+    bridge_agent.stop_job("bridge")
+    bridge_agent.wait_status(alloc, "complete")
+    deadline = time.monotonic() + 10
+    while Path("/var/run/netns", alloc).exists():
+        assert time.monotonic() < deadline, "the namespace of the group is still there"
+        time.sleep(0.1)

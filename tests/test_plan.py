@@ -69,8 +69,9 @@ VOLUMES = (
 CONFIG = driver.decode_options(driver.PLUGIN_OPTIONS, {})
 
 
-def decode(options: Mapping[str, object]) -> dict[str, Any]:
-    return driver.settle_values(driver.decode_options(TASK_OPTIONS, {"image": "debian", **options}), CONFIG)
+def decode(options: Mapping[str, object], is_in_group: bool = False) -> dict[str, Any]:
+    values = driver.decode_options(TASK_OPTIONS, {"image": "debian", **options})
+    return driver.settle_values(values, CONFIG, is_in_group=is_in_group)
 
 
 def find_sources(values: Mapping[str, Any]) -> dict[str, Source]:
@@ -90,7 +91,7 @@ def plan(
     names: Names = NO_NAMES,
     image: Image = IMAGE,
 ) -> Plan:
-    values = decode(options)
+    values = decode(options, bool(task.network.namespace))
     credentials = {key: b"" for key in (*values["set_credential"], *values["load_credential"])}
     found = driver.Found(image, mounts, find_sources(values), credentials, names)
     return driver.plan_task(task, values, host, found)
@@ -221,6 +222,7 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
     ({"network_interface": ["eth1"], "network_veth": True}, (*BOOT, "--network-interface=eth1"), ()),
     ({"private_network": True}, ("--boot", "--console=read-only", *USERS, "--private-network"), ()),
     ({"hostname": "web1.example"}, (*BOOT, "--hostname=web1.example"), ()),
+    ({"address_timeout": "5s"}, BOOT, ()),
     ({"resolv_conf": "copy-host"}, (*BOOT, "--resolv-conf=copy-host"), ()),
     (
         {"resolv_conf": "off", "network_veth": False},
@@ -410,6 +412,7 @@ def test_every_option_has_a_golden_argv() -> None:
         "environment",
         "ports",
         "port_map",
+        "extra_hosts",
     }
     assert used >= {name for option in TASK_OPTIONS for name in option.names}
 
@@ -538,7 +541,9 @@ ARGUMENTS = set(
     --suppress-sync= --load-credential= --bind-user=
     """.split()  # noqa: SIM905 # a list of words reads better
 )
-PLACES = re.compile(rf"{re.escape(str(driver.STATE_ROOT))}/[A-Za-z0-9-]+/(mounts|credentials)/\d+")
+PLACES = re.compile(
+    rf"{re.escape(str(driver.STATE_ROOT))}/[A-Za-z0-9-]+/((mounts|credentials)/\d+|etc/(resolv\.conf|hosts))"
+)
 
 
 def split_fields(text: str) -> list[str]:
@@ -631,6 +636,8 @@ valid_options = st.fixed_dictionaries(
         "port_map": st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(1, 65535)), max_size=2),
         "ports": st.lists(st.sampled_from("abc"), max_size=2),
         "hostname": st.just("a.b"),
+        "extra_hosts": st.lists(st.sampled_from(["db:192.0.2.7", "a.b:::1"]), max_size=2),
+        "address_timeout": st.sampled_from(["0s", "1.5m"]),
         "resolv_conf": st.sampled_from(driver.RESOLV_CONF),
         "bind": binds,
         "bind_read_only": binds,
@@ -1316,6 +1323,21 @@ EXPLAINED: list[tuple[str, str, bool]] = [
     ("Failed to resolve user 'alice': No such process", 'bind_user: there is no user "alice" on the host', False),
     ("Mapping 'root' user not supported, sorry.", "bind_user: root cannot be brought in", False),
     ("Failed to get device eth9: No such device", "network: there is no interface eth9 on the host", False),
+    (
+        'Failed to resolve interface "eth9": No such device',
+        "network: there is no interface eth9 on the host",
+        False,
+    ),
+    (
+        "Network interface eth9 is not initialized yet.",
+        "network: systemd-udevd, which must run on the host, does not know the interface eth9",
+        True,
+    ),
+    (
+        "Failed to add interface vb-web to bridge eth9: Operation not supported",
+        "network_bridge: the interface eth9 of the host is no bridge",
+        False,
+    ),
     (
         "Failed to add new veth interfaces (lo:x): File exists",
         "network_veth_extra: there is an interface lo on the host already",

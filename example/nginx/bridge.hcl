@@ -1,0 +1,69 @@
+# The web server of nginx.hcl in a network of its group: Nomad and its CNI plugins make it and map the port.
+#
+# `sh example/nginx/image.sh` makes its image. The client needs the CNI plugins (Debian: containernetworking-plugins)
+# and in its configuration the place of them:
+#
+#     client {
+#       cni_path = "/usr/lib/cni"
+#     }
+#
+# For Consul Connect add a `service` block with `connect { sidecar_service {} }` to the group: the sidecar and this task
+# meet on the group's loopback interface.
+job "bridge" {
+  type = "service"
+
+  group "nginx" {
+    network {
+      mode = "bridge"
+
+      # Any free port of the host leads to port 80 inside.
+      port "http" {
+        to = 80
+      }
+
+      # Without this block the host's name servers are used.
+      dns {
+        servers = ["9.9.9.9"]
+      }
+    }
+
+    task "nginx" {
+      driver = "nspawn"
+
+      config {
+        image       = "nginx"
+        boot        = false
+        process_two = true
+        command     = ["nginx", "-c", "/local/nginx.conf", "-g", "daemon off;"]
+      }
+
+      kill_signal  = "SIGQUIT"
+      kill_timeout = "10s"
+
+      template {
+        destination = "local/nginx.conf"
+        data        = <<-EOT
+          user www-data;
+          worker_processes 1;
+          error_log stderr;
+          events {}
+          http {
+            access_log off;
+            server {
+              listen {{ env "NOMAD_PORT_http" }};
+              location / {
+                default_type text/plain;
+                return 200 "Hello from {{ env "NOMAD_ALLOC_NAME" }}\n";
+              }
+            }
+          }
+          EOT
+      }
+
+      resources {
+        cpu    = 100
+        memory = 64
+      }
+    }
+  }
+}
