@@ -1858,18 +1858,17 @@ def explain_command(
 #
 # What of the host a job names (to mount, to read a credential from), found out once and judged by what the
 # operator allows. Whoever may write to a directory on the way can exchange a part of it at any moment: so a
-# source is opened, what has been opened is judged, and the keeper mounts it only if it still is the same.
+# source is opened, what has been opened is judged, and that is mounted or read, wherever its path leads by then.
 # =====================================================================================================
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file or directory of the host, as it was when it was looked at."""
+    """An open file or directory of the host."""
 
-    path: str  # without symbolic links
-    device: int
-    inode: int
+    path: str  # where it was when it was opened, without symbolic links
     mode: int
+    fd: int = -1
 
     @property
     def is_directory(self) -> bool:
@@ -1896,19 +1895,12 @@ def name_sources(values: Values) -> Iterator[tuple[str, str]]:
     yield from (("load_credential", source) for source in values["load_credential"].values())
 
 
-def open_source(option: str, name: str, own: Mapping[str, str]) -> tuple[int, Source]:
-    """Open what a job names; return the descriptor, too, which keeps its inode from being used for another file.
-
-    `own` maps the names a task has for its own directories to their paths.
-    """
-    first, *rest = name.split("/")
-    path = "/".join([own[first], *rest]) if first in own else name
+def open_source(option: str, name: str, path: str) -> Source:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(option, name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
-    status = os.fstat(fd)
-    return fd, Source(os.readlink(f"/proc/self/fd/{fd}"), status.st_dev, status.st_ino, status.st_mode)
+    return Source(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode, fd)
 
 
 def check_source(option: str, name: str, source: Source, own: Mapping[str, str], config: Values) -> None:
@@ -1938,12 +1930,14 @@ def check_host_path(option: str, name: str, path: str, config: Values) -> None:
 
 @contextlib.contextmanager
 def open_sources(values: Values, own: Mapping[str, str], config: Values) -> Iterator[dict[str, Source]]:
-    """Yield what a job names by its name; while they are open nothing else can take their place unseen."""
+    """Yield what a job names, open, by its name. `own` maps a task's names for its directories to their paths."""
     found: dict[str, Source] = {}
     with contextlib.ExitStack() as stack:
         for option, name in name_sources(values):
-            fd, source = open_source(option, name, own)
-            stack.callback(os.close, fd)
+            first, *rest = name.split("/")
+            path = "/".join([own[first], *rest]) if first in own else name
+            source = open_source(option, name, path)
+            stack.callback(os.close, source.fd)
             check_source(option, name, source, own, config)
             found[name] = source
         yield found
@@ -1963,17 +1957,33 @@ def read_credentials(values: Values, sources: Mapping[str, Source]) -> dict[str,
 
 
 def read_source(option: str, name: str, source: Source) -> bytes:
-    """Return what a source holds, if it still is what was looked at."""
+    """Return what a source holds."""
     if not stat.S_ISREG(source.mode):
         raise ConfigError(option, name, "must be a file")
     try:
-        with open(source.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if (status.st_dev, status.st_ino) != (source.device, source.inode):
-                raise ConfigError(option, name, "was exchanged for something else while the task started")
+        with open(f"/proc/self/fd/{source.fd}", "rb") as file:
             return file.read(MAX_CREDENTIALS + 1)
     except OSError as error:
         raise ConfigError(option, name, f"cannot be read: {error.strerror}") from None
+
+
+def is_own(path: str, own: Mapping[str, str]) -> bool:
+    return any(is_below(path, os.path.realpath(directory)) for directory in own.values())
+
+
+@contextlib.contextmanager
+def open_image(image: Image, name: str, own: Mapping[str, str]) -> Iterator[Source | None]:
+    """Yield an image open if it is in the task's directories, where others may exchange it; else None."""
+    if not is_own(str(image.path), own):
+        yield None
+        return
+    source = open_source("image", name, str(image.path))
+    try:
+        if not is_own(source.path, own) or source.is_directory is not image.is_directory:
+            raise ConfigError("image", name, "leads out of the task's directory")
+        yield source
+    finally:
+        os.close(source.fd)
 
 
 def check_image(image: Image, name: str, own: Mapping[str, str], config: Values) -> None:
@@ -1982,7 +1992,7 @@ def check_image(image: Image, name: str, own: Mapping[str, str], config: Values)
     places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in ("", ".raw")]
     if (is_image_name(name) and path in places) or is_below(path, folder):
         return
-    if not any(is_below(path, os.path.realpath(directory)) for directory in own.values()):
+    if not is_own(path, own):
         check_host_path("image", name, path, config)
     if not image.is_directory:
         check_gate("image", name, Gate.DISK_IMAGES, config)
@@ -2839,7 +2849,7 @@ def check_environment(variables: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Pin:
-    """A source the keeper mounts at a place that nobody else can touch, for nspawn to mount from there."""
+    """A source and the place, which nobody else can touch, that it is mounted at for nspawn."""
 
     source: Source
     place: str  # in the task's state directory
@@ -2871,6 +2881,12 @@ class Plan:
     copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
     notes: tuple[str, ...]  # sentences for the task's events
 
+    def mounted_image(self, state_dir: Path) -> Image:
+        """Return the image where the keeper's namespace has it."""
+        place = str(state_dir / IMAGE_PLACE)
+        is_pinned = any(pin.place == place for pin in self.pins)
+        return replace(self.image, path=Path(place)) if is_pinned else self.image
+
     @property
     def is_read_only(self) -> bool:
         return "--read-only" in self.argv or "--volatile=state" in self.argv
@@ -2893,13 +2909,16 @@ class Found:
     sources: Mapping[str, Source] = field(default_factory=dict)  # by the names the job has for them
     credentials: Mapping[str, bytes] = field(default_factory=dict)
     names: Names = Names()
+    image_source: Source | None = None  # the image, if it can be exchanged by path
 
 
 def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Plan:
     """Work out everything that is needed to start a task."""
     check_rules(values, host)
     check_image_rules(values, found.image)
+    state = state_directory(task.id)
     root = plan_root(found.image, values, host, found.mounts, f"{task.task_dir}/{PLACE_NAME}")
+    root, image_pins = pin_image(root, values, found, state)
     mode = Mode.of(values)
     machine = plan_machine(task.name, task.alloc_id)
     network = plan_network(task.network, values, found.names, machine)
@@ -2909,7 +2928,6 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         variables.setdefault("TERM", "dumb")  # no colours and no cursor movement in the logs
     environment = plan_environment(variables)
     volumes = plan_volumes(task, values, host, found.mounts)
-    state = state_directory(task.id)
     pins = plan_pins(found.sources, state)
     arguments = [
         *render_options({**values, **root.values}),
@@ -2938,7 +2956,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         search_path=variables.get("PATH") or DEFAULT_PATH,
         mounts=plan_mount_table(values, volumes, found.sources),
         prefix=plan_prefix(values),
-        pins=tuple(pins.values()),
+        pins=(*pins.values(), *image_pins),
         credentials=found.credentials,
         copying=root.copying,
         notes=(*environment.notes, *network.notes),
@@ -2980,6 +2998,22 @@ def check_image_rules(values: Values, image: Image) -> None:
         if values[option] and image.is_directory:
             rule = f"is for disk images, and {image.path} is a directory"
             raise ConfigError(option, values[option], rule, "leave it out")
+
+
+def pin_image(root: RootPlan, values: Values, found: Found, state: Path) -> tuple[RootPlan, list[Pin]]:
+    """Have an image that others could exchange mounted at a place they cannot touch, and used from there."""
+    if found.image_source is None:
+        return root, []
+    if values["ephemeral"] and not root.private:
+        rule = "would copy an image in the task's own directory"
+        raise ConfigError("ephemeral", True, rule, "leave it out: no other task uses that image")
+    place = f"{state}/{IMAGE_PLACE}"
+    argv = replace(found.image, path=Path(place)).argv if root.argv else ()
+    private = root.private and replace(root.private, layers=(place,))
+    return replace(root, argv=tuple(argv), private=private), [Pin(found.image_source, place)]
+
+
+IMAGE_PLACE = "image"  # in the state directory
 
 
 def plan_pins(sources: Mapping[str, Source], state: Path) -> dict[str, Pin]:
@@ -3095,8 +3129,6 @@ BUSY = (
 MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work when tried again
     (r"Directory tree (.+) is currently busy", BUSY, True),
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
-    (r"keeper: the source of a mount was exchanged: (.+) \(",
-     "{0} was exchanged for something else while the task started; it is not mounted", False),
     (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container', False),
     (r"Failed to change to specified working directory ([^:]+)",
      "working_directory: there is no directory {0} in the container", False),
@@ -3230,7 +3262,7 @@ def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, 
 CLONE_FS, CLONE_NEWNS = 0x200, 0x20000
 MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x4, 0x4000, 1 << 19, 2
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
-AT_FDCWD, AT_EMPTY_PATH, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 1, 4
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 0x8000, 1, 4
 MOUNT_ATTR_IDMAP = 0x100000
 
 
@@ -3259,6 +3291,20 @@ def enter_namespace() -> None:
     """Put this thread into a new mount namespace. What the host mounts later shows up in it, not the reverse."""
     call_libc("unshare", CLONE_FS | CLONE_NEWNS)
     mount_filesystem("none", "/", MS_REC | MS_SLAVE)
+
+
+def clone_source(source: Source) -> int:
+    """Return a mount of an open file or directory, with what is mounted below it, that is nowhere yet."""
+    flags = OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC
+    try:
+        return call_libc("syscall", OPEN_TREE, source.fd, b"", flags)
+    except OSError as error:
+        raise HostError(f"{cut(source.path)} cannot be mounted: {error.strerror}") from None
+
+
+def attach_tree(tree: int, target: str) -> None:
+    call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+    call_libc("mount", None, os.fsencode(target), None, MS_REC | MS_SLAVE, None)
 
 
 def attach_layer(source: str, target: str, users_fd: int | None) -> None:
@@ -3403,6 +3449,8 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
 
 def prepare_image(plan: Plan, image: Image) -> None:
     """Make what a read-only root needs to be mounted on."""
+    if not image.is_directory:
+        return
     if plan.is_read_only:
         make_mount_points(image.path)
     for path in plan.network.mount_files:
@@ -3426,10 +3474,9 @@ def explain_mount(plan: Plan, error: OSError) -> DriverError:
 # in place of /dev/kmsg: the payload's stderr stays the payload's, and the plugin can read what went wrong.
 # =====================================================================================================
 
-# Arguments: state directory, cgroup ("" for none), "filter" or "", for each pin its source, its place and what
-# must be found there, "--", nspawn and its arguments. It starts when a line comes on stdin: if the plugin dies
-# before its pid is on disk, nothing has happened. Its variables have a prefix that no variable of a job in its
-# environment has (STEERING).
+# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. It starts when
+# a line comes on stdin: if the plugin dies before its pid is on disk, nothing has happened. Its variables have a
+# prefix that no variable of a job in its environment has (STEERING).
 KEEPER = r"""
 keeper_state=$1 keeper_cgroup=$2 keeper_filter=$3
 shift 3
@@ -3439,14 +3486,6 @@ enter() { [ -z "$keeper_cgroup" ] || echo 0 >"$keeper_cgroup$1/cgroup.procs"; }
 keep() {
 	(
 		enter ""
-		while [ "$1" != -- ]; do
-			if ! keeper_error=$(mount --rbind -- "$1" "$2" 2>&1) || [ "$(stat -c %d:%i -- "$2")" != "$3" ]; then
-				echo "keeper: the source of a mount was exchanged: $1 ($keeper_error)" >"$keeper_state/nspawn.log"
-				exit 1
-			fi
-			shift 3
-		done
-		shift
 		# nspawn keeps the changes of overlays in /var/tmp, and leaves them there if it is killed.
 		[ ! -d "$keeper_state/tmp" ] || mount --bind "$keeper_state/tmp" /var/tmp || exit 1
 		if mount --bind "$keeper_state/nspawn.log" /dev/kmsg; then
@@ -3517,14 +3556,27 @@ def open_logs(plan: Plan) -> Iterator[list[int]]:
 
 def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId:
     """Start the keeper in a mount namespace of its own, where the task's private root is; for `run_apart`."""
-    enter_namespace()
-    locks: list[int] = []
-    try:
-        arguments = make_root(plan, state_dir, locks) if plan.private else []
+    with contextlib.ExitStack() as stack:  # the keeper has the locks, its namespace the mounts
+        trees = []
+        for pin in plan.pins:
+            trees.append((clone_source(pin.source), pin.place))
+            stack.callback(os.close, trees[-1][0])
+        enter_namespace()
+        for tree, place in trees:
+            attach_tree(tree, place)
+        locks: list[int] = []
+        stack.callback(close_all, locks)
+        if plan.private:
+            arguments = make_root(plan, state_dir, locks)
+        else:
+            arguments = []
+            prepare_image(plan, plan.mounted_image(state_dir))
         return start_shell(plan, state_dir, stdio, arguments, locks)
-    finally:
-        for fd in locks:  # the keeper has them
-            os.close(fd)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def start_shell(
@@ -3538,9 +3590,7 @@ def start_shell(
     }
     argv = ["sh", "-c", KEEPER, "nomad-nspawn-keeper", str(state_dir), plan.cgroup]
     argv += ["filter" if plan.wants_filter else ""]
-    for pin in plan.pins:
-        argv += [pin.source.path, pin.place, f"{pin.source.device}:{pin.source.inode}"]
-    argv = [*plan.network.entry, *argv, "--", *plan.prefix, plan.argv[0], *arguments, *plan.argv[1:]]
+    argv = [*plan.network.entry, *argv, *plan.prefix, plan.argv[0], *arguments, *plan.argv[1:]]
     try:
         return start_process(
             argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], pass_fds=locks
@@ -4098,8 +4148,6 @@ class Start:
             # There may be one of a start before a reboot, or anything an artifact has put there.
             await remove_place(self.plan.private.place)
             os.mkdir(self.plan.private.place, mode=0o700)
-        if self.plan.image.is_directory and not self.plan.private:
-            prepare_image(self.plan, self.plan.image)
         for path, text in self.plan.network.files.items():
             file = Path(f"{self.directory}{path}")
             file.parent.mkdir(mode=0o700, exist_ok=True)
@@ -4633,9 +4681,13 @@ class DriverService:
         image = find_image(values["image"], task_dir, values, Path(self.config["image_dir"]))
         check_image(image, values["image"], own, self.config)
         names = read_names(config.network, image, values)
-        with open_sources(values, own, self.config) as sources:
+        with (
+            open_image(image, values["image"], own) as image_source,
+            open_sources(values, own, self.config) as sources,
+        ):
             credentials = read_credentials(values, sources)
-            plan = plan_task(config, values, host, Found(image, read_mounts(), sources, credentials, names))
+            found = Found(image, read_mounts(), sources, credentials, names, image_source)
+            plan = plan_task(config, values, host, found)
             for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):
                 self.events.emit(config, note)
             return await self.tasks.start(plan, config), plan.network

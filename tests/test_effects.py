@@ -272,7 +272,7 @@ def prepared(tasks: Tasks, script: str, **options: Any) -> tuple[Task, Path]:
     """A task whose directories are there, and the path of its own one."""
     task = tasks.make(script, **options)
     task.prestart()
-    return task, Path(task.allocation.dir, "task")
+    return task, Path(task.allocation.dir, task.name)
 
 
 def test_bind(tasks: Tasks, image: Path, tmp_path: Path) -> None:
@@ -519,3 +519,44 @@ def test_nothing_is_left_of_what_options_make(tasks: Tasks, tmp_path: Path) -> N
     task.destroy()
     assert not [path for path in Path("/var/tmp").iterdir() if "nspawn" in path.name]
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("ephemeral", [False, True])
+def test_image_that_is_exchanged_all_the_time(
+    driver_file: Path, image: Path, tmp_path: Path, ephemeral: bool
+) -> None:
+    """An image in the allocation's directory, which other tasks may swap with a link to the host's own root."""
+    make_small_image(image, tmp_path / "other", ("dash", "cat"))
+    (tmp_path / "other/etc/secret").write_text("forbidden")
+    allocation = Allocation()
+    data = allocation.dir / "alloc/data"
+    make_small_image(image, data / "image", ("dash", "cat"))
+    (data / "image/etc/secret").write_text("allowed")
+    (data / "link").symlink_to(tmp_path / "other")
+    stop = threading.Event()
+    swapper = threading.Thread(target=swap, args=(data / "image", data / "link", stop))
+    swapper.start()
+    seen = set()
+    options: dict[str, Any] = {"image": str(data / "image"), "ephemeral": ephemeral, "read_only": not ephemeral}
+    try:
+        with launch_like_agent(driver_file, "allow_paths = []") as plugin, Tasks(plugin, image) as tasks:
+            for number in range(15):
+                with contextlib.suppress(DriverError):
+                    task, _ = tasks.run("cat /etc/secret", name=f"t{number}", allocation=allocation, **options)
+                    seen.add(output(task))
+    finally:
+        stop.set()
+        swapper.join()
+    assert seen <= {"allowed"}
+
+
+def test_image_in_the_tasks_directory(tasks: Tasks, image: Path) -> None:
+    ways: list[dict[str, Any]] = [{}, {"ephemeral": True}, {"read_only": True}, {"volatile": "overlay"}]
+    for number, way in enumerate(ways):
+        options = {"image": "local/image", "read_only": None, **way}
+        task, own = prepared(tasks, "cat /etc/secret", name=f"t{number}", **options)
+        make_small_image(image, own / "local/image", ("dash", "cat"))
+        (own / "local/image/etc/secret").write_text("own")
+        task.start()
+        assert task.wait(30).successful
+        assert output(task) == "own"

@@ -77,10 +77,7 @@ def decode(options: Mapping[str, object], is_in_group: bool = False) -> dict[str
 def find_sources(values: Mapping[str, Any]) -> dict[str, Source]:
     """What a job names, as if it were there."""
     names = dict.fromkeys(name for _, name in driver.name_sources(values))
-    return {
-        name: Source(f"/real/{name.lstrip('/')}", device=1, inode=number, mode=0o040755)
-        for number, name in enumerate(names)
-    }
+    return {name: Source(f"/real/{name.lstrip('/')}", mode=0o040755) for name in names}
 
 
 def plan(
@@ -1288,11 +1285,6 @@ EXPLAINED: list[tuple[str, str, bool]] = [
         "Disk image /srv/a b.raw is currently busy.",
         "image: /srv/a b.raw is in use by another container that may write to it",
         True,
-    ),
-    (
-        "keeper: the source of a mount was exchanged: /srv/a (b) ()",
-        "/srv/a (b) was exchanged for something else while the task started; it is not mounted",
-        False,
     ),
     (
         "AmbientCapability= setting is not fully covered by Capability= setting.",
