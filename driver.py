@@ -3389,6 +3389,7 @@ def lock_image(image: Image) -> int | None:
 
 
 UID_LOCKS = Path("/run/systemd/nspawn-uid")
+ACCOUNTS = Path("/etc")  # where passwd, group, subuid and subgid are
 FIRST_SLOT, LAST_SLOT = 0x8, 0x6FFF  # systemd's ranges for containers, in ranges of 65536 ids
 
 
@@ -3412,7 +3413,7 @@ def read_taken_slots() -> set[int]:
     """Return the ranges that users, groups, subordinate ids or processes of this machine are in."""
     slots = set()
     for name, column in (("passwd", 2), ("group", 2), ("subuid", 1), ("subgid", 1)):
-        for line in read_text(Path("/etc", name)).splitlines():
+        for line in read_text(ACCOUNTS / name).splitlines():
             values = line.split(":")[column:]
             with contextlib.suppress(ValueError, IndexError):
                 first = int(values[0])
@@ -3590,7 +3591,8 @@ def start_shell(
     }
     argv = ["sh", "-c", KEEPER, "nomad-nspawn-keeper", str(state_dir), plan.cgroup]
     argv += ["filter" if plan.wants_filter else ""]
-    argv = [*plan.network.entry, *argv, *plan.prefix, plan.argv[0], *arguments, *plan.argv[1:]]
+    own = plan.argv.index(f"--machine={plan.machine}") + 1
+    argv = [*plan.network.entry, *argv, *plan.prefix, *plan.argv[:own], *arguments, *plan.argv[own:]]
     try:
         return start_process(
             argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], pass_fds=locks
