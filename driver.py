@@ -17,6 +17,7 @@ The module reads top to bottom as words, facts, plan, act, serve; a section uses
     Mounting    private roots: ranges of users, locks, mounts
     Keeper      the small process that outlives the plugin
     Task        start, recover, wait, signal, stop, destroy
+    Exec        a further command in a running container, confined as its payload is
     Services    the gRPC services Nomad calls, and the handshake
     Main        the plugin by default; `check`, `--version`, `--help` for people
 
@@ -35,11 +36,14 @@ import fcntl
 import functools
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import logging
+import marshal
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -47,11 +51,12 @@ import stat
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -308,6 +313,17 @@ async def wait_readable(fd: int) -> None:
         await ready.wait()
     finally:
         loop.remove_reader(fd)
+
+
+async def wait_writable(fd: int) -> None:
+    """Return when `fd` takes more, or its reader is gone. One waiter a descriptor."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_writer(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_writer(fd)
 
 
 def start_process(
@@ -2856,6 +2872,27 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """What a further command in the container gets, as the payload has it."""
+
+    user: str = ""  # "": root
+    directory: str = "/"
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str]) -> Inside:
+    """Return the surroundings nspawn gives the payload; HOME and the like come from the container's own files."""
+    given = {
+        "PATH": DEFAULT_PATH,
+        "LANG": "C.UTF-8",
+        "container": "systemd-nspawn",
+        **({"container_uuid": task.alloc_id} if UUID.fullmatch(task.alloc_id) else {}),
+        **{name: value for name, value in variables.items() if VARIABLE.fullmatch(name)},
+    }
+    return Inside(values["user"] or "", values["working_directory"] or "/", given)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything needed to start a task."""
 
@@ -2879,6 +2916,7 @@ class Plan:
     pins: tuple[Pin, ...]
     credentials: Mapping[str, bytes]  # by their names
     copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
+    inside: Inside
     notes: tuple[str, ...]  # sentences for the task's events
 
     def mounted_image(self, state_dir: Path) -> Image:
@@ -2924,9 +2962,8 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     network = plan_network(task.network, values, found.names, machine)
     values = {**values, **network.values, **plan_defaults(task, values, mode)}
     variables = {**values["environment"], **task.env, **network.environ}
-    if mode is Mode.BOOT:
-        variables.setdefault("TERM", "dumb")  # no colours and no cursor movement in the logs
-    environment = plan_environment(variables)
+    dumb = {"TERM": "dumb"} if mode is Mode.BOOT else {}  # no colours and no cursor movement in the logs
+    environment = plan_environment({**dumb, **variables})
     volumes = plan_volumes(task, values, host, found.mounts)
     pins = plan_pins(found.sources, state)
     arguments = [
@@ -2959,6 +2996,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         pins=(*pins.values(), *image_pins),
         credentials=found.credentials,
         copying=root.copying,
+        inside=plan_inside(task, values, variables),
         notes=(*environment.notes, *network.notes),
     )
 
@@ -3812,11 +3850,11 @@ class Task:
         leader = self.state.leader
         if leader is None or self.state.mode is not Mode.PROCESS_TWO:
             return leader
-        for pid in read_children(leader.pid):
-            process = ProcessId.of(pid)
-            if process and read_inner_pid(pid) == 2:  # later children are orphans the stub has inherited
-                return process
-        return None
+        # Later children are orphans the stub has inherited. It is not always 2: to look a user up takes processes.
+        children = [
+            (read_inner_pid(pid), process) for pid in read_children(leader.pid) if (process := ProcessId.of(pid))
+        ]
+        return min(children, key=lambda child: child[0])[1] if children else None
 
     async def send(self, number: int) -> None:
         """Send a signal to the payload. The stub forks it a moment after it reports itself as ready."""
@@ -4143,6 +4181,7 @@ class Start:
         STATE_ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory.mkdir(mode=0o700)
         self.save()  # before the first process: whatever dies from here on, the id alone leads to the cgroup
+        write_file(self.directory / "inside.json", json.dumps(asdict(self.plan.inside)))
         (self.directory / "nspawn.log").touch(mode=0o600)
         if self.plan.cgroup:
             Path(self.plan.cgroup, "keeper").mkdir(parents=True, exist_ok=True)
@@ -4343,6 +4382,772 @@ def read_states() -> Iterator[State]:
             state = read_state(directory)
             if state:
                 yield state
+
+
+# =====================================================================================================
+# Exec
+#
+# A further command in a running container: in the payload's namespaces and cgroup, with its bounding set,
+# no_new_privs, seccomp filters and limits, as the task's user. nsenter would give it the host's capabilities, no
+# filter and no limit. The helper that enters is Entry, which needs nothing of this module: it is forked for each
+# command from a process that is started when the first one comes and ends when none has come for a while. The
+# command is the plugin's child, so that nothing of ours stays beside it, and is killed when the plugin ends.
+# =====================================================================================================
+
+
+class Entry:
+    """The program that enters a container. Its source is run by a Python without any of this module's imports.
+
+    `serve` forks for each message; that process makes itself what the payload is, forks once more (only a
+    fork can enter a process namespace), and the last one executes the command. Everything is given up before
+    that fork: a container without a user namespace has the capability to look into any process it sees. What it
+    sees for a moment has only the command's rights, no descriptor but those of the command and a socket whose
+    words the plugin does not trust, and files of the host only from mounts that are read-only (CVE-2019-5736).
+    The working directory and root are the container's since `setns` (CVE-2024-21626).
+    """
+
+    CLONE_PARENT = 0x8000
+    PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, PTRACE_GET_FILTER = 0x4206, 0x4207, 17, 0x420C
+    PR_PDEATHSIG, PR_DUMPABLE, PR_KEEPCAPS, PR_SECCOMP, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 4, 8, 22, 23, 24
+    PR_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
+    CAP_SYS_ADMIN = 1 << 21
+    TIOCSPTLCK, TIOCGPTPEER = 0x40045431, 0x5441
+    MAX_FILE = 16 << 20  # bytes of a container's passwd or group that are read
+
+    def __init__(self) -> None:
+        import ctypes
+
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        self.libc.ptrace.restype = self.libc.syscall.restype = ctypes.c_long
+        self.libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+        self.libc.syscall.argtypes = [ctypes.c_long] * 6
+        calls = {"x86_64": {"clone": 56, "keyctl": 250}, "aarch64": {"clone": 220, "keyctl": 219}}
+        self.calls = calls[os.uname().machine]
+        for number in range(1, signal.NSIG):
+            with contextlib.suppress(OSError, ValueError):  # those of the C library, SIGKILL and SIGSTOP
+                signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE, and that would be inherited
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    def check(self, result: int, what: str) -> int:
+        import ctypes
+
+        if result < 0:
+            raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        return result
+
+    def prctl(self, option: int, first: int, second: int = 0) -> int:
+        return self.check(self.libc.prctl(option, first, second, 0, 0), f"prctl {option}")
+
+    def fork(self) -> int:
+        """Fork a sibling: whoever started `serve` becomes the parent, and is told of the end."""
+        flags = self.CLONE_PARENT | signal.SIGCHLD
+        return self.check(self.libc.syscall(self.calls["clone"], flags, 0, 0, 0, 0), "fork")
+
+    def serve(self) -> None:
+        """Take connections from standard input until it ends. What commands are about never gets here: the next
+        one's container might read it."""
+        server = socket.socket(fileno=0)
+        while True:
+            _, descriptors = self.receive(server, 1)
+            if not descriptors:
+                return
+            if self.fork() == 0:
+                self.control = socket.socket(fileno=descriptors[0])
+                self.enter()
+            os.close(descriptors[0])
+
+    def receive(self, connection: socket.socket, size: int) -> tuple[bytes, list[int]]:
+        data, ancillary, _, _ = connection.recvmsg(size, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
+        packed = ancillary[0][2] if ancillary else b""
+        return data, [int.from_bytes(packed[at : at + 4], sys.byteorder) for at in range(0, len(packed), 4)]
+
+    def say(self, message: str, descriptors: list[int] | None = None) -> None:
+        packed = b"".join(number.to_bytes(4, sys.byteorder) for number in descriptors or [])
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if packed else []
+        with contextlib.suppress(OSError):  # the plugin is gone: the command's stdin and signal tell it
+            self.control.sendmsg([message.encode(errors="replace")[:2000]], ancillary, socket.MSG_NOSIGNAL)
+
+    def enter(self) -> None:
+        """Do everything for one command, and never return."""
+        status = 1
+        try:
+            self.say("helper")
+            _, (plan_file, process) = self.receive(self.control, 100)
+            with open(plan_file, "rb") as file:
+                self.plan = marshal.load(file)
+            self.prctl(self.PR_DUMPABLE, 0)  # nobody inside may look into what comes from outside
+            filters = self.read_filters(self.plan["leader"]) if self.plan["has_seccomp"] else []
+            self.check(self.libc.setns(process, self.plan["namespaces"]), "setns")
+            self.check(self.libc.syscall(self.calls["keyctl"], 1, 0, 0, 0, 0), "keyctl")  # no keys of the host's
+            user = self.find_user(self.plan["user"])
+            self.become(user)
+            self.open_stdio()
+            self.confine(user[0], filters)
+            if self.fork():
+                os._exit(0)
+            status, message = self.execute(user)
+            self.say(f"failed {message}")
+        except SystemExit as error:
+            self.say(f"error {error}")
+        except BaseException as error:
+            self.say(f"error the command could not be started: {error}")
+        os._exit(status)
+
+    def read_filters(self, pid: int) -> list[bytes]:
+        """Return the seccomp filters of a process, the oldest first (measured; ptrace(2) says the opposite). Stops
+        it for some microseconds."""
+        import ctypes
+
+        if not self.trace(pid):
+            self.say("note ptrace is not allowed on this host")
+            return []
+        filters: list[bytes] = []
+        try:
+            self.check(self.libc.ptrace(self.PTRACE_INTERRUPT, pid, None, None), "ptrace")
+            os.waitpid(pid, 0x40000000)  # __WALL
+            while (length := self.libc.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), None)) > 0:
+                buffer = ctypes.create_string_buffer(8 * length)
+                self.check(self.libc.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), ctypes.addressof(buffer)),
+                           "ptrace")  # fmt: skip
+                filters.append(buffer.raw)
+            reason = ctypes.get_errno()
+        finally:
+            self.libc.ptrace(self.PTRACE_DETACH, pid, None, None)
+        if not filters:
+            self.say(f"note the kernel does not give them: {os.strerror(reason)}")
+        return filters
+
+    def trace(self, pid: int) -> bool:
+        """Begin to trace; False when it is not allowed at all. There can be one tracer: another command's entry
+        soon gives way; one inside might want to bring about a command without filters."""
+        for _ in range(400):
+            if self.libc.ptrace(self.PTRACE_SEIZE, pid, None, None) == 0:
+                return True
+            if b"\nTracerPid:\t0\n" in self.read(b"/proc/%d/status" % pid):
+                return False
+            time.sleep(0.005)
+        raise SystemExit("the container's first process is being traced, so its seccomp filters cannot be read")
+
+    def find_user(self, name: bytes) -> tuple[int, int, list[int], bytes]:
+        """Return ids, further groups and home of a user by the container's own files."""
+        if name in (b"", b"root", b"0"):
+            self.plan["user"] = b"root"
+            return 0, 0, [], b"/root"
+        for line in self.read(b"/etc/passwd").split(b"\n"):
+            entry = line.split(b":")
+            if len(entry) > 5 and name in (entry[0], entry[2]):
+                groups = [line.split(b":") for line in self.read(b"/etc/group").split(b"\n")]
+                further = [
+                    int(group[2]) for group in groups if len(group) > 3 and entry[0] in group[3].split(b",")
+                ]
+                self.plan["user"] = entry[0]
+                return int(entry[2]), int(entry[3]), further, entry[5]
+        raise SystemExit(f'user: there is no user "{os.fsdecode(name)}" in the container\'s /etc/passwd')
+
+    def read(self, path: bytes) -> bytes:
+        """Read a file of the container, whatever may stand in its place."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            with open(fd, "rb") as file:
+                return file.read(self.MAX_FILE) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        except OSError:
+            return b""
+
+    def become(self, user: tuple[int, int, list[int], bytes]) -> None:
+        """Take the payload's bounding set and the user's ids; what is permitted stays until `confine`."""
+        number = 0
+        while self.libc.prctl(self.PR_CAPBSET_READ, number, 0, 0, 0) >= 0:
+            if not self.plan["bounding"] >> number & 1:
+                self.prctl(self.PR_CAPBSET_DROP, number)
+            number += 1
+        os.umask(0o022)  # nspawn's for its payload; systemd as the first process has taken 0 for itself
+        self.libc.personality(self.plan["personality"])
+        self.prctl(self.PR_KEEPCAPS, 1)
+        os.setgroups(user[2])
+        os.setresgid(user[1], user[1], user[1])
+        os.setresuid(user[0], user[0], user[0])
+        if user[0]:
+            self.set_capabilities(0, self.CAP_SYS_ADMIN | self.plan["ambient"], 0)  # files are opened as the user
+        try:
+            os.chdir(self.plan["directory"])
+        except OSError as error:
+            where = os.fsdecode(self.plan["directory"])
+            raise SystemExit(f"working_directory: {where} in the container: {error.strerror}") from None
+
+    def open_stdio(self) -> None:
+        """Make the command's stdin, stdout and stderr, owned by its user, and hand the other ends out."""
+        if self.plan["tty"]:
+            ours, given = self.open_terminal()
+        else:
+            pipes = [os.pipe() for _ in range(2 if self.plan["merge"] else 3)]
+            pipes += pipes[1:] if self.plan["merge"] else []
+            ours = [pipes[0][0], pipes[1][1], pipes[2][1]]
+            given = [pipes[0][1], *dict.fromkeys([pipes[1][0], pipes[2][0]])]
+        self.say("stdio", given)
+        if self.plan["tty"]:
+            self.control.recv(100)  # the window has its size
+        for number, descriptor in enumerate(ours):
+            os.dup2(descriptor, number)
+        control = self.control.fileno()
+        os.closerange(3, control)
+        os.closerange(control + 1, 1024)
+
+    def open_terminal(self) -> tuple[list[int], list[int]]:
+        """Open a terminal of the container's own. Nothing is resolved outside, and only a terminal will do."""
+        try:
+            master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if os.fstat(master).st_rdev != os.makedev(5, 2):
+                raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+            fcntl.ioctl(master, self.TIOCSPTLCK, bytes(4))
+            slave = fcntl.ioctl(master, self.TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+        except OSError as error:
+            raise SystemExit(f"no terminal can be opened in the container: {error.strerror}") from None
+        return [slave] * 3, [master]
+
+    def confine(self, uid: int, filters: list[bytes]) -> None:
+        """Take the payload's filters, and its capabilities: after this nothing can be undone."""
+        import ctypes
+
+        ambient = self.plan["ambient"]
+        rights = ambient if uid else self.plan["bounding"]
+        inheritable = ambient if uid else self.plan["inheritable"]
+        needed = rights | self.CAP_SYS_ADMIN  # to install filters
+        self.set_capabilities(needed, needed, inheritable)
+        if self.plan["no_new_privs"]:
+            self.prctl(self.PR_NO_NEW_PRIVS, 1)
+        for program in filters:
+            buffer = ctypes.create_string_buffer(program, len(program))
+            packed = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
+            self.prctl(self.PR_SECCOMP, 2, ctypes.addressof(ctypes.create_string_buffer(packed, len(packed))))
+        self.set_capabilities(rights, rights, inheritable)
+        for number in range(64):
+            if ambient >> number & 1:
+                self.check(self.libc.prctl(self.PR_CAP_AMBIENT, 2, number, 0, 0), "prctl")
+
+    def set_capabilities(self, *sets: int) -> None:
+        """Set the effective, permitted and inheritable ones."""
+        words = [value >> shift & 0xFFFFFFFF for shift in (0, 32) for value in sets]
+        header = struct.pack("Ii", 0x20080522, 0)
+        self.check(self.libc.capset(header, struct.pack("6I", *words)), "capset")
+
+    def execute(self, user: tuple[int, int, list[int], bytes]) -> tuple[int, str]:
+        """Execute the command; return the status and words of a shell that cannot."""
+        self.say("command")  # first of all: the plugin has to know of its child, whatever fails from here on
+        os.setsid()
+        if self.plan["tty"]:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
+        argv, name = self.plan["argv"], self.plan["argv"][0]
+        login = self.plan["user"]
+        env = {b"HOME": user[3], b"USER": login, b"LOGNAME": login, **self.plan["env"]}
+        if self.plan["tty"]:
+            env.setdefault(b"TERM", b"xterm")
+        shown, search = os.fsdecode(name), env[b"PATH"]
+        denied = ""
+        for path in [name] if b"/" in name else [os.path.join(place, name) for place in search.split(b":")]:
+            try:
+                os.execve(path, argv, env)
+            except (FileNotFoundError, NotADirectoryError):
+                if os.path.lexists(path):
+                    denied = f'"{os.fsdecode(path)}" in the container needs an interpreter that is not there'
+            except OSError as error:
+                denied = f'"{os.fsdecode(path)}" in the container cannot be executed: {error.strerror}'
+        if denied:
+            return 126, denied
+        where = "in the container" if b"/" in name else f"in the container's PATH ({os.fsdecode(search)})"
+        return 127, f'there is no "{shown}" {where}'
+
+
+HELPER_IMPORTS = (
+    "time",
+    "contextlib",
+    "errno",
+    "fcntl",
+    "marshal",
+    "os",
+    "signal",
+    "socket",
+    "stat",
+    "struct",
+    "sys",
+    "termios",
+)
+# Arguments: mount points to make read-only, "--", then the command. Nobody else is in this mount namespace.
+HELPER_MOUNTS = 'while [ "$1" != -- ]; do mount -o remount,bind,ro "$1" || exit; shift; done; shift; exec "$@"'
+HELPER_PATIENCE = 30.0  # seconds without an exec after which the helper ends
+
+
+def render_helper() -> str:
+    """Return the text of the helper's program."""
+    imports = "".join(f"import {name}\n" for name in HELPER_IMPORTS)
+    return f"from __future__ import annotations\n{imports}{inspect.getsource(Entry)}\nEntry().serve()\n"
+
+
+def find_mounts_of_python(mounts: Mounts, maps: str) -> list[str]:
+    """Return the mount points above the interpreter and its libraries; `maps` is /proc/self/maps."""
+    files = {line[line.index("/") :] for line in maps.splitlines() if "/" in line}
+    needed = {os.path.realpath(path) for path in (*files, sys.executable, os.__file__)}
+    points = {point for point, _ in mounts.points}
+    return sorted(points & {str(parent) for path in needed for parent in Path(path).parents})
+
+
+class Helper:
+    """The process that forks for each command; started when it is needed, ended when it has been idle."""
+
+    def __init__(self) -> None:
+        self.socket: socket.socket | None = None
+        self.errors = -1  # what it writes to stderr
+        self.timer: asyncio.TimerHandle | None = None
+        self.background: set[asyncio.Task[Any]] = set()
+        self.has_warned = False
+        self.entering: list[Exec] = []
+        self.commands: set[int] = set()  # the children that are waited for
+
+    def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do something that no end of a call interrupts."""
+        task = asyncio.create_task(work)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # somebody may have gone away
+        return task
+
+    async def connect(self) -> socket.socket:
+        """Return a connection to a new process that enters one container."""
+        if self.timer:
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_later(HELPER_PATIENCE, self.close)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        with theirs:
+            if self.socket is None:
+                self.start()
+            try:
+                await send_fds(self.socket, b"+", [theirs.fileno()])
+            except ConnectionError:  # it was killed
+                self.close()
+                self.start()
+                await send_fds(self.socket, b"+", [theirs.fileno()])
+        return ours
+
+    def start(self) -> None:
+        points = find_mounts_of_python(read_mounts(), read_text(Path("/proc/self/maps")))
+        argv = ["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", HELPER_MOUNTS, "sh", *points, "--"]
+        argv += [sys.executable, "-IS", "-c", render_helper()]
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)
+        self.errors = os.memfd_create("errors")
+        environ = {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}
+        with theirs:
+            process = start_process(
+                argv, environ=environ, stdin=theirs.fileno(), stdout=self.errors, stderr=self.errors
+            )
+        self.run(process.wait())
+
+    def warn(self, reason: str) -> None:
+        """Say once that filters cannot be copied."""
+        if not self.has_warned:
+            log.warn("commands run in containers without the payload's seccomp filters", reason=reason)
+        self.has_warned = True
+
+    def read_errors(self) -> str:
+        return os.pread(self.errors, 1000, 0).decode(errors="replace").strip() if self.errors >= 0 else ""
+
+    def close(self) -> None:
+        if self.socket:
+            self.socket.close()
+            os.close(self.errors)
+        self.socket, self.errors = None, -1
+
+
+async def send_fds(connection: socket.socket | None, data: bytes, descriptors: Sequence[int]) -> None:
+    assert connection
+    while True:
+        try:
+            socket.send_fds(connection, [data], descriptors)
+            return
+        except BlockingIOError:
+            await wait_writable(connection.fileno())
+
+
+async def receive_message(connection: socket.socket) -> tuple[bytes, list[int], int]:
+    """Return a message, the descriptors in it and the sender's pid, which the kernel attests; b"" is the end."""
+    size = socket.CMSG_SPACE(12) + socket.CMSG_SPACE(12)
+    while True:
+        try:
+            data, ancillary, _, _ = connection.recvmsg(4096, size, socket.MSG_CMSG_CLOEXEC)
+            break
+        except BlockingIOError:
+            await wait_readable(connection.fileno())
+        except ConnectionError:
+            return b"", [], 0
+    descriptors: list[int] = []
+    sender = 0
+    for _, kind, packed in ancillary:
+        numbers = struct.unpack(f"{len(packed) // 4}i", packed[: len(packed) // 4 * 4])
+        if kind == socket.SCM_RIGHTS:
+            descriptors = list(numbers)
+        elif kind == socket.SCM_CREDENTIALS:
+            sender = numbers[0]
+    return data, descriptors, sender
+
+
+NAMESPACES = {
+    "cgroup": 0x02000000,
+    "uts": 0x04000000,
+    "ipc": 0x08000000,
+    "user": 0x10000000,
+    "pid": 0x20000000,
+    "net": 0x40000000,
+    "mnt": 0x00020000,
+}
+
+
+def parse_status(text: str) -> dict[str, str]:
+    """Return the lines of /proc/PID/status by their names."""
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def plan_entry(status: Mapping[str, str], inside: Inside, command: Sequence[str]) -> dict[str, Any]:
+    """Return what Entry makes of itself: what the container's first process is, and the task's surroundings."""
+
+    def encode(text: str) -> bytes:
+        return text.encode(errors="surrogateescape")
+
+    return {
+        "bounding": int(status["CapBnd"], 16),
+        "inheritable": int(status["CapInh"], 16),
+        "ambient": int(status["CapAmb"], 16),
+        "no_new_privs": status["NoNewPrivs"] == "1",
+        "has_seccomp": status["Seccomp"] == "2",
+        "user": encode(inside.user),
+        "directory": encode(inside.directory),
+        "env": {encode(name): encode(value) for name, value in inside.variables.items()},
+        "argv": [encode(word) for word in command],
+    }
+
+
+def find_namespaces(pid: int) -> int:
+    """Return the flags of the namespaces in which a process is and this one is not."""
+
+    def differs(name: str) -> bool:
+        return os.readlink(f"/proc/{pid}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+
+    return sum(flag for name, flag in NAMESPACES.items() if differs(name))
+
+
+def find_cgroups(pid: int) -> list[str]:
+    """Return where a process is in the v2 hierarchy and in systemd's v1 one: in a booted container it has moved
+    from payload/ to init.scope, because a cgroup with others below it may have no processes."""
+    roots = {"": read_cgroup_mode().root, "name=systemd": Path("/sys/fs/cgroup/systemd")}
+    found = []
+    for line in read_text(Path(f"/proc/{pid}/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        root = roots.get(controllers)
+        if root and ".." not in path.split("/"):
+            found.append(f"{root}{path}")
+    return found
+
+
+def parse_limits(text: str) -> list[tuple[int, int]]:
+    """Return the soft and hard limits in /proc/PID/limits, which are in the order of their numbers. To ask the
+    kernel for them would need CAP_SYS_RESOURCE."""
+    columns = [(line[26:46].strip(), line[47:67].strip()) for line in text.splitlines()[1:]]
+    values = [[resource.RLIM_INFINITY if limit == "unlimited" else int(limit) for limit in row] for row in columns]
+    return [(soft, hard) for soft, hard in values]
+
+
+def place_like(pid: int, leader: int) -> None:
+    """Give a process the cgroups and the limits of the container's first one."""
+    for cgroup in find_cgroups(leader):
+        Path(cgroup, "cgroup.procs").write_text(str(pid))
+    for number, limits in enumerate(parse_limits(read_text(Path(f"/proc/{leader}/limits")))):
+        resource.prlimit(pid, number, limits)
+    Path(f"/proc/{pid}/oom_score_adj").write_text(read_text(Path(f"/proc/{leader}/oom_score_adj")))
+
+
+def find_session(root: int, pids: Sequence[int]) -> list[int]:
+    """Return those processes that descend from `root` or are in the session it leads."""
+    stats = {pid: fields for pid in pids if (fields := read_stat(pid)) and fields[0] not in ("Z", "X")}
+    found = {pid for pid, fields in stats.items() if root in (pid, int(fields[3]))}
+    while more := {pid for pid, fields in stats.items() if int(fields[1]) in found} - found:
+        found |= more
+    return sorted(found)
+
+
+CHUNK = 64 << 10  # bytes: what a pipe holds
+MAX_REST = 256 << 10  # bytes read after the command's end: more than its pipe or terminal may hold by then
+
+
+class Exec:
+    """One command in a running container."""
+
+    def __init__(
+        self, helper: Helper, task: Task, command: Sequence[str], *, tty: bool = False, merge: bool = False
+    ) -> None:
+        """`merge`: stdout and stderr come as one."""
+        if not command:
+            raise ConfigError("command", list(command), "must name a program")
+        if any("\0" in word for word in command):
+            raise ConfigError("command", list(command), "must not hold a NUL character")
+        self.helper, self.task, self.command, self.tty, self.merge = helper, task, command, tty, merge
+        self.control: socket.socket | None = None
+        self.entering: ProcessId | None = None
+        self.pid = 0  # of the command
+        self.stdin = -1
+        self.outputs: dict[str, int] = {}
+        self.size = (24, 80)
+        self.is_given_up = False
+        self.namespace = ""  # of the container's processes
+        self.started = asyncio.Event()
+        self.over = asyncio.Event()
+        self.waits: set[asyncio.Event] = set()
+        self.status = 0
+        self.error = ""  # why the command could not be executed
+
+    async def start(self) -> None:
+        """Return when the command is there; raise DriverError when it cannot be."""
+        await asyncio.shield(self.helper.run(self.enter()))
+
+    async def enter(self) -> None:
+        """Follow the helper until the command is there. No end of the call interrupts it: a process of which this
+        does not hear would stay as a zombie."""
+        leader = self.task.state.leader
+        process = leader.open() if leader else None
+        if leader is None or process is None or self.task.ended.is_set():
+            raise DriverError(f"task {self.task.state.task_id} has ended: nothing can be executed in it")
+        self.helper.entering.append(self)
+        try:
+            self.namespace = os.readlink(f"/proc/{leader.pid}/ns/pid")
+            self.control = await self.helper.connect()
+            while not self.pid:
+                message, descriptors, sender = await receive_message(self.control)
+                kind, _, text = message.decode(errors="replace").partition(" ")
+                if kind == "helper" and self.entering is None:
+                    self.reap_helper(sender)
+                    await self.brief(sender, leader.pid, process)
+                elif kind == "command":
+                    self.watch(sender)
+                elif self.entering is None or sender != self.entering.pid:
+                    raise self.explain_silence()  # its end; or words from inside, whoever may have sent them
+                else:
+                    self.follow(kind, text, descriptors)
+        except BaseException:
+            if self.control:
+                self.control.close()
+            self.helper.run(self.reap_lost())
+            raise
+        finally:
+            self.helper.entering.remove(self)
+            os.close(process)
+            if self.is_given_up:
+                self.close()
+
+    def follow(self, kind: str, text: str, descriptors: Sequence[int]) -> None:
+        """Act on a message of the helper."""
+        if kind == "stdio":
+            self.take_stdio(descriptors)
+        elif kind == "note":
+            self.helper.warn(text)
+        else:
+            raise DriverError(text)
+
+    def explain_silence(self, why: str = "") -> DriverError:
+        if self.task.ended.is_set():
+            return DriverError(f"task {self.task.state.task_id} has ended")
+        why = why or f"its helper has ended {self.helper.read_errors()}".strip()
+        return HostError(f"the command could not be started: {why}")
+
+    async def brief(self, pid: int, leader: int, process: int) -> None:
+        """Tell the helper's process what to do; it is in the container's cgroup from here on."""
+        assert self.control
+        if self.is_given_up:
+            raise self.explain_silence()
+        status = parse_status(read_text(Path(f"/proc/{leader}/status")))
+        try:
+            place_like(pid, leader)
+            plan = {
+                **plan_entry(status, read_inside(self.task.state.directory), self.command),
+                "leader": leader,
+                "namespaces": find_namespaces(leader),
+                "personality": int(read_text(Path(f"/proc/{leader}/personality")), 16),
+                "tty": self.tty,
+                "merge": self.merge,
+            }
+        except (OSError, KeyError, ValueError) as error:  # the task's end, most likely
+            raise self.explain_silence(str(error)) from None
+        with open(os.memfd_create("plan"), "w+b") as file:
+            marshal.dump(plan, file)
+            file.seek(0)
+            await send_fds(self.control, b"plan", [file.fileno(), process])
+
+    def reap_helper(self, pid: int) -> None:
+        self.entering = ProcessId.of(pid) or ProcessId(pid, 0)
+        self.helper.run(self.entering.wait())
+
+    def take_stdio(self, descriptors: Sequence[int]) -> None:
+        assert self.control
+        for fd in descriptors:
+            os.set_blocking(fd, False)
+        self.stdin = descriptors[0]
+        self.outputs = dict(zip(("stdout", "stderr"), descriptors[1:] or descriptors, strict=False))
+        if self.tty:
+            self.resize(*self.size)
+            self.control.send(b"go")
+
+    def resize(self, height: int, width: int) -> None:
+        """Set the terminal's size; before there is one, the size it will have."""
+        self.size = (height, width)
+        if self.tty and self.stdin >= 0:
+            packed = struct.pack("HHHH", *(min(max(number, 0), 0xFFFF) for number in self.size), 0, 0)
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self.stdin, termios.TIOCSWINSZ, packed)
+
+    def watch(self, pid: int) -> None:
+        """Have the command reaped at its end, whatever becomes of this call: until then the container's process
+        namespace could not end."""
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            raise self.explain_silence() from None
+        self.pid = pid
+        self.helper.commands.add(pid)
+        self.helper.run(self.reap(pid))
+        self.started.set()
+
+    async def reap(self, pid: int) -> None:
+        process = os.pidfd_open(pid)
+        try:
+            await wait_readable(process)
+            self.status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        finally:
+            os.close(process)
+            self.helper.commands.discard(pid)
+            for event in (self.over, *self.waits):
+                event.set()
+
+    async def reap_lost(self) -> None:
+        """Reap a command that was killed with its task before it could say a word."""
+        while any(other.task is self.task for other in self.helper.entering):  # theirs will be known
+            await asyncio.sleep(0.05)
+        for pid in read_children(os.getpid()):
+            with contextlib.suppress(OSError):
+                if pid not in self.helper.commands and os.readlink(f"/proc/{pid}/ns/pid") == self.namespace:
+                    self.helper.commands.add(pid)
+                    self.helper.run(self.reap(pid))
+
+    async def read(self, name: str) -> AsyncIterator[bytes]:
+        """Yield what the command writes until it has ended, whoever else holds its pipe or terminal."""
+        fd, rest = self.outputs[name], MAX_REST
+        while rest > 0:
+            is_over = self.over.is_set()  # asked before reading: nothing written before the end is missed
+            try:
+                data = os.read(fd, CHUNK)
+            except BlockingIOError:
+                if is_over:
+                    return
+                await self.wait_output(fd)
+                continue
+            except OSError:  # EIO: nobody has the terminal any more
+                return
+            if not data:
+                return
+            yield data
+            rest -= len(data) if is_over else 0
+
+    async def wait_output(self, fd: int) -> None:
+        """Return when there is something to read, or the command has ended."""
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(fd, ready.set)
+        self.waits.add(ready)
+        try:
+            await ready.wait()
+        finally:
+            self.waits.discard(ready)
+            loop.remove_reader(fd)
+
+    async def write(self, data: bytes) -> None:
+        """Write to the command's stdin; what nobody reads any more is thrown away."""
+        view = memoryview(data)
+        while view and self.stdin >= 0:
+            try:
+                view = view[os.write(self.stdin, view) :]
+            except BlockingIOError:
+                await wait_writable(self.stdin)
+            except OSError:
+                return
+
+    async def end_stdin(self) -> None:
+        """Close stdin; at a terminal, type what means the end."""
+        if self.tty:
+            await self.write(b"\x04")
+        elif self.stdin >= 0:
+            os.close(self.stdin)
+            self.stdin = -1
+
+    async def wait(self) -> int:
+        """Return the exit code, or minus the signal's number, after the command's end."""
+        await self.over.wait()
+        assert self.control
+        with contextlib.suppress(OSError):
+            self.error = self.control.recv(4096).decode(errors="replace").partition(" ")[2]
+        return self.status
+
+    def close(self) -> None:
+        """Give up what there is of the command: nothing at all when it has ended by itself. While it is being
+        started this is done again when it is there."""
+        self.is_given_up = True
+        if self.entering:
+            self.entering.send(signal.SIGKILL)
+        for fd in {self.stdin, *self.outputs.values()} - {-1}:
+            os.close(fd)
+        self.stdin, self.outputs = -1, {}
+        if self.pid and self.control:
+            self.control.close()
+        if self.pid and not self.over.is_set():
+            self.helper.run(self.kill())
+
+    async def kill(self) -> None:
+        """End the command and all it has started: a hang-up, and soon after SIGKILL."""
+        self.send(signal.SIGHUP)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.over.wait(), HANG_UP)
+        for _ in range(10):  # what was just being forked is found the next time
+            if not self.send(signal.SIGKILL):
+                break
+            await asyncio.sleep(0.01)
+
+    def send(self, number: int) -> bool:
+        """Send a signal to all there is of the command; False when there is nothing."""
+        state = self.task.state
+        leader = state.leader.pid if state.leader else 0
+        found = read_cgroup_pids(f"{state.cgroup}/payload") if state.cgroup else read_descendants(leader)
+        if not self.over.is_set():
+            found += read_descendants(self.pid)
+        return any(
+            [process.send(number) for pid in find_session(self.pid, found) if (process := ProcessId.of(pid))]
+        )
+
+
+HANG_UP = 0.3  # seconds from SIGHUP to SIGKILL
+
+
+async def settle(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have taken notice."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def read_inside(directory: Path) -> Inside:
+    """Return the surroundings of a task's commands, which stand in its state directory, root's alone: Nomad's
+    handle does not hold the job's own variables after a restart of the agent, and the payload can change what
+    /proc shows of its own."""
+    try:
+        return Inside(**json.loads((directory / "inside.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return Inside(variables={"PATH": DEFAULT_PATH})
 
 
 # =====================================================================================================
@@ -4571,6 +5376,7 @@ class DriverService:
         self.agents = 0  # connected ones, counted by their Fingerprint streams
         self.events = Events()
         self.tasks = Tasks(self.events)
+        self.helper = Helper()
 
     @answers
     async def TaskConfigSchema(self, request: Any) -> driver_pb2.TaskConfigSchemaResponse:
@@ -4580,7 +5386,7 @@ class DriverService:
     async def Capabilities(self, request: Any) -> driver_pb2.CapabilitiesResponse:
         capabilities = driver_pb2.DriverCapabilities(
             send_signals=True,
-            exec=False,
+            exec=True,
             fs_isolation=driver_pb2.DriverCapabilities.IMAGE,
             network_isolation_modes=[driver_pb2.NetworkIsolationSpec.HOST, driver_pb2.NetworkIsolationSpec.GROUP],
             mount_configs=driver_pb2.DriverCapabilities.ANY_MOUNTS
@@ -4792,11 +5598,44 @@ class DriverService:
         return driver_pb2.SignalTaskResponse()
 
     @answers
-    async def ExecTask(self, request: Any) -> driver_pb2.ExecTaskResponse:
-        raise Unsupported("this version of the nspawn driver cannot run commands in a task yet")
+    async def ExecTask(self, request: driver_pb2.ExecTaskRequest) -> driver_pb2.ExecTaskResponse:
+        """For script checks: they read stdout only, so that stderr goes there too, and want the end of it."""
+        run = Exec(self.helper, self.tasks.get(request.task_id), request.command, merge=True)
+        timeout = request.timeout.ToNanoseconds() / 1e9
+        output, status = bytearray(), -int(signal.SIGKILL)
 
-    async def ExecTaskStreaming(self, requests: Any, context: Any) -> None:
-        await abort(context, Unsupported("this version of the nspawn driver cannot run commands in a task yet"))
+        async def collect() -> int:
+            await run.start()
+            await run.end_stdin()
+            async for data in run.read("stdout"):
+                output.extend(data)
+                del output[:-MAX_CHECK_OUTPUT]
+            return await run.wait()
+
+        try:
+            status = await asyncio.wait_for(collect(), timeout if timeout > 0 else None)
+        except asyncio.TimeoutError:
+            if run.pid:
+                await run.kill()
+            run.error = f"killed: it did not end within its timeout of {timeout:g} s"
+        finally:
+            run.close()
+        if run.error:
+            output.extend(f"{run.error}\n".encode())
+        return driver_pb2.ExecTaskResponse(stdout=bytes(output[-MAX_CHECK_OUTPUT:]), result=render_code(status))
+
+    async def ExecTaskStreaming(self, requests: AsyncIterator[Any], context: Any) -> None:
+        try:
+            first = await anext(aiter(requests), None)
+            if first is None or not first.HasField("setup"):
+                raise DriverError("the first message of an exec must be its setup")
+            setup, task = first.setup, self.tasks.get(first.setup.task_id)
+            await stream_exec(Exec(self.helper, task, setup.command, tty=setup.tty), requests, context)
+            return
+        except Exception as error:
+            failure = as_driver_error(error)
+        # A client that finds "closed" in an error takes it for its own end, and shows nothing at all.
+        await abort(context, DriverError(re.sub("(?i)closed", "clos-ed", str(failure))))
 
     @answers
     async def CreateNetwork(self, request: Any) -> driver_pb2.CreateNetworkResponse:
@@ -4814,6 +5653,57 @@ class DriverService:
 
 def render_result(exit: Exit) -> driver_pb2.ExitResult:
     return driver_pb2.ExitResult(exit_code=exit.code, signal=exit.signal)
+
+
+MAX_CHECK_OUTPUT = 4096  # bytes of a check's output that Nomad keeps
+
+
+def render_code(status: int) -> driver_pb2.ExitResult:
+    """Return a command's end; `status` is minus the signal's number where one has ended it."""
+    return driver_pb2.ExitResult(exit_code=status if status >= 0 else 128 - status, signal=max(-status, 0))
+
+
+async def stream_exec(run: Exec, requests: AsyncIterator[Any], context: Any) -> None:
+    """Pass everything between a client and a command. The client never ends its side: the command does."""
+    response = driver_pb2.ExecTaskStreamingResponse
+    writing = asyncio.Lock()  # one message at a time; while the client takes none, nothing is read either
+
+    async def send(name: str, data: bytes, close: bool = False) -> None:
+        operation = driver_pb2.ExecTaskStreamingIOOperation(data=data, close=close)
+        async with writing:
+            is_error = name == "stderr"
+            await context.write(response(stderr=operation) if is_error else response(stdout=operation))
+
+    async def pass_output(name: str) -> None:
+        async for data in run.read(name):
+            await send(name, data)
+
+    helpers = [asyncio.create_task(pass_input(run, requests))]
+    try:
+        await run.start()
+        helpers += [asyncio.create_task(pass_output(name)) for name in run.outputs]
+        await asyncio.gather(*helpers[1:])
+        status = await run.wait()
+        if run.error:
+            name, end = ("stdout", "\r\n") if run.tty else ("stderr", "\n")
+            await send(name, f"{run.error}{end}".encode())
+        for name in run.outputs:
+            await send(name, b"", close=True)
+        await context.write(response(exited=True, result=render_code(status)))
+    finally:
+        await settle(helpers)
+        run.close()
+
+
+async def pass_input(run: Exec, requests: AsyncIterator[Any]) -> None:
+    async for request in requests:  # an empty one is a heartbeat
+        if request.HasField("tty_size"):
+            run.resize(request.tty_size.height, request.tty_size.width)
+        if request.HasField("stdin"):
+            await run.started.wait()
+            await run.write(request.stdin.data)
+            if request.stdin.close:
+                await run.end_stdin()
 
 
 class HealthService:

@@ -1445,7 +1445,10 @@ class ExecSession:
         setup = driver_pb2.ExecTaskStreamingRequest.Setup(task_id=task_id, command=command, tty=tty)
         self._requests.put(driver_pb2.ExecTaskStreamingRequest(setup=setup))
         self._stream: Any = plugin.driver.ExecTaskStreaming(iter(self._requests.get, None))
-        self._output = {"stdout": b"", "stderr": b""}
+        self._output = {"stdout": bytearray(), "stderr": bytearray()}
+        self.ended: list[str] = []  # the outputs whose end was told
+        self.reading = threading.Event()  # cleared: the client takes nothing, as a slow one
+        self.reading.set()
         self._changed = threading.Condition()
         self._result: ExitResult | None = None
         self._error: DriverError | None = None
@@ -1454,15 +1457,16 @@ class ExecSession:
 
     @property
     def stdout(self) -> bytes:
-        return self._output["stdout"]
+        return bytes(self._output["stdout"])
 
     @property
     def stderr(self) -> bytes:
-        return self._output["stderr"]
+        return bytes(self._output["stderr"])
 
     def _run(self) -> None:
         try:
             for response in self._stream:
+                self.reading.wait()
                 with self._changed:
                     self._on_response(response)
                     self._changed.notify_all()
@@ -1482,8 +1486,11 @@ class ExecSession:
             if not response.HasField("result"):
                 self._plugin.violations.append("the exited message of an exec has no result")
             self._result = _exit_result(response.result)
-        self._output["stdout"] += response.stdout.data
-        self._output["stderr"] += response.stderr.data
+        for name, operation in (("stdout", response.stdout), ("stderr", response.stderr)):
+            if operation.data and name in self.ended:
+                self._plugin.violations.append(f"an exec's {name} went on after its end")
+            self._output[name] += operation.data
+            self.ended += [name] if operation.close else []
 
     def send(self, data: bytes) -> None:
         operation = driver_pb2.ExecTaskStreamingIOOperation(data=data)
@@ -1503,14 +1510,17 @@ class ExecSession:
     def wait_for(self, text: bytes, stream: str = "stdout", timeout: float = 10) -> bytes:
         with self._changed:
             if not self._changed.wait_for(lambda: text in self._output[stream], timeout):
-                raise TimeoutError(f"{text!r} not in {stream} within {timeout:g} s: {self._output!r}")
-            return self._output[stream]
+                raise TimeoutError(f"{text!r} not in {stream} within {timeout:g} s: {self._shown()}")
+            return bytes(self._output[stream])
+
+    def _shown(self) -> str:
+        return ", ".join(f"{name} {bytes(data[-2000:])!r}" for name, data in self._output.items())
 
     def wait(self, timeout: float = 20) -> ExitResult:
         """The result, after the stream has ended with OK; a DriverError or TimeoutError otherwise."""
         self._thread.join(timeout)
         if self._thread.is_alive():
-            raise TimeoutError(f"the exec stream did not end within {timeout:g} s: {self._output!r}")
+            raise TimeoutError(f"the exec stream did not end within {timeout:g} s: {self._shown()}")
         if self._error:
             raise self._error
         if not self._result:

@@ -311,7 +311,6 @@ def test_calls_that_are_not_for_this_driver_are_unimplemented(shared: Plugin, ru
     for method, request in (
         (driver.CreateNetwork, driver_pb2.CreateNetworkRequest(alloc_id="a")),
         (driver.DestroyNetwork, driver_pb2.DestroyNetworkRequest(alloc_id="a")),
-        (driver.ExecTask, driver_pb2.ExecTaskRequest(task_id=running.id, command=["true"])),
     ):
         error = failure(method, request)
         assert error.code == "UNIMPLEMENTED"

@@ -1,0 +1,779 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Commands in running containers: streams and terminals as Nomad's clients want them, and no way out.
+
+The first part holds the cases of Nomad's own conformance tests for drivers (plugins/drivers/testutils), driven
+over the wire as `nomad alloc exec` does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import driver
+from nomad_pb import driver_pb2
+from tests.agent import DriverError, ExecSession, Plugin, Task, launch_like_agent
+from tests.containers import Tasks, eventually, is_alive, kill, leader
+
+pytestmark = pytest.mark.root
+
+PATIENCE = 20.0  # seconds for what takes a moment on a quiet machine
+FOREVER = "while :; do sleep 0.05; done"
+KINDS: dict[str, dict[str, Any]] = {
+    "command": {},
+    "command, no user namespace": {"user_namespacing": False},
+    "process_two": {"process_two": True},
+    "process_two, no user namespace": {"process_two": True, "user_namespacing": False},
+    "booted": {"boot": True, "volatile": "overlay", "user_namespacing": False, "read_only": None},
+    "booted, user namespace": {"boot": True, "ephemeral": True, "read_only": None},
+    "a user's command": {"user": "daemon"},
+    "a user's process_two": {"user": "daemon", "process_two": True, "user_namespacing": False},
+}
+TTY = pytest.mark.parametrize("tty", [False, True], ids=["pipes", "terminal"])
+
+
+@pytest.fixture(scope="module")
+def shared(driver_file: Path) -> Iterator[Plugin]:
+    with launch_like_agent(driver_file) as plugin:
+        yield plugin
+
+
+@pytest.fixture
+def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
+    with Tasks(shared, image) as made:
+        yield made
+    violations, shared.violations = shared.violations, []
+    assert not violations
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))
+def kind(request: pytest.FixtureRequest, shared: Plugin, image: Path) -> Iterator[Task]:
+    """A running task of each kind of container."""
+    with Tasks(shared, image) as made:
+        options = KINDS[request.param]
+        yield made.start(() if options.get("boot") else FOREVER, env={"FROM_NOMAD": "yes"}, **options)
+    violations, shared.violations = shared.violations, []
+    assert not violations
+
+
+@pytest.fixture(scope="module")
+def task(shared: Plugin, image: Path) -> Iterator[Task]:
+    """A running task that tests leave as it is."""
+    with Tasks(shared, image) as made:
+        yield made.start(FOREVER)
+    violations, shared.violations = shared.violations, []
+    assert not violations
+
+
+def stream(task: Task, script: str, tty: bool = False) -> ExecSession:
+    return task.exec_streaming(["/bin/sh", "-c", script], tty)
+
+
+def run(task: Task, script: str, tty: bool = False) -> tuple[int, str, str]:
+    session = stream(task, script, tty)
+    result = session.wait()
+    return result.exit_code, session.stdout.decode(), session.stderr.decode()
+
+
+def shown(task: Task, script: str) -> str:
+    """What a script prints; it must end with 0 and say nothing on stderr."""
+    code, stdout, stderr = run(task, script)
+    assert (code, stderr) == (0, ""), stdout
+    return stdout
+
+
+# -- Nomad's conformance cases -------------------------------------------------------------------------------
+
+
+def test_streams_are_apart(task: Task) -> None:
+    session = stream(task, "echo hello stdout; echo hello stderr >&2; exit 43")
+    assert session.wait().exit_code == 43
+    assert (session.stdout, session.stderr) == (b"hello stdout\n", b"hello stderr\n")
+    assert sorted(session.ended) == ["stderr", "stdout"]
+
+
+def test_output_arrives_as_it_is_written(task: Task) -> None:
+    session = stream(task, "for i in 1 2 3; do echo $i; read -r go; done; exit 0")
+    for number in (b"1", b"2", b"3"):
+        session.wait_for(number + b"\n")
+        session.send(b"go\n")
+    assert session.wait().exit_code == 0
+    assert session.stdout == b"1\n2\n3\n"
+
+
+def test_pipes_are_no_terminal(task: Task) -> None:
+    code, stdout, stderr = run(task, "stty size")
+    assert (code, stdout) == (1, "")
+    assert "Inappropriate ioctl for device" in stderr
+
+
+def test_stdin_and_its_end(task: Task) -> None:
+    session = stream(task, "head -n1")
+    session.send(b"hello\n")
+    session.close_stdin()
+    assert session.wait().exit_code == 0
+    assert session.stdout == b"hello\n"
+
+
+def test_end_of_stdin_is_told(task: Task) -> None:
+    session = stream(task, "cat; echo end")
+    session.send(b"one\n")
+    session.send(b"two")
+    session.close_stdin()
+    assert session.wait().exit_code == 0
+    assert session.stdout == b"one\ntwoend\n"
+
+
+def test_terminal_merges_and_has_its_line_ends(task: Task) -> None:
+    session = stream(task, "echo hello stdout; echo hello stderr >&2; exit 43", tty=True)
+    assert session.wait().exit_code == 43
+    assert (session.stdout, session.stderr) == (b"hello stdout\r\nhello stderr\r\n", b"")
+
+
+def test_terminal_arrives_as_it_is_written(task: Task) -> None:
+    session = stream(task, "for i in 1 2 3; do echo $i; sleep 0.1; done", tty=True)
+    session.wait_for(b"1\r\n")
+    assert session.wait().exit_code == 0
+    assert session.stdout == b"1\r\n2\r\n3\r\n"
+
+
+def test_size_before_and_around_the_start(task: Task) -> None:
+    session = stream(task, "sleep 1; stty size", tty=True)
+    session.resize(50, 40)
+    session.resize(100, 100)
+    assert session.wait().exit_code == 0
+    assert session.stdout == b"100 100\r\n"
+
+
+def test_terminal_echoes_and_needs_no_end_of_stdin(task: Task) -> None:
+    session = stream(task, "head -n1", tty=True)
+    session.send(b"hello\n")
+    assert session.wait().exit_code == 0
+    assert session.stdout == b"hello\r\nhello\r\n"
+
+
+@TTY
+def test_children_that_hold_the_output_do_not_delay_the_end(task: Task, tty: bool) -> None:
+    """Only the command itself is waited for; what comes later from others is not."""
+    mark = str(uuid.uuid4())
+    session = stream(task, f"(trap '' HUP; sleep 3; echo {mark}; sleep 3) & echo start; exit 5", tty)
+    assert session.wait(PATIENCE).exit_code == 5
+    assert session.stdout.splitlines() == [b"start"]
+
+
+def test_mount_and_process_namespaces_are_the_tasks(task: Task) -> None:
+    path = shown(task, "mktemp").strip()
+    assert shown(task, f"echo text > {path}; cat {path}") == "text\n"
+    assert not Path(path).exists()
+    assert shown(task, f"cat {path}; rm {path}") == "text\n"
+    assert FOREVER in shown(task, "cat /proc/1/cmdline").replace("\0", " ")
+
+
+def test_cgroup_is_the_tasks(task: Task) -> None:
+    """What the host sees of the command: limits, stats and the kill of the task cover it."""
+    session = stream(task, "echo here; read -r end")
+    session.wait_for(b"here\n")
+    scope = f"{task.allocation.id}.task.scope/payload"
+    inside = [pid for pid in driver.read_cgroup_pids(driver.find_cgroups(leader(task))[0]) if pid != leader(task)]
+    assert [pid for pid in inside if b"read -r end" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert all(path.endswith(scope) for pid in inside for path in driver.find_cgroups(pid))
+    session.send(b"\n")
+    session.wait()
+
+
+# -- the payload's own confinement ---------------------------------------------------------------------------
+
+# What differs between any two processes, or is a program's own business.
+OF_THE_PROCESS = re.compile(
+    r"Name|Umask|State|N?S?(Tgid|Pid|pid|pgid|sid|tgid)|Ngid|PPid|TracerPid|FDSize|Vm\w+|Rss\w+|HugetlbPages|Threads|SigQ"
+    r"|S(hd|ig)Pnd|Sig(Blk|Ign|Cgt)|\w*voluntary_ctxt_switches|untag_mask|x86_Thread_features\w*|Kthread"
+)
+
+
+def confinement(text: str) -> dict[str, str]:
+    status = driver.parse_status(text)
+    return {name: value for name, value in status.items() if not OF_THE_PROCESS.fullmatch(name)}
+
+
+def payload(task: Task) -> int:
+    """The number of the payload inside: under the stub its first child."""
+    assert isinstance(task.driver_config, dict)
+    if not task.driver_config.get("process_two"):
+        return 1
+    return min(map(driver.read_inner_pid, eventually(lambda: driver.read_children(leader(task)))))
+
+
+def test_confinement_is_the_payloads(kind: Task) -> None:
+    """Line by line, but for what is a process's own."""
+    number = payload(kind)
+    expected, got = (confinement(shown(kind, f"cat /proc/{pid}/status")) for pid in (number, "self"))
+    assert {"Uid", "Gid", "Groups", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp", "Seccomp_filters"} <= set(got)
+    assert got == expected
+    assert int(got["Seccomp_filters"]) >= 2
+    print("\n".join(f"{name:<34} {value}" for name, value in got.items()))
+
+
+def test_umask_is_the_usual_one(kind: Task) -> None:
+    """A booted systemd has 0 for itself."""
+    assert shown(kind, "umask") == "0022\n"
+
+
+def test_namespaces_cgroup_and_limits_are_the_payloads(kind: Task) -> None:
+    payload_pid = payload(kind)
+    for what in ("cgroup", "limits", "oom_score_adj", "personality"):
+        texts = [shown(kind, f"cat /proc/{pid}/{what}") for pid in (payload_pid, "self")]
+        assert texts[0] == texts[1], what
+    session = stream(kind, "echo here; read -r end")
+    session.wait_for(b"here")
+    inside = child_of(kind, b"read -r end")
+    assert driver.find_namespaces(inside) == driver.find_namespaces(leader(kind)) != 0
+    for name in os.listdir(f"/proc/{inside}/ns"):
+        assert os.readlink(f"/proc/{inside}/ns/{name}") == os.readlink(f"/proc/{leader(kind)}/ns/{name}"), name
+    assert filters(inside) == filters(leader(kind)) != []
+    session.close_stdin()
+    session.wait()
+
+
+def child_of(task: Task, text: bytes) -> int:
+    """The pid on the host of a command in the container, by a part of its command line."""
+    [root] = driver.find_cgroups(leader(task))[-1:]
+    scope = root[: root.index("/payload")]
+
+    def found() -> list[int]:
+        pids = driver.read_cgroup_pids(f"{scope}/payload")
+        return [pid for pid in pids if text in driver.read_text(Path(f"/proc/{pid}/cmdline")).encode()]
+
+    return eventually(found)[0]
+
+
+def filters(pid: int) -> list[str]:
+    """A process's seccomp filters as hexadecimal."""
+    program = driver.render_helper().replace("Entry().serve()", "")
+    program += (
+        f"entry = Entry()\nentry.plan = {{'is_traced': False}}\nfor f in entry.read_filters({pid}): print(f.hex())"
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", program], stdout=subprocess.PIPE, check=True, timeout=30)
+    return done.stdout.decode().split()
+
+
+def test_environment_is_the_payloads(kind: Task) -> None:
+    """All that Nomad and the job give; nspawn's own variables for its payload are not for others."""
+    theirs = set(shown(kind, f"cat /proc/{payload(kind)}/environ").split("\0")) - {""}
+    ours = set(shown(kind, "cat /proc/self/environ").split("\0"))
+    missing = {
+        line for line in theirs - ours if not re.match(r"NOTIFY_SOCKET=|container_host_|TERM=dumb$|PWD=", line)
+    }
+    assert missing == set()
+    assert "FROM_NOMAD=yes" in ours and "NOMAD_TASK_NAME=task" in ours and "container=systemd-nspawn" in ours
+
+
+def test_environment_keeps_every_byte(tasks: Tasks) -> None:
+    values = {"QUOTES": "'\"`$X \\n %h", "LINES": "a\nb\r\n", "UTF": "ä€𝄞", "EMPTY": "", "BLANKS": "  x  "}
+    task = tasks.start(FOREVER, env=values, environment=[{"FROM_JOB": "yes"}])
+    ours = shown(task, "cat /proc/self/environ").split("\0")
+    assert {f"{name}={value}" for name, value in {**values, "FROM_JOB": "yes"}.items()} <= set(ours)
+
+
+def test_working_directory_is_the_tasks(tasks: Tasks, task: Task) -> None:
+    assert shown(task, "pwd") == "/\n"
+    assert shown(tasks.start(FOREVER, working_directory="/usr/lib"), "pwd") == "/usr/lib\n"
+
+
+PASSWD = "root:x:0:0:root:/root:/bin/sh\nwebuser:x:4321:4322:Web:/tmp:/bin/sh\n"
+GROUP = "root:x:0:\nwebuser:x:4322:\nfurther:x:99:other,webuser\nmore:x:1234:webuser\nnone:x:5:root\n"
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "passwd").write_text(PASSWD)
+    (tmp_path / "group").write_text(GROUP)
+    tmp_path.chmod(0o755)
+    return {str(tmp_path / "passwd"): "/etc/passwd", str(tmp_path / "group"): "/etc/group"}
+
+
+@pytest.mark.parametrize("user_namespacing", [True, False])
+def test_user_is_looked_up_inside(tasks: Tasks, users: dict[str, str], user_namespacing: bool) -> None:
+    """The host has no such user."""
+    options: dict[str, Any] = {"bind_read_only": [users], "user_namespacing": user_namespacing}
+    task = tasks.start(FOREVER, user="webuser", working_directory="/tmp", **options)
+    expected, got = (confinement(shown(task, f"cat /proc/{pid}/status")) for pid in ("1", "self"))
+    assert got == expected
+    assert got["Uid"].split() == ["4321"] * 4 and got["Gid"].split() == ["4322"] * 4
+    assert got["Groups"].split() == ["99", "1234"]
+    assert shown(task, "echo $HOME $USER $LOGNAME") == "/tmp webuser webuser\n"
+    code, stdout, _ = run(task, "tty; stat -c '%u %a' $(tty); stat -Lc %u /dev/stdout", tty=True)
+    assert (code, stdout) == (0, "/dev/pts/0\r\n4321 620\r\n4321\r\n")
+
+
+@TTY
+def test_outputs_can_be_opened_anew(kind: Task, tty: bool) -> None:
+    """As programs do that log to /dev/stdout."""
+    code, stdout, stderr = run(kind, "echo out > /dev/stdout; echo err > /dev/stderr", tty)
+    assert (code, stdout + stderr) == (0, "out\r\nerr\r\n" if tty else "out\nerr\n")
+
+
+# -- no way out ----------------------------------------------------------------------------------------------
+
+
+@TTY
+def test_nothing_of_the_host_is_left_to_a_command(kind: Task, tty: bool) -> None:
+    """Descriptors, root, working directory, executable, keyring: all are the container's."""
+    session = kind.exec_streaming(["/bin/ls", "-l", "/proc/self/fd"], tty)
+    code = session.wait().exit_code
+    links = dict(re.findall(r" (\d+) -> (\S+)", session.stdout.decode()))
+    assert code == 0 and set(links) == {"0", "1", "2", "3"}
+    assert re.fullmatch(r"/proc/\d+/fd", links.pop("3")), "the directory ls reads"
+    assert all(re.match(r"/dev/pts/\d+$" if tty else r"pipe:", link) for link in links.values()), links
+    assert shown(kind, "readlink /proc/self/root /proc/self/cwd") == "/\n/\n"
+    assert shown(kind, "readlink /proc/self/exe").strip() in ("/usr/bin/readlink", "/bin/readlink")
+    host = str(driver.STATE_ROOT).encode()
+    session = stream(kind, "cat /proc/self/maps /proc/self/environ /proc/self/cmdline /proc/self/mountinfo")
+    session.wait()
+    assert host not in session.stdout and sys.executable.encode() not in session.stdout
+
+
+# -- terminals -----------------------------------------------------------------------------------------------
+
+
+def test_terminal_is_the_containers_own(kind: Task) -> None:
+    code, stdout, _ = run(kind, "tty; test -c $(tty) && echo is there; ps 2>&1 | head -1; stty size", tty=True)
+    assert code == 0
+    lines = stdout.split("\r\n")
+    assert re.fullmatch(r"/dev/pts/\d+", lines[0]) and lines[1] == "is there"
+
+
+def test_resize_is_told(task: Task) -> None:
+    session = stream(task, "trap 'stty size' WINCH; echo ready; while :; do sleep 0.05; done", tty=True)
+    session.wait_for(b"ready")
+    session.resize(33, 44)
+    session.wait_for(b"33 44\r\n")
+    session.resize(2, 1000)
+    session.wait_for(b"2 1000\r\n")
+    session.send(b"\x03")
+    assert session.wait().exit_code == 130
+
+
+def test_interactive_shell_with_job_control(kind: Task) -> None:
+    session = kind.exec_streaming(["/bin/bash", "--norc", "-i"], tty=True)
+    session.resize(24, 200)
+    session.send(b"PS1='ready> '\n")
+    session.wait_for(b"ready> ")
+    session.send(b"sleep 1000\n")
+    time.sleep(0.3)
+    session.send(b"\x1a")  # Ctrl-Z
+    session.wait_for(b"Stopped")
+    session.send(b"jobs; bg; fg\n")
+    session.wait_for(b"sleep 1000 &")
+    time.sleep(0.3)
+    session.send(b"\x03")  # Ctrl-C
+    time.sleep(0.3)
+    session.send(b"echo code $?\n")
+    session.wait_for(b"code 130")
+    session.send(b"exit 7\n")
+    assert session.wait().exit_code == 7
+    assert b"no job control" not in session.stdout and b"cannot set terminal" not in session.stdout
+
+
+def test_full_screen_program(task: Task) -> None:
+    """One that switches to raw mode and the other screen, and reads single keys."""
+    script = (
+        r"stty raw -echo; printf '\033[?1049h\033[2J'; k=$(head -c1); printf '\033[?1049l'; stty sane; echo key $k"
+    )
+    session = stream(task, script, tty=True)
+    session.wait_for(b"\x1b[2J")
+    session.send(b"q")
+    assert session.wait().exit_code == 0
+    assert session.stdout == b"\x1b[?1049h\x1b[2J\x1b[?1049lkey q\r\n"
+
+
+def test_end_of_stdin_at_a_terminal_is_typed(task: Task) -> None:
+    """`nomad alloc exec -i=false -t` ends stdin at once: programs that read it end, others run on."""
+    session = stream(task, "cat; echo after", tty=True)
+    session.close_stdin()
+    assert session.wait().exit_code == 0
+    assert b"after" in session.stdout
+
+
+def test_terminal_of_a_dead_session_is_free_again(task: Task) -> None:
+    for _ in range(3):
+        assert run(task, "tty", tty=True)[1] == "/dev/pts/0\r\n"
+
+
+# -- exit codes and errors -----------------------------------------------------------------------------------
+
+
+@TTY
+@pytest.mark.parametrize("code", [0, 1, 42, 126, 127, 128, 130, 255])
+def test_exit_codes(task: Task, code: int, tty: bool) -> None:
+    session = stream(task, f"exit {code}", tty)
+    result = session.wait()
+    assert (result.exit_code, result.signal) == (code, 0)
+    assert session.stdout == session.stderr == b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV, signal.SIGPIPE])
+def test_killed_by_a_signal(task: Task, number: signal.Signals) -> None:
+    result = stream(task, f"kill -{int(number)} $$").wait()
+    assert (result.exit_code, result.signal) == (128 + number, number)
+
+
+@TTY
+def test_what_cannot_be_executed_is_said(kind: Task, tty: bool) -> None:
+    def words(*command: str) -> tuple[int, str]:
+        session = kind.exec_streaming(command, tty)
+        code = session.wait().exit_code
+        assert not tty or not session.stderr
+        return code, (session.stdout + session.stderr).decode()
+
+    code, text = words("no-such-program", "x")
+    assert code == 127 and 'there is no "no-such-program" in the container\'s PATH (/usr/local/sbin:' in text
+    code, text = words("/no/such/program")
+    assert code == 127 and text.strip() == 'there is no "/no/such/program" in the container'
+    code, text = words("/etc/passwd")
+    assert code == 126 and text.strip() == '"/etc/passwd" in the container cannot be executed: Permission denied'
+    code, text = words("/etc")
+    assert code == 126 and "Permission denied" in text
+
+
+def test_script_without_its_interpreter(tasks: Tasks, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text("#!/no/interpreter\n")
+    (tmp_path / "script").chmod(0o755)
+    tmp_path.chmod(0o755)
+    task = tasks.start(FOREVER, bind_read_only=[{str(tmp_path): "/mnt"}])
+    session = task.exec_streaming(["/mnt/script"])
+    assert session.wait().exit_code == 126
+    assert session.stderr == b'"/mnt/script" in the container needs an interpreter that is not there\n'
+
+
+def test_program_is_looked_up_in_the_tasks_path(tasks: Tasks, tmp_path: Path) -> None:
+    (tmp_path / "hello").write_text("#!/bin/sh\necho hello $1\n")
+    (tmp_path / "hello").chmod(0o755)
+    tmp_path.chmod(0o755)
+    task = tasks.start(FOREVER, bind_read_only=[{str(tmp_path): "/mnt"}], env={"PATH": "/nowhere:/mnt:/bin"})
+    session = task.exec_streaming(["hello", "you"])
+    assert session.wait().exit_code == 0 and session.stdout == b"hello you\n"
+
+
+@pytest.mark.parametrize("how", ["streaming", "task"])
+@pytest.mark.parametrize("command", [[], ["true", "nul\0"]], ids=["empty", "NUL"])
+def test_bad_commands_are_refused(task: Task, how: str, command: list[str]) -> None:
+    with pytest.raises(DriverError, match="command = "):
+        task.exec(command) if how == "task" else task.exec_streaming(command).wait()
+
+
+def test_errors_never_say_the_word_that_hides_them(tasks: Tasks, shared: Plugin) -> None:
+    """Nomad's client takes an error with "closed" in it for the end of its own connection, and shows nothing."""
+    with pytest.raises(DriverError) as caught:
+        ExecSession(shared, "alloc/closed-door/00000000", ["true"], False).wait()
+    assert "not known" in str(caught.value) and "closed" not in str(caught.value)
+
+
+def test_ended_task_is_said(tasks: Tasks) -> None:
+    task, _ = tasks.run("true")
+    for tty in (False, True):
+        with pytest.raises(DriverError, match="has ended"):
+            stream(task, "true", tty).wait()
+    with pytest.raises(DriverError, match="has ended"):
+        task.exec(["true"])
+
+
+def test_user_that_has_gone_is_said(tasks: Tasks, users: dict[str, str], tmp_path: Path) -> None:
+    task = tasks.start(FOREVER, user="webuser", bind_read_only=[users], working_directory="/")
+    (tmp_path / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    with pytest.raises(DriverError, match='user: there is no user "webuser" in the container\'s /etc/passwd'):
+        stream(task, "true").wait()
+
+
+def test_first_message_must_be_the_setup(task: Task, shared: Plugin) -> None:
+    answers = shared.driver.ExecTaskStreaming(iter([driver_pb2.ExecTaskStreamingRequest()]))
+    with pytest.raises(Exception, match="setup"):
+        list(answers)
+
+
+# -- much, many, and ends in the middle ----------------------------------------------------------------------
+
+
+def test_heartbeats_are_ignored(task: Task) -> None:
+    session = stream(task, "read -r line; echo $line")
+    for _ in range(5):
+        session.heartbeat()
+    session.send(b"text\n")
+    assert session.wait().exit_code == 0 and session.stdout == b"text\n"
+
+
+BIG = 100 << 20
+
+
+def test_big_output_arrives_whole(task: Task) -> None:
+    session = stream(task, f"yes 0123456789 | head -c {BIG}; echo end >&2")
+    assert session.wait(300).exit_code == 0
+    assert session.stdout == (b"0123456789\n" * (BIG // 11 + 1))[:BIG]
+    assert session.stderr == b"end\n"
+
+
+def memory(pid: int) -> int:
+    """Resident bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * driver.PAGE_SIZE
+
+
+def test_slow_client_holds_the_command_up(task: Task, shared: Plugin) -> None:
+    """While it takes nothing, the plugin reads nothing, and so keeps nothing."""
+    run(task, "true")
+    before = memory(shared.pid)
+    session = stream(task, f"head -c {BIG} /dev/zero; echo done >&2")
+    session.reading.clear()
+    time.sleep(2)
+    assert memory(shared.pid) - before < 20 << 20
+    assert b"done" not in session.stderr
+    session.reading.set()
+    assert session.wait(300).exit_code == 0
+    assert len(session.stdout) == BIG
+    assert memory(shared.pid) - before < 30 << 20
+
+
+def test_big_input_arrives_whole(task: Task, shared: Plugin) -> None:
+    before = memory(shared.pid)
+    session = stream(task, "sleep 1; cksum")
+    block = os.urandom(1 << 20)
+    for _ in range(50):
+        session.send(block)
+    session.close_stdin()
+    assert session.wait(300).exit_code == 0
+    expected = subprocess.run(["cksum"], input=block * 50, stdout=subprocess.PIPE, check=True, timeout=60)
+    assert session.stdout == expected.stdout
+    assert memory(shared.pid) - before < 30 << 20
+
+
+def test_input_nobody_reads_is_thrown_away(task: Task) -> None:
+    session = stream(task, "exec <&-; sleep 0.5; exit 3")
+    for _ in range(20):
+        session.send(b"x" * 100_000)
+    session.close_stdin()
+    assert session.wait().exit_code == 3
+
+
+def test_fifty_at_once(task: Task) -> None:
+    def one(number: int) -> tuple[int, bytes]:
+        session = stream(task, f"read -r line; echo $line {number}; exit {number}", tty=number % 2 == 1)
+        session.send(b"got\n")
+        return session.wait(120).exit_code, session.stdout
+
+    with ThreadPoolExecutor(50) as pool:
+        results = list(pool.map(one, range(50)))
+    for number, (code, stdout) in enumerate(results):
+        assert code == number
+        assert stdout.splitlines()[-1] == f"got {number}".encode()
+
+
+def marked(mark: str) -> list[int]:
+    """Processes of the host that have a mark on their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+@TTY
+def test_client_that_goes_away_takes_everything_with_it(task: Task, tty: bool) -> None:
+    """The command, what it has started in the background, and what ignores the hang-up."""
+    mark = str(uuid.uuid4())
+    one = f"sh -c 'sleep 1000; : {mark}'"
+    script = f"trap '' HUP TERM; {one} & (setsid {one}; :) & echo up; wait; : {mark}"
+    session = stream(task, script, tty)
+    session.wait_for(b"up")
+    eventually(lambda: len(marked(mark)) >= 3)
+    session.cancel()
+    eventually(lambda: not marked(mark))
+
+
+def test_editor_gets_a_hang_up_first(task: Task) -> None:
+    """A program may save its work when its client is gone."""
+    path = f"/tmp/{uuid.uuid4()}"
+    session = stream(
+        task, f"trap 'echo saved > {path}; exit' HUP; echo up; while :; do sleep 0.01; done", tty=True
+    )
+    session.wait_for(b"up")
+    session.cancel()
+    assert eventually(lambda: run(task, f"cat {path}")[1]) == "saved\n"
+
+
+@TTY
+def test_task_that_ends_in_the_middle(tasks: Tasks, tty: bool) -> None:
+    task = tasks.start(FOREVER)
+    session = stream(task, "echo up; trap '' TERM HUP; while :; do sleep 0.05; done", tty)
+    session.wait_for(b"up")
+    task.stop(timeout=0)
+    result = session.wait(PATIENCE)
+    assert (result.exit_code, result.signal) == (137, 9)
+    assert task.wait(PATIENCE).signal == 9
+
+
+def test_destroy_does_not_wait_for_a_client_that_takes_nothing(tasks: Tasks) -> None:
+    task = tasks.start(FOREVER)
+    session = stream(task, "yes")
+    session.wait_for(b"y\n")
+    session.reading.clear()
+    time.sleep(0.5)
+    done = threading.Event()
+
+    def destroy() -> None:
+        task.destroy()
+        done.set()
+
+    threading.Thread(target=destroy, daemon=True).start()
+    assert done.wait(PATIENCE)
+    session.reading.set()
+    session.wait(PATIENCE)
+
+
+def test_client_that_goes_away_at_any_moment(task: Task, shared: Plugin) -> None:
+    """No process is left, and later commands work."""
+    mark = str(uuid.uuid4())
+    for number in range(30):
+        session = stream(task, f"sleep 1000; : {mark}", tty=number % 2 == 1)
+        time.sleep(number / 1000)
+        session.cancel()
+    assert run(task, "echo fine")[1] == "fine\n"
+    eventually(lambda: not marked(mark))
+    eventually(lambda: not zombies(shared.pid))
+
+
+def zombies(pid: int) -> list[int]:
+    return [child for child in driver.read_children(pid) if (driver.read_stat(child) or ["Z"])[0] == "Z"]
+
+
+def test_nothing_is_left_of_many(task: Task, shared: Plugin) -> None:
+    """Neither descriptors nor processes."""
+    run(task, "true")
+
+    def count() -> tuple[int, int]:
+        return len(os.listdir(f"/proc/{shared.pid}/fd")), len(driver.read_children(shared.pid))
+
+    time.sleep(0.5)
+    before = count()
+    for number in range(20):
+        run(task, "echo x", tty=number % 2 == 0)
+        task.exec(["true"])
+        with pytest.raises(DriverError):
+            task.exec([])
+    eventually(lambda: count() <= before)
+
+
+# -- for script checks ---------------------------------------------------------------------------------------
+
+
+def test_check_gets_both_streams_in_order_and_the_code(kind: Task) -> None:
+    stdout, result = kind.exec(["/bin/sh", "-c", "echo one; echo two >&2; echo three; exit 2"])
+    assert (stdout, result.exit_code, result.signal) == (b"one\ntwo\nthree\n", 2, 0)
+
+
+def test_check_gets_the_end_of_much(task: Task) -> None:
+    stdout, result = task.exec(["/bin/sh", "-c", "yes 0123456789 | head -c 1000000; echo the end >&2"], timeout=60)
+    assert result.exit_code == 0
+    assert len(stdout) == 4096 and stdout.endswith(b"0\nthe end\n" if False else b"the end\n")
+
+
+def test_check_has_an_empty_stdin_and_no_device_of_the_host(task: Task) -> None:
+    stdout, result = task.exec(["/bin/sh", "-c", "cat; readlink /proc/self/fd/0"])
+    assert result.exit_code == 0 and stdout.startswith(b"pipe:")
+
+
+def test_check_that_hangs_is_killed_with_all_it_started(kind: Task) -> None:
+    mark = str(uuid.uuid4())
+    script = f"trap '' TERM HUP; sh -c 'sleep 1000; : {mark}' & echo before; sh -c 'sleep 1000; : {mark}'"
+    stdout, result = kind.exec(["/bin/sh", "-c", script], timeout=1)
+    assert marked(mark) == []
+    assert (result.exit_code, result.signal) == (137, 9)
+    assert stdout.startswith(b"before\n") and b"did not end within its timeout of 1 s" in stdout
+
+
+def test_check_with_a_background_child_ends(task: Task) -> None:
+    stdout, result = task.exec(["/bin/sh", "-c", "sleep 3 & echo done; exit 1"], timeout=60)
+    assert (stdout, result.exit_code) == (b"done\n", 1)
+
+
+def test_check_that_cannot_be_executed(task: Task) -> None:
+    stdout, result = task.exec(["no-such-check"])
+    assert result.exit_code == 127 and b'there is no "no-such-check"' in stdout
+
+
+# -- recovery ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("agent_restart", [False, True], ids=["plugin crash", "agent restart"])
+def test_after_recovery(driver_file: Path, image: Path, agent_restart: bool) -> None:
+    """The environment is there too; what ran when the plugin was killed is gone, and the task is not."""
+    mark = str(uuid.uuid4())
+    with launch_like_agent(driver_file) as second, Tasks(second, image) as tasks:
+        first = launch_like_agent(driver_file)
+        task = tasks.start(FOREVER, plugin=first, env={"TOKEN": "a secret"}, environment=[{"JOB": "own"}],
+                           user="daemon", working_directory="/usr")  # fmt: skip
+        session = stream(task, f"trap '' HUP; echo up; while :; do sleep 0.05; done; : {mark}")
+        session.wait_for(b"up")
+        os.kill(first.pid, signal.SIGKILL)
+        first.kill_hard()
+        task.recover(second, agent_restart=agent_restart)
+        eventually(lambda: not marked(mark))
+        assert shown(task, "echo $TOKEN $JOB; id -un; pwd") == "a secret own\ndaemon\n/usr\n"
+        assert task.exec(["sh", "-c", "exit 3"])[1].exit_code == 3
+        assert not second.violations
+
+
+def test_surroundings_on_disk_are_roots_alone_and_go_with_the_task(tasks: Tasks) -> None:
+    task = tasks.start(FOREVER, env={"TOKEN": "a secret"})
+    path = driver.state_directory(task.id) / "inside.json"
+    assert "a secret" in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    task.destroy()
+    assert not path.parent.exists()
+
+
+def test_helper_ends_with_the_plugin_and_comes_back_when_killed(driver_file: Path, image: Path) -> None:
+    with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
+        task = tasks.start(FOREVER)
+        assert helpers(plugin.pid) == [], "none before it is needed"
+        run(task, "true")
+        [first] = helpers(plugin.pid)
+        kill(first)
+        eventually(lambda: not is_alive(first))
+        assert run(task, "echo again")[1] == "again\n"
+        [second] = helpers(plugin.pid)
+        task.destroy()
+    eventually(lambda: not is_alive(second))
+
+
+def helpers(pid: int) -> list[int]:
+    """The processes of a plugin that wait for commands."""
+    return [c for c in driver.read_children(pid) if "class Entry" in driver.read_text(Path(f"/proc/{c}/cmdline"))]
+
+
+def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "HELPER_PATIENCE", 1.0)
+
+    async def scenario() -> None:
+        helper = driver.Helper()
+        (await helper.connect()).close()
+        while not (found := helpers(os.getpid())):  # unshare and sh become the helper
+            await asyncio.sleep(0.01)
+        [process] = found
+        while is_alive(process):
+            await asyncio.sleep(0.05)
+        assert helper.socket is None
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
