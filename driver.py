@@ -4283,8 +4283,9 @@ def make_place(path: Path, is_directory: bool) -> None:
 
 def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
     """Make what nspawn hides paths with, where no systemd has made it as PID 1."""
-    (root / "dir").mkdir(mode=0o000, parents=True, exist_ok=True)
-    (root / "reg").touch(mode=0o000)
+    if not root.is_dir():
+        (root / "dir").mkdir(mode=0o000, parents=True)
+        (root / "reg").touch(mode=0o000)
 
 
 def write_secret(path: Path, content: bytes) -> None:

@@ -122,7 +122,7 @@ def test_notify_ready(tasks: Tasks) -> None:
     began = time.monotonic()
     task = tasks.start("sleep 1; exec systemd-notify --ready", notify_ready=True)
     assert time.monotonic() - began >= 1
-    assert task.wait(30).successful
+    task.wait(30)  # of 262 systemd-notify fails after it has said it
 
 
 def test_a_booted_system_says_when_it_is_ready(tasks: Tasks) -> None:
@@ -344,11 +344,8 @@ def test_source_that_is_exchanged_all_the_time(tasks: Tasks, tmp_path: Path, com
     (data / "dir").mkdir()
     (data / "dir/file").write_text("allowed")
     (data / "link").symlink_to(forbidden)
-    stop = threading.Event()
-    swapper = threading.Thread(target=swap, args=(data / "dir", data / "link", stop))
-    swapper.start()
     seen = set()
-    try:
+    with swapping(data / "dir", data / "link"):
         for number in range(25):
             options: dict[str, Any] = {"bind": [{"alloc/data/dir": "/mnt:idmap"}]}
             script = "cat /mnt/file"
@@ -358,19 +355,28 @@ def test_source_that_is_exchanged_all_the_time(tasks: Tasks, tmp_path: Path, com
             with contextlib.suppress(DriverError):
                 task, _ = tasks.run(script, name=f"task{number}", allocation=allocation, **options)
                 seen.add(output(task))
-    finally:
-        stop.set()
-        swapper.join()
     assert seen <= {"allowed"}
 
 
-def swap(first: Path, second: Path, stop: threading.Event) -> None:
-    third = first.with_name("third")
-    while not stop.is_set():
-        os.rename(first, third)
-        os.rename(second, first)
-        os.rename(first, second)
-        os.rename(third, first)
+@contextlib.contextmanager
+def swapping(first: Path, second: Path) -> Iterator[None]:
+    """Exchange two paths with each other as fast as that goes."""
+    stop, third = threading.Event(), first.with_name("third")
+
+    def swap() -> None:
+        while not stop.is_set():
+            os.rename(first, third)
+            os.rename(second, first)
+            os.rename(first, second)
+            os.rename(third, first)
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        swapper.join()
 
 
 @pytest.fixture(scope="module")
@@ -500,10 +506,20 @@ def test_a_leading_dash_is_data(tasks: Tasks) -> None:
     assert "--boot" in result.err
 
 
+def test_user_without_a_home_directory(tasks: Tasks) -> None:
+    """nspawn makes it, which a read-only image does not let it: 252 notices before READY, later ones after it."""
+    said = "user: this user has no home directory in the image"
+    try:
+        _, result = tasks.run("true", user="www-data")
+    except DriverError as error:
+        assert said in str(error)
+    else:
+        assert said in result.err
+
+
 def test_task_user(tasks: Tasks) -> None:
     assert run(tasks, "id -un", user="daemon") == "daemon"
     assert run(tasks, "id -un", user="daemon", options={"user": "bin"}) == "bin"
-    assert "no home directory" in refusal(tasks, user="www-data")
 
 
 def test_nothing_is_left_of_what_options_make(tasks: Tasks, tmp_path: Path) -> None:
@@ -533,20 +549,17 @@ def test_image_that_is_exchanged_all_the_time(
     make_small_image(image, data / "image", ("dash", "cat"))
     (data / "image/etc/secret").write_text("allowed")
     (data / "link").symlink_to(tmp_path / "other")
-    stop = threading.Event()
-    swapper = threading.Thread(target=swap, args=(data / "image", data / "link", stop))
-    swapper.start()
     seen = set()
     options: dict[str, Any] = {"image": str(data / "image"), "ephemeral": ephemeral, "read_only": not ephemeral}
-    try:
-        with launch_like_agent(driver_file, "allow_paths = []") as plugin, Tasks(plugin, image) as tasks:
-            for number in range(15):
-                with contextlib.suppress(DriverError):
-                    task, _ = tasks.run("cat /etc/secret", name=f"t{number}", allocation=allocation, **options)
-                    seen.add(output(task))
-    finally:
-        stop.set()
-        swapper.join()
+    with (
+        launch_like_agent(driver_file, "allow_paths = []") as plugin,
+        Tasks(plugin, image) as tasks,
+        swapping(data / "image", data / "link"),
+    ):
+        for number in range(15):
+            with contextlib.suppress(DriverError):
+                task, _ = tasks.run("cat /etc/secret", name=f"t{number}", allocation=allocation, **options)
+                seen.add(output(task))
     assert seen <= {"allowed"}
 
 
@@ -560,3 +573,45 @@ def test_image_in_the_tasks_directory(tasks: Tasks, image: Path) -> None:
         task.start()
         assert task.wait(30).successful
         assert output(task) == "own"
+
+
+# -- what needs udev: run in virtual machines by tests/test_hosts.py -----------------------------------------
+
+needs_udev = pytest.mark.skipif(
+    not Path("/run/udev/control").exists(),
+    reason="no systemd-udevd here: tests/test_hosts.py runs this in machines",
+)
+
+
+@pytest.fixture
+def link() -> Iterator[str]:
+    """An interface on the host, for containers to use."""
+    subprocess.run(["ip", "link", "add", "tst-a", "type", "veth", "peer", "name", "tst-b"], check=True, timeout=30)
+    subprocess.run(["udevadm", "settle"], check=True, timeout=60)
+    yield "tst-a"
+    subprocess.run(["ip", "link", "del", "tst-b"], check=True, timeout=30)
+
+
+@needs_udev
+def test_udev_interfaces_of_the_host(tasks: Tasks, link: str) -> None:
+    assert interfaces(tasks, network_veth=None, network_macvlan=[link]) == {"lo", f"mv-{link}"}
+    assert interfaces(tasks, network_veth=None, network_ipvlan=[link]) == {"lo", f"iv-{link}"}
+    assert interfaces(tasks, network_veth=None, network_interface=[link]) == {"lo", link}
+    assert Path("/sys/class/net", link).exists(), "it comes back"
+    assert f"no interface {link}x" in refusal(tasks, network_veth=None, network_macvlan=[f"{link}x"])
+
+
+@needs_udev
+def test_udev_disk_image(tasks: Tasks, image: Path, tmp_path: Path) -> None:
+    tree, disk = tmp_path / "tree", tmp_path / "disk.raw"
+    make_small_image(image, tree, ("dash", "cat", "touch"))
+    (tree / "etc/secret").write_text("inside")
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "64M"], check=True, timeout=120)
+    settings = {"image": str(disk), "read_only": None, "user_namespacing": False}
+    assert run(tasks, "cat /etc/secret; touch /etc/new", **settings) == "inside"
+    assert run(
+        tasks, "cat /etc/new; touch /etc/x 2>/dev/null || echo refused", **{**settings, "read_only": True}
+    ) == ("refused")
+    if driver.read_host().systemd >= 254:
+        assert run(tasks, "cat /etc/secret", image_policy="root=unprotected", **settings) == "inside"
+        assert "polic" in refusal(tasks, image_policy="root=verity", **settings)

@@ -33,6 +33,8 @@ class Part:
 PARTS = (
     Part("container", ("tests/test_task.py",), suites=("trixie", "sid")),
     Part("container", ("tests/test_recover.py", "tests/test_logs.py"), suites=("trixie", "sid")),
+    Part("container", ("tests/test_effects.py", "-k", "not udev")),
+    Part("machine", ("tests/test_effects.py", "-k", "udev")),
     Part("machine", ("tests/test_host.py",)),
 )
 
