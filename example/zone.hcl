@@ -1,0 +1,51 @@
+# Two systems in a network zone: a bridge of their own that is there as long as one of them runs.
+#
+# It uses the image of debian.hcl, made with systemd-networkd and systemd-resolved in it:
+#
+#     mmdebstrap --variant=minbase --include=systemd,systemd-sysv,dbus,systemd-resolved,iproute2,iputils-ping \
+#         bookworm /var/lib/machines/debian-net
+#     systemctl --root=/var/lib/machines/debian-net enable systemd-networkd
+#     : > /var/lib/machines/debian-net/etc/machine-id
+#
+# systemd-networkd on the host gives out the addresses.
+job "zone" {
+  type = "service"
+
+  group "zone" {
+    task "left" {
+      driver = "nspawn"
+
+      config {
+        image        = "debian-net"
+        ephemeral    = true
+        network_zone = "example"
+        hostname     = "left"
+      }
+
+      kill_timeout = "20s"
+
+      resources {
+        cpu    = 200
+        memory = 128
+      }
+    }
+
+    task "right" {
+      driver = "nspawn"
+
+      config {
+        image        = "debian-net"
+        ephemeral    = true
+        network_zone = "example"
+        hostname     = "right"
+      }
+
+      kill_timeout = "20s"
+
+      resources {
+        cpu    = 200
+        memory = 128
+      }
+    }
+  }
+}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The example jobs are valid, and do what they say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import pytest
+
+import driver
+from tests.agent import (
+    ROOT,
+    Allocation,
+    Task,
+    decode_config,
+    launch_like_agent,
+    parse_job,
+    plugin_config,
+    to_msgpack,
+)
+
+JOBS = [
+    path for path in sorted((ROOT / "example").rglob("*.hcl")) if path.name not in ("config.hcl", "hardened.hcl")
+]
+VARIABLES = {"NOMAD_ALLOC_NAME": "unit.unit[0]", "NOMAD_SHORT_ALLOC_ID": "00000000", "node.unique.name": "host"}
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_example_is_valid(path: Path) -> None:
+    """By the schema Nomad is given, and by everything the driver checks before it starts a task."""
+    driver.load_protocol()
+    host = driver.Host(systemd=252, kernel=(6, 1), cgroups=driver.CgroupMode.V2, problems=())
+    config = driver.decode_options(driver.PLUGIN_OPTIONS, {})
+    for group in parse_job(path).groups:
+        for task in group.tasks:
+            raw = decode_config(driver.render_spec(driver.TASK_OPTIONS), task.config, VARIABLES)
+            values = driver.decode_options(driver.TASK_OPTIONS, driver.unpack_options(to_msgpack(raw)))
+            is_in_group = group.network_mode != "host"
+            driver.check_rules(driver.settle_values(values, config, is_in_group=is_in_group), host)
+
+
+def test_hardened_operator_is_valid() -> None:
+    driver.load_protocol()
+    block = plugin_config(ROOT / "example/hardened.hcl", driver.FILE_NAME)
+    raw = decode_config(driver.render_spec(driver.PLUGIN_OPTIONS), block or {})
+    values = driver.decode_options(driver.PLUGIN_OPTIONS, msgpack.unpackb(to_msgpack(raw)))
+    assert (values["allow"], values["allow_caps"]) == ((), ("CAP_NET_ADMIN",))
+
+
+@pytest.fixture
+def image_dir(image: Path, tmp_path: Path) -> Path:
+    (tmp_path / "debian").symlink_to(image)
+    return tmp_path
+
+
+def run_example(name: str, driver_file: Path, image_dir: Path) -> Iterator[Task]:
+    with launch_like_agent(driver_file, f'image_dir = "{image_dir}"') as plugin, Allocation() as allocation:
+        for group in parse_job(ROOT / "example" / name).groups:
+            for spec in group.tasks:
+                task = Task(plugin, allocation, spec.name, spec.config, templates=spec.templates, kill_timeout=20)
+                with task:
+                    task.start()
+                    yield task
+                    task.stop()
+                    assert task.wait(60)
+
+
+@pytest.mark.root
+def test_units_of_the_job_run(driver_file: Path, image_dir: Path) -> None:
+    for task in run_example("unit.hcl", driver_file, image_dir):
+        task.logmon.wait_for("The time by", timeout=30)
+
+
+@pytest.mark.root
+def test_system_job_sees_the_host(driver_file: Path, image_dir: Path) -> None:
+    for task in run_example("system.hcl", driver_file, image_dir):
+        task.logmon.wait_for("log files: ", timeout=30)
+        time.sleep(0.1)
+        assert "load " in task.logmon.stdout.decode()
