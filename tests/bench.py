@@ -248,6 +248,78 @@ def bench_fleet(plugin: Plugin) -> None:
         row(f"{COUNT} stops and destroys at once, all", ms(timed(lambda: list(pool.map(end, fleet)))))
 
 
+# --- one image, many private roots ---
+
+ROOTS = 20
+
+
+@contextlib.contextmanager
+def bare_container(how: str) -> Iterator[None]:
+    """A container of nspawn's own, from READY=1 on."""
+    argv = [how if word == "--read-only" else word for word in bare_argv(["/bin/sleep", "1000"])]
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(f"{folder}/n")
+        notify.settimeout(600)
+        environ = {**os.environ, "NOTIFY_SOCKET": f"{folder}/n"}
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(argv, env=environ, stdin=null, stdout=null, stderr=null)
+        try:
+            while b"READY=1" not in notify.recv(65536):
+                pass
+            yield
+        finally:
+            process.terminate()  # nspawn kills its payload and removes its copy
+            process.wait(600)
+
+
+def disk_usage(paths: Sequence[Path]) -> int:
+    """Return what files and directories take on the disk, in bytes."""
+    if not paths:
+        return 0
+    shown = subprocess.run(["du", "-sck", "--", *map(str, paths)], capture_output=True, check=True, timeout=600)
+    return int(shown.stdout.split()[-2]) << 10
+
+
+def bare_many(how: str) -> tuple[float, int]:
+    """Return the time until nspawn has started all containers at once, and what their copies take on the disk."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(ROOTS) as pool:
+        containers = [bare_container(how) for _ in range(ROOTS)]
+        took = timed(lambda: list(pool.map(lambda container: container.__enter__(), containers)))
+        for container in containers:
+            stack.push(container.__exit__)
+        copies = [path for path in IMAGE.parent.glob(f".#*{IMAGE.name}*") if path.is_dir()]
+        return took, disk_usage(copies)
+
+
+def driver_many(plugin: Plugin, **config: object) -> tuple[float, int]:
+    """The same for tasks of the driver."""
+    with tasks(plugin, ROOTS, ["/bin/sleep", "1000"], **config) as fleet, ThreadPoolExecutor(ROOTS) as pool:
+        took = timed(lambda: list(pool.map(lambda task: task.start(), fleet)))
+        places = [path for task in fleet for path in task.allocation.dir.glob("*/.nspawn-root")]
+        written = disk_usage(places)
+        list(pool.map(lambda task: task.destroy(), fleet))
+        return took, written
+
+
+def bench_roots(plugin: Plugin) -> None:
+    private = {"read_only": False, "ephemeral": True}
+    rounds = [(driver_many(plugin, **private), driver_many(plugin), bare_many("--read-only")) for _ in range(6)][
+        1:
+    ]
+    copied = bare_many("--ephemeral")
+    ours, shared, bare = ([one[column] for one in rounds] for column in range(3))
+    row(f"{ROOTS} at once, each with a root of its own: all running", ms(statistics.median(t for t, _ in ours)))
+    row("the same tasks with the image read-only", ms(statistics.median(t for t, _ in shared)))
+    row("systemd-nspawn alone, the image read-only", ms(statistics.median(t for t, _ in bare)))
+    row("systemd-nspawn --ephemeral", ms(copied[0]))
+    ratio = statistics.median(a[0] / b[0] for a, b in zip(ours, bare, strict=True))
+    row("ratio to systemd-nspawn alone", f"{ratio:.2f}", "goal: under 1.5")
+    row("ratio to systemd-nspawn --ephemeral", f"{statistics.median(t for t, _ in ours) / copied[0]:.3f}")
+    each = statistics.median(size for _, size in ours) / ROOTS
+    row("on the disk for each root", f"{each / 1024:.0f} KB", "goal: under 1024 KB")
+    row("on the disk for each copy of systemd-nspawn --ephemeral", f"{copied[1] / ROOTS / 1024:.0f} KB")
+
+
 def main() -> None:
     systemd = subprocess.getoutput("systemd-nspawn --version").split(" (")[0]
     print(f"{DRIVER.name} on {os.cpu_count()} cores, {systemd}, Linux {os.uname().release}; medians")
@@ -263,6 +335,8 @@ def main() -> None:
         bench_many(plugin)
         title("Many tasks")
         bench_fleet(plugin)
+        title(f"{ROOTS} tasks from one image with user namespaces, 5 rounds")
+        bench_roots(plugin)
 
 
 if __name__ == "__main__":
