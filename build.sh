@@ -129,7 +129,8 @@ prepare_host() {
 	missing=
 	for need in python3:python3 systemd-nspawn:systemd-container mmdebstrap:mmdebstrap nft:nftables ip:iproute2 \
 		ps:procps unshare:util-linux setpriv:util-linux mke2fs:e2fsprogs qemu-system-x86_64:qemu-system-x86 \
-		qemu-img:qemu-utils iptables:iptables /usr/lib/cni/bridge:containernetworking-plugins; do
+		qemu-img:qemu-utils iptables:iptables /usr/lib/cni/bridge:containernetworking-plugins \
+		mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs; do
 		command -v "${need%:*}" >/dev/null || missing="$missing ${need#*:}"
 	done
 	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"

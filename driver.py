@@ -1390,6 +1390,10 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
     Option("image_dir", Kind.STRING,
            "The directory of images that jobs name without a path.",
            '"/srv/images"', default=str(MACHINES_ROOT), check=is_host_directory),
+    Option("ephemeral_dir", Kind.STRING,
+           "The directory for what tasks with `ephemeral` change; their own in the allocation when unset, where "
+           "`ephemeral_disk` counts it.",
+           '"/srv/scratch"', check=is_host_directory),
     Option("disable_log_collection", Kind.BOOL,
            "Whether Nomad shall not collect what tasks write (Nomad 1.6 and later).", "true", default=False),
 )  # fmt: skip
@@ -2447,7 +2451,9 @@ class PrivateRoot:
     is_mapped: bool  # the image's files are shown with the users' ids; else they have them already
 
 
-PLACE_NAME = ".nspawn-root"  # in the task's directory, which is out of reach of all tasks: they see what is in it
+# In the task's directory, which is out of reach of all tasks: they see what is in it. In `ephemeral_dir` it is the
+# end of the name of a machine's directory.
+PLACE_NAME = ".nspawn-root"
 UPPER_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "tmpfs"})
 OVERLAY_IDMAP = (5, 19)  # the first kernel whose overlay takes id-mapped layers
 
@@ -2460,6 +2466,11 @@ class RootPlan:
     values: Mapping[str, Any] = field(default_factory=dict)  # options as they are to be rendered
     argv: tuple[str, ...] = ()  # of nspawn; a private root's are known when it is made
     copying: str = ""  # a sentence about the copy nspawn makes of the image
+
+
+def plan_place(task_dir: str, ephemeral_dir: str, machine: str) -> str:
+    """Return the directory for what a task changes."""
+    return f"{ephemeral_dir}/{machine}{PLACE_NAME}" if ephemeral_dir else f"{task_dir}/{PLACE_NAME}"
 
 
 def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: str) -> RootPlan:
@@ -2948,6 +2959,7 @@ class Found:
     credentials: Mapping[str, bytes] = field(default_factory=dict)
     names: Names = Names()
     image_source: Source | None = None  # the image, if it can be exchanged by path
+    ephemeral_dir: str = ""  # the operator's, "" for the task's own directory
 
 
 def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Plan:
@@ -2955,7 +2967,8 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     check_rules(values, host)
     check_image_rules(values, found.image)
     state = state_directory(task.id)
-    root = plan_root(found.image, values, host, found.mounts, f"{task.task_dir}/{PLACE_NAME}")
+    place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
+    root = plan_root(found.image, values, host, found.mounts, place)
     root, image_pins = pin_image(root, values, found, state)
     mode = Mode.of(values)
     machine = plan_machine(task.name, task.alloc_id)
@@ -3593,8 +3606,9 @@ def open_logs(plan: Plan) -> Iterator[list[int]]:
         yield logs
 
 
-def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId:
-    """Start the keeper in a mount namespace of its own, where the task's private root is; for `run_apart`."""
+def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> ProcessId:
+    """Start the keeper in a mount namespace of its own, where the task's private root is; for `run_apart`. It gets
+    the `locks`, which are closed here."""
     with contextlib.ExitStack() as stack:  # the keeper has the locks, its namespace the mounts
         trees = []
         for pin in plan.pins:
@@ -3603,7 +3617,6 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId
         enter_namespace()
         for tree, place in trees:
             attach_tree(tree, place)
-        locks: list[int] = []
         stack.callback(close_all, locks)
         if plan.private:
             arguments = make_root(plan, state_dir, locks)
@@ -3613,9 +3626,9 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int]) -> ProcessId
         return start_shell(plan, state_dir, stdio, arguments, locks)
 
 
-def close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+def close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 def start_shell(
@@ -4067,6 +4080,33 @@ async def remove_leftovers(state: State) -> None:
     remove_tree(state.directory)
 
 
+async def make_upper_place(place: Path) -> int:
+    """Make the directory for what a task changes; return the lock that tells others that it is in use."""
+    # There may be one of a start before a reboot, or anything an artifact has put there.
+    await remove_place(str(place))
+    if place.name != PLACE_NAME:  # in `ephemeral_dir`: nobody else removes what a crash of the machine has left
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for other in place.parent.glob(f"*{PLACE_NAME}"):
+            with contextlib.suppress(OSError):
+                fd = lock_directory(other)  # BlockingIOError when it is in use
+                # Out of the way first: the same task may start again while this is removed.
+                doomed = other.rename(other.with_name(f"{os.urandom(8).hex()}{PLACE_NAME}"))
+                os.close(fd)
+                await remove_place(str(doomed))
+    place.mkdir(mode=0o700)
+    return lock_directory(place)
+
+
+def lock_directory(path: Path) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 async def remove_place(place: str) -> None:
     """Remove what a task has changed of its image. Not by Python: a task makes trees as deep and as large as it
     likes, and files nobody else should follow or wait for."""
@@ -4121,6 +4161,7 @@ class Start:
     def __init__(self, plan: Plan, events: Events, task: TaskConfig, logs: Sequence[int]) -> None:
         self.plan = plan
         self.logs = logs
+        self.locks: list[int] = []  # for the keeper
         self.events = events
         self.task = task
         self.state = State(
@@ -4167,7 +4208,9 @@ class Start:
 
     async def start_keeper(self, go: int) -> None:
         stdio = [go, *self.logs]
-        started = asyncio.create_task(run_apart(lambda: start_keeper(self.plan, self.directory, stdio)))
+        started = asyncio.create_task(
+            run_apart(lambda: start_keeper(self.plan, self.directory, stdio, self.locks))
+        )
         try:
             await asyncio.shield(started)
         finally:  # when the call is cancelled, too: a thread cannot be, and the keeper it starts must be known
@@ -4186,9 +4229,7 @@ class Start:
         if self.plan.cgroup:
             Path(self.plan.cgroup, "keeper").mkdir(parents=True, exist_ok=True)
         if self.plan.private and self.plan.private.place:
-            # There may be one of a start before a reboot, or anything an artifact has put there.
-            await remove_place(self.plan.private.place)
-            os.mkdir(self.plan.private.place, mode=0o700)
+            self.locks.append(await make_upper_place(Path(self.plan.private.place)))
         for path, text in self.plan.network.files.items():
             file = Path(f"{self.directory}{path}")
             file.parent.mkdir(mode=0o700, exist_ok=True)
@@ -4270,6 +4311,7 @@ class Start:
         await wait_processes(self.state)
         await remove_network(self.state)
         await remove_leftovers(self.state)
+        close_all(self.locks)
 
 
 def make_place(path: Path, is_directory: bool) -> None:
@@ -5495,7 +5537,8 @@ class DriverService:
             open_sources(values, own, self.config) as sources,
         ):
             credentials = read_credentials(values, sources)
-            found = Found(image, read_mounts(), sources, credentials, names, image_source)
+            place = self.config["ephemeral_dir"] or ""
+            found = Found(image, read_mounts(), sources, credentials, names, image_source, place)
             plan = plan_task(config, values, host, found)
             for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):
                 self.events.emit(config, note)

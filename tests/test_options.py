@@ -416,6 +416,7 @@ def test_plugin_options() -> None:
         "allow": ("all",),
         "user_namespacing": True,
         "image_dir": "/var/lib/machines",
+        "ephemeral_dir": None,
         "disable_log_collection": False,
     }
     assert driver.decode_options(PLUGIN_OPTIONS, {}) == usual
@@ -810,6 +811,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     ),
     ("allow", "all", 'allow = "all": must be a list of strings'),
     ("user_namespacing", "no", 'user_namespacing = "no": must be true or false'),
+    ("ephemeral_dir", "x", 'ephemeral_dir = "x": must be an absolute path of the host without ".."'),
     ("image_dir", "images", 'image_dir = "images": must be an absolute path of the host without ".."'),
     ("disable_log_collection", "no", 'disable_log_collection = "no": must be true or false'),
 ]

@@ -935,6 +935,34 @@ def test_event_about_a_copy(tasks: Tasks, small: Path, tmp_path: Path) -> None:
         assert snapshots(copied) == []
 
 
+@root
+def test_operators_own_directory_for_changes(driver_file: Path, small: Path, tmp_path: Path) -> None:
+    """It takes allocations whose directories cannot hold changes; what a crash of the machine has left there goes
+    with the next start, and nothing else does."""
+    scratch = tmp_path / "scratch"
+    stale, others = scratch / "old-task.nspawn-root", scratch / "precious"
+    (stale / "upper").mkdir(parents=True)
+    others.mkdir()
+    plugin = launch_like_agent(driver_file, {"ephemeral_dir": str(scratch)})
+    with Tasks(plugin, small) as tasks:
+        both = [tasks.start(f"touch /x; echo x; {FOREVER}", ephemeral=True) for _ in range(2)]
+        for task in both:
+            task.logmon.wait_for("x\n")
+            assert not place(task).exists()
+        found = sorted(path.name for path in scratch.iterdir())
+        assert found == sorted(["precious", *(f"task-{task.allocation.id}.nspawn-root" for task in both)])
+        assert all((path / "upper/x").exists() for path in scratch.glob("*.nspawn-root"))
+        kill(keeper(both[0]))
+        third = tasks.start(FOREVER, ephemeral=True)
+        assert (scratch / f"task-{both[0].allocation.id}.nspawn-root/upper/x").exists(), "in use by its container"
+        for task in (*both, third):
+            task.stop(timeout=0)
+            task.destroy()
+        assert [path.name for path in scratch.iterdir()] == ["precious"]
+    plugin.kill()
+    assert not plugin.violations
+
+
 # -- layers --------------------------------------------------------------------------------------------------
 
 
