@@ -1391,8 +1391,8 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "The directory of images that jobs name without a path.",
            '"/srv/images"', default=str(MACHINES_ROOT), check=is_host_directory),
     Option("ephemeral_dir", Kind.STRING,
-           "The directory for what tasks with `ephemeral` change; their own in the allocation when unset, where "
-           "`ephemeral_disk` counts it.",
+           "The directory for what tasks with `ephemeral` change; their own in the allocation when unset, for "
+           "which `ephemeral_disk` reserves room.",
            '"/srv/scratch"', check=is_host_directory),
     Option("disable_log_collection", Kind.BOOL,
            "Whether Nomad shall not collect what tasks write (Nomad 1.6 and later).", "true", default=False),
