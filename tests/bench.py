@@ -320,6 +320,52 @@ def bench_roots(plugin: Plugin) -> None:
     row("on the disk for each copy of systemd-nspawn --ephemeral", f"{copied[1] / ROOTS / 1024:.0f} KB")
 
 
+# --- commands in a running container ---
+
+
+def exec_once(task: Task) -> None:
+    task.exec_streaming(["/bin/true"]).wait()
+
+
+def bench_exec(plugin: Plugin) -> None:
+    with tasks(plugin, 1, ["/bin/sleep", "1000"]) as [task]:
+        task.start()
+        [leader] = cgroup_pids(task, "payload")
+        nsenter = ["nsenter", "--all", f"--target={leader}", "/bin/true"]
+        row("the first one", ms(timed(lambda: exec_once(task))), "goal: under 40 ms")
+        pairs = [
+            (timed(lambda: exec_once(task)), timed(lambda: subprocess.run(nsenter, check=True, timeout=60)))
+            for _ in range(COUNT)
+        ]
+        row(
+            "start to exit code: the driver", ms(statistics.median(pair[0] for pair in pairs)), "goal: under 40 ms"
+        )
+        row("start to exit code: bare nsenter", ms(statistics.median(pair[1] for pair in pairs)))
+        ratio = statistics.median(ours / bare for ours, bare in pairs)
+        row("start to exit code: ratio", f"{ratio:.2f}", "goal: under 3")
+        row(f"{COUNT} in a row, each", ms(timed(lambda: list(map(exec_once, [task] * COUNT))) / COUNT))
+        with ThreadPoolExecutor(COUNT) as pool:
+            row(f"{COUNT} at once, all", ms(timed(lambda: list(pool.map(exec_once, [task] * COUNT)))))
+        size = 200 << 20
+        session = task.exec_streaming(["/usr/bin/head", "-c", str(size), "/dev/zero"])
+        row("throughput of stdout", f"{(size >> 20) / timed(lambda: session.wait(300)):.0f} MB/s")
+        idle = memory(plugin.pid, "Rss")
+        row("plugin RSS afterwards", f"{idle / 1024:.1f} MB")
+        helpers = [pid for pid in read_children(plugin.pid) if b"class Entry" in read_cmdline(pid)]
+        private = sum(memory(pid, "Pss") for pid in helpers)
+        row("PSS of the helper, until it has been idle for 30 s", f"{private / 1024:.1f} MB")
+
+
+def read_children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def read_cmdline(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def main() -> None:
     systemd = subprocess.getoutput("systemd-nspawn --version").split(" (")[0]
     print(f"{DRIVER.name} on {os.cpu_count()} cores, {systemd}, Linux {os.uname().release}; medians")
@@ -331,6 +377,8 @@ def main() -> None:
         compare("to the exit code of /bin/true", lambda: driver_start(plugin, True), bare_run, "goal: under 1.3")
         latency = statistics.median(exit_latency(plugin) for _ in range(9))
         row("end of the payload to the answer of WaitTask", ms(latency), "goal: under 20 ms")
+        title(f"Commands in a running container, {COUNT} pairs")
+        bench_exec(plugin)
         title("Memory and CPU")
         bench_many(plugin)
         title("Many tasks")

@@ -103,7 +103,6 @@ def test_streams_are_apart(task: Task) -> None:
     session = stream(task, "echo hello stdout; echo hello stderr >&2; exit 43")
     assert session.wait().exit_code == 43
     assert (session.stdout, session.stderr) == (b"hello stdout\n", b"hello stderr\n")
-    assert sorted(session.ended) == ["stderr", "stdout"]
 
 
 def test_output_arrives_as_it_is_written(task: Task) -> None:
@@ -344,6 +343,97 @@ def test_nothing_of_the_host_is_left_to_a_command(kind: Task, tty: bool) -> None
     session = stream(kind, "cat /proc/self/maps /proc/self/environ /proc/self/cmdline /proc/self/mountinfo")
     session.wait()
     assert host not in session.stdout and sys.executable.encode() not in session.stdout
+
+
+SPY = r"""
+# Looks at every process that appears, and tries to write to its executable and libraries: opens them only.
+trap '' HUP
+while :; do
+    for p in /proc/[0-9]*; do
+        exe=$(/bin/readlink $p/exe) 2>/dev/null || continue
+        case $exe in
+        */python*)
+            echo "saw $exe"
+            { : >>$p/exe; } 2>&1 && echo "WROTE $exe"
+            for m in $p/map_files/*; do
+                case $(/bin/readlink $m) in */libc*) { : >>$m; } 2>&1 && echo "WROTE $m";; esac
+            done
+            { : >>$p/mem; } 2>/dev/null && echo "opened the memory"
+            { /bin/ls $p/fd/; } 2>/dev/null | /bin/grep -qvx '[0-3]' && echo "MORE DESCRIPTORS"
+        esac
+    done 2>/dev/null
+done
+"""
+
+
+@pytest.mark.parametrize("user_namespacing", [True, False])
+def test_files_of_the_host_cannot_be_changed_through_the_helper(tasks: Tasks, user_namespacing: bool) -> None:
+    """CVE-2019-5736: root inside opens the executable of what enters, or its libraries, to write to the host's.
+    A very long PATH keeps the process for a while at the last step before the command."""
+    env = {"PATH": ":".join(["/n"] * 40000)}
+    task = tasks.start(["/bin/bash", "-c", SPY], env=env, user_namespacing=user_namespacing)
+    for _ in range(20):
+        assert task.exec_streaming(["no-such-program"]).wait().exit_code == 127
+        if b"libc" in task.logmon.stdout:
+            break
+    stdout = task.logmon.stdout.decode()
+    assert "WROTE" not in stdout and "MORE DESCRIPTORS" not in stdout
+    if user_namespacing:
+        assert "saw" not in stdout and "opened" not in stdout, (
+            "nothing can be seen of a process that is not dumpable"
+        )
+    else:
+        assert "saw" in stdout, "the process is not protected from being seen: the test has tried nothing"
+        assert re.search(r"map_files/\S+: Read-only file system", stdout), stdout
+
+
+def test_traced_container_gets_no_command_without_filters(task: Task) -> None:
+    """Its first process can have one tracer: one inside could keep the filters from being read."""
+    program = "import ctypes, time; libc = ctypes.CDLL(None); libc.ptrace.restype = ctypes.c_long\n"
+    program += f"assert libc.ptrace(0x4206, {leader(task)}, None, None) == 0; print(flush=True); time.sleep(1000)"
+    tracer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert tracer.stdout and tracer.stdout.readline()
+        with pytest.raises(DriverError, match="is being traced"):
+            run(task, "true")
+    finally:
+        tracer.kill()
+        tracer.communicate()
+    assert run(task, "echo again")[1] == "again\n"
+
+
+FILTERED = """\
+#!{python}
+import ctypes, os, struct, sys
+program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))  # allows everything
+packed = ctypes.create_string_buffer(struct.pack("HP", 1, ctypes.addressof(program)))
+assert ctypes.CDLL(None).prctl(22, 2, packed, 0, 0) == 0
+os.execv("{file}", ["{file}", *sys.argv[1:]])
+"""
+
+
+def test_kernel_that_does_not_give_filters(driver_file: Path, image: Path, tmp_path: Path) -> None:
+    """As for a plugin that is itself under a filter: all the rest holds, and one warning says so."""
+    wrapper = tmp_path / driver_file.name
+    wrapper.write_text(FILTERED.format(python=sys.executable, file=driver_file))
+    wrapper.chmod(0o755)
+    with launch_like_agent(wrapper) as plugin, Tasks(plugin, image) as tasks:
+        task = tasks.start(FOREVER)
+        for _ in range(2):
+            ours, theirs = (confinement(shown(task, f"cat /proc/{pid}/status")) for pid in ("self", "1"))
+        assert ours.pop("Seccomp_filters") != theirs.pop("Seccomp_filters")
+        assert ours == theirs
+        warnings = [entry for entry in plugin.log if "seccomp" in entry.message]
+        assert [entry.level for entry in warnings] == ["warn"]
+
+
+def test_terminal_that_is_none_is_refused(tasks: Tasks, tmp_path: Path) -> None:
+    """The container can put anything in the place of its terminals."""
+    (tmp_path / "ptmx").write_text("a file")
+    task = tasks.start(FOREVER, bind_read_only=[{str(tmp_path): "/dev/pts"}])
+    with pytest.raises(DriverError, match="no terminal can be opened in the container"):
+        run(task, "true", tty=True)
+    assert run(task, "echo pipes work")[1] == "pipes work\n"
 
 
 # -- terminals -----------------------------------------------------------------------------------------------

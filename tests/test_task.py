@@ -1285,3 +1285,13 @@ def test_events_are_the_tasks_own(tasks: Tasks) -> None:
     assert (event.task_id, event.task_name, event.alloc_id) == (task.id, "stubborn", task.allocation.id)
     assert abs(event.timestamp.ToNanoseconds() / 1e9 - time.time()) < 60
     assert signal.Signals(task.wait(1).signal) is signal.SIGKILL
+
+
+def test_signal_reaches_a_users_command_under_the_stub(tasks: Tasks) -> None:
+    """It is not process 2 there: to look its user up takes processes."""
+    task = tasks.start(trapping("USR1", "TERM"), process_two=True, user="daemon")
+    task.logmon.wait_for("ready")
+    task.signal("SIGUSR1")
+    task.logmon.wait_for("USR1")
+    task.stop(timeout=10)
+    assert task.wait(PATIENCE).exit_code == 5
