@@ -40,9 +40,11 @@ import itertools
 import json
 import logging
 import marshal
+import math
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -453,6 +455,9 @@ class CgroupMode(enum.Enum):
         return paths.get(self)
 
 
+CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
+
+
 @dataclass(frozen=True)
 class Host:
     """What the machine offers."""
@@ -461,6 +466,8 @@ class Host:
     kernel: tuple[int, int]
     cgroups: CgroupMode
     problems: tuple[str, ...]
+    cpus: int = 1
+    controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
 
     @property
     def is_healthy(self) -> bool:
@@ -469,7 +476,21 @@ class Host:
     @property
     def sentence(self) -> str:
         """The health description."""
-        return " ".join(self.problems) or "Healthy"
+        return " ".join(self.problems or ("Healthy", *self.shortcomings))
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """The controllers that limit what a task may use."""
+        return tuple(controller for controller in CONTROLLERS if controller in self.controllers)
+
+    @property
+    def shortcomings(self) -> Iterator[str]:
+        """What tasks have to do without, a sentence a thing."""
+        missing = [controller for controller in CONTROLLERS if controller not in self.controllers]
+        if missing and self.cgroups is CgroupMode.V2:
+            yield f"(tasks run without limits of {', '.join(missing)}: the cgroup v2 controllers are missing)"
+        elif missing:
+            yield "(tasks run without resource limits: they need cgroup v2)"
 
 
 TOOLS = {
@@ -528,8 +549,10 @@ def read_host() -> Host:
     return Host(
         systemd=systemd,
         kernel=(int(release[1]), int(release[2])) if release else (0, 0),
-        cgroups=read_cgroup_mode(),
+        cgroups=(mode := read_cgroup_mode()),
         problems=tuple(find_problems(systemd)),
+        cpus=os.cpu_count() or 1,
+        controllers=frozenset(read_text(mode.root / "cgroup.controllers").split()) if mode.root else frozenset(),
     )
 
 
@@ -1053,6 +1076,20 @@ def is_user(name: str, value: str) -> str:
     return value
 
 
+MAX_PIDS = 4 << 20  # the kernel's
+SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def is_size(name: str, value: str) -> str:
+    """Return a size in bytes, or "max", as the kernel's control files have it."""
+    if value == "infinity":
+        return "max"
+    match = re.fullmatch(r"(\d{1,15})([KMGT]?)", value, re.ASCII)
+    if not match:
+        raise ConfigError(name, value, "must be a size such as 512M or 2G, or infinity")
+    return str(int(match[1]) * SIZES[match[2]])
+
+
 # Renderers, for what is more than one word a value.
 
 
@@ -1339,6 +1376,18 @@ RESOURCE_OPTIONS: tuple[Option, ...] = (
            '"0-1"',
            check=matches(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", "must be CPUs and ranges, as in 0-3,5"),
            argument="--cpu-affinity"),
+    Option("cpu_hard_limit", Kind.BOOL,
+           "Never more CPU than the job's `cpu`, even when the machine is idle.", "true", default=False),
+    Option("pids_limit", Kind.NUMBER,
+           "How many processes and threads it may have, at most the plugin's `pids_limit`, which is also the "
+           "default.",
+           "200", check=is_between(1, MAX_PIDS)),
+    Option("memory_swap_max", Kind.STRING,
+           "How much swap it may use beside its memory: a size such as `512M`, or `infinity`; none when unset.",
+           '"512M"', check=is_size),
+    Option("io_weight", Kind.NUMBER,
+           "Its share of disk time beside other tasks, 1 to 10000; 100 is usual.",
+           "200", check=is_between(1, 10000)),
 )  # fmt: skip
 
 INTEGRATION_OPTIONS: tuple[Option, ...] = (
@@ -1386,6 +1435,9 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            '["devices"]', default=("all",), check=are_gates),
     Option("user_namespacing", Kind.BOOL,
            "Whether containers have user namespaces when their job does not say.", "false", default=True),
+    Option("pids_limit", Kind.NUMBER,
+           "How many processes and threads a task may have; 0 for any number.",
+           "4096", default=16384, check=is_between(0, MAX_PIDS)),
     Option("image_dir", Kind.STRING,
            "The directory of images that jobs name without a path.",
            '"/srv/images"', default=str(MACHINES_ROOT), check=is_host_directory),
@@ -1487,12 +1539,21 @@ def settle_values(values: Values, config: Values, *, is_in_group: bool = False) 
     users = ("pick", "auto") if values["user_namespacing"] else (None, None)
     for name, usual in zip(("private_users", "private_users_ownership"), users, strict=True):
         values[name] = usual and (values[name] or usual)
+    values["pids_limit"] = settle_pids(values["pids_limit"], config["pids_limit"])
     if values["network_veth"] is None:
         values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
     if is_in_group:  # its network is Nomad's, with the ports; the Go driver's jobs leave network_veth at true
         check_group_options(values)
         values |= {"network_veth": False, "ports": ()}
     return values
+
+
+def settle_pids(wanted: int | None, allowed: int) -> int:
+    """Return how many processes a task may have, 0 for any number."""
+    if wanted and allowed and wanted > allowed:
+        rule = f"the operator of this client allows a task {allowed} processes"
+        raise ConfigError("pids_limit", wanted, rule, "ask for fewer")
+    return wanted or allowed
 
 
 # What gives a container a network of its own, beside network_veth.
@@ -2562,6 +2623,93 @@ def plan_cgroup(mode: CgroupMode, given: str, alloc_id: str, task_name: str) -> 
     return f"{mode.root}/nomad.slice/share.slice/{name}.scope"
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What Nomad grants a task."""
+
+    memory: int = 0  # bytes that are reserved for it, 0: unknown
+    memory_max: int | None = 0  # bytes it may use when the machine has them; 0: as many as reserved, None: any
+    cpu: int = 0  # MHz, which are its weight among the others
+    cpu_fraction: float = 0.0  # of all the machine's MHz
+    cores: str = ""  # those reserved for it, as in 0,2-3
+
+
+MIN_SHARES, MAX_SHARES = 2, 1 << 18  # of a v1 cgroup: what Nomad's numbers and the formula below stand on
+CPU_PERIOD = 100_000  # microseconds
+
+
+def plan_cpu_weight(resources: Resources) -> int:
+    """Return the weight for a number of MHz, by the formula that Nomad's own drivers use (opencontainers/cgroups):
+    1024 shares weigh the usual 100, and the ends meet at 1 and 10000."""
+    shares = float(resources.cpu)
+    if resources.cpu_fraction and shares / resources.cpu_fraction >= MAX_SHARES:
+        shares = resources.cpu_fraction * MAX_SHARES  # the machine as a whole has more than fits
+    bits = math.log2(min(max(shares, MIN_SHARES), MAX_SHARES))
+    return min(max(math.ceil(10 ** ((bits * bits + 125 * bits) / 612 - 7 / 34)), 1), 10000)
+
+
+def plan_limits(resources: Resources, values: Values, cpus: int) -> dict[str, str]:
+    """Return the contents of the task's control files: names as in `memory.max`.
+
+    What is above the reservation is given back first when memory gets short (memory.low). There is no memory.high:
+    it would slow down every task that uses what it may, on an idle machine, too.
+    """
+    limits: dict[str, str] = {}
+    if resources.memory:
+        most = resources.memory_max
+        limits["memory.max"] = "max" if most is None else str(max(resources.memory, most))
+        limits["memory.low"] = str(resources.memory) if most != 0 else "0"
+        limits["memory.swap.max"] = values["memory_swap_max"] or "0"
+    if resources.cpu:
+        limits["cpu.weight"] = str(plan_cpu_weight(resources))
+    if values["cpu_hard_limit"] and resources.cpu_fraction:
+        quota = max(round(resources.cpu_fraction * cpus * CPU_PERIOD), 1000)  # the kernel's least
+        limits["cpu.max"] = f"{quota} {CPU_PERIOD}"
+    if resources.cores:
+        limits["cpuset.cpus"] = resources.cores
+    if values["pids_limit"]:
+        limits["pids.max"] = str(values["pids_limit"])
+    if values["io_weight"]:
+        limits["io.weight"] = str(values["io_weight"])
+    return limits
+
+
+def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
+    """Make a task's cgroup with its limits; return the controllers that cannot be had there.
+
+    All controllers are switched on, so that a booted system can set limits of its own. Raises HostError when a
+    limit cannot be set although its controller is there.
+    """
+    place = Path(cgroup)
+    (place / "keeper").mkdir(parents=True, exist_ok=True)
+    ancestors = [parent for parent in reversed(place.parents) if (parent / "cgroup.subtree_control").exists()]
+    for parent in ancestors:
+        enabled = read_text(parent / "cgroup.subtree_control").split()
+        for controller in read_text(parent / "cgroup.controllers").split():
+            if controller in CONTROLLERS and controller not in enabled:
+                with contextlib.suppress(OSError):
+                    write_control(parent / "cgroup.subtree_control", f"+{controller}")
+    have = read_text(place / "cgroup.controllers").split()
+    for name, value in limits.items():
+        if name.split(".")[0] in have and not (name == "memory.swap.max" and not (place / name).exists()):
+            try:
+                write_control(place / name, value)
+            except OSError as error:
+                raise HostError(
+                    f"the limit {name} = {value} cannot be set in {cgroup}: {error.strerror}"
+                ) from None
+    return sorted({name.split(".")[0] for name in limits} - set(have))
+
+
+def write_control(path: Path, value: str) -> None:
+    """Write a control file; unlike Path.write_text it makes none."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
 def read_cgroup_pids(cgroup: str) -> list[int]:
     """Return all processes in a cgroup and below it, [] for the cgroup ""."""
     pids: list[int] = []
@@ -2573,11 +2721,12 @@ def read_cgroup_pids(cgroup: str) -> list[int]:
 
 def read_counters(path: str) -> dict[str, int]:
     """Read a file of lines `name number`, {} when it is not there."""
-    try:
-        text = Path(path).read_text()
-    except OSError:
-        return {}
-    return {name: int(number) for name, _, number in (line.partition(" ") for line in text.splitlines())}
+    return parse_counters(read_text(Path(path)))
+
+
+def parse_counters(text: str) -> dict[str, int]:
+    lines = (line.partition(" ") for line in text.splitlines())
+    return {name: int(number) for name, _, number in lines if number.isdigit()}
 
 
 def read_number(path: str) -> int:
@@ -2708,6 +2857,7 @@ class TaskConfig:
     stdout_path: str = "/dev/null"
     stderr_path: str = "/dev/null"
     cgroup: str = ""
+    resources: Resources = Resources()
     network: GroupNetwork = GroupNetwork()
     mounts: tuple[Mount, ...] = ()
 
@@ -2918,6 +3068,7 @@ class Plan:
     environ: Mapping[str, str]  # of nspawn beside the driver's own, see plan_environment
     settings: str | None
     cgroup: str
+    limits: Mapping[str, str]  # the cgroup's control files
     stdout_path: str
     stderr_path: str
     image: Image
@@ -2970,16 +3121,15 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     check_rules(values, host)
     check_image_rules(values, found.image)
     state = state_directory(task.id)
-    place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
+    machine = plan_machine(task.name, task.alloc_id)
+    place = plan_place(task.task_dir, found.ephemeral_dir, machine)
     root = plan_root(found.image, values, host, found.mounts, place)
     root, image_pins = pin_image(root, values, found, state)
-    mode = Mode.of(values)
-    machine = plan_machine(task.name, task.alloc_id)
-    network = plan_network(task.network, values, found.names, machine)
+    mode, network = Mode.of(values), plan_network(task.network, values, found.names, machine)
     values = {**values, **network.values, **plan_defaults(task, values, mode)}
     variables = {**values["environment"], **task.env, **network.environ}
-    dumb = {"TERM": "dumb"} if mode is Mode.BOOT else {}  # no colours and no cursor movement in the logs
-    environment = plan_environment({**dumb, **variables})
+    usual = {"TERM": "dumb"} if mode is Mode.BOOT else {}  # no colours and no cursor movement in the logs
+    environment = plan_environment({**usual, **variables})
     volumes = plan_volumes(task, values, host, found.mounts)
     pins = plan_pins(found.sources, state)
     arguments = [
@@ -2996,10 +3146,11 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         machine=machine,
         mode=mode,
         network=network,
-        argv=plan_argv(task, values, host, [*root.argv, *arguments]),
+        argv=plan_argv(task, values, host, (*root.argv, *arguments)),
         environ=plan_environ(environment, host),
         settings=environment.settings,
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
+        limits=plan_limits(task.resources, values, host.cpus),
         stdout_path=task.stdout_path,
         stderr_path=task.stderr_path,
         image=found.image,
@@ -3013,8 +3164,17 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         credentials=found.credentials,
         copying=root.copying,
         inside=plan_inside(task, values, variables),
-        notes=(*environment.notes, *network.notes),
+        notes=(*environment.notes, *network.notes, *explain_limits(values, host)),
     )
+
+
+def explain_limits(values: Values, host: Host) -> Iterator[str]:
+    """Yield a sentence for each limit the job itself asks for and this machine does not have."""
+    options = {"cpu_hard_limit": "cpu", "memory_swap_max": "memory", "io_weight": "io"}
+    for option, controller in options.items():
+        if values[option] and controller not in host.controllers:
+            why = f"this machine has no cgroup v2 controller {controller}"
+            yield f"{option} has no effect: {why}."
 
 
 def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[str]) -> tuple[str, ...]:
@@ -3266,6 +3426,35 @@ class Exit:
     signal: int = 0
     error: str = ""  # a sentence where the code alone would mislead
     at: float = 0.0  # Unix time
+    oom_killed: bool = False
+
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A task's lack of memory: what its cgroup has counted, sizes in bytes, 0 for none or unknown."""
+
+    kills: int = 0  # of its processes, by the kernel
+    is_own: bool = True  # because of the task's own limit, and not because the machine had no more
+    limit: int = 0
+    peak: int = 0
+
+    @classmethod
+    def of(cls, counters: Mapping[str, int]) -> Shortage:
+        """From memory.events and the numbers of memory.max and memory.peak beside them."""
+        is_own = counters.get("oom", 0) > 0
+        numbers = counters.get("memory.max", 0), counters.get("memory.peak", 0)
+        return cls(counters.get("oom_kill", 0), is_own, *numbers)
+
+    @property
+    def reason(self) -> str:
+        sizes = [
+            f"{what} {size / MIB:.0f} MiB" for what, size in (("limit", self.limit), ("peak", self.peak)) if size
+        ]
+        why = "the task used all the memory it may" if self.is_own else "the machine had no more memory"
+        return f"{why} ({', '.join(sizes)})" if sizes else why
 
 
 @dataclass(frozen=True)
@@ -3275,6 +3464,7 @@ class Record:
     status: int
     is_orphaned: bool
     at: float
+    shortage: Shortage = Shortage()
 
 
 def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, sent: int) -> Exit:
@@ -3301,6 +3491,20 @@ def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, 
     if record.status == 133:
         return Exit(133, 0, "the container asked for a reboot; Nomad's restart policy decides", record.at)
     return Exit(record.status, 0, "", record.at)
+
+
+def explain_shortage(exit: Exit, mode: Mode, record: Record, is_killed_by_us: bool) -> Exit:
+    """Say that a task ended for lack of memory, if it did: by a SIGKILL that nobody else has sent, or by a shell's
+    word for that of its child. Of a task that ended in another way it is only said what had happened before."""
+    kills = record.shortage.kills
+    if not kills or exit.code == 0 or is_killed_by_us:
+        return exit
+    is_silent = mode is Mode.PROCESS_TWO and exit.code == 255
+    if exit.code == 128 + signal.SIGKILL or is_silent:
+        code = 128 + signal.SIGKILL
+        return Exit(code, signal.SIGKILL, f"OOM killed: {record.shortage.reason}", exit.at, oom_killed=True)
+    before = f"the kernel had killed {kills} of its processes: {record.shortage.reason}"
+    return replace(exit, error=f"{exit.error}; {before}" if exit.error else before)
 
 
 # =====================================================================================================
@@ -3554,7 +3758,13 @@ keep() {
 		read -r _ keeper_left <"$keeper_cgroup/payload/cgroup.events"
 		[ "$keeper_left" = 0 ] || echo 1 >"$keeper_cgroup/payload/cgroup.kill"
 	fi
-	echo "$keeper_status $keeper_left" >"$keeper_state/exit.new"
+	{
+		echo "$keeper_status $keeper_left"
+		while read -r keeper_name; do echo "$keeper_name"; done <"$keeper_cgroup/memory.events"
+		for keeper_name in max peak; do
+			read -r keeper_value <"$keeper_cgroup/memory.$keeper_name" && echo "memory.$keeper_name $keeper_value"
+		done
+	} >"$keeper_state/exit.new"
 	mv "$keeper_state/exit.new" "$keeper_state/exit"
 }
 exec 3>&2 2>/dev/null
@@ -3662,8 +3872,9 @@ def read_record(state_dir: Path) -> Record | None:
     """Return the exit record, None while the task runs (or when its keeper was killed)."""
     path = state_dir / "exit"
     try:
-        status, _, populated = path.read_text().strip().partition(" ")
-        return Record(int(status), populated == "1", path.stat().st_mtime)
+        first, _, counters = path.read_text().partition("\n")
+        status, _, populated = first.partition(" ")
+        return Record(int(status), populated == "1", path.stat().st_mtime, Shortage.of(parse_counters(counters)))
     except (OSError, ValueError):
         return None
 
@@ -3818,11 +4029,14 @@ class Task:
         self.teller: asyncio.Task[None] | None = None
 
     async def watch(self) -> None:
+        memory = asyncio.create_task(self.watch_memory())
         try:
             self.exit = await self.wait_end()
         except Exception as error:  # whoever waits for the task must not wait for ever
             self.log.error("the task cannot be watched", error=repr(error))
             self.exit = Exit(1, error=f"the task was lost: {error}", at=time.time())
+        finally:
+            memory.cancel()
         self.ended.set()
         self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
 
@@ -3843,10 +4057,34 @@ class Task:
             lost = "the container's keeper was killed, so the exit code is not known"
             return Exit(1, error=reason or lost, at=time.time())
         exit = explain_exit(state.mode, record, lines, reason, self.sent)
+        exit = explain_shortage(exit, state.mode, record, bool(reason) or self.sent == signal.SIGKILL)
         if exit.code == 1 and not exit.error and state.mode is not Mode.BOOT:
             known = find_message(lines)  # nspawn enters the directory after it has said READY
             exit = replace(exit, error=str(known) if known else self.explain_command())
         return exit
+
+    async def watch_memory(self) -> None:
+        """Tell when the kernel has killed a process of the task for lack of memory and the task runs on.
+
+        The kernel wakes who polls memory.events. The count that was told is kept for the next plugin; of many
+        kills the first, second, fourth, eighth is told: Nomad keeps ten events a task.
+        """
+        told = read_number(f"{self.state.directory}/oom_kills")
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            fd = os.open(f"{self.state.cgroup}/memory.events", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            alarm = stack.enter_context(select.epoll())
+            alarm.register(fd, select.EPOLLPRI)
+            while True:
+                counters = parse_counters(os.pread(fd, 4096, 0).decode())  # also what ends this alarm
+                limit = read_number(f"{self.state.cgroup}/memory.max")
+                shortage = Shortage.of({**counters, "memory.max": limit})
+                if shortage.kills >= max(2 * told, 1) and not await self.wait(0.5):
+                    told = shortage.kills
+                    write_file(self.state.directory / "oom_kills", str(told))
+                    times = f" ({told} times by now)" if told > 1 else ""
+                    self.events.emit(self.state, f"OOM: a process was killed{times}: {shortage.reason}.")
+                await wait_readable(alarm.fileno())
 
     def explain_command(self) -> str:
         """Say that the command could not be executed, if that is why it ended with 1.
@@ -3917,6 +4155,7 @@ class Task:
     async def kill(self) -> None:
         """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if all that fails."""
         state = self.state
+        self.sent = signal.SIGKILL
         if not kill_cgroup(f"{state.cgroup}/payload" if state.cgroup else "") and state.leader:
             state.leader.send(signal.SIGKILL)
         if state.leader and await self.wait(END_LIMIT):
@@ -4230,7 +4469,7 @@ class Start:
         write_file(self.directory / "inside.json", json.dumps(asdict(self.plan.inside)))
         (self.directory / "nspawn.log").touch(mode=0o600)
         if self.plan.cgroup:
-            Path(self.plan.cgroup, "keeper").mkdir(parents=True, exist_ok=True)
+            self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
         if self.plan.private and self.plan.private.place:
             self.locks.append(await make_upper_place(Path(self.plan.private.place)))
         for path, text in self.plan.network.files.items():
@@ -4298,6 +4537,14 @@ class Start:
         finally:
             slow.cancel()
             loop.remove_reader(notify.fileno())
+
+    def tell_missing(self, controllers: Sequence[str]) -> None:
+        """Tell which limits the task does not have although the machine could have them; of others the fingerprint
+        speaks."""
+        here = [controller for controller in controllers if controller in read_host().controllers]
+        if here:
+            where = f"{self.plan.cgroup} has no such cgroup controllers"
+            self.events.emit(self.task, f"The task runs without its limits of {', '.join(here)}: {where}.")
 
     async def tell_copying(self) -> None:
         if self.plan.copying:
@@ -5342,11 +5589,25 @@ def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
         stdout_path=task.stdout_path,
         stderr_path=task.stderr_path,
         cgroup=task.resources.linux_resources.cpuset_cgroup,
+        resources=read_resources(task.resources),
         network=read_group_network(task),
         mounts=tuple(
             Mount(mount.host_path, mount.task_path, mount.readonly, mount.propagation_mode)
             for mount in task.mounts
         ),
+    )
+
+
+def read_resources(resources: driver_pb2.Resources) -> Resources:
+    """Agents before 1.1 send no memory_max; with -1, for any, some add to it what secrets take."""
+    linux, memory = resources.linux_resources, resources.allocated_resources.memory
+    most = None if memory.memory_max_mb < 0 else memory.memory_max_mb * MIB
+    return Resources(
+        memory=memory.memory_mb * MIB or linux.memory_limit_bytes,
+        memory_max=most,
+        cpu=linux.cpu_shares,
+        cpu_fraction=linux.PercentTicks,
+        cores=linux.cpuset_cpus,
     )
 
 
@@ -5472,6 +5733,7 @@ class DriverService:
         response.attributes[f"driver.{PLUGIN_NAME}.version"].string_val = __version__
         response.attributes[f"driver.{PLUGIN_NAME}.systemd"].int_val = host.systemd
         response.attributes[f"driver.{PLUGIN_NAME}.cgroups"].string_val = host.cgroups.value
+        response.attributes[f"driver.{PLUGIN_NAME}.limits"].string_val = ",".join(host.limits)
         response.attributes[f"driver.{PLUGIN_NAME}.volumes"].bool_val = self.config["volumes"]
         return response
 
@@ -5697,7 +5959,7 @@ class DriverService:
 
 
 def render_result(exit: Exit) -> driver_pb2.ExitResult:
-    return driver_pb2.ExitResult(exit_code=exit.code, signal=exit.signal)
+    return driver_pb2.ExitResult(exit_code=exit.code, signal=exit.signal, oom_killed=exit.oom_killed)
 
 
 MAX_CHECK_OUTPUT = 4096  # bytes of a check's output that Nomad keeps

@@ -36,6 +36,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("IMAGE_CACHE", "/var/cache/nomad-driver-nspawn-tests"))
 CONTAINER_IMAGE = CACHE / "debian-bookworm"  # what tests run as tasks; made by build.sh
@@ -107,6 +109,21 @@ RestartSec=1
 WantedBy=multi-user.target
 """
 RECIPE = 3  # counts changes to how images are made that nothing above shows
+
+
+def have_cgroup2() -> bool:
+    with contextlib.suppress(OSError):
+        return "memory" in Path("/sys/fs/cgroup/cgroup.controllers").read_text().split()
+    return False
+
+
+needs_cgroup2 = pytest.mark.skipif(
+    not have_cgroup2(), reason="no cgroup v2 with controllers here: runs in virtual machines, see test_hosts.py"
+)
+needs_systemd = pytest.mark.skipif(
+    not Path("/run/systemd/system").is_dir() or not shutil.which("machinectl"),
+    reason="systemd is not PID 1 here: runs in containers with one, see test_hosts.py",
+)
 
 
 class HostError(Exception):

@@ -260,6 +260,7 @@ def test_old_systemd(tools: Path, systemd: int) -> None:
 
 
 PACKAGES = {
+    "choom": "util-linux",
     "systemd-nspawn": "systemd-container",
     "unshare": "util-linux",
     "mount": "util-linux",
@@ -306,9 +307,28 @@ def test_several_problems_are_several_sentences(tools: Path) -> None:
 
 
 def test_healthy() -> None:
-    host = Host(252, (6, 1), CgroupMode.V1, ())
+    host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(driver.CONTROLLERS))
     assert host.is_healthy
     assert host.sentence == "Healthy"
+    assert host.limits == driver.CONTROLLERS
+
+
+@pytest.mark.parametrize(
+    ("mode", "controllers", "sentence"),
+    [
+        (CgroupMode.V1, "", "Healthy (tasks run without resource limits: they need cgroup v2)"),
+        (CgroupMode.HYBRID, "hugetlb", "Healthy (tasks run without resource limits: they need cgroup v2)"),
+        (
+            CgroupMode.V2,
+            "cpu memory pids rdma",
+            "Healthy (tasks run without limits of cpuset, io: the cgroup v2 controllers are missing)",
+        ),
+    ],
+)
+def test_healthy_but_without_limits(mode: CgroupMode, controllers: str, sentence: str) -> None:
+    host = Host(252, (6, 1), mode, (), controllers=frozenset(controllers.split()))
+    assert host.is_healthy
+    assert host.sentence == sentence
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ PARTS = (
     Part("container", ("tests/test_effects.py", "-k", "not udev")),
     Part("machine", ("tests/test_effects.py", "-k", "udev")),
     Part("container", ("tests/test_roots.py", "-k", "not file_system"), suites=("trixie", "sid")),
-    Part("machine", ("tests/test_host.py",)),
     Part("machine", ("tests/test_roots.py", "-k", "changes or booted or looks or layers or volatile")),
+    Part("machine", ("tests/test_cgroup.py",), timeout=900),
 )
 
 

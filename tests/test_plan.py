@@ -401,6 +401,10 @@ def test_every_option_has_a_golden_argv() -> None:
     used |= {
         "ephemeral",
         "oom_score_adjust",
+        "cpu_hard_limit",
+        "pids_limit",
+        "memory_swap_max",
+        "io_weight",
         "oom_score_adj",
         "image",
         "image_policy",
