@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import shutil
+import signal
 import socket
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +160,105 @@ job "booted" {{
     agent.wait_status(alloc, "complete")
     assert "Powering off." in agent.logs(alloc, "task")
     assert any("Exit Code: 0" in event for event in agent.task_events(alloc, "task"))
+
+
+# -- commands in a running container -------------------------------------------------------------------------
+
+FOREVER = "while :; do sleep 0.1; done"
+
+
+def test_exec_passes_streams_and_codes(agent: NomadAgent, image: Path, tmp_path: Path) -> None:
+    alloc = agent.run_job(write_job(tmp_path / "j.hcl", image, FOREVER, "exec"))
+    agent.wait_status(alloc, "running")
+    assert agent.exec(alloc, "task", "sh", "-c", "echo $NOMAD_TASK_NAME; id -un") == "task\nroot\n"
+    assert agent.exec(alloc, "task", "cat", stdin=b"typed\n") == "typed\n"
+    for command, code in (
+        (("sh", "-c", "exit 42"), 42),
+        (("no-such-program",), 127),
+        (("sh", "-c", "kill $$"), 143),
+    ):
+        done = subprocess.run(
+            [agent.nomad, "alloc", "exec", "-t=false", "-task", "task", alloc, *command],
+            env={**os.environ, "NOMAD_ADDR": agent.url},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == code
+        assert (b'there is no "no-such-program"' in done.stderr) == (code == 127)
+    agent.stop_job("exec")
+    agent.wait_status(alloc, "complete", "failed")
+
+
+class Terminal:
+    """A program at a terminal, and somebody who types."""
+
+    def __init__(self, command: list[str], environ: dict[str, str]) -> None:
+        self.fd, theirs = os.openpty()
+        self.resize(30, 100)
+        self.process = subprocess.Popen(
+            command, env=environ, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        )
+        self.theirs = theirs  # kept: what the program has written at its end can still be read
+        self.seen = b""
+
+    def resize(self, lines: int, columns: int) -> None:
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def expect(self, text: bytes, timeout: float = 30) -> None:
+        """Wait for a text after the one that was waited for last."""
+        deadline = time.monotonic() + timeout
+        while text not in self.seen:
+            assert time.monotonic() < deadline, f"{text!r} not in {self.seen!r}"
+            if select.select([self.fd], [], [], 0.1)[0]:
+                self.seen += os.read(self.fd, 65536)
+        self.seen = self.seen[self.seen.index(text) + len(text) :]
+
+    def type(self, text: bytes) -> None:
+        os.write(self.fd, text)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        os.close(self.fd)
+        os.close(self.theirs)
+
+
+@pytest.mark.parametrize("options", ["", "process_two = true"], ids=["command", "process_two"])
+def test_interactive_shell(agent: NomadAgent, image: Path, tmp_path: Path, options: str) -> None:
+    """`nomad alloc exec -t` as a person uses it: prompt, job control, Ctrl-C and Ctrl-Z, a window that changes."""
+    name = f"shell-{len(options)}"
+    alloc = agent.run_job(write_job(tmp_path / "j.hcl", image, FOREVER, name, more=options))
+    agent.wait_status(alloc, "running")
+    command = [agent.nomad, "alloc", "exec", "-i", "-t", "-task", "task", alloc, "/bin/bash", "--norc"]
+    terminal = Terminal(command, {**os.environ, "NOMAD_ADDR": agent.url})
+    try:
+        terminal.expect(b"# ")
+        terminal.type(b"PS1='ready> '; tty; stty size\r")
+        terminal.expect(b"/dev/pts/")
+        terminal.expect(b"30 100")
+        terminal.expect(b"ready> ")
+        terminal.type(b"sleep 1000\r")
+        time.sleep(1)
+        terminal.type(b"\x1a")
+        terminal.expect(b"Stopped")
+        terminal.type(b"jobs -l | wc -l; fg\r")
+        terminal.expect(b"sleep 1000\r\n")
+        time.sleep(1)
+        terminal.type(b"\x03")
+        terminal.expect(b"ready> ")
+        terminal.type(b"echo code $?\r")
+        terminal.expect(b"code 130")
+        terminal.resize(40, 120)
+        os.kill(terminal.process.pid, signal.SIGWINCH)  # the terminal has no session of its own here
+        time.sleep(1)
+        terminal.type(b"stty size\r")
+        terminal.expect(b"40 120")
+        terminal.type(b"exit 9\r")
+        assert terminal.process.wait(30) == 9
+    finally:
+        terminal.close()
+    agent.stop_job(name)
 
 
 # -- the network of a group ----------------------------------------------------------------------------------
