@@ -262,7 +262,6 @@ def test_old_systemd(tools: Path, systemd: int) -> None:
 PACKAGES = {
     "choom": "util-linux",
     "systemd-nspawn": "systemd-container",
-    "choom": "util-linux",
     "unshare": "util-linux",
     "mount": "util-linux",
     "sed": "sed",
