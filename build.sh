@@ -56,7 +56,7 @@ build() {
 	trap 'exit 1' INT TERM HUP
 	make_libraries "$arch"
 	mkdir -p "$work/app/nomad_pb"
-	cp driver.py "$work/app/"
+	cp driver.py fetch.py "$work/app/"
 	cp nomad_pb/*.py "$work/app/nomad_pb/"
 	$python -W ignore::DeprecationWarning -m shiv --reproducible --uncompressed --entry-point driver:main \
 		--python /bin/sh --site-packages "$libraries" --site-packages "$work/app" --output-file "$work/shiv"
@@ -130,7 +130,8 @@ prepare_host() {
 	for need in python3:python3 systemd-nspawn:systemd-container mmdebstrap:mmdebstrap nft:nftables ip:iproute2 \
 		ps:procps unshare:util-linux setpriv:util-linux mke2fs:e2fsprogs qemu-system-x86_64:qemu-system-x86 \
 		qemu-img:qemu-utils iptables:iptables /usr/lib/cni/bridge:containernetworking-plugins \
-		mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs; do
+		mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs docker-registry:docker-registry openssl:openssl gpg:gnupg \
+		zstd:zstd xz:xz-utils bzip2:bzip2; do
 		command -v "${need%:*}" >/dev/null || missing="$missing ${need#*:}"
 	done
 	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"

@@ -15,6 +15,8 @@ The module reads top to bottom as words, facts, plan, act, serve; a section uses
     Cgroup      where a task's processes live, and what they use
     Plan        a task's configuration to everything needed to start it; pure
     Mounting    private roots: ranges of users, locks, mounts
+    Store       fetched images on disk
+    Fetches     the processes that bring images into the store
     Keeper      the small process that outlives the plugin
     Task        start, recover, wait, signal, stop, destroy
     Exec        a further command in a running container, confined as its payload is
@@ -57,7 +59,16 @@ import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -431,6 +442,11 @@ def write_file(path: Path, text: str, mode: int = 0o600) -> None:
     with open(fd, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
     temporary.rename(path)
+
+
+def remove_tree(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path, onerror=lambda _, name, why: log.warn("cannot remove", path=name, error=str(why[1])))
 
 
 # =====================================================================================================
@@ -1035,9 +1051,37 @@ def is_range(name: str, value: str) -> str:
     return value
 
 
-def is_url(name: str, value: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+\S*", value):
-        raise ConfigError(name, value, "must be an http:// or https:// address")
+def is_image_address(name: str, value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+\S*|(docker://)?(?!.*://)[\w.:@/\[\]-]+", value, re.ASCII):
+        raise ConfigError(
+            name, value, "must be an http:// or https:// address, or the name of an image in a registry"
+        )
+    return value
+
+
+def is_checksum(name: str, value: str) -> str:
+    algorithm, colon, digits = value.rpartition(":")
+    lengths = {"sha256": 64, "sha512": 128, "sha384": 96}
+    if len(digits) != lengths.get(algorithm if colon else "sha256") or not re.fullmatch("[0-9a-fA-F]+", digits):
+        raise ConfigError(name, value, 'must be "sha256:" and 64 hexadecimal digits, or so for sha384 and sha512')
+    return value
+
+
+def is_platform(name: str, value: str) -> str:
+    if not re.fullmatch(r"linux/[a-z0-9_]+(/[a-z0-9.]+)?", value):
+        raise ConfigError(name, value, "must be linux/ARCHITECTURE or linux/ARCHITECTURE/VARIANT")
+    return value
+
+
+def is_helper(name: str, value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
+        raise ConfigError(name, value, "must be the end of a program's name, after docker-credential-")
+    return value
+
+
+def is_positive(name: str, value: int) -> int:
+    if value <= 0:
+        raise ConfigError(name, value, "must be a number above 0")
     return value
 
 
@@ -1135,15 +1179,33 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            "of an image in `image_dir`. A relative path is looked up in the task's directory first.",
            '"debian"', required=True),
     Option("image_download", Kind.BLOCK,
-           "Where the image comes from when it is not there yet.",
+           "Where the image comes from when `image_dir` has none of this name: it is fetched once, into the "
+           "driver's own store.",
            '{ url = "https://example.com/debian.tar.xz" }', fields=(
-               Option("url", Kind.STRING, "The address of the image.", '"https://example.com/debian.tar.xz"',
-                      required=True, check=is_url),
-               Option("type", Kind.STRING, "What is there: an archive of a directory, or a disk image.", '"raw"',
-                      default="tar", choices=any_of("tar", "raw")),
-               Option("verify", Kind.STRING, "What it is checked against.", '"checksum"',
-                      default="no", choices=any_of("no", "checksum", "signature")),
-               Option("force", Kind.BOOL, "Fetch it again even if it is there.", "true", default=False),
+               Option("url", Kind.STRING,
+                      "The address: http or https, or an image in a registry as `HOST/NAME:TAG`.",
+                      '"https://example.com/debian.tar.xz"', required=True, check=is_image_address),
+               Option("type", Kind.STRING,
+                      "What is there: an archive of a directory, a disk image, or an image in a registry.",
+                      '"raw"', default="tar", choices=any_of("tar", "raw", "docker")),
+               Option("verify", Kind.STRING,
+                      "What the file is checked against: `URL.sha256` or `SHA256SUMS` beside it, and for "
+                      "`signature` the keys of systemd's import keyring. Registries have digests for that.",
+                      '"checksum"', default="no", choices=any_of("no", "checksum", "signature")),
+               Option("checksum", Kind.STRING, "The checksum the file must have.",
+                      '"sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"',
+                      check=is_checksum),
+               Option("platform", Kind.STRING,
+                      "Which of a registry's images of one name; this machine's when unset.", '"linux/arm64"',
+                      check=is_platform),
+               Option("force", Kind.BOOL, "Ask at every start whether there is something newer.", "true",
+                      default=False),
+           )),
+    Option("auth", Kind.BLOCK,
+           "Credentials for where the image is fetched from.",
+           '{ username = "ci" }', fields=(
+               Option("username", Kind.STRING, "The user's name.", '"ci"'),
+               Option("password", Kind.STRING, "The password or token; best from a variable.", '"s3cret"'),
            )),
     Option("ephemeral", Kind.BOOL,
            "Run on a root of the task's own over the image: changes are kept in the task's directory and thrown "
@@ -1445,6 +1507,25 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "The directory for what tasks with `ephemeral` change; their own in the allocation when unset, for "
            "which `ephemeral_disk` reserves room.",
            '"/srv/scratch"', check=is_host_directory),
+    Option("image_gc", Kind.BOOL, "Whether fetched images that no task uses are removed.", "false", default=True),
+    Option("image_gc_delay", Kind.STRING, "How long a fetched image is kept after its last use; a day when unset.",
+           '"30m"', check=is_duration),
+    Option("image_size_limit", Kind.NUMBER, "How many megabytes a fetched image may have, unpacked.", "20000",
+           default=65536, check=is_positive),
+    Option("image_stall_timeout", Kind.STRING,
+           "After how long without any data a download counts as broken, a minute when unset. There is no limit "
+           "on the whole.",
+           '"30s"', check=is_duration),
+    Option("insecure_registries", Kind.STRINGS, "Registries that are asked by plain http.",
+           '["registry.local:5000"]', default=()),
+    Option("auth", Kind.BLOCK,
+           "Credentials for registries, for jobs that bring none.",
+           '{ config = "/root/.docker/config.json" }', fields=(
+               Option("config", Kind.STRING, "A file of docker's, with `auths`, `credHelpers` or `credsStore`.",
+                      '"/root/.docker/config.json"', check=is_host_directory),
+               Option("helper", Kind.STRING, "The helper to ask, without its prefix `docker-credential-`.",
+                      '"ecr-login"', check=is_helper),
+           )),
     Option("disable_log_collection", Kind.BOOL,
            "Whether Nomad shall not collect what tasks write (Nomad 1.6 and later).", "true", default=False),
 )  # fmt: skip
@@ -1748,8 +1829,19 @@ def check_gate(name: str, value: object, gate: Gate, config: Values) -> None:
 # =====================================================================================================
 # Image
 #
-# From the name in a job to something nspawn can run. Only looks; fetching and sharing images is to come.
+# From what a job names to something nspawn can run, or to the source it has to be brought from. Only looks.
 # =====================================================================================================
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What an image's maker says of how its command is run: the configuration of an OCI image."""
+
+    env: tuple[str, ...] = ()  # NAME=VALUE
+    command: tuple[str, ...] = ()  # Entrypoint, then Cmd
+    user: str = ""
+    working_directory: str = ""
+    stop_signal: str = ""
 
 
 @dataclass(frozen=True)
@@ -1757,6 +1849,9 @@ class Image:
     path: Path  # what the job names: a directory, a disk image or a device
     is_directory: bool
     layers: tuple[Path, ...] = ()  # directories, topmost first, where `path` is not the only one
+    key: str = ""  # of an image in the store, which nothing may ever write to
+    label: str = ""  # for people, where the path says nothing
+    config: ImageConfig = ImageConfig()
 
     @property
     def directories(self) -> tuple[Path, ...]:
@@ -1774,6 +1869,12 @@ def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path
     artifacts land), then in the plugin's, as the Go driver did.
     """
     path = find_image_path(name, task_dir, image_dir)
+    check_tree(path, name, values)
+    return Image(path, path.is_dir())
+
+
+def check_tree(path: Path, name: str, values: Values) -> None:
+    """Refuse what nspawn cannot run."""
     mode = path.stat().st_mode
     if path == Path("/") and not (values["ephemeral"] or values["volatile"] in ("yes", "state")):
         raise ConfigError("image", name, "is the host's own root", "set ephemeral, or volatile to yes or state")
@@ -1781,7 +1882,6 @@ def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path
         raise ConfigError("image", name, "must be a directory, a disk image or a block device")
     if stat.S_ISDIR(mode) and not any((root / "usr").is_dir() for root in (path, find_root(path, values))):
         raise ConfigError("image", name, "has no /usr directory, so it is no operating system tree")
-    return Image(path, stat.S_ISDIR(mode))
 
 
 def find_root(path: Path, values: Values) -> Path:
@@ -1795,6 +1895,8 @@ def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
         found = Path(os.path.realpath(candidate))
         if not os.path.exists(found):  # unlike Path.exists it takes a name that is too long for one of nothing
             continue
+        if found.suffix == ".v" and found.is_dir():
+            found = Path(os.path.realpath(find_version(found) or no_version(name, found)))
         inside = task_dir if task_dir and candidate.is_relative_to(task_dir) else Path("/")
         if not found.is_relative_to(os.path.realpath(inside)):
             raise ConfigError("image", name, "leads out of the task's directory")
@@ -1808,12 +1910,14 @@ def image_places(name: str, task_dir: Path | None, image_dir: Path) -> Iterator[
         yield Path(name)
         return
     if is_image_name(name):
-        yield image_dir / name
-        yield image_dir / f"{name}.raw"
+        yield from (image_dir / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES)
     if task_dir:
         yield task_dir / name
     yield Path(sys.argv[0]).resolve().parent / name
     yield Path.cwd() / name
+
+
+IMAGE_SUFFIXES = ("", ".raw", ".v", ".raw.v")
 
 
 def is_image_name(name: str) -> bool:
@@ -1838,6 +1942,163 @@ def open_in_image(image: Image, path: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=fd)
     finally:
         os.close(fd)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an image comes from that is not simply there: an address, a registry, or an archive to unpack."""
+
+    type: str  # tar, raw, docker, archive
+    place: str  # a URL, a reference, or a path
+    name: str  # for people, without credentials
+    identity: tuple[str, ...] = ()  # what else makes it another image
+    verify: str = "no"
+    checksum: str = ""
+    platform: str = ""
+    username: str = ""
+    password: str = ""
+    force: bool = False  # ask the place even when the image is in the store, and fail when it does not answer
+    refresh: bool = False  # ask, and take what is there when it does not answer
+
+    @property
+    def key(self) -> str:
+        """The image's name in the store. Credentials are part of it: what one job may fetch is not for all."""
+        parts = (self.type, self.place, *self.identity, self.verify, self.checksum, self.platform, self.username)
+        secret = hashlib.sha256(self.password.encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*parts, secret]).encode()).hexdigest()[:40]
+
+
+DOCKER = "docker://"
+
+
+def plan_origin(values: Values, image_dir: Path) -> Origin | None:
+    """Return where an image is to be fetched from; None when it is on this machine."""
+    name, block, auth = values["image"], values["image_download"], values["auth"] or {}
+    if name.startswith(DOCKER):
+        if block:
+            rule = "says a second time where the image comes from"
+            raise ConfigError(
+                "image_download", redact(block["url"]), rule, f"set image to a name without {DOCKER}"
+            )
+        block = {"type": "docker", "url": name, "verify": None, "force": False, "checksum": None, "platform": None}
+    elif "://" in name:
+        rule = f"must be a path, the name of an image, or an address that begins with {DOCKER}"
+        raise ConfigError("image", redact(name), rule, "give other addresses in image_download { url = ... }")
+    elif not block or (not block["force"] and is_image_name(name) and have_image(image_dir, name)):
+        return None
+    check_download(block)
+    is_docker = block["type"] == "docker"
+    place = block["url"].removeprefix(DOCKER)
+    is_latest = place.endswith(":latest") or not re.search(r"[:@][^/]*$", place)
+    return Origin(
+        type=block["type"],
+        place=place,
+        name=DOCKER + place if is_docker else redact(place),
+        verify="no" if is_docker else block["verify"],
+        checksum=block["checksum"] or "",
+        platform=block["platform"] or "",
+        force=block["force"],
+        refresh=is_docker and is_latest,
+        username=auth.get("username") or "",
+        password=auth.get("password") or "",
+    )
+
+
+def have_image(image_dir: Path, name: str) -> bool:
+    return any((image_dir / f"{name}{suffix}").exists() for suffix in IMAGE_SUFFIXES)
+
+
+def check_download(block: Values) -> None:
+    is_docker = block["type"] == "docker"
+    if block["url"].startswith(("http://", "https://")) == is_docker:
+        rule = "must be HOST/NAME:TAG for an image in a registry" if is_docker else "must be an http(s) address"
+        raise ConfigError("image_download.url", redact(block["url"]), rule, "or set type to what is there")
+    for option in ("checksum",) if is_docker else ("platform",):
+        if block[option]:
+            rule = f'has no meaning with type = "{block["type"]}"'
+            remedy = "name the image by its digest, NAME@sha256:..." if is_docker else "leave it out"
+            raise ConfigError(f"image_download.{option}", block[option], rule, remedy)
+
+
+def redact(url: str) -> str:
+    """Return an address without what may be a secret in it."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return url.partition("://")[0] + "://…"
+
+
+ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh")  # how compressed files begin
+
+
+def find_archive(image: Image) -> Origin | None:
+    """Return the source for an image that is a tar archive, None for all others."""
+    if image.is_directory or not image.path.is_file():
+        return None
+    with open(image.path, "rb") as file:
+        head = file.read(512)
+    if not (head[257:262] == b"ustar" or head.startswith(ARCHIVES)):
+        return None
+    status = image.path.stat()  # another file of this name is another image
+    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return Origin("archive", str(image.path), str(image.path), tuple(map(str, stamp)))
+
+
+def find_version(path: Path) -> Path | None:
+    """Return the newest of the versions of an image that a directory NAME.v holds, as systemd.v(7) has it: entries
+    NAME_VERSION or, for NAME.raw.v, NAME_VERSION.raw; after the version may come _ARCHITECTURE and +TRIES."""
+    name = path.name.removesuffix(".v")
+    suffix = ".raw" if name.endswith(".raw") else ""
+    pattern = (
+        re.escape(name.removesuffix(suffix)) + r"_(?P<version>[^+]+?)(?P<tries>\+\d+(-\d+)?)?" + re.escape(suffix)
+    )
+    found = []
+    for entry in path.iterdir():
+        match = re.fullmatch(pattern, entry.name)
+        if match and entry.is_dir() != bool(suffix):
+            version, _, architecture = match["version"].rpartition("_")
+            if not version or architecture not in ARCHITECTURES.values():
+                version, architecture = match["version"], ""
+            if architecture in ("", ARCHITECTURES.get(os.uname().machine)):
+                is_spent = (match["tries"] or "").startswith(("+0-", "+0")) and bool(match["tries"])
+                found.append((not is_spent, version, entry))
+    rank = functools.cmp_to_key(compare_versions)
+    return max(found, key=lambda entry: (entry[0], rank(entry[1])))[2] if found else None
+
+
+def no_version(name: str, path: Path) -> Path:
+    form = path.name.removesuffix(".v").removesuffix(".raw") + "_VERSION"
+    raise ConfigError(
+        "image", name, f"{path} holds no version of it", f"name its entries {form}, as systemd.v(7) says"
+    )
+
+
+ARCHITECTURES = {  # of uname to systemd's names
+    "x86_64": "x86-64", "aarch64": "arm64", "i686": "x86", "armv7l": "arm", "riscv64": "riscv64", "s390x": "s390x",
+    "ppc64le": "ppc64-le", "loongarch64": "loongarch64",
+}  # fmt: skip
+
+
+def compare_versions(left: str, right: str) -> int:
+    """Compare as the UAPI group's version format specification says; negative when `left` is the older one."""
+    a, b = (deque(re.findall(r"\d+|[A-Za-z]+|[-~^.]", version)) for version in (left, right))
+    while True:
+        first, second = (queue[0] if queue else "" for queue in (a, b))
+        if "~" in (first, second) and first != second:
+            return -1 if first == "~" else 1
+        if not first or not second:
+            return bool(first) - bool(second)
+        for separator in "-^.":
+            if separator in (first, second) and first != second:
+                return -1 if first == separator else 1
+        if first.isdigit() != second.isdigit():  # a number is newer than letters
+            return 1 if first.isdigit() else -1
+        if first.isdigit() and int(first) != int(second):
+            return int(first) - int(second)
+        if not first.isdigit() and first != second:
+            return -1 if first < second else 1
+        a.popleft()
+        b.popleft()
 
 
 def make_mount_points(root: Path) -> None:
@@ -2073,12 +2334,12 @@ def open_image(image: Image, name: str, own: Mapping[str, str]) -> Iterator[Sour
 def check_image(image: Image, name: str, own: Mapping[str, str], config: Values) -> None:
     """Refuse an image the operator does not allow: what is not his own is a path of the host as any other."""
     path, folder = str(image.path), os.path.realpath(config["image_dir"])
-    places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in ("", ".raw")]
+    places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in IMAGE_SUFFIXES]
     if (is_image_name(name) and path in places) or is_below(path, folder):
         return
     if not is_own(path, own):
         check_host_path("image", name, path, config)
-    if not image.is_directory:
+    if not image.is_directory and not find_archive(image):
         check_gate("image", name, Gate.DISK_IMAGES, config)
 
 
@@ -3268,6 +3529,40 @@ def plan_environ(environment: Environment, host: Host) -> dict[str, str]:
     return environ
 
 
+def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
+    """Return the options with what the image itself says where the job says nothing. `user` is the task's own.
+
+    An image in the store serves many: a task gets a root of its own, so that nobody writes to it.
+    """
+    changes: dict[str, Any] = {}
+    is_volatile = values["volatile"] not in (None, "no")
+    if image.key and not is_volatile and (image.is_directory or not values["read_only"]):
+        changes["ephemeral"] = True
+    if image.key and is_volatile and values["private_users_ownership"] in ("auto", "chown"):
+        changes["private_users_ownership"] = "map"
+    config = image.config
+    if not values["boot"]:
+        known = dict(entry.split("=", 1) for entry in config.env)
+        changes["environment"] = {**known, **values["environment"]}
+        changes["command"] = values["command"] or config.command
+        changes["working_directory"] = values["working_directory"] or config.working_directory or None
+        changes["user"] = values["user"] or user or config.user.partition(":")[0] or None
+    return {**values, **changes}
+
+
+def check_init(plan: Plan) -> None:
+    """Refuse to boot what has no init, before nspawn reports a container as up that ends at once."""
+    if plan.mode is not Mode.BOOT or not plan.image.is_directory:
+        return
+    places = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/sbin/init")
+    top, *below = map(Path, plan.roots)
+    if not any(find_in_image(top, place, plan.mounts, below) for place in places):
+        rule = f"the image has no init ({', '.join(places)})"
+        raise ConfigError(
+            "boot", True, rule, "set boot = false to run its command, or use an image of a whole system"
+        )
+
+
 UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
 
 
@@ -3724,6 +4019,458 @@ def explain_mount(plan: Plan, error: OSError) -> DriverError:
 
 
 # =====================================================================================================
+# Store
+#
+# Fetched images, by content, under /var/lib: root's alone, so that no set-uid program in them is in anybody's
+# reach. An image is a record that names its layers; a layer is a directory, or the file of a disk image. Nothing
+# has a name here before it is whole. Locks (flock) end with their holders, whoever kills them; a task's use stands
+# in a file that counts as long as the task's state directory is there. So nothing needs repair after a crash.
+# =====================================================================================================
+
+STORE_ROOT = Path("/var/lib/nomad-driver-nspawn")
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image in the store. When it was last used is the time of its record's file."""
+
+    key: str
+    name: str  # for people, without credentials
+    type: str
+    layers: tuple[str, ...]  # names in the store, topmost first
+    sizes: tuple[int, ...]  # bytes on disk, of each layer
+    fetched_at: float  # Unix time
+    checked_at: float  # when the place it comes from was last asked for something newer
+    digest: str = ""  # of its manifest in a registry
+    config: ImageConfig = ImageConfig()
+
+    @classmethod
+    def parse(cls, text: str) -> StoredImage:
+        """Raise ValueError on what this version cannot read."""
+        try:
+            values = json.loads(text, object_hook=tuples)
+            return cls(**{**values, "config": ImageConfig(**values["config"])})
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"a damaged record: {error}") from None
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+
+def tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Use:
+    """A task that uses an image."""
+
+    task_id: str
+    key: str
+    layers: tuple[str, ...]
+
+
+class Store:
+    """The directory of fetched images. Only short-lived processes change it, see `Fetches`; the plugin reads, and
+    notes what its tasks use."""
+
+    def __init__(self, root: Path = STORE_ROOT) -> None:
+        self.root = root
+        self.images, self.layers, self.parts = root / "images", root / "layers", root / "parts"
+        self.work, self.locks, self.in_use = root / "work", root / "locks", root / "uses"
+
+    def prepare(self) -> None:
+        for path in (self.root, self.images, self.layers, self.parts, self.work, self.locks, self.in_use):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def layer(self, name: str) -> Path:
+        return self.layers / name
+
+    def part(self, name: str) -> Path:
+        """Return where a download grows; whoever holds the lock of the name may write to it."""
+        return self.parts / name
+
+    # Locks
+
+    @contextlib.contextmanager
+    def hold(self, name: str, *, alone: bool = False) -> Iterator[None]:
+        """Hold a lock, waiting for it."""
+        fd = self.lock(name, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+    def lock(self, name: str, how: int) -> int:
+        """Return a descriptor that holds a lock. Who removes a lock's file holds it alone: one got on a removed
+        file counts for nothing. Raises BlockingIOError for LOCK_NB."""
+        while True:
+            fd = os.open(self.locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, how)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.stat(self.locks / name)):
+                        return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def try_lock(self, name: str, *, alone: bool = False) -> int | None:
+        """Return a descriptor that holds a lock, None when somebody else does."""
+        self.prepare()
+        with contextlib.suppress(BlockingIOError):
+            return self.lock(name, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        return None
+
+    # Images
+
+    def read(self, key: str) -> StoredImage | None:
+        """Return an image if all of it is there."""
+        with contextlib.suppress(OSError, ValueError):
+            image = StoredImage.parse((self.images / f"{key}.json").read_text())
+            if image.layers and all(self.layer(name).exists() for name in image.layers):
+                return image
+        return None
+
+    def read_all(self) -> list[StoredImage]:
+        keys = [path.stem for path in self.images.glob("*.json")] if self.images.is_dir() else []
+        return [image for key in sorted(keys) if (image := self.read(key))]
+
+    def last_use(self, image: StoredImage) -> float:
+        with contextlib.suppress(OSError):
+            return (self.images / f"{image.key}.json").stat().st_mtime
+        return 0.0
+
+    def touch(self, key: str) -> None:
+        with contextlib.suppress(OSError):
+            os.utime(self.images / f"{key}.json")
+
+    def write(self, image: StoredImage) -> None:
+        write_file(self.images / f"{image.key}.json", json.dumps(asdict(image)))
+
+    def find(self, stored: StoredImage) -> Image:
+        """Return what nspawn can run of an image."""
+        layers = tuple(self.layer(name) for name in stored.layers)
+        is_directory = layers[0].suffix != ".raw"
+        return Image(layers[0], is_directory, layers if layers[1:] else (), stored.key, stored.name, stored.config)
+
+    # Uses
+
+    def use(self, name: str, task_id: str, image: Image) -> None:
+        """Note that the task with the state directory `name` uses an image, if it is one of the store."""
+        if not image.key:
+            return
+        use = Use(task_id, image.key, tuple(path.name for path in image.layers or (image.path,)))
+        write_file(self.in_use / name, json.dumps(asdict(use)))
+        self.touch(use.key)
+
+    def release(self, name: str) -> None:
+        path = self.in_use / name
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            key = json.loads(path.read_text())["key"]
+            path.unlink()
+            self.touch(key)
+
+    def read_uses(self) -> list[Use]:
+        uses = []
+        for path in sorted(self.in_use.iterdir()) if self.in_use.is_dir() else ():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if not path.name.startswith(".") and (STATE_ROOT / path.name).is_dir():
+                    values = json.loads(path.read_text())
+                    uses.append(Use(values["task_id"], values["key"], tuple(values["layers"])))
+        return uses
+
+    # Collection
+
+    def find_garbage(self, delay: float, is_free: Callable[[str], bool] = lambda key: True) -> list[Path]:
+        """Return what can go: images and layers that no task uses, for `delay` seconds now, and half things as
+        old. `is_free` tells whether nobody is about to use an image."""
+        if not self.images.is_dir():
+            return []
+        oldest = time.time() - delay
+        uses = self.read_uses()
+        keys = {use.key for use in uses}
+        kept, garbage = [], []
+        for path in self.images.glob("*.json"):
+            image = self.read(path.stem)
+            if image and (image.key in keys or self.last_use(image) > oldest or not is_free(image.key)):
+                kept.append(image)
+            else:
+                garbage.append(path)
+        needed = {
+            name for layers in [thing.layers for thing in kept] + [use.layers for use in uses] for name in layers
+        }
+        garbage += [path for path in self.layers.iterdir() if self.is_garbage(path, needed, oldest)]
+        for folder in (self.parts, self.work, self.in_use):
+            garbage += [
+                path
+                for path in folder.iterdir()
+                if path.lstat().st_ctime <= oldest
+                and not (folder is self.in_use and (STATE_ROOT / path.name).is_dir())
+            ]
+        return garbage
+
+    def is_garbage(self, path: Path, needed: set[str], oldest: float) -> bool:
+        """Tell whether something among the layers belongs to nothing; nspawn keeps locks and copies there, too."""
+        owner = re.sub(r"^\.#(\.#machine\.)?|^\.#machine\.|\.lck$", "", path.name)
+        return not any(owner.startswith(name) for name in needed) and path.lstat().st_ctime <= oldest
+
+    def collect(self, delay: float) -> int:
+        """Remove garbage; return how many things that were. Does nothing while anything is being fetched."""
+        whole = self.try_lock("store", alone=True)
+        if whole is None:
+            return 0
+        held: list[int] = []
+
+        def is_free(key: str) -> bool:
+            fd = self.try_lock(key, alone=True)
+            held.extend([] if fd is None else [fd])
+            return fd is not None
+
+        trash = self.work / f"trash-{os.getpid()}"
+        try:
+            garbage = self.find_garbage(delay, is_free)
+            trash.mkdir(mode=0o700, exist_ok=True)
+            for number, path in enumerate(garbage):
+                with contextlib.suppress(OSError):
+                    path.rename(trash / str(number))
+            self.remove_locks()
+        finally:
+            for fd in (*held, whole):
+                os.close(fd)
+        remove_tree(trash)  # may take long: nobody has to wait for it
+        return len(garbage)
+
+    def remove_locks(self) -> None:
+        """Remove the files of locks that nobody has held for a day."""
+        for path in self.locks.iterdir():
+            if path.name != "store" and path.stat().st_mtime < time.time() - 86400:
+                fd = self.try_lock(path.name, alone=True)
+                if fd is not None:
+                    path.unlink()
+                    os.close(fd)
+
+
+# =====================================================================================================
+# Fetches
+#
+# Images come into the store by a process of their own, fetch.py, which ends with the plugin: no download, no
+# certificate and no archive takes the plugin's time or stays in its memory. It is one an image, however many tasks
+# wait for it. It says how far it is, in lines of JSON; from its silence a stall is known.
+# =====================================================================================================
+
+FETCH = "import sys; sys.path.insert(0, sys.argv[1]); import fetch; fetch.main()"
+SILENCE_LIMIT = 60.0  # seconds beyond the limit on stalls; each step of the work says something every second
+PROGRESS_PERIOD = 15.0  # seconds between two events
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "ssl_cert_file", "ssl_cert_dir")
+
+
+@dataclass(frozen=True)
+class FetchSettings:
+    """What the operator says of fetching."""
+
+    limit: int  # bytes an image may have
+    stall: float  # seconds
+    auth_config: str
+    auth_helper: str
+    insecure: tuple[str, ...]
+
+
+def plan_fetching(config: Values) -> FetchSettings:
+    auth = config["auth"] or {}
+    return FetchSettings(
+        limit=config["image_size_limit"] << 20,
+        stall=max(config["image_stall_timeout"] or 60.0, 1.0),
+        auth_config=auth.get("config") or "",
+        auth_helper=auth.get("helper") or "",
+        insecure=config["insecure_registries"],
+    )
+
+
+class Fetching:
+    """One image that is being fetched."""
+
+    def __init__(self, request: Mapping[str, object], silence: float) -> None:
+        self.request, self.silence = request, silence
+        self.listeners: list[Callable[[str], None]] = []  # of those who wait for it
+        self.name = str(request["name"])
+        self.last_told = time.monotonic()
+        self.task = asyncio.create_task(self.run())
+
+    async def run(self) -> None:
+        """Return when the image is in the store. Raises what kept it from it."""
+        begun = time.monotonic()
+        self.tell(f"Fetching the image {self.name}.")
+        async with contextlib.aclosing(talk_to_fetcher(self.request, self.silence)) as lines:
+            async for line in lines:
+                message = parse_message(line)
+                if "error" in message:
+                    kind = FETCH_ERRORS.get(message["kind"], DriverError)
+                    raise kind(f"image {self.name}: {message['error']}")
+                if "note" in message:
+                    self.tell(f"Image {self.name}: {message['note']}.")
+                if "what" in message:
+                    self.tell_progress(message["what"], message["done"], message["total"])
+                if "image" in message:
+                    self.tell(f"The image {self.name} is there after {time.monotonic() - begun:.1f} s.")
+                    return
+        raise TransientError(f"image {self.name}: the process that fetches it has ended without a result")
+
+    def tell(self, text: str) -> None:
+        for listener in self.listeners:
+            listener(text)
+
+    def tell_progress(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self.last_told < PROGRESS_PERIOD:
+            return
+        self.last_told = time.monotonic()
+        share = f", {done * 100 // total} % of {render_size(total)}" if total else f", {render_size(done)} so far"
+        self.tell(f"Fetching the image {self.name}: {what}{share}.")
+
+
+FETCH_ERRORS: dict[str, type[DriverError]] = {
+    "TransientError": TransientError,
+    "HostError": HostError,
+}
+
+
+def parse_message(line: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        message = json.loads(line)
+        if isinstance(message, dict):
+            return message
+    log.warn("the process that fetches images says", line=line)
+    return {}
+
+
+async def talk_to_fetcher(request: Mapping[str, object], silence: float) -> AsyncGenerator[str, None]:
+    """Start the process, hand it the request, and yield its lines; it is gone when this ends."""
+    environ = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
+    environ |= {"PATH": SAFE_PATH, "LANG": "C.UTF-8", "HOME": "/root"}
+    argv = ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-IS", "-X", "utf8", "-c", FETCH]
+    ask, request_fd = os.pipe2(os.O_CLOEXEC)[::-1]
+    answer_fd, answer = os.pipe2(os.O_CLOEXEC)
+    process = NO_PROCESS
+    try:
+        process = start_process(
+            [*argv, str(Path(__file__).parent)], environ=environ, stdin=request_fd, stdout=answer, stderr=answer
+        )
+        os.close(answer)
+        answer = -1
+        os.write(ask, json.dumps(request).encode() + b"\n")
+        os.set_blocking(answer_fd, False)
+        async for line in read_lines(answer_fd, silence):
+            yield line
+    finally:
+        for fd in (ask, request_fd, answer_fd, answer):
+            if fd >= 0:
+                os.close(fd)
+        with contextlib.suppress(ProcessLookupError):
+            if process.pid:
+                os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+async def read_lines(fd: int, silence: float) -> AsyncIterator[str]:
+    """Yield lines until the end; raise TransientError when none comes for `silence` seconds."""
+    rest = b""
+    while True:
+        try:
+            await asyncio.wait_for(wait_readable(fd), silence)
+        except asyncio.TimeoutError:
+            raise TransientError(f"fetching has stalled: nothing has happened for {silence:g} s") from None
+        data = os.read(fd, 65536)
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
+        if not data or len(rest) > MAX_LINE:
+            return
+
+
+class Fetches:
+    """The images being fetched, by their keys."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.running: dict[str, Fetching] = {}
+        self.collecting: asyncio.Task[None] | None = None
+
+    async def provide(
+        self, origin: Origin, settings: FetchSettings, tell: Callable[[str], None]
+    ) -> tuple[StoredImage, int]:
+        """Return an image of the store, fetched if need be, and a descriptor that keeps it from collection."""
+        asked_at, is_fresh = time.time(), False
+        for _ in range(3):
+            fd = self.store.try_lock(origin.key)
+            image = self.store.read(origin.key) if fd is not None else None
+            wants_newer = (origin.force or origin.refresh) and not is_fresh
+            if fd is not None and image and not (wants_newer and image.checked_at < asked_at):
+                self.store.touch(origin.key)
+                return image, fd
+            if fd is not None:
+                os.close(fd)
+            await self.fetch(origin, settings, asked_at, tell)
+            is_fresh = True
+        raise TransientError(f"image {origin.name}: it was removed from the store again and again")
+
+    async def fetch(
+        self, origin: Origin, settings: FetchSettings, asked_at: float, tell: Callable[[str], None]
+    ) -> None:
+        """Wait for the image with all who want it; the last to give up ends the process."""
+        key = origin.key
+        fetching = self.running.get(key)
+        if fetching is None:
+            request = self.render_request(origin, settings, asked_at)
+            fetching = self.running[key] = Fetching(request, settings.stall + SILENCE_LIMIT)
+        else:
+            tell(f"Waiting for the image {origin.name}, which another task fetches.")
+        fetching.listeners.append(tell)
+        try:
+            await asyncio.shield(fetching.task)
+        finally:
+            fetching.listeners.remove(tell)
+            if not fetching.listeners:
+                fetching.task.cancel()
+            if self.running.get(key) is fetching and (fetching.task.done() or not fetching.listeners):
+                del self.running[key]
+
+    def render_request(self, origin: Origin, settings: FetchSettings, asked_at: float) -> dict[str, object]:
+        return {
+            **asdict(origin),
+            **asdict(settings),
+            "action": "fetch",
+            "root": str(self.store.root),
+            "key": origin.key,
+            "asked_at": asked_at,
+        }
+
+    def collect(self, delay: float) -> None:
+        """Start to remove what no task has used for `delay` seconds, if there is any such thing."""
+        is_busy = self.collecting is not None and not self.collecting.done()
+        if not is_busy and self.store.find_garbage(delay):
+            self.collecting = asyncio.create_task(self.run_collection(delay))
+
+    async def run_collection(self, delay: float) -> None:
+        request = {"action": "collect", "root": str(self.store.root), "delay": delay}
+        try:
+            async with contextlib.aclosing(talk_to_fetcher(request, 3600)) as lines:
+                async for line in lines:
+                    log.info("images collected", count=parse_message(line).get("collected", line))
+        except DriverError as error:
+            log.warn("images cannot be collected", error=str(error))
+
+
+def render_size(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+# =====================================================================================================
 # Keeper
 #
 # The small process that outlives the plugin: a POSIX shell of under 1 MB that holds both log FIFOs, waits for
@@ -3915,6 +4662,7 @@ class State:
     place: str = ""  # as `PrivateRoot.place`: removed at the end
     zone: str = ""  # nspawn's bridge vz-<zone>
     ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
+    stop_signal: str = ""  # the image's own wish, for jobs without a kill_signal
 
     @property
     def directory(self) -> Path:
@@ -4147,7 +4895,7 @@ class Task:
     def find_stop_signal(self, name: str) -> int:
         """Return the job's kill_signal; where it is none the usual one: refusing would keep the task running."""
         try:
-            return self.state.mode.stop_signal(name)
+            return self.state.mode.stop_signal(name or self.state.stop_signal)
         except ConfigError as error:
             self.events.emit(self.state, f"{error}. SIGTERM is sent instead.")
             return self.state.mode.stop_signal("")
@@ -4320,6 +5068,7 @@ async def remove_leftovers(state: State) -> None:
     if state.cgroup:
         remove_cgroup(state.cgroup)
     remove_tree(state.directory)
+    Store().release(state.directory.name)
 
 
 async def make_upper_place(place: Path) -> int:
@@ -4392,11 +5141,6 @@ def remove_settings(machine: str) -> None:
         (SETTINGS_ROOT / f"{machine}.nspawn").unlink()
 
 
-def remove_tree(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path, onerror=lambda _, name, why: log.warn("cannot remove", path=name, error=str(why[1])))
-
-
 class Start:
     """One start of a task, from the plan to the handle."""
 
@@ -4423,6 +5167,7 @@ class Start:
             place=plan.private.place if plan.private else "",
             zone=plan.network.zone,
             ports=tuple((port.host, port.inside) for port in plan.network.ports.values()),
+            stop_signal=plan.image.config.stop_signal,
         )
         self.directory = self.state.directory
 
@@ -4468,6 +5213,7 @@ class Start:
         self.save()  # before the first process: whatever dies from here on, the id alone leads to the cgroup
         write_file(self.directory / "inside.json", json.dumps(asdict(self.plan.inside)))
         (self.directory / "nspawn.log").touch(mode=0o600)
+        Store().use(self.directory.name, self.plan.task_id, self.plan.image)
         if self.plan.cgroup:
             self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
         if self.plan.private and self.plan.private.place:
@@ -5670,6 +6416,7 @@ def read_cpu_mhz() -> float:
 
 
 FINGERPRINT_PERIOD = 30.0  # seconds
+COLLECTION_DELAY = 86400.0  # seconds
 
 
 class DriverService:
@@ -5682,6 +6429,7 @@ class DriverService:
         self.events = Events()
         self.tasks = Tasks(self.events)
         self.helper = Helper()
+        self.fetches = Fetches(Store())
 
     @answers
     async def TaskConfigSchema(self, request: Any) -> driver_pb2.TaskConfigSchemaResponse:
@@ -5718,6 +6466,7 @@ class DriverService:
                     yield current
                     last = current
                 await asyncio.sleep(FINGERPRINT_PERIOD)
+                self.collect_images()
         finally:
             self.agents -= 1
 
@@ -5791,9 +6540,8 @@ class DriverService:
         if is_in_group:
             check_namespace(config.network.namespace)
         own = config.own_directories
-        task_dir = Path(config.task_dir) if config.alloc_dir else None
-        image = find_image(values["image"], task_dir, values, Path(self.config["image_dir"]))
-        check_image(image, values["image"], own, self.config)
+        image = await self.find_image(config, values)
+        values = apply_image(values, image, config.user)
         names = read_names(config.network, image, values)
         with (
             open_image(image, values["image"], own) as image_source,
@@ -5803,9 +6551,34 @@ class DriverService:
             place = self.config["ephemeral_dir"] or ""
             found = Found(image, read_mounts(), sources, credentials, names, image_source, place)
             plan = plan_task(config, values, host, found)
-            for note in (f"Starting the container {plan.machine} from {image.path}.", *plan.notes):
+            check_init(plan)
+            for note in (f"Starting the container {plan.machine} from {image.label or image.path}.", *plan.notes):
                 self.events.emit(config, note)
             return await self.tasks.start(plan, config), plan.network
+
+    async def find_image(self, config: TaskConfig, values: Values) -> Image:
+        """Return the task's image, fetched if need be. One of the store is kept from collection by the call that
+        asks for it, and from its end on by the task's use."""
+        task_dir = Path(config.task_dir) if config.alloc_dir else None
+        image_dir = Path(self.config["image_dir"])
+        origin = plan_origin(values, image_dir)
+        if origin is None:
+            image = find_image(values["image"], task_dir, values, image_dir)
+            check_image(image, values["image"], config.own_directories, self.config)
+            origin = find_archive(image)
+            if origin is None:
+                return image
+        if origin.type == "raw":
+            check_gate("image_download.type", "raw", Gate.DISK_IMAGES, self.config)
+        settings = plan_fetching(self.config)
+        stored, kept = await self.fetches.provide(origin, settings, functools.partial(self.events.emit, config))
+        call = asyncio.current_task()
+        assert call
+        call.add_done_callback(lambda _: os.close(kept))
+        image = self.fetches.store.find(stored)
+        if not image.layers:
+            check_tree(image.path, values["image"], values)
+        return image
 
     @answers
     async def WaitTask(self, request: driver_pb2.WaitTaskRequest) -> driver_pb2.WaitTaskResponse:
@@ -5827,7 +6600,13 @@ class DriverService:
         if task and not task.ended.is_set() and not request.force:
             raise DriverError(f"task {request.task_id} is still running; stop it first, or destroy it with force")
         await self.tasks.destroy(request.task_id)
+        self.collect_images()
         return driver_pb2.DestroyTaskResponse()
+
+    def collect_images(self) -> None:
+        if self.config["image_gc"]:
+            delay = self.config["image_gc_delay"]
+            self.fetches.collect(COLLECTION_DELAY if delay is None else delay)
 
     @answers
     async def InspectTask(self, request: driver_pb2.InspectTaskRequest) -> driver_pb2.InspectTaskResponse:
@@ -6173,9 +6952,10 @@ configuration:
 
 For a quick try: nomad agent -dev -plugin-dir=DIRECTORY -config=FILE
 
-usage: {FILE_NAME} [check | options | --version | --help]
+usage: {FILE_NAME} [check | images | options | --version | --help]
 
     check      tell whether tasks can run on this machine, and what is missing
+    images     list the images that were fetched: their sizes and ages, and the tasks that use them
     options    print the reference of all options, in Markdown
 """
 
@@ -6191,6 +6971,32 @@ def check_host() -> int:
         print("note: without cgroup v2 tasks run without resource limits.")
     print("tasks cannot run here" if host.problems else "tasks can run here")
     return 1 if host.problems else 0
+
+
+def render_images(store: Store, now: float) -> str:
+    """Return a table of what is in the store, for people."""
+    uses = store.read_uses()
+    rows = [("IMAGE", "TYPE", "SIZE", "FETCHED", "LAST USE", "USED BY")]
+    for image in store.read_all():
+        tasks = [use.task_id.rpartition("/")[0] for use in uses if use.key == image.key]
+        ages = (render_age(now - image.fetched_at), "now" if tasks else render_age(now - store.last_use(image)))
+        rows.append((image.name, image.type, render_size(image.size), *ages, ", ".join(tasks) or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    layers = {
+        name: size for image in store.read_all() for name, size in zip(image.layers, image.sizes, strict=True)
+    }
+    lines.append(
+        f"{len(rows) - 1} images in {store.root}, {render_size(sum(layers.values()))}; layers may be shared"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def render_age(seconds: float) -> str:
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{int(seconds / size)} {name} ago"
+    return f"{max(int(seconds), 0)} seconds ago"
 
 
 def run_plugin() -> int:
@@ -6233,6 +7039,8 @@ def main() -> None:
         print(USAGE, end="")
     elif arguments == ["options"]:
         print(render_reference(), end="")
+    elif arguments == ["images"]:
+        print(render_images(Store(), time.time()), end="")
     elif arguments == ["check"]:
         sys.exit(check_host())
     elif os.environ.get(COOKIE[0]) == COOKIE[1]:

@@ -158,6 +158,8 @@ def test_not_found(machines: Path, task_dir: Path, tmp_path: Path) -> None:
     places = [
         machines / "no",
         machines / "no.raw",
+        machines / "no.v",
+        machines / "no.raw.v",
         task_dir / "no",
         tmp_path / "plugins/no",
         tmp_path / "empty/no",

@@ -312,7 +312,14 @@ def test_option_of_the_go_driver(name: str) -> None:
 
 def test_block_of_the_go_driver() -> None:
     block = decode(image_download={"url": "http://x/y", "type": None, "force": None, "verify": None})
-    assert block["image_download"] == {"url": "http://x/y", "type": "tar", "force": False, "verify": "no"}
+    assert block["image_download"] == {
+        "url": "http://x/y",
+        "type": "tar",
+        "force": False,
+        "verify": "no",
+        "checksum": None,
+        "platform": None,
+    }
 
 
 @pytest.mark.parametrize("options", [TASK_OPTIONS, PLUGIN_OPTIONS])
@@ -422,6 +429,12 @@ def test_plugin_options() -> None:
         "pids_limit": 16384,
         "image_dir": "/var/lib/machines",
         "ephemeral_dir": None,
+        "image_gc": True,
+        "image_gc_delay": None,
+        "image_size_limit": 65536,
+        "image_stall_timeout": None,
+        "insecure_registries": (),
+        "auth": None,
         "disable_log_collection": False,
     }
     assert driver.decode_options(PLUGIN_OPTIONS, {}) == usual
@@ -483,14 +496,20 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "image_download",
         {"url": "ftp://x"},
-        'image_download.url = "ftp://x": must be an http:// or https:// address',
+        'image_download.url = "ftp://x": must be an http:// or https:// address, or the name of an image in a '
+        "registry",
     ),
     (
         "image_download",
         {"url": "file:///etc/passwd"},
-        'image_download.url = "file:///etc/passwd": must be an http:// or https:// address',
+        'image_download.url = "file:///etc/passwd": must be an http:// or https:// address, or the name of an image '
+        "in a registry",
     ),
-    ("image_download", {"url": "http://x", "type": "zip"}, 'image_download.type = "zip": must be one of tar, raw'),
+    (
+        "image_download",
+        {"url": "http://x", "type": "zip"},
+        'image_download.type = "zip": must be one of tar, raw, docker',
+    ),
     (
         "image_download",
         {"url": "http://x", "verify": "md5"},
@@ -500,8 +519,25 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "image_download",
         {"url": "http://x", "sha": "1"},
-        'image_download.sha = "1": no such option; the options are url, type, verify, force',
+        'image_download.sha = "1": no such option; the options are url, type, verify, checksum, platform, force',
     ),
+    (
+        "image_download",
+        {"url": "http://x", "checksum": "sha256:12"},
+        'image_download.checksum = "sha256:12": must be "sha256:" and 64 hexadecimal digits, or so for sha384 and '
+        "sha512",
+    ),
+    (
+        "image_download",
+        {"url": "x/y", "platform": "arm64"},
+        'image_download.platform = "arm64": must be linux/ARCHITECTURE or linux/ARCHITECTURE/VARIANT',
+    ),
+    ("auth", "ci:secret", 'auth = "ci:secret": must be a block'),
+    ("image_gc", "yes", 'image_gc = "yes": must be true or false'),
+    ("image_gc_delay", "soon", 'image_gc_delay = "soon": must be a duration such as 500ms, 5s or 1m'),
+    ("image_size_limit", 0, "image_size_limit = 0: must be a number above 0"),
+    ("image_stall_timeout", "1", 'image_stall_timeout = "1": must be a duration such as 500ms, 5s or 1m'),
+    ("insecure_registries", "x:5000", 'insecure_registries = "x:5000": must be a list of strings'),
     ("ephemeral", [], "ephemeral = []: must be true or false"),
     ("read_only", "true", 'read_only = "true": must be true or false'),
     ("volatile", "maybe", 'volatile = "maybe": must be one of no, yes, state, overlay'),

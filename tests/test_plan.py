@@ -414,6 +414,7 @@ def test_every_option_has_a_golden_argv() -> None:
         "ports",
         "port_map",
         "extra_hosts",
+        "auth",
     }
     assert used >= {name for option in TASK_OPTIONS for name in option.names}
 

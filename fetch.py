@@ -1,0 +1,1342 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Fetches images into the store: what the short-lived process does that `Fetches` of driver.py starts.
+
+    Talk        what the process tells the plugin
+    Download    http and https, with progress, resumption and a limit on stalls
+    Unpack      archives that may mean harm, to a directory
+    Registry    OCI and Docker registries
+    Fetch       from a request to an image in the store
+
+Everything that comes from outside is a stranger's: addresses, redirects, sizes, names, links. A thing gets its
+name in the store when it is whole and its digest is right, never before.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import hashlib
+import hmac
+import http.client
+import ipaddress
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from driver import (
+    SAFE_PATH,
+    DriverError,
+    HostError,
+    ImageConfig,
+    Store,
+    StoredImage,
+    TransientError,
+    cut,
+    redact,
+    remove_tree,
+    run,
+)
+
+CHUNK = 1 << 20
+MAX_DOCUMENT = 4 << 20  # bytes of a manifest, a configuration, a list of checksums
+MAX_LAYERS = 400  # the kernel stacks 500
+MAX_ENTRIES = 5_000_000
+MAX_MEMORY = 1 << 30  # bytes of address space: headers and dictionaries of archives can ask for any amount
+
+
+# =====================================================================================================
+# Talk
+#
+# JSON, one object a line, on stdout. Silence for long means a stall, so that all work tells how far it is.
+# =====================================================================================================
+
+
+def tell(**values: object) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(json.dumps(values) + "\n")
+        sys.stdout.flush()
+
+
+class Meter:
+    """Tells how far a piece of work is, once a second."""
+
+    def __init__(self, what: str, total: int = 0) -> None:
+        self.what, self.total = what, total
+        self.done = 0
+        self.told = 0.0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.told >= 1:
+            self.told = now
+            tell(what=self.what, done=self.done, total=self.total)
+
+
+# =====================================================================================================
+# Download
+#
+# urllib with what a root process on a client's network needs: http and https only, also after a redirect, never
+# from https to http; no credentials to another host than they are for; no link-local addresses, where clouds keep
+# secrets of the machine. Proxies are those of the agent's environment.
+# =====================================================================================================
+
+METADATA = {ipaddress.ip_address(address) for address in ("100.100.100.200", "fd00:ec2::254")}
+
+
+def check_peer(peer: socket.socket) -> None:
+    address = ipaddress.ip_address(peer.getpeername()[0].partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_link_local or address in METADATA:
+        raise DriverError(f"{address} is a link-local address; images are not fetched from there")
+
+
+class PlainConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        check_peer(self.sock)
+
+
+class SecureConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        check_peer(self.sock)
+
+
+class PlainHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(PlainConnection, request)
+
+
+class SecureHandler(urllib.request.HTTPSHandler):
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__(context=context)
+        self.own_context = context
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(SecureConnection, request, context=self.own_context)
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+class RedirectHandler(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        before, after = origin(req.full_url), origin(newurl)
+        if after[0] not in ("http", "https") or (before[0] == "https" and after[0] == "http"):
+            raise DriverError(f"{redact(req.full_url)} redirects to {redact(newurl)}, which is not followed")
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request and before != after:
+            request.remove_header("Authorization")
+        return request
+
+
+def basic(username: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+
+
+class Client:
+    """Opens addresses. `stall`: seconds without data after which a transfer counts as broken."""
+
+    def __init__(self, stall: float, certificates: Sequence[Path] = ()) -> None:
+        self.stall = stall
+        context = ssl.create_default_context()
+        for path in certificates:
+            context.load_verify_locations(path)
+        self.director = urllib.request.OpenerDirector()
+        for handler in (
+            urllib.request.ProxyHandler(),
+            urllib.request.UnknownHandler(),
+            PlainHandler(),
+            SecureHandler(context),
+            urllib.request.HTTPDefaultErrorHandler(),
+            RedirectHandler(),
+            urllib.request.HTTPErrorProcessor(),
+        ):
+            self.director.add_handler(handler)
+
+    def open(self, url: str, headers: Mapping[str, str] | None = None) -> Any:
+        """Return the response. Raises DriverError, and HTTPError for what the caller may know better."""
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise DriverError(f"{redact(url)} is no http or https address")
+        request = urllib.request.Request(url, headers={"User-Agent": "nomad-driver-nspawn", **(headers or {})})
+        with explaining(url):
+            return self.director.open(request, timeout=self.stall)
+
+    def read(self, url: str, headers: Mapping[str, str] | None = None) -> tuple[bytes, Any]:
+        """Return a short document and the response's headers."""
+        with self.open(url, headers) as response, explaining(url):
+            data: bytes = response.read(MAX_DOCUMENT + 1)
+            if len(data) > MAX_DOCUMENT:
+                raise DriverError(f"{redact(url)} is longer than the {MAX_DOCUMENT >> 20} MB a document may have")
+            return data, response.headers
+
+
+@contextlib.contextmanager
+def explaining(url: str) -> Iterator[None]:
+    """Turn the many ways in which a transfer can fail into sentences."""
+    where = redact(url)
+    try:
+        yield
+    except urllib.error.HTTPError:
+        raise
+    except urllib.error.URLError as error:
+        reason = error.reason
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise DriverError(f"the certificate of {where} is not trusted: {reason.verify_message}") from None
+        raise TransientError(f"{where} cannot be reached: {explain_os(reason)}") from None
+    except TimeoutError:
+        raise TransientError(f"{where} has stalled") from None
+    except http.client.InvalidURL as error:
+        raise DriverError(f"{where} is no address: {error}") from None
+    except http.client.HTTPException as error:
+        raise TransientError(f"the transfer from {where} broke off: {error!r}") from None
+    except ssl.SSLError as error:
+        raise TransientError(f"the transfer from {where} broke off: {error.reason}") from None
+    except ConnectionError as error:
+        raise TransientError(f"the transfer from {where} broke off: {explain_os(error)}") from None
+
+
+def explain_os(reason: object) -> str:
+    if isinstance(reason, TimeoutError):
+        return "no answer in time"
+    return str(getattr(reason, "strerror", None) or reason)
+
+
+def explain_status(error: urllib.error.HTTPError, what: str) -> DriverError:
+    """Return what an HTTP error means for the job."""
+    if error.code == 404:
+        return DriverError(f"{what} is not there (HTTP 404)")
+    if error.code in (401, 403):
+        return DriverError(f"access to {what} is denied (HTTP {error.code}); check the credentials in auth")
+    text = f"{what}: the server answers HTTP {error.code} {cut(str(error.reason), 80)}"
+    return TransientError(text) if error.code in (408, 425, 429) or error.code >= 500 else DriverError(text)
+
+
+def tag_of(part: Path) -> Path:
+    return part.with_name(f"{part.name}.etag")
+
+
+def discard(part: Path) -> None:
+    for path in (part, tag_of(part)):
+        path.unlink(missing_ok=True)
+
+
+MAX_RESUMPTIONS = 10  # without any progress in between: none
+
+
+class Download:
+    """One file to be fetched to `part`; goes on with what an interrupted one has left there.
+
+    What tells that the rest is of the same file: a digest known beforehand, or the server's ETag kept beside it.
+    """
+
+    def __init__(self, client: Client, url: str, part: Path, *, limit: int, is_fixed: bool = False) -> None:
+        self.client, self.url, self.part = client, url, part
+        self.limit = limit
+        self.is_fixed = is_fixed
+        self.tag = tag_of(part)
+        self.total: int | None = None
+
+    def run(self, headers: Callable[[], Mapping[str, str]]) -> None:
+        """Raises TransientError when the network fails for good, DriverError on all else."""
+        left = MAX_RESUMPTIONS
+        while True:
+            before = self.size
+            try:
+                self.transfer(headers())
+                return
+            except TransientError:
+                left -= 1
+                if self.size <= before or not left:
+                    raise
+                tell(note="the transfer broke off and is taken up again")
+
+    @property
+    def size(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def transfer(self, headers: Mapping[str, str]) -> None:
+        have = self.size
+        tag = self.tag.read_text() if self.tag.exists() else ""
+        extra: dict[str, str] = {}
+        if have and (tag or self.is_fixed):
+            extra = {"Range": f"bytes={have}-", **({"If-Range": tag} if tag and not self.is_fixed else {})}
+        try:
+            response = self.client.open(self.url, {**headers, **extra})
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and extra:  # what is here is all there is, or not of this file
+                if self.is_fixed and re.fullmatch(rf"bytes \*/{have}", error.headers.get("Content-Range", "")):
+                    return
+                discard(self.part)
+                return self.transfer(headers)
+            raise
+        with response:
+            start = have if response.status == 206 and extra else 0
+            given = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            if start and (not given or int(given[1]) != start):
+                raise DriverError(f"{redact(self.url)}: the server sends another part than was asked for")
+            etag = response.headers.get("ETag", "")
+            self.tag.write_text(etag if not etag.startswith("W/") else "")
+            self.receive(response, start)
+
+    def receive(self, response: Any, start: int) -> None:
+        length = response.headers.get("Content-Length", "")
+        self.total = start + int(length) if length.isdecimal() else None
+        if (self.total or 0) > self.limit:
+            raise too_large(f"{redact(self.url)} has {self.total} bytes", self.limit)
+        meter = Meter("downloading", self.total or 0)
+        meter.done = start
+        with open(self.part, "r+b" if start else "wb") as file:
+            file.truncate(start)
+            file.seek(start)
+            for chunk in self.chunks(response):
+                if meter.done + len(chunk) > self.limit:
+                    raise too_large(f"{redact(self.url)} has more than {meter.done} bytes", self.limit)
+                file.write(chunk)
+                meter.add(len(chunk))
+        if self.total is not None and meter.done < self.total:
+            where = redact(self.url)
+            raise TransientError(f"the transfer from {where} broke off after {meter.done} of {self.total} bytes")
+
+    def chunks(self, response: Any) -> Iterator[bytes]:
+        """Yield data as it comes. A trickle is a stall, too: a kilobyte in the time allowed is the least."""
+        mark, count = time.monotonic(), 0
+        with explaining(self.url):
+            while chunk := response.read1(CHUNK):
+                count += len(chunk)
+                yield chunk
+                if time.monotonic() - mark > self.client.stall:
+                    if count < 1024:
+                        raise TransientError(f"{redact(self.url)} has stalled")
+                    mark, count = time.monotonic(), 0
+
+
+def too_large(what: str, limit: int) -> DriverError:
+    return DriverError(
+        f"{what}, more than the {limit >> 20} MB that image_size_limit of the plugin's block allows"
+    )
+
+
+def hash_file(path: Path, algorithm: str, what: str = "checking") -> str:
+    digest, meter = hashlib.new(algorithm), Meter(what, path.stat().st_size)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            meter.add(len(chunk))
+    return digest.hexdigest()
+
+
+ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512", 32: "md5"}  # by digits
+
+
+def check_checksum(path: Path, wanted: str) -> None:
+    """Compare with "sha256:HEX", or HEX alone; the option's check has seen to its form."""
+    value = wanted.rpartition(":")[2].lower()
+    found = hash_file(path, ALGORITHMS[len(value)])
+    if not hmac.compare_digest(found, value):
+        raise DriverError(f"the file has another checksum ({ALGORITHMS[len(value)]}:{found}) than the job says")
+
+
+def check_published(
+    client: Client, url: str, headers: Mapping[str, str], path: Path, mode: str, work: Path
+) -> None:
+    """Check a file as systemd-pull does: its checksum stands in FILE.sha256 or SHA256SUMS beside it, and for
+    "signature" that list is signed by a key of systemd's import keyring."""
+    base, _, name = urllib.parse.urlsplit(url).path.rpartition("/")
+    beside = [f"{name}.sha256", "SHA256SUMS"] if mode == "checksum" else ["SHA256SUMS"]
+    addresses = {other: urllib.parse.urljoin(url, f"{base}/{other}") for other in beside}
+    sums, source = read_first(client, addresses, headers)
+    if mode == "signature":
+        signatures = {end: f"{addresses[source]}.{end}" for end in ("gpg", "asc")}
+        signature, _ = read_first(client, signatures, headers)
+        check_signature(sums, signature, work)
+    line = rf"^([0-9a-fA-F]{{64}})\s+[ *]?(\./)?{re.escape(urllib.parse.unquote(name))}\s*$"
+    match = re.search(line, sums.decode(errors="replace"), re.MULTILINE)
+    if not match:
+        raise DriverError(f"verify = {mode}: {redact(addresses[source])} does not name {name}")
+    if hash_file(path, "sha256") != match[1].lower():
+        raise DriverError(f"verify = {mode}: the file has another checksum than {redact(addresses[source])} says")
+
+
+def read_first(client: Client, addresses: Mapping[str, str], headers: Mapping[str, str]) -> tuple[bytes, str]:
+    """Return the first of some documents that is there, and its name."""
+    for name, address in addresses.items():
+        try:
+            return client.read(address, headers)[0], name
+        except urllib.error.HTTPError as error:
+            if error.code not in (403, 404):
+                raise explain_status(error, redact(address)) from None
+    wanted = " or ".join(redact(address) for address in addresses.values())
+    raise DriverError(f"verify: there is no {wanted}; publish it, or set verify to something else")
+
+
+KEYRINGS = ("/etc/systemd/import-pubring.gpg", "/usr/lib/systemd/import-pubring.gpg")
+
+
+def check_signature(text: bytes, signature: bytes, work: Path) -> None:
+    keyring = next((path for path in KEYRINGS if os.path.exists(path)), None)
+    if keyring is None:
+        raise HostError(f"verify = signature: there is no keyring {KEYRINGS[0]} on this machine")
+    home = work / "gnupg"
+    home.mkdir(mode=0o700, exist_ok=True)
+    (work / "sums").write_bytes(text)
+    (work / "signature").write_bytes(signature)
+    argv = ["gpg", "--no-options", "--batch", "--no-default-keyring", "--no-auto-key-locate",
+            "--trust-model=always", f"--homedir={home}", f"--keyring={keyring}", "--no-auto-check-trustdb",
+            "--verify", str(work / "signature"), str(work / "sums")]  # fmt: skip
+    done = start_tool(argv, "gnupg", stdout=subprocess.DEVNULL)
+    if done.wait(60):
+        raise DriverError(f"verify = signature: no key of {keyring} has signed the checksums")
+
+
+def start_tool(argv: Sequence[str], package: str, **streams: Any) -> subprocess.Popen[bytes]:
+    environ = {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        return subprocess.Popen(argv, env=environ, **{**quiet, **streams})
+    except FileNotFoundError:
+        raise HostError(f"{argv[0]} is not installed: install the package {package}") from None
+
+
+# =====================================================================================================
+# Unpack
+#
+# tarfile reads, nothing of it writes: every entry is made here, below a directory of root's alone, one path
+# component after the other and never through a symbolic link, whoever made it. Refused: ".." in a name, hard links
+# out of the archive, attributes that mean something to overlayfs. Left out: devices (nspawn makes its own) and
+# sockets. Whiteouts become overlayfs's own, so that layers can be stacked.
+# =====================================================================================================
+
+COMPRESSIONS = (  # magic, the tool, its package
+    (b"\x1f\x8b", "gzip", "gzip"),
+    (b"\xfd7zXZ\0", "xz", "xz-utils"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd"),
+    (b"BZh", "bzip2", "bzip2"),
+)
+
+
+@contextlib.contextmanager
+def decompressed(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file's contents, decompressed by a tool if need be; read to the end, a damaged one is an error."""
+    with open(path, "rb", buffering=0) as file:  # a tool goes on where this has stopped reading
+        magic = file.read(8)
+        file.seek(0)
+        found = next((entry for entry in COMPRESSIONS if magic.startswith(entry[0])), None)
+        if not found:
+            yield file
+            return
+        tool = start_tool([found[1], "-dc"], found[2], stdin=file, stdout=subprocess.PIPE)
+        assert tool.stdout
+        try:
+            yield tool.stdout
+            if tool.wait():
+                raise DriverError(f"the {found[1]} file is damaged or cut off")
+        finally:
+            tool.kill()
+            tool.stdout.close()
+            tool.wait()
+
+
+class Source:
+    """A stream that is measured, hashed and limited as it is read."""
+
+    def __init__(self, stream: IO[bytes], limit: int, what: str) -> None:
+        self.stream, self.limit = stream, limit
+        self.digest = hashlib.sha256()
+        self.meter = Meter(what)
+
+    def read(self, size: int = CHUNK) -> bytes:
+        data = self.stream.read(size)
+        self.digest.update(data)
+        self.meter.add(len(data))
+        if self.meter.done > self.limit:
+            raise too_large("the image unpacks to more", self.limit)
+        return data
+
+    def drain(self) -> None:
+        while self.read():
+            pass
+
+
+class Entry(tarfile.TarInfo):
+    """tarfile takes a damaged header in the middle for the archive's end; this does not."""
+
+    needs_end = True
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Entry:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EmptyHeaderError) and not cls.needs_end:  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(f"it is damaged or cut off: {error}") from None
+
+
+class LayerEntry(Entry):
+    """A layer's digest proves it whole: it may lack the empty blocks at the end, as some do."""
+
+    needs_end = False
+
+
+@dataclass
+class Unpacked:
+    digest: str  # sha256 of the archive, decompressed
+    size: int = 0  # bytes of all files
+    devices: int = 0  # left out
+
+
+class Unpacker:
+    """Makes the entries of an archive below `root`. With `is_layer`, whiteouts mean what OCI says."""
+
+    def __init__(self, root: Path, limit: int, *, is_layer: bool) -> None:
+        self.root, self.limit, self.is_layer = root, limit, is_layer
+        self.result = Unpacked("")
+        self.count = 0
+        self.directories: dict[str, tarfile.TarInfo] = {}  # their modes and times are set when all is in them
+        self.open_path: str | None = None
+        self.open_fd = -1
+
+    def run(self, stream: IO[bytes]) -> Unpacked:
+        source: Any = Source(stream, 2 * self.limit, "unpacking")
+        try:
+            with tarfile.open(
+                fileobj=source,
+                mode="r|",
+                tarinfo=LayerEntry if self.is_layer else Entry,
+                encoding="utf-8",
+                errors="surrogateescape",
+            ) as archive:
+                while (entry := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # or all would stay in memory
+                    self.make(archive, entry)
+            source.drain()
+            self.finish()
+        except tarfile.TarError as error:
+            raise DriverError(f"this is no tar archive that can be unpacked: {error}") from None
+        except (ValueError, OverflowError, UnicodeError) as error:  # NUL in a name, a time beyond all clocks
+            raise DriverError(f"the archive is damaged: {error}") from None
+        finally:
+            self.close_directory()
+        self.result.digest = source.digest.hexdigest()
+        return self.result
+
+    def make(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
+        self.count += 1
+        self.result.size += entry.size if entry.isreg() else 0
+        if self.count > MAX_ENTRIES or self.result.size > self.limit:
+            raise too_large("the image unpacks to more", self.limit)
+        parts = split_name(entry.name)
+        if not parts:
+            if entry.isdir():
+                self.directories["."] = entry
+            return
+        where, name = self.open_directory(parts[:-1]), parts[-1]
+        if self.is_layer and name.startswith(".wh."):
+            self.make_whiteout(where, name[4:], entry.name)
+        elif entry.isdir():
+            self.make_directory(where, name, "/".join(parts), entry)
+        elif entry.ischr() or entry.isblk():
+            self.result.devices += 1
+        else:
+            self.remove(where, name, keep_whiteout=False)
+            self.make_file(archive, where, name, entry)
+
+    def open_directory(self, parts: Sequence[str]) -> int:
+        """Return the directory an entry belongs in, made if need be; no component of it is a link."""
+        path = "/".join(parts)
+        if self.open_path == path:
+            return self.open_fd
+        self.close_directory()
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for part in parts:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o755, dir_fd=fd)
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                os.close(fd)
+                fd = inner
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise refused(path, "is not a directory but a link or a file, and has entries below it") from None
+            raise
+        self.open_path, self.open_fd = path, fd
+        return fd
+
+    def close_directory(self) -> None:
+        if self.open_path is not None:
+            os.close(self.open_fd)
+        self.open_path = None
+
+    def remove(self, where: int, name: str, *, keep_whiteout: bool) -> None:
+        """Make room for an entry: of two with one name the later counts."""
+        try:
+            found = os.lstat(name, dir_fd=where)
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(found.st_mode):
+            shutil.rmtree(f"/proc/self/fd/{where}/{name}")
+        elif not (keep_whiteout and is_whiteout(found)):
+            os.unlink(name, dir_fd=where)
+
+    def make_whiteout(self, where: int, name: str, shown: str) -> None:
+        """Hide what the layers below have. It does not concern what this layer has itself."""
+        if name == ".wh..opq":
+            os.setxattr(where, "trusted.overlay.opaque", b"y")
+            return
+        if name in ("", ".", "..") or name.startswith(".wh."):
+            if name.startswith(".wh."):
+                return  # aufs's own, as .wh..wh.plnk
+            raise refused(shown, "is no name")
+        try:
+            found = os.lstat(name, dir_fd=where)
+        except FileNotFoundError:
+            os.mknod(name, stat.S_IFCHR, 0, dir_fd=where)
+            return
+        if stat.S_ISDIR(found.st_mode):
+            os.setxattr(f"/proc/self/fd/{where}/{name}", "trusted.overlay.opaque", b"y")
+
+    def make_directory(self, where: int, name: str, path: str, entry: tarfile.TarInfo) -> None:
+        try:
+            found = os.lstat(name, dir_fd=where)
+        except FileNotFoundError:
+            os.mkdir(name, 0o755, dir_fd=where)
+        else:
+            if not stat.S_ISDIR(found.st_mode):
+                os.unlink(name, dir_fd=where)
+                os.mkdir(name, 0o755, dir_fd=where)
+                if is_whiteout(found):
+                    os.setxattr(f"/proc/self/fd/{where}/{name}", "trusted.overlay.opaque", b"y")
+        self.directories[path] = entry
+
+    def make_file(self, archive: tarfile.TarFile, where: int, name: str, entry: tarfile.TarInfo) -> None:
+        if entry.islnk():
+            self.make_link(where, name, entry)
+        elif entry.issym():
+            os.symlink(entry.linkname, name, dir_fd=where)
+            os.chown(name, entry.uid, entry.gid, dir_fd=where, follow_symlinks=False)
+            set_times(name, entry, where)
+        elif entry.isfifo():
+            os.mkfifo(name, 0o600, dir_fd=where)
+            os.chown(name, entry.uid, entry.gid, dir_fd=where, follow_symlinks=False)
+            os.chmod(f"/proc/self/fd/{where}/{name}", entry.mode & 0o7777)
+        elif entry.isreg():
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(name, flags, 0o600, dir_fd=where), "wb") as file:
+                contents = archive.extractfile(entry)
+                assert contents
+                copy_sparse(contents, file)
+                set_owner(file.fileno(), entry)
+                os.utime(file.fileno(), (entry.mtime, entry.mtime))
+
+    def make_link(self, where: int, name: str, entry: tarfile.TarInfo) -> None:
+        parts = split_name(entry.linkname)
+        where = os.dup(where)
+        try:
+            source = self.open_directory(parts[:-1])
+            os.link(parts[-1], name, src_dir_fd=source, dst_dir_fd=where, follow_symlinks=False)
+        except (OSError, IndexError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            why = f"is a hard link to {cut(entry.linkname)!r}, and the archive has no such file before it"
+            raise refused(entry.name, why) from None
+        finally:
+            os.close(where)
+
+    def finish(self) -> None:
+        """Give directories their owners, modes and times, the deepest first."""
+        for path, entry in sorted(self.directories.items(), reverse=True):
+            parts = [part for part in path.split("/") if part != "."]
+            with contextlib.suppress(FileNotFoundError):  # replaced by something else later on
+                fd = self.open_existing(parts)
+                try:
+                    set_owner(fd, entry)
+                    os.utime(fd, (entry.mtime, entry.mtime))
+                finally:
+                    os.close(fd)
+
+    def open_existing(self, parts: Sequence[str]) -> int:
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in parts:
+            try:
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            except OSError as error:
+                raise FileNotFoundError(part) from error
+            finally:
+                os.close(fd)
+            fd = inner
+        return fd
+
+
+def split_name(name: str) -> list[str]:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise refused(name, 'leads out of the image by ".."')
+    return parts
+
+
+def refused(name: str, why: str) -> DriverError:
+    return DriverError(f"the archive is refused: its entry {cut(ascii(name)[1:-1])!r} {why}")
+
+
+def is_whiteout(found: os.stat_result) -> bool:
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+
+
+def set_times(name: str, entry: tarfile.TarInfo, where: int) -> None:
+    os.utime(name, (entry.mtime, entry.mtime), dir_fd=where, follow_symlinks=False)
+
+
+def set_owner(fd: int, entry: tarfile.TarInfo) -> None:
+    """Set owner, attributes and mode, in this order: a change of owner drops the others."""
+    os.fchown(fd, entry.uid, entry.gid)
+    for key, value in entry.pax_headers.items():
+        name = key.removeprefix("SCHILY.xattr.")
+        if name == key:
+            continue
+        if name.startswith(("trusted.", "user.overlay.")):
+            raise refused(entry.name, f"has the attribute {cut(name)}, which only the system may set")
+        if name == "security.capability" or name.startswith("user."):
+            with contextlib.suppress(OSError):  # a file system without them
+                os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
+    os.fchmod(fd, entry.mode & 0o7777)
+
+
+def copy_sparse(source: IO[bytes] | Source, target: IO[bytes]) -> None:
+    """Copy, with holes for what is zero."""
+    zeros = bytes(1 << 16)
+    while chunk := source.read(1 << 16):
+        if chunk == zeros:
+            target.seek(len(chunk), os.SEEK_CUR)
+        else:
+            target.write(chunk)
+    target.truncate()
+
+
+# =====================================================================================================
+# Registry
+#
+# The distribution protocol, as far as pulling needs it. Manifests, configurations and layers are what their
+# digests say, or refused; layers come from the registry itself and from no address an image names.
+# =====================================================================================================
+
+MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+LAYERS = re.compile(
+    r"application/vnd\.(docker\.image\.rootfs\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer\.v1\.tar(\+gzip|\+zstd)?)"
+)
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+MACHINES = {
+    "x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386", "ppc64le": "ppc64le",
+    "s390x": "s390x", "riscv64": "riscv64", "loongarch64": "loong64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A place in a registry: docker://[host[:port]/]name[:tag][@digest]."""
+
+    host: str
+    name: str
+    tag: str
+    digest: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        rest, _, digest = text.removeprefix("docker://").partition("@")
+        host, slash, name = rest.partition("/")
+        if not slash or not (re.search(r"[.:]", host) or host == "localhost"):
+            host, name = "docker.io", rest
+        name, colon, tag = name.partition(":")
+        if host in ("docker.io", "index.docker.io"):
+            host, name = "docker.io", name if "/" in name else f"library/{name}"
+        component = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+        if not (
+            re.fullmatch(rf"{component}(?:/{component})*", name)
+            and (not colon or re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII))
+            and (not digest or DIGEST.fullmatch(digest))
+            and re.fullmatch(r"[A-Za-z0-9.-]+(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?", host)
+        ):
+            raise DriverError(
+                "this is no name of an image: it is docker://HOST/NAME:TAG or docker://HOST/NAME@sha256:..."
+            )
+        return cls(host, name, tag or "latest", digest)
+
+    @property
+    def server(self) -> str:
+        return "registry-1.docker.io" if self.host == "docker.io" else self.host
+
+    @property
+    def version(self) -> str:
+        return self.digest or self.tag
+
+
+def is_loopback(host: str) -> bool:
+    name = re.sub(r":\d+$", "", host).strip("[]")
+    if name == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return False
+
+
+@dataclass(frozen=True)
+class Credentials:
+    username: str = ""
+    password: str = ""
+    token: str = ""  # an identity token, which stands for both
+
+    @property
+    def header(self) -> dict[str, str]:
+        return {"Authorization": basic(self.username, self.password)} if self.username or self.password else {}
+
+
+def find_credentials(host: str, request: Mapping[str, Any]) -> Credentials:
+    """Return the job's credentials, or those the operator has for the registry."""
+    if request.get("username") or request.get("password"):
+        return Credentials(request.get("username") or "", request.get("password") or "")
+    config = read_docker_config(request.get("auth_config") or "")
+    names = [host, f"https://{host}", f"http://{host}"]
+    if host == "docker.io":
+        names = ["https://index.docker.io/v1/", "index.docker.io", *names]
+    helpers = config.get("credHelpers") or {}
+    helper = next((helpers[name] for name in names if name in helpers), "")
+    helper = helper or request.get("auth_helper") or config.get("credsStore") or ""
+    if helper and (found := ask_helper(str(helper), names[0])):
+        return found
+    for name in names:
+        entry = (config.get("auths") or {}).get(name)
+        if entry and entry.get("identitytoken"):
+            return Credentials(token=entry["identitytoken"])
+        if entry and entry.get("auth"):
+            username, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
+            return Credentials(username, password.rstrip("\0"))
+    return Credentials()
+
+
+def read_docker_config(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise HostError(f"the file of registry credentials {path} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def ask_helper(name: str, host: str) -> Credentials | None:
+    """Return what docker-credential-NAME knows of a registry."""
+    argv = [f"docker-credential-{name}", "get"]
+    environ = {"PATH": SAFE_PATH, "HOME": "/root", "LANG": "C.UTF-8"}
+    try:
+        done = subprocess.run(argv, input=host.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              env=environ, timeout=60, check=False)  # fmt: skip
+        found = json.loads(done.stdout) if done.returncode == 0 else None
+        if not found:
+            return None
+        if found["Username"] == "<token>":
+            return Credentials(token=found["Secret"])
+        return Credentials(found["Username"], found["Secret"])
+    except FileNotFoundError:
+        raise HostError(f"the credential helper {argv[0]} is not in {SAFE_PATH}") from None
+    except (subprocess.TimeoutExpired, ValueError, KeyError, TypeError):
+        raise HostError(f"the credential helper {argv[0]} gives no usable answer") from None
+
+
+class Registry:
+    """One repository of a registry, with the authorization it has asked for."""
+
+    def __init__(self, client: Client, reference: Reference, credentials: Credentials, is_plain: bool) -> None:
+        self.client, self.reference, self.credentials = client, reference, credentials
+        self.schemes = ["http"] if is_plain else ["https", *(["http"] if is_loopback(reference.host) else [])]
+        self.authorization: dict[str, str] = {}
+
+    def url(self, path: str) -> str:
+        return f"{self.schemes[0]}://{self.reference.server}/v2/{self.reference.name}/{path}"
+
+    def retrying(self, act: Callable[[], Any]) -> Any:
+        """Do something that may need authorization first, or the plain http of a registry on this machine."""
+        for attempt in range(4):  # a token may have run out since the last request
+            try:
+                return act()
+            except urllib.error.HTTPError as error:
+                if error.code != 401 or attempt > 1:
+                    raise explain_status(error, self.shown) from None
+                self.authorize(error.headers.get_all("WWW-Authenticate") or [])
+            except TransientError:
+                if len(self.schemes) < 2 or self.authorization:
+                    raise
+                del self.schemes[0]
+        raise AssertionError
+
+    @property
+    def shown(self) -> str:
+        version = f"@{self.reference.digest}" if self.reference.digest else f":{self.reference.tag}"
+        return f"{self.reference.host}/{self.reference.name}{version}"
+
+    def authorize(self, challenges: Sequence[str]) -> None:
+        for challenge in challenges:
+            scheme, _, rest = challenge.partition(" ")
+            values = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+            if scheme.lower() == "bearer" and values.get("realm"):
+                self.authorization = {"Authorization": f"Bearer {self.fetch_token(values)}"}
+                return
+            if scheme.lower() == "basic" and self.credentials.header:
+                self.authorization = self.credentials.header
+                return
+        raise DriverError(f"{self.shown} needs credentials; give them in auth, or in the plugin's block")
+
+    def fetch_token(self, challenge: Mapping[str, str]) -> str:
+        realm = challenge["realm"]
+        if self.schemes[0] == "https" and urllib.parse.urlsplit(realm).scheme != "https":
+            raise DriverError(f"the registry {self.reference.host} asks to send credentials without encryption")
+        query = {key: challenge[key] for key in ("service", "scope") if challenge.get(key)}
+        query.setdefault("scope", f"repository:{self.reference.name}:pull")
+        try:
+            if self.credentials.token:
+                form = {**query, "grant_type": "refresh_token", "refresh_token": self.credentials.token,
+                        "client_id": "nomad-driver-nspawn"}  # fmt: skip
+                data = self.post(realm, form)
+            else:
+                separator = "&" if "?" in realm else "?"
+                address = f"{realm}{separator}{urllib.parse.urlencode(query)}"
+                data, _ = self.client.read(address, self.credentials.header)
+        except urllib.error.HTTPError as error:
+            raise explain_status(error, self.shown) from None
+        answer = parse_json(data, "the registry's token")
+        token = answer.get("token") or answer.get("access_token")
+        if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise DriverError(f"the registry {self.reference.host} gives no token")
+        return token
+
+    def post(self, url: str, form: Mapping[str, str]) -> bytes:
+        request = urllib.request.Request(url, data=urllib.parse.urlencode(form).encode())
+        with explaining(url), self.client.director.open(request, timeout=self.client.stall) as response:
+            data: bytes = response.read(MAX_DOCUMENT)
+            return data
+
+    def read_manifest(self, version: str) -> tuple[dict[str, Any], str]:
+        """Return a manifest or an index, and its digest."""
+        accept = {"Accept": ", ".join(MANIFESTS + INDEXES)}
+        data, headers = self.retrying(
+            lambda: self.client.read(self.url(f"manifests/{version}"), {**accept, **self.authorization})
+        )
+        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        wanted = version if DIGEST.fullmatch(version) else headers.get("Docker-Content-Digest") or digest
+        if digest != wanted:
+            raise DriverError(f"{self.shown}: the registry sends a manifest of another digest ({digest})")
+        manifest = parse_json(data, "the manifest")
+        kind = manifest.get("mediaType") or headers.get_content_type()
+        if "manifests" in manifest:
+            kind = INDEXES[0]
+        elif kind not in MANIFESTS and not ("layers" in manifest and "config" in manifest):
+            raise DriverError(f"{self.shown} is no image of file system layers (it is {cut(str(kind))})")
+        return {**manifest, "mediaType": kind}, digest
+
+    def read_config(self, descriptor: Mapping[str, Any]) -> dict[str, Any]:
+        digest = want_digest(descriptor)
+        data, _ = self.retrying(lambda: self.client.read(self.url(f"blobs/{digest}"), self.authorization))
+        if "sha256:" + hashlib.sha256(data).hexdigest() != digest:
+            raise DriverError(f"{self.shown}: the image's configuration has another digest than its manifest says")
+        return parse_json(data, "the image's configuration")
+
+    def download(self, descriptor: Mapping[str, Any], part: Path, limit: int) -> None:
+        """Fetch a layer as the manifest describes it."""
+        digest, size = want_digest(descriptor), descriptor.get("size")
+        if not isinstance(size, int) or not 0 <= size <= limit:
+            raise too_large(f"a layer has {size} bytes", limit)
+        blob = Download(self.client, self.url(f"blobs/{digest}"), part, limit=size, is_fixed=True)
+        self.retrying(lambda: blob.run(lambda: self.authorization))
+        if blob.size != size or "sha256:" + hash_file(part, "sha256") != digest:
+            discard(part)
+            raise DriverError(
+                f"{self.shown}: a layer has another digest or size than the manifest says ({digest})"
+            )
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DriverError(f"{what} is not the JSON it should be")
+    return found
+
+
+def want_digest(descriptor: object) -> str:
+    digest = descriptor.get("digest") if isinstance(descriptor, dict) else None
+    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
+        raise DriverError(f"the manifest has a digest that is none: {cut(repr(digest))}")
+    return digest
+
+
+@dataclass(frozen=True)
+class Platform:
+    os: str
+    architecture: str
+    variant: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Platform:
+        """Parse linux/arm64/v8; this machine's from ""."""
+        if not text:
+            machine = os.uname().machine
+            return cls("linux", MACHINES.get(machine, machine), {"armv7l": "v7", "armv6l": "v6"}.get(machine, ""))
+        parts = text.split("/")
+        return cls(*parts) if 2 <= len(parts) <= 3 else cls("linux", text)
+
+    @classmethod
+    def read(cls, found: object) -> Platform:
+        values = found if isinstance(found, dict) else {}
+        return cls(*(str(values.get(key) or "") for key in ("os", "architecture", "variant")))
+
+    def fits(self, wanted: Platform) -> bool:
+        return (self.os, self.architecture) == (wanted.os, wanted.architecture) and (
+            not wanted.variant or not self.variant or self.variant == wanted.variant
+        )
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+
+def choose_manifest(index: Mapping[str, Any], wanted: Platform, shown: str) -> str:
+    entries = [entry for entry in index["manifests"] if isinstance(entry, dict)]
+    platforms = [(Platform.read(entry.get("platform")), entry) for entry in entries]
+    for platform, entry in platforms:
+        if platform.fits(wanted):
+            return want_digest(entry)
+    there = ", ".join(str(platform) for platform, _ in platforms if platform.os != "unknown")
+    raise DriverError(f"{shown} is there for {cut(there) or 'no platform'}, not for {wanted}")
+
+
+def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
+    """Return what an image says of how to run it; what is not of the right type counts as not said."""
+    inner = config.get("config")
+    inner = inner if isinstance(inner, dict) else {}
+
+    def words(name: str) -> tuple[str, ...]:
+        value = inner.get(name)
+        return tuple(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else ()
+
+    def text(name: str) -> str:
+        value = inner.get(name)
+        return value if isinstance(value, str) and "\0" not in value else ""
+
+    return ImageConfig(
+        env=tuple(item for item in words("Env") if "=" in item and "\0" not in item),
+        command=tuple(word for word in (*words("Entrypoint"), *words("Cmd")) if "\0" not in word),
+        user=text("User"),
+        working_directory=text("WorkingDir"),
+        stop_signal=text("StopSignal"),
+    )
+
+
+# =====================================================================================================
+# Fetch
+#
+# A request to an image in the store. The lock of the image's key is held all along: who asks for the same image
+# meanwhile waits, and finds it there. The lock of the store is shared: nothing is collected meanwhile.
+# =====================================================================================================
+
+
+@dataclass
+class Fetch:
+    """One request. `values` is what driver.py's Source has to say."""
+
+    store: Store
+    values: Mapping[str, Any]
+    limit: int = 0
+    client: Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.limit = int(self.values["limit"])
+        self.client = Client(float(self.values["stall"]))
+
+    @property
+    def key(self) -> str:
+        return str(self.values["key"])
+
+    def run(self) -> StoredImage:
+        self.store.prepare()
+        with self.store.hold("store"), self.store.hold(self.key, alone=True):
+            found = self.store.read(self.key)
+            if found and not self.is_old(found):
+                return found
+            work = make_work(self.store, self.key)
+            try:
+                image = self.fetch(found, work)
+            except TransientError as error:
+                if not found or self.values["force"]:
+                    raise
+                tell(note=f"{error}; the copy of {found.name} that is here already is used")
+                image = found
+            except DriverError:
+                discard(self.store.part(self.key))  # what is wrong is not gone on with
+                raise
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+            self.store.write(image)
+            return image
+
+    def is_old(self, found: StoredImage) -> bool:
+        """Tell whether to ask again where the image comes from; not if somebody has while this waited."""
+        return bool(self.values["force"] or self.values["refresh"]) and found.checked_at < self.values["asked_at"]
+
+    def fetch(self, found: StoredImage | None, work: Path) -> StoredImage:
+        kind = self.values["type"]
+        if kind == "docker":
+            return self.fetch_docker(found)
+        path = Path(self.values["place"]) if kind == "archive" else self.download(work)
+        if kind == "archive":
+            path = self.pin(path)
+        layer = self.convert(path, work) if kind == "raw" else self.unpack(path, work)
+        discard(self.store.part(self.key))
+        return self.image((layer,))
+
+    def image(self, layers: tuple[str, ...], **more: Any) -> StoredImage:
+        now = time.time()
+        sizes = tuple(measure(self.store.layer(name)) for name in layers)
+        return StoredImage(self.key, self.values["name"], self.values["type"], layers, sizes, now, now, **more)
+
+    def pin(self, path: Path) -> Path:
+        """Open an archive so that nobody can exchange it any more; it must lie where it was found."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if os.path.realpath(f"/proc/self/fd/{fd}") != str(path) or not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise DriverError(f"{path} has become something else meanwhile")
+        return Path(f"/proc/self/fd/{fd}")
+
+    def download(self, work: Path) -> Path:
+        """Fetch and check what an address holds."""
+        parts = urllib.parse.urlsplit(self.values["place"])
+        credentials = Credentials(self.values.get("username") or "", self.values.get("password") or "")
+        if "@" in parts.netloc and not credentials.header:
+            names = [urllib.parse.unquote(part or "") for part in (parts.username, parts.password)]
+            credentials = Credentials(*names)
+        url = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        part = self.store.part(self.key)
+        file = Download(self.client, url, part, limit=self.limit)
+        try:
+            file.run(lambda: credentials.header)
+        except urllib.error.HTTPError as error:
+            raise explain_status(error, redact(url)) from None
+        if self.values["checksum"]:
+            check_checksum(part, self.values["checksum"])
+        if self.values["verify"] != "no":
+            check_published(self.client, url, credentials.header, part, self.values["verify"], work)
+        return part
+
+    def unpack(self, path: Path, work: Path, wanted: str = "") -> str:
+        """Unpack an archive into the store; return the layer's name. `wanted` is the name it must get."""
+        tree = work / "tree"
+        tree.mkdir(mode=0o755)
+        unpacker = Unpacker(tree, self.limit, is_layer=bool(wanted))
+        with decompressed(path) as stream:
+            result = unpacker.run(stream)
+        if wanted and result.digest != wanted:
+            raise DriverError(f"a layer's contents are not what the image says they are (sha256:{wanted})")
+        if result.devices:
+            tell(note=f"{result.devices} device nodes of the archive were left out")
+        commit(self.store, tree, result.digest)
+        return result.digest
+
+    def convert(self, path: Path, work: Path) -> str:
+        """Make a disk image out of a download: decompressed, from qcow2 to raw, with holes."""
+        name = f"{hash_file(path, 'sha256')}.raw"
+        disk = work / "disk.raw"
+        with decompressed(path) as stream, open(disk, "wb") as target:
+            source = Source(stream, self.limit, "unpacking")
+            copy_sparse(source, target)
+        with open(disk, "rb") as file:
+            magic = file.read(4)
+        if magic == b"QFI\xfb":
+            disk = convert_qcow2(disk, work)
+        if disk.stat().st_size > self.limit:
+            raise too_large(f"the disk image has {disk.stat().st_size} bytes", self.limit)
+        check_disk(disk)
+        disk.chmod(0o600)
+        commit(self.store, disk, name)
+        return name
+
+    def fetch_docker(self, found: StoredImage | None) -> StoredImage:
+        reference = Reference.parse(self.values["place"])
+        client = Client(self.client.stall, sorted((CERTIFICATES / reference.host).glob("*.crt")))
+        credentials = find_credentials(reference.host, self.values)
+        registry = Registry(client, reference, credentials, reference.host in self.values["insecure"])
+        wanted = Platform.parse(self.values.get("platform") or "")
+        manifest, digest = registry.read_manifest(reference.version)
+        if manifest["mediaType"] in INDEXES:
+            chosen = choose_manifest(manifest, wanted, registry.shown)
+            manifest, _ = registry.read_manifest(chosen)
+        if manifest["mediaType"] in INDEXES:
+            raise DriverError(f"{registry.shown} is a list of lists of images")
+        if found and found.digest == digest:
+            return replace(found, checked_at=time.time())
+        config = registry.read_config(manifest.get("config") or {})
+        platform = Platform.read(config)
+        if platform.architecture and not platform.fits(wanted):
+            raise DriverError(f"{registry.shown} is there for {platform}, not for {wanted}")
+        layers = self.fetch_layers(registry, manifest, config)
+        return self.image(
+            (*reversed(layers), self.make_skeleton()), digest=digest, config=read_image_config(config)
+        )
+
+    def make_skeleton(self) -> str:
+        """Make what nspawn wants of every tree, as the lowest layer: an image may hold one program and no more."""
+        with self.store.hold(SKELETON, alone=True):
+            if not self.store.layer(SKELETON).exists():
+                work = make_work(self.store, SKELETON)
+                for name in ("alloc", "dev", "etc", "local", "proc", "run", "secrets", "sys", "tmp", "usr", "var"):
+                    (work / "tree" / name).mkdir(parents=True)
+                (work / "tree/tmp").chmod(0o1777)
+                commit(self.store, work / "tree", SKELETON)
+        return SKELETON
+
+    def fetch_layers(
+        self, registry: Registry, manifest: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> list[str]:
+        """Return the names of the layers, the lowest first."""
+        descriptors = manifest.get("layers")
+        rootfs = config.get("rootfs")
+        ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        if not isinstance(descriptors, list) or not isinstance(ids, list) or len(ids) != len(descriptors):
+            raise DriverError(f"{registry.shown} is no image of file system layers")
+        if len(ids) > MAX_LAYERS:
+            raise DriverError(f"{registry.shown} has {len(ids)} layers; {MAX_LAYERS} can be stacked")
+        layers: list[str] = []
+        for descriptor, diff_id in zip(descriptors, ids, strict=True):
+            name = want_digest({"digest": diff_id}).partition(":")[2]
+            want_digest(descriptor)
+            if not LAYERS.fullmatch(str(descriptor.get("mediaType"))) or descriptor.get("urls"):
+                kind = cut(str(descriptor.get("mediaType")))
+                raise DriverError(f"{registry.shown} has a layer of a kind that is not fetched ({kind})")
+            self.fetch_layer(registry, descriptor, name)
+            layers.append(name)
+        return layers
+
+    def fetch_layer(self, registry: Registry, descriptor: Mapping[str, Any], name: str) -> None:
+        """Bring one layer into the store unless it is there. Other images may want it at the same time."""
+        with self.store.hold(name, alone=True):
+            if self.store.layer(name).exists():
+                return
+            part = self.store.part(name)
+            registry.download(descriptor, part, self.limit)
+            work = make_work(self.store, name)
+            try:
+                self.unpack(part, work, wanted=name)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+                discard(part)
+
+
+def make_work(store: Store, name: str) -> Path:
+    """Make an empty directory for half things; whoever holds the lock of the name may have it."""
+    path = store.work / name
+    remove_tree(path)
+    path.mkdir(mode=0o700)
+    return path
+
+
+def commit(store: Store, made: Path, name: str) -> None:
+    """Give something whole its name in the store. What is there already is the same: names are digests."""
+    run(["sync", "--file-system", str(made)], timeout=600)  # or a power failure would leave the name alone
+    target = store.layer(name)
+    try:
+        if not target.exists():
+            made.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+
+
+SKELETON = "skeleton-1"
+CERTIFICATES = Path("/etc/docker/certs.d")  # docker's own place for those of single registries
+
+
+def measure(path: Path) -> int:
+    """Return the bytes that a layer takes on disk."""
+    files = [Path(folder, name) for folder, folders, names in os.walk(path) for name in (*folders, *names)]
+    return sum(file.lstat().st_blocks * 512 for file in (path, *files))
+
+
+def convert_qcow2(disk: Path, work: Path) -> Path:
+    """systemd-pull reads the format without any other package; a file address keeps it off the network."""
+    root = work / "pulled"
+    root.mkdir()
+    source = work / "disk.qcow2"
+    disk.rename(source)
+    argv = ["/usr/lib/systemd/systemd-pull", "raw", f"--image-root={root}", "--verify=no", "--settings=no",
+            "--roothash=no", "--roothash-signature=no", "--verity=no", "--sync=no",
+            f"file://{source}", "-"]  # fmt: skip
+    tool = start_tool(argv, "systemd-container", stdout=subprocess.DEVNULL)
+    meter = Meter("converting")
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = tool.wait(1)
+            break
+        meter.add(1)
+    made = list(root.glob(".raw-*.raw"))
+    if status or len(made) != 1:
+        raise DriverError("the qcow2 image cannot be converted: it is damaged, or needs another file")
+    made[0].rename(work / "disk.raw")
+    return work / "disk.raw"
+
+
+def check_disk(disk: Path) -> None:
+    """Refuse what is plainly no disk image: a page of HTML, an archive, nothing at all."""
+    with open(disk, "rb") as file:
+        head = file.read(4096)
+    if len(head) < 4096 or head.lstrip()[:1] in (b"<", b"{"):
+        raise DriverError("this is no disk image")
+    if head[257:262] == b"ustar":
+        raise DriverError('this is a tar archive; set type = "tar"')
+
+
+def main() -> None:
+    """Do what the request on stdin says; tell how it went on stdout."""
+    request = json.loads(sys.stdin.readline())
+    os.umask(0o022)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    store = Store(Path(request["root"]))
+    try:
+        if request["action"] == "collect":
+            tell(collected=store.collect(request["delay"]))
+            return
+        image = Fetch(store, request).run()
+    except DriverError as error:
+        tell(error=str(error), kind=type(error).__name__)
+    except MemoryError:
+        tell(error="the image needs more memory to unpack than it may have", kind="DriverError")
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = (
+            f"the disk under {store.root} is full" if full else f"{error.filename or store.root}: {error.strerror}"
+        )
+        tell(error=what, kind="TransientError" if full else "HostError")
+    else:
+        tell(image=image.key)

@@ -1,0 +1,679 @@
+# SPDX-License-Identifier: MPL-2.0
+"""fetch.py and registries: a real one (Debian's docker-registry), and one that means harm."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fetch
+from driver import DriverError, ImageConfig
+from tests.servers import (
+    DOCKER_INDEX,
+    Blob,
+    Entry,
+    Fetcher,
+    FileServer,
+    ImageParts,
+    Registry,
+    TokenServer,
+    basic,
+    basic_auth,
+    docker_origin,
+    folder,
+    hard_link,
+    link,
+    make_tar,
+    native,
+    redirect,
+    send,
+    stacked,
+    status,
+)
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with Registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture
+def fetcher(tmp_path: Path) -> Fetcher:
+    return Fetcher(tmp_path / "store")
+
+
+BASE = make_tar([
+    folder("usr"), Entry("usr/kept", b"base"), Entry("usr/changed", b"base"), Entry("usr/gone", b"base"),
+    folder("dir"), Entry("dir/old", b"base"), folder("hidden"), Entry("hidden/old", b"base"),
+    folder("whole"), Entry("whole/old", b"base"), Entry("type", b"a file"), Entry("su", b"x", mode=0o4755),
+])  # fmt: skip
+TOP_LAYER = make_tar([
+    Entry("usr/changed", b"top"), Entry("usr/.wh.gone"), Entry("dir/new", b"top"),
+    folder("hidden"), Entry("hidden/.wh..wh..opq"), Entry("hidden/new", b"top"),
+    Entry(".wh.whole"), Entry(".wh.type"), folder("type"), Entry("type/inside", b"top"),
+    Entry("hard", b"linked"), hard_link("dir/hard", "hard"), link("soft", "/usr/kept"),
+])  # fmt: skip
+
+
+class Liar(FileServer):
+    """A registry of files: every manifest, blob and header is the test's."""
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def serve(self, image: ImageParts, name: str = "x", tag: str = "latest") -> None:
+        self.files[f"/v2/{name}/manifests/{tag}"] = json.dumps(image.manifest).encode()
+        for blob in (*image.layers, image.config_blob):
+            self.files[f"/v2/{name}/blobs/{blob.digest}"] = blob.data
+
+    @property
+    def origin(self) -> Any:
+        return docker_origin(f"{self.host}/x")
+
+
+@pytest.fixture
+def liar() -> Iterator[Liar]:
+    with Liar() as running:
+        yield running  # type: ignore[misc]
+
+
+# -- what is pulled ------------------------------------------------------------------------------------------
+
+
+def test_layers_stack(fetcher: Fetcher, registry: Registry, tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "Env": ["PATH=/usr/bin", "A=b=c", "broken"], "Entrypoint": ["/bin/entry"], "Cmd": ["-x", "a b"],
+        "User": "nobody:users", "WorkingDir": "/dir", "StopSignal": "SIGQUIT",
+    }  # fmt: skip
+    digest = registry.push("a/b", ImageParts.make([BASE, TOP_LAYER], **config))
+    image = fetcher.fetch(docker_origin(f"{registry.host}/a/b"))
+    assert image.digest == digest
+    assert image.layers == (hashlib.sha256(TOP_LAYER).hexdigest(), hashlib.sha256(BASE).hexdigest(), "skeleton-1")
+    assert image.config.env == ("PATH=/usr/bin", "A=b=c")
+    assert image.config.command == ("/bin/entry", "-x", "a b")
+    assert (image.config.user, image.config.working_directory) == ("nobody:users", "/dir")
+    assert image.config.stop_signal == "SIGQUIT"
+    with stacked([fetcher.store.layer(name) for name in image.layers], tmp_path / "overlay") as tree:
+        assert read_tree(tree) == {
+            "usr/kept": "base", "usr/changed": "top", "dir/old": "base", "dir/new": "top", "hidden/new": "top",
+            "type/inside": "top", "hard": "linked", "dir/hard": "linked", "su": "x",
+        }  # fmt: skip
+        assert os.readlink(tree / "soft") == "/usr/kept"
+        assert stat.S_IMODE((tree / "su").stat().st_mode) == 0o4755
+        assert (tree / "hard").stat().st_ino == (tree / "dir/hard").stat().st_ino
+        for name in ("proc", "sys", "dev", "run", "tmp", "alloc", "local", "secrets"):
+            assert (tree / name).is_dir()
+
+
+def read_tree(tree: Path) -> dict[str, str]:
+    return {str(path.relative_to(tree)): path.read_text() for path in tree.rglob("*")
+            if path.is_file() and not path.is_symlink()}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["whiteout", "entry"])
+def test_a_whiteout_is_about_the_layers_below(
+    fetcher: Fetcher, registry: Registry, tmp_path: Path, first: str
+) -> None:
+    """In whatever order it comes with the layer's own entries of that name."""
+    whiteouts = [Entry(".wh.dir"), Entry(".wh.type")]
+    entries = [folder("dir"), Entry("dir/new", b"top"), Entry("type", b"new file")]
+    order = whiteouts + entries if first == "whiteout" else entries + whiteouts
+    registry.push(f"order/{first}", ImageParts.make([BASE, make_tar(order)]))
+    image = fetcher.fetch(docker_origin(f"{registry.host}/order/{first}"))
+    with stacked([fetcher.store.layer(name) for name in image.layers], tmp_path / "overlay") as tree:
+        found = read_tree(tree)
+    assert found["dir/new"] == "top" and "dir/old" not in found
+    assert found["type"] == "new file"
+
+
+def zstd(data: bytes) -> bytes:
+    return subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE, check=True, timeout=60).stdout
+
+
+def test_oci_media_types_and_zstd(fetcher: Fetcher, registry: Registry) -> None:
+    layer = "application/vnd.oci.image.layer.v1.tar"
+    blobs = [Blob(BASE, layer), Blob(zstd(TOP_LAYER), f"{layer}+zstd")]
+    image = ImageParts.of_blobs(blobs, [BASE, TOP_LAYER])
+    image.manifest["mediaType"] = "application/vnd.oci.image.manifest.v1+json"
+    image.manifest["config"]["mediaType"] = "application/vnd.oci.image.config.v1+json"
+    registry.push("oci", image)
+    assert len(fetcher.fetch(docker_origin(f"{registry.host}/oci")).layers) == 3
+
+
+def test_layers_are_shared(fetcher: Fetcher, registry: Registry) -> None:
+    registry.push("one", ImageParts.make([BASE]))
+    registry.push("two", ImageParts.make([BASE, TOP_LAYER]))
+    fetcher.fetch(docker_origin(f"{registry.host}/one"))
+    layer = fetcher.store.layer(hashlib.sha256(BASE).hexdigest())
+    before = layer.stat().st_ctime_ns
+    fetcher.fetch(docker_origin(f"{registry.host}/two"))
+    assert layer.stat().st_ctime_ns == before
+    assert len(list(fetcher.store.layers.iterdir())) == 3
+
+
+def test_tags_and_digests(fetcher: Fetcher, registry: Registry) -> None:
+    first = registry.push("tags", ImageParts.make([BASE]), "v1")
+    registry.push("tags", ImageParts.make([TOP_LAYER]), "v2")
+    by_digest = fetcher.fetch(docker_origin(f"{registry.host}/tags@{first}"))
+    assert by_digest.layers[0] == hashlib.sha256(BASE).hexdigest()
+    both = fetcher.fetch(docker_origin(f"{registry.host}/tags:v2@{first}"))
+    assert both.layers == by_digest.layers
+    text, kind = Fetcher(fetcher.store.root / "other").refuse(docker_origin(f"{registry.host}/tags:v3"))
+    assert f"{registry.host}/tags:v3 is not there (HTTP 404)" in text
+    assert kind == "DriverError"
+
+
+def push_index(registry: Registry, name: str, images: Mapping[str, ImageParts]) -> None:
+    manifests = []
+    for platform, image in images.items():
+        system, architecture, *variant = platform.split("/")
+        digest = registry.push(name, image, platform.replace("/", "-"))
+        data = json.dumps(image.manifest).encode()
+        about = {"os": system, "architecture": architecture, **({"variant": variant[0]} if variant else {})}
+        kind = image.manifest["mediaType"]
+        manifests.append({"mediaType": kind, "size": len(data), "digest": digest, "platform": about})
+    registry.push_manifest(name, "latest", {"schemaVersion": 2, "mediaType": DOCKER_INDEX, "manifests": manifests})
+
+
+def test_platform(fetcher: Fetcher, registry: Registry) -> None:
+    tars = {f"linux/{native()}": BASE, "linux/mips/v2": TOP_LAYER, "linux/s390x": make_tar([folder("s390x")])}
+    images = {name: ImageParts.make([tar], name.split("/")[1]) for name, tar in tars.items()}
+    push_index(registry, "index", images)
+    place = f"{registry.host}/index"
+    for platform in ("", *tars):
+        image = fetcher.fetch(docker_origin(place, platform=platform))
+        tar = tars[platform or f"linux/{native()}"]
+        assert image.layers[0] == hashlib.sha256(tar).hexdigest()
+    text, kind = Fetcher(fetcher.store.root / "x").refuse(docker_origin(place, platform="linux/riscv64"))
+    assert f"is there for linux/{native()}, linux/mips/v2, linux/s390x, not for linux/riscv64" in text
+    assert kind == "DriverError"
+
+
+def test_wrong_architecture(fetcher: Fetcher, registry: Registry) -> None:
+    registry.push("foreign", ImageParts.make([BASE], "mips"))
+    text, _ = fetcher.refuse(docker_origin(f"{registry.host}/foreign"))
+    assert f"is there for linux/mips, not for linux/{native()}" in text
+
+
+# -- latest, force -------------------------------------------------------------------------------------------
+
+
+def test_latest_is_asked_for_again(fetcher: Fetcher, registry: Registry) -> None:
+    registry.push("moving", ImageParts.make([BASE]))
+    origin = docker_origin(f"{registry.host}/moving", refresh=True)
+    first = fetcher.fetch(origin)
+    registry.push("moving", ImageParts.make([TOP_LAYER]))
+    second = fetcher.fetch(origin)
+    assert second.layers[0] == hashlib.sha256(TOP_LAYER).hexdigest() != first.layers[0]
+    third = fetcher.fetch(origin)
+    assert third.layers == second.layers and third.fetched_at == second.fetched_at
+    assert third.checked_at > second.checked_at
+
+
+def test_without_network_what_is_here_is_used(fetcher: Fetcher, tmp_path: Path) -> None:
+    with Registry(tmp_path / "registry") as registry:
+        registry.push("here", ImageParts.make([BASE]))
+        origin = docker_origin(f"{registry.host}/here", refresh=True)
+        fetcher.fetch(origin)
+    messages = fetcher.talk(fetcher.request(origin))
+    assert "is used" in messages[0]["note"] and "cannot be reached" in messages[0]["note"]
+    assert "image" in messages[-1]
+    forced = fetcher.talk({**fetcher.request(origin), "force": True})
+    assert forced[-1]["kind"] == "TransientError"
+    fixed = fetcher.talk({**fetcher.request(origin), "refresh": False})
+    assert len(fixed) == 1 and "image" in fixed[0]
+
+
+# -- access --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    path = tmp_path_factory.mktemp("private")
+    with Registry(path, basic_auth(path)) as running:
+        running.headers = {"Authorization": basic("ci", "secret")}
+        running.push("private", ImageParts.make([BASE]))
+        yield running
+
+
+def test_basic_auth(fetcher: Fetcher, private: Registry) -> None:
+    place = f"{private.host}/private"
+    text, kind = fetcher.refuse(docker_origin(place))
+    assert "needs credentials; give them in auth" in text
+    assert kind == "DriverError"
+    text, kind = fetcher.refuse(docker_origin(place, username="ci", password="wrong"))
+    assert "is denied (HTTP 401)" in text and "wrong" not in text
+    assert kind == "DriverError"
+    fetcher.fetch(docker_origin(place, username="ci", password="secret"))
+
+
+def encode(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def test_operators_credentials(fetcher: Fetcher, private: Registry, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    fetcher.settings["auth_config"] = str(config)
+    origin = docker_origin(f"{private.host}/private")
+    assert "cannot be read" in fetcher.refuse(origin)[0]
+    config.write_text(json.dumps({"auths": {"other:1": {"auth": encode("ci:secret")}}}))
+    assert "needs credentials" in fetcher.refuse(origin)[0]
+    config.write_text(json.dumps({"auths": {private.host: {"auth": encode("ci:secret")}}}))
+    fetcher.fetch(origin)
+
+
+def test_jobs_credentials_come_first(fetcher: Fetcher, private: Registry, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"auths": {private.host: {"auth": encode("ci:wrong")}}}))
+    fetcher.settings["auth_config"] = str(config)
+    assert "is denied" in fetcher.refuse(docker_origin(f"{private.host}/private"))[0]
+    fetcher.fetch(docker_origin(f"{private.host}/private", username="ci", password="secret"))
+
+
+@pytest.mark.parametrize("way", ["helper", "credHelpers", "credsStore"])
+def test_credential_helper(fetcher: Fetcher, private: Registry, tmp_path: Path, way: str) -> None:
+    helper = Path("/usr/local/bin/docker-credential-nspawn-test")
+    config = tmp_path / "config.json"
+    settings: dict[str, Any] = {
+        "helper": {}, "credHelpers": {private.host: "nspawn-test"}, "credsStore": "nspawn-test",
+    }  # fmt: skip
+    config.write_text(json.dumps({way: settings[way]}))
+    fetcher.settings |= {"auth_config": str(config), "auth_helper": "nspawn-test" if way == "helper" else ""}
+    origin = docker_origin(f"{private.host}/private")
+    assert "docker-credential-nspawn-test is not in /usr/local/sbin" in fetcher.refuse(origin)[0]
+    answer = json.dumps({"ServerURL": private.host, "Username": "ci", "Secret": "secret"})
+    try:
+        helper.write_text(f"#!/bin/sh\nread -r host\n[ $host = {private.host} ] && echo '{answer}'\n")
+        helper.chmod(0o755)
+        fetcher.fetch(origin)
+        helper.write_text("#!/bin/sh\necho nonsense\n")
+        messages = fetcher.talk({**fetcher.request(origin), "force": True})
+        assert "gives no usable answer" in messages[-1]["error"]
+    finally:
+        helper.unlink()
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenServer]:
+    server = TokenServer(tmp_path_factory.mktemp("tokens"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def tokened(tmp_path_factory: pytest.TempPathFactory, tokens: TokenServer) -> Iterator[Registry]:
+    with Registry(tmp_path_factory.mktemp("tokened"), tokens.auth) as running:
+        running.headers = {"Authorization": f"Bearer {tokens.make('team/app', ['pull', 'push'])}"}
+        running.push("team/app", ImageParts.make([BASE, TOP_LAYER]))
+        yield running
+
+
+def test_token_auth(fetcher: Fetcher, tokened: Registry, tokens: TokenServer) -> None:
+    place = f"{tokened.host}/team/app"
+    text, kind = fetcher.refuse(docker_origin(place))
+    assert "is denied (HTTP 401)" in text
+    assert kind == "DriverError"
+    tokens.given = 0
+    fetcher.fetch(docker_origin(place, username="ci", password="secret"))
+    assert tokens.given == 1
+
+
+def test_a_token_that_runs_out(fetcher: Fetcher, liar: Liar) -> None:
+    """Each is good for one request here."""
+    image = ImageParts.make([BASE, TOP_LAYER])
+    liar.serve(image)
+    spent: set[str] = set()
+
+    def guard(path: str) -> Any:
+        def answer(request: Any) -> None:
+            token = request.headers.get("Authorization", "")
+            if token and token not in spent:
+                spent.add(token)
+                liar.send_file(request, liar.files[path])
+            else:
+                realm = f'Bearer realm="{liar.url}/token",service="x",scope="repository:x:pull"'
+                send(request, 401, b"", {"WWW-Authenticate": realm})
+
+        return answer
+
+    liar.answers |= {path: guard(path) for path in liar.files}
+    liar.answers["/token"] = lambda request: send(request, 200, json.dumps({"token": f"t{len(spent)}"}).encode())
+    fetcher.fetch(liar.origin)
+    assert len(spent) == 4
+
+
+def test_tls(fetcher: Fetcher, tmp_path: Path) -> None:
+    with Registry(tmp_path / "registry", tls=True) as registry:
+        registry.push("secure", ImageParts.make([BASE]))
+        origin = docker_origin(f"{registry.host}/secure")
+        text, kind = fetcher.refuse(origin)
+        assert "the certificate of https://localhost" in text and "is not trusted" in text
+        assert kind == "DriverError"
+        fetcher.environ["SSL_CERT_FILE"] = str(registry.certificate)
+        fetcher.fetch(origin)
+
+
+def test_certificates_of_single_registries(fetcher: Fetcher, tmp_path: Path) -> None:
+    """Where docker looks for them."""
+    with Registry(tmp_path / "registry", tls=True) as registry:
+        registry.push("secure", ImageParts.make([BASE]))
+        folder = Path("/etc/docker/certs.d", registry.host)
+        folder.mkdir(parents=True)
+        try:
+            (folder / "ca.crt").write_bytes(registry.certificate.read_bytes())
+            fetcher.fetch(docker_origin(f"{registry.host}/secure"))
+        finally:
+            subprocess.run(["rm", "-r", str(folder)], check=True)
+
+
+def test_plain_http_is_for_this_machine_and_the_operators_list(fetcher: Fetcher) -> None:
+    """Here 192.0.2.7, where nobody listens."""
+    with FileServer() as server:
+        subprocess.run(["ip", "address", "add", "192.0.2.7/32", "dev", "lo"], check=True)
+        try:
+            listener = f"192.0.2.7:{server.port}"
+            text, kind = fetcher.refuse(docker_origin(f"{listener}/x"))
+            assert f"https://{listener}" in text
+            assert kind == "TransientError"
+            fetcher.insecure = [listener]
+            assert f"http://{listener}" in fetcher.refuse(docker_origin(f"{listener}/x"))[0]
+        finally:
+            subprocess.run(["ip", "address", "del", "192.0.2.7/32", "dev", "lo"], check=True)
+
+
+# -- a registry that means harm ------------------------------------------------------------------------------
+
+
+def test_a_liar_that_does_not_lie(fetcher: Fetcher, liar: Liar) -> None:
+    liar.serve(ImageParts.make([BASE]))
+    fetcher.fetch(liar.origin)
+
+
+def test_damaged_blob_of_a_real_registry(fetcher: Fetcher, registry: Registry) -> None:
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/x", b"to be damaged")])])
+    registry.push("damaged", image)
+    data = image.layers[0].data
+    registry.damage(image.layers[0].digest, data[:-1] + bytes([data[-1] ^ 1]))
+    text, kind = fetcher.refuse(docker_origin(f"{registry.host}/damaged"))
+    assert f"another digest or size than the manifest says ({image.layers[0].digest})" in text
+    assert kind == "DriverError"
+
+
+def spoil_config(image: ImageParts, liar: Liar) -> None:
+    liar.files[f"/v2/x/blobs/{image.config_blob.digest}"] += b" "
+
+
+def spoil_layer(image: ImageParts, liar: Liar) -> None:
+    liar.files[f"/v2/x/blobs/{image.layers[0].digest}"] = gzip.compress(TOP_LAYER)
+
+
+def spoil_size(image: ImageParts, liar: Liar) -> None:
+    image.manifest["layers"][0]["size"] += 1
+    liar.files["/v2/x/manifests/latest"] = json.dumps(image.manifest).encode()
+
+
+def spoil_small_size(image: ImageParts, liar: Liar) -> None:
+    image.manifest["layers"][0]["size"] = 10
+    liar.files["/v2/x/manifests/latest"] = json.dumps(image.manifest).encode()
+
+
+def spoil_huge_size(image: ImageParts, liar: Liar) -> None:
+    image.manifest["layers"][0]["size"] = 1 << 60
+    liar.files["/v2/x/manifests/latest"] = json.dumps(image.manifest).encode()
+
+
+def spoil_negative_size(image: ImageParts, liar: Liar) -> None:
+    image.manifest["layers"][0]["size"] = -1
+    liar.files["/v2/x/manifests/latest"] = json.dumps(image.manifest).encode()
+
+
+def change_config(image: ImageParts, liar: Liar) -> None:
+    image.describe()
+    liar.serve(image)
+
+
+def spoil_diff_id(image: ImageParts, liar: Liar) -> None:
+    image.config["rootfs"]["diff_ids"] = ["sha256:" + "0" * 64]
+    change_config(image, liar)
+
+
+def spoil_path_in_diff_id(image: ImageParts, liar: Liar) -> None:
+    image.config["rootfs"]["diff_ids"] = ["sha256:../../../../etc"]
+    change_config(image, liar)
+
+
+def spoil_count(image: ImageParts, liar: Liar) -> None:
+    image.config["rootfs"]["diff_ids"] *= 2
+    change_config(image, liar)
+
+
+def spoil_rootfs(image: ImageParts, liar: Liar) -> None:
+    image.config["rootfs"] = ["nonsense"]
+    change_config(image, liar)
+
+
+def spoil_path_in_digest(image: ImageParts, liar: Liar) -> None:
+    image.manifest["layers"][0]["digest"] = "sha256:../../other"
+    liar.files["/v2/x/manifests/latest"] = json.dumps(image.manifest).encode()
+
+
+def spoil_media_type(image: ImageParts, liar: Liar) -> None:
+    image.manifest["layers"][0]["mediaType"] = "application/vnd.oci.image.layer.v1.tar+encrypted"
+    liar.files["/v2/x/manifests/latest"] = json.dumps(image.manifest).encode()
+
+
+def spoil_foreign(image: ImageParts, liar: Liar) -> None:
+    image.manifest["layers"][0]["urls"] = [f"{liar.url}/foreign"]
+    liar.files["/v2/x/manifests/latest"] = json.dumps(image.manifest).encode()
+
+
+def spoil_json(image: ImageParts, liar: Liar) -> None:
+    liar.files["/v2/x/manifests/latest"] = b"<html>" * 10
+
+
+def spoil_nesting(image: ImageParts, liar: Liar) -> None:
+    liar.files["/v2/x/manifests/latest"] = b"[" * 100000
+
+
+def spoil_length(image: ImageParts, liar: Liar) -> None:
+    liar.files["/v2/x/manifests/latest"] = b" " * (5 << 20)
+
+
+def spoil_list(image: ImageParts, liar: Liar) -> None:
+    liar.files["/v2/x/manifests/latest"] = b"[]"
+
+
+def spoil_schema(image: ImageParts, liar: Liar) -> None:
+    old = {"schemaVersion": 1, "name": "x", "tag": "latest", "fsLayers": [{"blobSum": "sha256:" + "0" * 64}]}
+    liar.files["/v2/x/manifests/latest"] = json.dumps(old).encode()
+
+
+def spoil_number_of_layers(image: ImageParts, liar: Liar) -> None:
+    image.layers *= 401
+    image.config["rootfs"]["diff_ids"] *= 401
+    change_config(image, liar)
+
+
+def spoil_entry(image: ImageParts, liar: Liar) -> None:
+    bad = ImageParts.make([make_tar([folder("usr"), Entry("../out", b"x")])])
+    liar.serve(bad)
+
+
+def spoil_whiteout(image: ImageParts, liar: Liar) -> None:
+    liar.serve(ImageParts.make([make_tar([folder("usr"), Entry("usr/.wh...")])]))
+
+
+LIES = {
+    spoil_config: "configuration has another digest",
+    spoil_layer: "another digest or size",
+    spoil_size: "another digest or size",
+    spoil_small_size: "more than",
+    spoil_huge_size: "image_size_limit",
+    spoil_negative_size: "a layer has -1 bytes",
+    spoil_diff_id: "contents are not what the image says",
+    spoil_path_in_diff_id: "a digest that is none",
+    spoil_count: "no image of file system layers",
+    spoil_rootfs: "no image of file system layers",
+    spoil_path_in_digest: "a digest that is none",
+    spoil_media_type: "a layer of a kind that is not fetched",
+    spoil_foreign: "a layer of a kind that is not fetched",
+    spoil_json: "is not the JSON it should be",
+    spoil_nesting: "is not the JSON it should be",
+    spoil_length: "longer than the 4 MB",
+    spoil_list: "is not the JSON it should be",
+    spoil_schema: "no image of file system layers",
+    spoil_number_of_layers: "401 layers; 400 can be stacked",
+    spoil_entry: "its entry '../out' leads out of the image",
+    spoil_whiteout: "is no name",
+}
+
+
+@pytest.mark.parametrize("spoil", LIES, ids=lambda spoil: spoil.__name__)
+def test_lies(fetcher: Fetcher, liar: Liar, spoil: Any) -> None:
+    image = ImageParts.make([BASE])
+    liar.serve(image)
+    spoil(image, liar)
+    text, kind = fetcher.refuse(liar.origin)
+    assert LIES[spoil] in text
+    assert kind == "DriverError"
+    assert "/foreign" not in [seen.path for seen in liar.seen]
+
+
+def test_another_manifest_than_was_asked_for(fetcher: Fetcher, liar: Liar) -> None:
+    image = ImageParts.make([BASE])
+    digest = "sha256:" + "1" * 64
+    liar.serve(image, tag=digest)
+    text, _ = fetcher.refuse(docker_origin(f"{liar.host}/x@{digest}"))
+    assert "sends a manifest of another digest" in text
+
+
+def test_an_index_that_lies(fetcher: Fetcher, liar: Liar) -> None:
+    image = ImageParts.make([BASE])
+    digest = "sha256:" + "1" * 64
+    liar.serve(image, tag=digest)
+    entry = {"digest": digest, "platform": {"os": "linux", "architecture": native()}}
+    liar.files["/v2/x/manifests/latest"] = json.dumps({"mediaType": DOCKER_INDEX, "manifests": [entry]}).encode()
+    assert "sends a manifest of another digest" in fetcher.refuse(liar.origin)[0]
+    liar.files["/v2/x/manifests/latest"] = json.dumps({"manifests": ["x", {}]}).encode()
+    assert "is there for no platform" in fetcher.refuse(liar.origin)[0]
+
+
+def test_authorization_does_not_go_to_another_host(fetcher: Fetcher, liar: Liar) -> None:
+    image = ImageParts.make([BASE])
+    with FileServer() as other:
+        liar.serve(image)
+        path = f"/v2/x/blobs/{image.layers[0].digest}"
+        other.files[path] = liar.files.pop(path)
+        seen_by_liar: list[str] = []
+
+        def blob(request: Any) -> None:
+            seen_by_liar.append(request.headers.get("Authorization", ""))
+            redirect(f"{other.url}{path}")(request)
+
+        def manifest(request: Any) -> None:
+            if "Authorization" in request.headers:
+                send(request, 200, json.dumps(image.manifest).encode())
+            else:
+                send(request, 401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
+
+        liar.answers |= {path: blob, "/v2/x/manifests/latest": manifest}
+        fetcher.fetch(docker_origin(f"{liar.host}/x", username="ci", password="secret"))
+        assert seen_by_liar == [basic("ci", "secret")]
+        assert [seen.headers.get("Authorization") for seen in other.seen] == [None]
+
+
+def test_credentials_stay_on_encrypted_ways(fetcher: Fetcher, tmp_path: Path) -> None:
+    """A registry with TLS whose challenge names a token server without."""
+    client = fetch.Client(5)
+    reference = fetch.Reference.parse("docker://registry.example/x")
+    registry = fetch.Registry(client, reference, fetch.Credentials("ci", "secret"), is_plain=False)
+    with FileServer() as server:
+        with pytest.raises(DriverError, match="without encryption"):
+            registry.authorize([f'Bearer realm="{server.url}/token",service="x"'])
+        assert server.seen == []
+
+
+@pytest.mark.parametrize("code", [404, 429, 500])
+def test_status(fetcher: Fetcher, liar: Liar, code: int) -> None:
+    liar.answers["/v2/x/manifests/latest"] = status(code)
+    text, kind = fetcher.refuse(liar.origin)
+    assert f"HTTP {code}" in text
+    assert kind == ("DriverError" if code == 404 else "TransientError")
+
+
+def test_devices_and_attributes_in_layers(fetcher: Fetcher, registry: Registry) -> None:
+    registry.push("devices", ImageParts.make([
+        make_tar([folder("usr"), Entry("usr/x", kind=tarfile.CHRTYPE), Entry("dev/sda", kind=tarfile.BLKTYPE)])
+    ]))  # fmt: skip
+    image = fetcher.fetch(docker_origin(f"{registry.host}/devices"))
+    assert list((fetcher.store.layer(image.layers[0]) / "usr").iterdir()) == []
+    for name in ("trusted.overlay.opaque", "user.overlay.opaque"):
+        bad = make_tar([folder("usr", pax={f"SCHILY.xattr.{name}": "y"})])
+        registry.push("attributes", ImageParts.make([bad]))
+        text, _ = Fetcher(fetcher.store.root / name).refuse(docker_origin(f"{registry.host}/attributes"))
+        assert f"has the attribute {name}" in text
+
+
+def test_a_layer_without_an_end(fetcher: Fetcher, registry: Registry) -> None:
+    """As some tools make them; the digest says that it is whole."""
+    tar = make_tar([folder("usr"), Entry("usr/x", b"x" * 512)])[: 512 * 3]
+    registry.push("endless", ImageParts.make([tar]))
+    image = fetcher.fetch(docker_origin(f"{registry.host}/endless"))
+    assert (fetcher.store.layer(image.layers[0]) / "usr/x").read_bytes() == b"x" * 512
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("debian", ("docker.io", "library/debian", "latest", "")),
+        ("docker://debian:12", ("docker.io", "library/debian", "12", "")),
+        ("grafana/loki:2.9", ("docker.io", "grafana/loki", "2.9", "")),
+        ("docker.io/debian", ("docker.io", "library/debian", "latest", "")),
+        ("localhost/x", ("localhost", "x", "latest", "")),
+        ("ghcr.io/a/b/c:v1.2-rc", ("ghcr.io", "a/b/c", "v1.2-rc", "")),
+        ("host:5000/x", ("host:5000", "x", "latest", "")),
+        ("[::1]:5000/x:y", ("[::1]:5000", "x", "y", "")),
+        (f"x@sha256:{'a' * 64}", ("docker.io", "library/x", "latest", f"sha256:{'a' * 64}")),
+        (f"h.io/x:t@sha256:{'a' * 64}", ("h.io", "x", "t", f"sha256:{'a' * 64}")),
+    ],
+)
+def test_reference(text: str, expected: tuple[str, ...]) -> None:
+    found = fetch.Reference.parse(text)
+    assert (found.host, found.name, found.tag, found.digest) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "UPPER", "a/../b", "a//b", "x:", "x:a/b", "x@sha256:short", "x@md5:abc", "h.io/", "/x", "x y", "x\ny",
+     "h.io:99/x?y", "user@h.io/x", "h.io/x#y", "h_h.io/x", "..", "x:é"],
+)  # fmt: skip
+def test_no_reference(text: str) -> None:
+    with pytest.raises(DriverError, match="no name of an image"):
+        fetch.Reference.parse(text)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"config": None}, {"config": []}, {"config": {"Env": "x", "Cmd": [1], "User": 5, "StopSignal": None}},
+     {"config": {"Env": ["no equals sign"], "WorkingDir": "a\0b"}}],
+)  # fmt: skip
+def test_configurations_of_any_form(config: dict[str, Any]) -> None:
+    assert fetch.read_image_config(config) == ImageConfig()

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The store, and tasks from fetched images: the built plugin, real servers, real containers."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import driver
+from tests.agent import AgentError, DriverError, Plugin, launch_like_agent
+from tests.containers import Tasks, eventually, make_small_image, output
+from tests.servers import (
+    Entry,
+    Fetcher,
+    FileServer,
+    ImageParts,
+    Registry,
+    basic,
+    basic_auth,
+    folder,
+    make_tar,
+    pack_tree,
+    stall,
+    url_origin,
+)
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def store() -> Iterator[driver.Store]:
+    """The plugin's own store, emptied: the tests run where it is theirs."""
+    yield from empty(driver.Store())
+
+
+def empty(store: driver.Store) -> Iterator[driver.Store]:
+    def clear() -> None:
+        for path in (store.images, store.layers, store.parts, store.work, store.in_use):
+            shutil.rmtree(path, ignore_errors=True)
+
+    clear()
+    yield store
+    clear()
+
+
+@pytest.fixture
+def tasks(plugin: Plugin, image: Path, store: driver.Store) -> Iterator[Tasks]:
+    with Tasks(plugin, image) as made:
+        yield made
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with FileServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def archive(image: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small system: a shell and a few programs."""
+    tree = tmp_path_factory.mktemp("small") / "tree"
+    make_small_image(image, tree, ["dash", "cat", "sleep", "ls", "touch", "id", "getent"])
+    return pack_tree(tree)
+
+
+def download(url: str, **more: object) -> dict[str, Any]:
+    return {"image": "fetched", "read_only": None, "image_download": {"url": url, **more}}
+
+
+# -- tasks from fetched images -------------------------------------------------------------------------------
+
+
+def test_task_from_an_address(tasks: Tasks, server: FileServer, archive: bytes, store: driver.Store) -> None:
+    server.files["/image.tar.gz"] = gzip.compress(archive, 1)
+    config = download(f"{server.url}/image.tar.gz")
+    script = "echo hello; touch /usr/written; ls /usr"
+    task, result = tasks.run(script, **config)
+    assert result.exit_code == 0 and "written" in output(task)
+    messages = [event.message for event in task.events]
+    assert any("Fetching the image" in message for message in messages)
+    assert any(re.search(r"is there after \d", message) for message in messages)
+    again, _ = tasks.run("ls /usr", **config)
+    assert "written" not in output(again), "each task has a root of its own"
+    assert len(server.seen) == 1, "it is fetched once"
+    (layer,) = store.layers.iterdir()
+    assert not (layer / "usr/written").exists()
+
+
+@pytest.mark.parametrize("name", ["image.tar", "image.tar.gz"])
+def test_task_from_an_archive_in_its_directory(tasks: Tasks, archive: bytes, name: str) -> None:
+    """As `artifact` brings it."""
+    task = tasks.make("echo hello", image=f"local/{name}", read_only=None)
+    task.prestart()
+    place = Path(task.task_config().alloc_dir, task.name, "local", name)
+    place.write_bytes(gzip.compress(archive, 1) if name.endswith("gz") else archive)
+    task.start()
+    assert task.wait(60).exit_code == 0
+    assert output(task) == "hello\n"
+
+
+def test_task_from_a_registry(tasks: Tasks, archive: bytes, tmp_path: Path) -> None:
+    """The image says what is run, as whom, where and with which variables; the job can say otherwise."""
+    upper = make_tar([Entry("etc/marker", b"upper layer\n"), Entry("usr/bin/.wh.touch"), folder("work", uid=1)])
+    with Registry(tmp_path / "registry") as registry:
+        registry.push("app", ImageParts.make(
+            [archive, upper], Env=["GREETING=from the image", "OTHER=x"], WorkingDir="/work",
+            Entrypoint=["/bin/sh", "-c"], Cmd=['echo "$GREETING"; cat /etc/marker; cd . && echo "${PWD}"'],
+        ))  # fmt: skip
+        config = {"image": f"docker://{registry.host}/app", "read_only": None}
+        task, result = tasks.run(**config, command=None)
+        assert result.exit_code == 0, result
+        assert output(task) == "from the image\nupper layer\n/work\n"
+        task, _ = tasks.run("echo $GREETING $OTHER; ls /usr/bin", **config, environment=[{"OTHER": "job"}])
+        assert output(task).splitlines()[0] == "from the image job"
+        assert "touch" not in output(task), "a whiteout hides what the lower layer has"
+        go_job = {"image": "app", "read_only": None,
+                  "image_download": {"url": f"{registry.host}/app:latest", "type": "docker"}}  # fmt: skip
+        task, _ = tasks.run("cat /etc/marker", **go_job)
+        assert output(task) == "upper layer\n"
+
+
+def test_stop_signal_of_the_image(tasks: Tasks, archive: bytes, tmp_path: Path) -> None:
+    script = "trap 'echo quit; exit 7' QUIT; echo ready; while :; do sleep 0.05; done"
+    with Registry(tmp_path / "registry") as registry:
+        registry.push("app", ImageParts.make([archive], StopSignal="SIGQUIT"))
+        task = tasks.start(script, image=f"docker://{registry.host}/app", read_only=None)
+        task.logmon.wait_for("ready")
+        task.stop(kill_signal="")
+        assert task.wait(20).exit_code == 7
+
+
+def test_boot_without_init(tasks: Tasks, server: FileServer, archive: bytes) -> None:
+    server.files["/image"] = archive
+    with pytest.raises(DriverError, match=r"boot = true: the image has no init .* set boot = false"):
+        tasks.start(boot=True, **download(f"{server.url}/image"))
+
+
+def test_private_image(tasks: Tasks, archive: bytes, tmp_path: Path) -> None:
+    with Registry(tmp_path / "registry", basic_auth(tmp_path / "auth")) as registry:
+        registry.headers = {"Authorization": basic("ci", "secret")}
+        registry.push("app", ImageParts.make([archive]))
+        config = {"image": f"docker://{registry.host}/app", "read_only": None}
+        with pytest.raises(DriverError, match="needs credentials") as caught:
+            tasks.start("echo hello", **config)
+        assert not caught.value.recoverable
+        task, _ = tasks.run("echo hello", **config, auth={"username": "ci", "password": "secret"})
+        assert output(task) == "hello\n"
+
+
+def test_network_trouble_is_recoverable(tasks: Tasks) -> None:
+    with pytest.raises(DriverError, match="cannot be reached") as caught:
+        tasks.start("echo hello", **download("http://127.0.0.1:1/image"))
+    assert caught.value.recoverable
+
+
+# -- once ----------------------------------------------------------------------------------------------------
+
+
+def test_several_tasks_at_once_fetch_once(tasks: Tasks, server: FileServer, archive: bytes) -> None:
+    server.files["/image"] = archive
+    made = [tasks.make("echo hello", name=f"t{n}", **download(f"{server.url}/image")) for n in range(6)]
+    threads = [threading.Thread(target=task.start) for task in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [task.wait(60).exit_code for task in made] == [0] * 6
+    assert len(server.seen) == 1
+
+
+def test_several_processes_at_once_fetch_once(server: FileServer, archive: bytes, tmp_path: Path) -> None:
+    """As several plugins would."""
+    server.files["/image"] = archive
+    fetcher = Fetcher(tmp_path / "store")
+    request = fetcher.request(url_origin(f"{server.url}/image"))
+    processes = [fetcher.start(request) for _ in range(5)]
+    for process in processes:
+        assert b'"image"' in process.communicate(timeout=60)[0]
+    assert len(server.seen) == 1
+
+
+def test_a_start_that_is_cancelled_ends_the_fetch(plugin: Plugin, tasks: Tasks, server: FileServer) -> None:
+    server.answers["/image"] = stall(bytes(100000), 1000)
+    task = tasks.make("echo hello", **download(f"{server.url}/image"))
+    with pytest.raises(TimeoutError):
+        task.start(timeout=2)
+    assert server.seen
+    eventually(lambda: not fetchers(plugin.pid))
+
+
+def fetchers(plugin: int) -> list[int]:
+    shown = subprocess.run(["pgrep", "-P", str(plugin)], stdout=subprocess.PIPE, check=False, timeout=10)
+    return [pid for pid in map(int, shown.stdout.split())
+            if b"fetch.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+
+
+def test_a_killed_plugin_takes_its_fetch_along(driver_file: Path, store: driver.Store, server: FileServer) -> None:
+    server.answers["/image"] = stall(bytes(100000), 1000)
+    with launch_like_agent(driver_file) as plugin, Tasks(plugin, Path("/nothing")) as tasks:
+        task = tasks.make("echo hello", **download(f"{server.url}/image"))
+
+        def start() -> None:
+            with contextlib.suppress(AgentError):
+                task.start()
+
+        starting = threading.Thread(target=start)
+        starting.start()
+        (fetcher,) = eventually(lambda: fetchers(plugin.pid))
+        plugin.kill_hard()
+        starting.join()
+        eventually(lambda: not Path(f"/proc/{fetcher}").exists())
+        tasks.made = []
+        task.logmon.stop(0)
+        task.allocation.close()
+
+
+# -- collection ----------------------------------------------------------------------------------------------
+
+
+def test_collection_spares_what_is_used(
+    tasks: Tasks, server: FileServer, archive: bytes, store: driver.Store, tmp_path: Path
+) -> None:
+    server.files |= {"/used": archive, "/unused": make_tar([folder("usr")])}
+    task = tasks.start("sleep 300", **download(f"{server.url}/used"))
+    fetcher = Fetcher(store.root)
+    fetcher.fetch(url_origin(f"{server.url}/unused"))
+    assert fetcher.collect(3600) == 0
+    assert fetcher.collect(0) > 0
+    (image,) = store.read_all()
+    assert image.name == f"{server.url}/used"
+    assert [use.task_id for use in store.read_uses()] == [task.task_config().id]
+    task.destroy()
+    assert store.read_uses() == []
+    fetcher.collect(0)
+    assert store.read_all() == [] and not list(store.layers.iterdir())
+    assert not list(store.work.iterdir()) and not list(store.parts.iterdir())
+
+
+def test_shared_layers_stay(registry_images: tuple[Fetcher, list[driver.StoredImage]]) -> None:
+    """Of two images with a common layer one goes."""
+    fetcher, (first, second) = registry_images
+    os.utime(fetcher.store.images / f"{first.key}.json", (1, 1))
+    time.sleep(1.1)
+    os.utime(fetcher.store.images / f"{second.key}.json")
+    fetcher.collect(1)
+    assert fetcher.store.read(first.key) is None
+    assert fetcher.store.read(second.key) == second
+
+
+@pytest.fixture
+def registry_images(tmp_path: Path) -> Iterator[tuple[Fetcher, list[driver.StoredImage]]]:
+    from tests.servers import docker_origin
+
+    fetcher = Fetcher(tmp_path / "store")
+    base, top = make_tar([folder("usr")]), make_tar([folder("top")])
+    with Registry(tmp_path / "registry") as registry:
+        registry.push("one", ImageParts.make([base, make_tar([folder("other")])]))
+        registry.push("two", ImageParts.make([base, top]))
+        yield fetcher, [fetcher.fetch(docker_origin(f"{registry.host}/{name}")) for name in ("one", "two")]
+
+
+def test_the_plugin_collects(driver_file: Path, image: Path, store: driver.Store, server: FileServer,
+                             archive: bytes) -> None:  # fmt: skip
+    """When a task is destroyed, after the delay of the plugin's block."""
+    server.files["/image"] = archive
+    with launch_like_agent(driver_file) as plugin:
+        plugin.set_config({"image_gc_delay": "0s"})
+        with Tasks(plugin, image) as tasks:
+            tasks.run("echo hello", **download(f"{server.url}/image"))
+            assert store.read_all()
+        eventually(lambda: not store.read_all() and not list(store.layers.iterdir()))
+
+
+def test_images_for_people(tasks: Tasks, server: FileServer, archive: bytes, driver_file: Path) -> None:
+    server.files["/image"] = archive
+    task = tasks.start("sleep 300", **download(f"{server.url}/image"))
+    printed = subprocess.run(
+        [driver_file, "images"], stdout=subprocess.PIPE, check=True, text=True, timeout=60
+    ).stdout
+    assert printed.splitlines()[0].split() == ["IMAGE", "TYPE", "SIZE", "FETCHED", "LAST", "USE", "USED", "BY"]
+    line = printed.splitlines()[1]
+    assert f"{server.url}/image" in line and task.allocation.id in line and "MB" in line and "ago" in line
+
+
+def test_kill_at_any_moment_of_a_fetch(server: FileServer, archive: bytes, tmp_path: Path) -> None:
+    """After 50 kills at random moments the store serves, and collection leaves nothing of them."""
+    server.files["/image"] = gzip.compress(archive, 1)
+    fetcher = Fetcher(tmp_path / "store")
+    origin = url_origin(f"{server.url}/image")
+    begun = time.monotonic()
+    fetcher.fetch(origin)
+    whole = time.monotonic() - begun
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    for _ in range(50):
+        request = {**fetcher.request(origin), "force": True}
+        if chance.random() < 0.5:
+            fetcher.collect(0)
+        process = fetcher.start(request)
+        time.sleep(chance.uniform(0, 1.2 * whole))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        image = fetcher.store.read(origin.key)
+        if image:
+            (name,) = image.layers
+            assert (fetcher.store.layer(name) / "usr/bin/dash").exists(), seed
+    image = fetcher.fetch(origin)
+    (name,) = image.layers
+    assert pack_tree(fetcher.store.layer(name)) == archive, seed
+    fetcher.collect(0)
+    for folder_ in (fetcher.store.images, fetcher.store.layers, fetcher.store.parts, fetcher.store.work):
+        assert not list(folder_.iterdir()), seed
+
+
+# -- the records ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"key": 1}', "[" * 9999])
+def test_damaged_records_are_none(tmp_path: Path, text: str) -> None:
+    store = driver.Store(tmp_path / "store")
+    store.prepare()
+    (store.images / "abc.json").write_text(text)
+    (store.in_use / "task").write_text(text)
+    assert store.read("abc") is None and store.read_all() == [] and store.read_uses() == []
+    assert store.find_garbage(3600)
