@@ -4852,6 +4852,8 @@ class Task:
         leader = self.state.leader
         if leader is None or self.state.mode is not Mode.PROCESS_TWO:
             return leader
+        if not is_confined(leader.pid, self.state.mode):  # what looks up its user is a child, too
+            return None
         # Later children are orphans the stub has inherited. It is not always 2: to look a user up takes processes.
         children = [
             (read_inner_pid(pid), process) for pid in read_children(leader.pid) if (process := ProcessId.of(pid))
@@ -4959,6 +4961,18 @@ class Task:
 
 def read_nspawn_log(directory: Path) -> list[str]:
     return parse_nspawn_log(read_text(directory / "nspawn.log"))
+
+
+def is_confined(leader: int, mode: Mode) -> bool:
+    """Tell whether nspawn has done with a container's first process: it has executed the payload, or become the
+    stub, which is nspawn's own program under another name."""
+    if mode is Mode.PROCESS_TWO:
+        return read_text(Path(f"/proc/{leader}/comm")).startswith("(sd-stubinit")
+    nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
+    try:
+        return not nspawn or not os.path.samefile(f"/proc/{leader}/exe", nspawn)
+    except OSError:  # it has ended
+        return False
 
 
 def read_inner_pid(pid: int) -> int:
@@ -5882,7 +5896,8 @@ def find_cgroups(pid: int) -> list[str]:
     for line in read_text(Path(f"/proc/{pid}/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
         root = roots.get(controllers)
-        if root and ".." not in path.split("/"):
+        # Inside another container the kernel lists hierarchies that are mounted nowhere.
+        if root and ".." not in path.split("/") and (root / "cgroup.procs").exists():
             found.append(f"{root}{path}")
     return found
 
@@ -5956,7 +5971,7 @@ class Exec:
             raise DriverError(f"task {self.task.state.task_id} has ended: nothing can be executed in it")
         self.helper.entering.append(self)
         try:
-            self.namespace = os.readlink(f"/proc/{leader.pid}/ns/pid")
+            await self.wait_confined(leader)
             self.control = await self.helper.connect()
             while not self.pid:
                 message, descriptors, sender = await receive_message(self.control)
@@ -5980,6 +5995,19 @@ class Exec:
             os.close(process)
             if self.is_given_up:
                 self.close()
+
+    async def wait_confined(self, leader: ProcessId) -> None:
+        """Return when the container's first process is no more nspawn on its way to be confined: nspawn says READY
+        before that (257 and later well before), and a command would get rights that the payload never has."""
+        for _ in range(1000):
+            if is_confined(leader.pid, self.task.state.mode):
+                with contextlib.suppress(OSError):  # it ends just now: the helper will tell
+                    self.namespace = os.readlink(f"/proc/{leader.pid}/ns/pid")
+                return
+            if not leader.is_alive or self.is_given_up:
+                break
+            await asyncio.sleep(0.01)
+        raise self.explain_silence("the container is still being set up")
 
     def follow(self, kind: str, text: str, descriptors: Sequence[int]) -> None:
         """Act on a message of the helper."""
