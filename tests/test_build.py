@@ -139,7 +139,7 @@ def read_machine(elf: bytes) -> int:
 def copy_checkout(target: Path) -> Path:
     """The sources with other modes and times, and the tools and wheels that are there already."""
     (target / "build").mkdir(parents=True)
-    for name in ("build.sh", "driver.py", "requirements.lock", "requirements-dev.txt"):
+    for name in ("build.sh", "driver.py", "fetch.py", "requirements.lock", "requirements-dev.txt"):
         shutil.copyfile(TOP / name, target / name)
     shutil.copytree(TOP / "nomad_pb", target / "nomad_pb", ignore=shutil.ignore_patterns("__pycache__"))
     for path in (TOP / "build").glob("libraries-*"):
