@@ -558,6 +558,19 @@ def read_boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+UNIT_PATHS = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+
+
+def have_machined() -> bool:
+    """Whether systemd-machined can be called: the call starts it, unless it is masked."""
+    if not all(map(os.path.exists, ("/run/systemd/system", "/run/dbus/system_bus_socket"))):
+        return False
+    found = [path for folder in UNIT_PATHS if os.path.lexists(path := f"{folder}/systemd-machined.service")]
+    return (
+        bool(found) and os.path.realpath(found[0]) != "/dev/null" and bool(shutil.which("busctl", path=SAFE_PATH))
+    )
+
+
 def read_host() -> Host:
     nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
     systemd = read_nspawn_version(nspawn, os.stat(nspawn).st_mtime) if nspawn else 0
@@ -1389,7 +1402,8 @@ FILE_OPTIONS: tuple[Option, ...] = (
 
 SECURITY_OPTIONS: tuple[Option, ...] = (
     Option("capability", Kind.STRINGS,
-           "Capabilities the container gets beside the default ones; `all` for all there are.",
+           "Capabilities the container gets beside the default ones; `all` for all there are. Without user "
+           "namespaces `CAP_MKNOD` is no default one.",
            '["CAP_NET_ADMIN"]', default=(), aliases=("cap_add",), check=are_capabilities, gate=Gate.CAPABILITIES,
            argument="--capability"),
     Option("drop_capability", Kind.STRINGS,
@@ -3450,9 +3464,16 @@ def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[
         f"--machine={plan_machine(task.name, task.alloc_id)}",
         *([f"--uuid={task.alloc_id}"] if UUID.fullmatch(task.alloc_id) else []),
         *(["--restrict-address-families="] if is_noisy else []),
+        *([] if can_make_devices(values) else ["--drop-capability=CAP_MKNOD"]),
         *arguments,
         *(["--", *values["command"]] if values["command"] else []),  # what follows "--" is data
     )
+
+
+def can_make_devices(values: Values) -> bool:
+    """Whether a container may make device nodes. Nothing else keeps it from the host's disks: a task's cgroup has
+    no device policy. In a user namespace the kernel itself refuses."""
+    return bool(values["user_namespacing"]) or not {"CAP_MKNOD", "all"}.isdisjoint(values["capability"])
 
 
 def plan_prefix(values: Values) -> tuple[str, ...]:
@@ -4763,6 +4784,82 @@ class TaskEvent:
     at: float  # Unix time
 
 
+FINGERPRINT_PERIOD = 30.0  # seconds between two looks at the host
+REGISTRY = Path("/run/systemd/machines")  # systemd-machined has a file there for each machine it knows
+REGISTER_LIMIT = 5.0  # seconds for a call
+
+
+class Machined:
+    """Tells systemd-machined of the machines, for `machinectl` and `journalctl -M`. Nothing depends on it: calls
+    are made in the background, one at a time, and when one fails none is made for a while.
+
+    Before 262 it forgets machines in cgroups that systemd has not made, whenever it or systemd is reloaded and
+    when `machinectl status` has asked for their unit (measured on 252 and 257): so they are told again with each
+    look at the host. nspawn's own --register=yes would wait for the answer, and fail where machined is masked.
+    """
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.registering: tuple[str, ProcessId] = ("", NO_PROCESS)  # a machine, and the call for it
+        self.rests_until = 0.0
+        self.calls: set[asyncio.Task[None]] = set()
+
+    def tell(self, state: State, *, has_ended: bool) -> None:
+        """Register a machine, or take it off the list; returns at once."""
+        if has_ended and self.registering[0] == state.machine:
+            self.registering[1].send(signal.SIGKILL)  # machined does not answer
+        if state.leader and have_machined():
+            call = asyncio.create_task(self.update(state, has_ended))
+            self.calls.add(call)
+            call.add_done_callback(self.calls.discard)
+
+    async def update(self, state: State, has_ended: bool) -> None:
+        async with self.turn:
+            leader, entry = state.leader, REGISTRY / state.machine
+            assert leader
+            if entry.exists() is not has_ended or time.monotonic() < self.rests_until:
+                return
+            if has_ended:
+                await self.call("UnregisterMachine", state, "s", state.machine)
+            elif leader.is_alive:
+                await self.register(state, leader)
+
+    async def register(self, state: State, leader: ProcessId) -> None:
+        words = ("nspawn", "container", leader.pid, f"/proc/{leader.pid}/root")
+        await self.call("RegisterMachine", state, "sayssus", state.machine, *render_machine_id(state), *words)
+        is_listed = (REGISTRY / state.machine).exists()
+        if not leader.is_alive:
+            if is_listed:
+                await self.call("UnregisterMachine", state, "s", state.machine)
+        elif not is_listed:
+            self.rests_until = time.monotonic() + FINGERPRINT_PERIOD / 2
+            log.debug("systemd-machined does not take the machine", machine=state.machine)
+
+    async def call(self, method: str, state: State, *words: object) -> None:
+        path = ("org.freedesktop.machine1", "/org/freedesktop/machine1", "org.freedesktop.machine1.Manager")
+        argv = ["busctl", "--quiet", f"--timeout={REGISTER_LIMIT:g}", "call", *path, method, *map(str, words)]
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            process = start_process(argv, environ={"PATH": SAFE_PATH}, stdin=null, stdout=null, stderr=null)
+        finally:
+            os.close(null)
+        self.registering = (state.machine if method == "RegisterMachine" else "", process)
+        try:
+            await asyncio.wait_for(process.wait(), REGISTER_LIMIT + 1)
+        except asyncio.TimeoutError:
+            process.send(signal.SIGKILL)
+            await process.wait()
+        finally:
+            self.registering = ("", NO_PROCESS)
+
+
+def render_machine_id(state: State) -> list[object]:
+    """Return the allocation's id, or for ids that are none of 16 bytes no id, as D-Bus has it."""
+    digits = split_id(state.task_id)[0].replace("-", "")
+    number = bytes.fromhex(digits) if UUID.fullmatch(digits) else b""
+    return [len(number), *number]
+
+
 class Task:
     """A started task. Every way to learn of its end leads through `watch`."""
 
@@ -5372,6 +5469,7 @@ class Tasks:
 
     def __init__(self, events: Events) -> None:
         self.events = events
+        self.machined = Machined()
         self.known: dict[str, Task] = {}
         self.starting: set[asyncio.Task[Task]] = set()
 
@@ -5391,8 +5489,18 @@ class Tasks:
             self.starting.add(start)
             start.add_done_callback(self.starting.discard)
             task = await start
-        self.known[plan.task_id] = task
+        self.adopt(task)
         return task
+
+    def adopt(self, task: Task) -> None:
+        self.known[task.state.task_id] = task
+        self.machined.tell(task.state, has_ended=False)
+        task.watcher.add_done_callback(lambda _: self.machined.tell(task.state, has_ended=True))
+
+    def remind_machined(self) -> None:
+        for task in self.known.values():
+            if not task.ended.is_set():
+                self.machined.tell(task.state, has_ended=False)
 
     async def clear(self, plan: Plan) -> None:
         """End and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same
@@ -5415,7 +5523,7 @@ class Tasks:
         is_running = state.keeper.is_alive or bool(state.leader and state.leader.is_alive)
         if state.task_id != task_id or not is_here or not (is_running or read_record(state.directory)):
             raise TaskNotFound(task_id)
-        self.known[task_id] = Task(state, self.events)
+        self.adopt(Task(state, self.events))
 
     async def destroy(self, task_id: str) -> None:
         """Kill and remove a task; from its id alone if need be, and without complaint if there is none."""
@@ -6443,7 +6551,6 @@ def read_cpu_mhz() -> float:
     return sum(map(float, speeds)) / len(speeds) if speeds else 1000.0
 
 
-FINGERPRINT_PERIOD = 30.0  # seconds
 COLLECTION_DELAY = 86400.0  # seconds
 
 
@@ -6493,6 +6600,7 @@ class DriverService:
                 if current != last:
                     yield current
                     last = current
+                self.tasks.remind_machined()
                 await asyncio.sleep(FINGERPRINT_PERIOD)
                 self.collect_images()
         finally:
@@ -6510,6 +6618,7 @@ class DriverService:
         response.attributes[f"driver.{PLUGIN_NAME}.version"].string_val = __version__
         response.attributes[f"driver.{PLUGIN_NAME}.systemd"].int_val = host.systemd
         response.attributes[f"driver.{PLUGIN_NAME}.cgroups"].string_val = host.cgroups.value
+        response.attributes[f"driver.{PLUGIN_NAME}.machined"].bool_val = have_machined()
         response.attributes[f"driver.{PLUGIN_NAME}.limits"].string_val = ",".join(host.limits)
         response.attributes[f"driver.{PLUGIN_NAME}.volumes"].bool_val = self.config["volumes"]
         return response

@@ -39,6 +39,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+if not __package__:  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+import driver  # noqa: E402 # what stands above is needed to find it
+
 CACHE = Path(os.environ.get("IMAGE_CACHE", "/var/cache/nomad-driver-nspawn-tests"))
 CONTAINER_IMAGE = CACHE / "debian-bookworm"  # what tests run as tasks; made by build.sh
 BUILT = "nomad-driver-nspawn"
@@ -378,6 +383,8 @@ class Container(Host):
         tree = make_tree(suite)
         name = f"host-{suite}-{os.getpid()}-{os.urandom(2).hex()}"
         self.work = tempfile.TemporaryDirectory(prefix="host-")
+        self.cgroup = (driver.read_cgroup_mode().root or Path(self.work.name)) / name
+        self.cgroup.mkdir()
         argv = [
             "systemd-nspawn", "--quiet", "--boot", f"--directory={tree}", "--volatile=overlay",
             f"--machine={name}", "--register=no", "--keep-unit", "--settings=no", "--capability=all",
@@ -392,8 +399,15 @@ class Container(Host):
         with notify, open(Path(self.work.name, "console"), "wb") as console:
             notify.bind(f"{self.work.name}/notify")
             self.process = subprocess.Popen(
-                # A mount namespace of its own: nothing it mounts is left here, whatever ends it.
-                ["unshare", "--mount", "--propagation=slave", *argv],
+                # A cgroup of its own, or hosts of several runs would share one; and a mount namespace: nothing it
+                # mounts is left here, whatever ends it.
+                [
+                    "sh",
+                    "-c",
+                    'echo 0 >"$0/cgroup.procs"; exec unshare --mount --propagation=slave "$@"',
+                    str(self.cgroup),
+                    *argv,
+                ],
                 env={
                     "PATH": f"{os.defpath}:/usr/sbin:/sbin",
                     "NOTIFY_SOCKET": f"{self.work.name}/notify",
@@ -458,6 +472,11 @@ class Container(Host):
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        for _ in range(50):  # killed processes leave their cgroups a moment later
+            driver.remove_cgroup(str(self.cgroup))
+            if not self.cgroup.exists():
+                break
+            time.sleep(0.02)
         self.work.cleanup()
 
 

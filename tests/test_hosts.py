@@ -34,6 +34,7 @@ PARTS = (
     Part("container", ("tests/test_task.py",), suites=("trixie", "sid")),
     Part("container", ("tests/test_recover.py", "tests/test_logs.py"), suites=("trixie", "sid")),
     Part("container", ("tests/test_exec.py",), suites=("trixie", "sid")),
+    Part("container", ("tests/test_machined.py",)),
     Part("container", ("tests/test_effects.py", "-k", "not udev")),
     Part("machine", ("tests/test_effects.py", "-k", "udev")),
     Part("container", ("tests/test_roots.py", "-k", "not file_system"), suites=("trixie", "sid")),

@@ -322,11 +322,24 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
 ]
 
 
+NO_DEVICES = "--drop-capability=CAP_MKNOD"
+
+
+def test_device_nodes_are_made_by_nobody_but_whom_the_operator_lets() -> None:
+    for capability in (["CAP_MKNOD"], ["all"]):
+        assert NO_DEVICES not in plan({"user_namespacing": False, "capability": capability}).argv
+    assert NO_DEVICES in plan({"user_namespacing": False, "capability": ["CAP_NET_ADMIN"]}).argv
+    assert NO_DEVICES not in plan({}).argv, "the kernel refuses in a user namespace"
+
+
 @pytest.mark.parametrize(("options", "middle", "after"), GOLDEN)
 def test_argv(options: dict[str, object], middle: tuple[str, ...], after: tuple[str, ...]) -> None:
     have_users = any(re.match("--private-users=[^i]", word) for word in middle)
     volumes = VOLUMES if have_users else [volume.removesuffix(":idmap") for volume in VOLUMES]
-    expected = (*HEAD, *middle, *volumes, *(("--", *after) if after else ()))
+    head = (
+        HEAD if any(word.startswith("--private-users=") for word in middle) else (*HEAD[:-1], NO_DEVICES, HEAD[-1])
+    )
+    expected = (*head, *middle, *volumes, *(("--", *after) if after else ()))
     assert plan(options).argv == expected
     assert plan(dict(reversed(options.items()))).argv == expected
 
