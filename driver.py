@@ -5733,7 +5733,8 @@ class Entry:
         os.setresgid(user[1], user[1], user[1])
         os.setresuid(user[0], user[0], user[0])
         if user[0]:
-            self.set_capabilities(0, self.CAP_SYS_ADMIN | self.plan["ambient"], 0)  # files are opened as the user
+            # Files are opened as the user. What is inheritable must be said while it is permitted.
+            self.set_capabilities(0, self.CAP_SYS_ADMIN | self.plan["ambient"], self.plan["inheritable"])
         try:
             os.chdir(self.plan["directory"])
         except OSError as error:
@@ -5776,7 +5777,7 @@ class Entry:
 
         ambient = self.plan["ambient"]
         rights = ambient if uid else self.plan["bounding"]
-        inheritable = ambient if uid else self.plan["inheritable"]
+        inheritable = self.plan["inheritable"] | ambient  # a user's payload has none, until systemd 262
         needed = rights | self.CAP_SYS_ADMIN  # to install filters
         self.set_capabilities(needed, needed, inheritable)
         if self.plan["no_new_privs"]:
@@ -6113,7 +6114,7 @@ class Exec:
                     self.namespace = os.readlink(f"/proc/{leader.pid}/ns/pid")
                 return
             if not leader.is_alive or self.is_given_up:
-                break
+                raise DriverError(f"task {self.task.state.task_id} has ended")
             await asyncio.sleep(0.01)
         raise self.explain_silence("the container is still being set up")
 
