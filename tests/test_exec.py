@@ -249,7 +249,7 @@ def test_command_at_once_after_the_start_is_confined_too(tasks: Tasks, mode: dic
         )
         ours = confinement(shown(task, "cat /proc/self/status"))
         assert ours == confinement(shown(task, f"cat /proc/{payload(task)}/status"))
-        assert ours["CapBnd"] == "00000000fcecafff" and ours["Seccomp"] == "2"
+        assert ours["CapBnd"] == "00000000f4ecafff" and ours["Seccomp"] == "2"
         task.destroy()
 
 
