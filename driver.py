@@ -4501,6 +4501,8 @@ def render_size(size: float) -> str:
 # in place of /dev/kmsg: the payload's stderr stays the payload's, and the plugin can read what went wrong.
 # =====================================================================================================
 
+KEEPER_NAME = "nomad-nspawn-keeper"
+
 # Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. It starts when
 # a line comes on stdin: if the plugin dies before its pid is on disk, nothing has happened. Its variables have a
 # prefix that no variable of a job in its environment has (STEERING).
@@ -4621,7 +4623,7 @@ def start_shell(
         "LANG": "C.UTF-8",
         "NOTIFY_SOCKET": str(state_dir / "notify"),
     }
-    argv = ["sh", "-c", KEEPER, "nomad-nspawn-keeper", str(state_dir), plan.cgroup]
+    argv = ["sh", "-c", KEEPER, KEEPER_NAME, str(state_dir), plan.cgroup]
     argv += ["filter" if plan.wants_filter else ""]
     own = plan.argv.index(f"--machine={plan.machine}") + 1
     argv = [*plan.network.entry, *argv, *plan.prefix, *plan.argv[:own], *arguments, *plan.argv[own:]]
@@ -5078,6 +5080,17 @@ def read_inner_pid(pid: int) -> int:
     return int(match[1]) if match else 0
 
 
+def find_keeper(directory: Path) -> ProcessId:
+    """Return the keeper of a task whose plugin died before it had written it down. It ends by itself, but holds
+    the task's locks until then."""
+    wanted = f"\0{KEEPER_NAME}\0{directory}\0".encode()
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if wanted in entry.read_bytes():
+                return ProcessId.of(int(entry.parent.name)) or NO_PROCESS
+    return NO_PROCESS
+
+
 def kill_processes(state: State) -> None:
     """Kill all there is of a task. Without cgroup.kill: the keeper's process group, where nspawn is too, and the
     leader, with which the container's process namespace ends."""
@@ -5532,7 +5545,10 @@ class Tasks:
             directory = state_directory(task_id)
             if not directory.exists():
                 return
-            task = Task(read_state(directory) or guess_state(task_id), self.events)
+            state = read_state(directory) or guess_state(task_id)
+            if state.keeper == NO_PROCESS:
+                state = replace(state, keeper=find_keeper(directory))
+            task = Task(state, self.events)
         await task.destroy()
         self.known.pop(task_id, None)
 
