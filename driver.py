@@ -571,6 +571,11 @@ def have_machined() -> bool:
     )
 
 
+def have_user_namespaces() -> bool:
+    most = read_text(Path("/proc/sys/user/max_user_namespaces")).strip()
+    return os.path.exists("/proc/self/ns/user") and most != "0"
+
+
 def read_host() -> Host:
     nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
     systemd = read_nspawn_version(nspawn, os.stat(nspawn).st_mtime) if nspawn else 0
@@ -6631,13 +6636,21 @@ class DriverService:
         healthy = driver_pb2.FingerprintResponse.HEALTHY
         response.health = healthy if host.is_healthy else driver_pb2.FingerprintResponse.UNHEALTHY
         response.health_description = host.sentence
-        response.attributes[f"driver.{PLUGIN_NAME}"].bool_val = True
-        response.attributes[f"driver.{PLUGIN_NAME}.version"].string_val = __version__
-        response.attributes[f"driver.{PLUGIN_NAME}.systemd"].int_val = host.systemd
-        response.attributes[f"driver.{PLUGIN_NAME}.cgroups"].string_val = host.cgroups.value
-        response.attributes[f"driver.{PLUGIN_NAME}.machined"].bool_val = have_machined()
-        response.attributes[f"driver.{PLUGIN_NAME}.limits"].string_val = ",".join(host.limits)
-        response.attributes[f"driver.{PLUGIN_NAME}.volumes"].bool_val = self.config["volumes"]
+        name = f"driver.{PLUGIN_NAME}"
+        response.attributes[name].bool_val = True
+        response.attributes[f"{name}.version"].string_val = __version__
+        response.attributes[f"{name}.systemd"].int_val = host.systemd
+        response.attributes[f"{name}.cgroups"].string_val = host.cgroups.value
+        response.attributes[f"{name}.limits"].string_val = ",".join(host.limits)
+        features = {
+            "user_namespaces": have_user_namespaces(),
+            "idmap": host.kernel >= OVERLAY_IDMAP,
+            "machined": have_machined(),
+            "networkd": Path("/run/systemd/netif/state").exists(),
+            "volumes": self.config["volumes"],
+        }
+        for feature, is_there in features.items():
+            response.attributes[f"{name}.{feature}"].bool_val = is_there
         return response
 
     @answers
