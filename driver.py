@@ -571,11 +571,6 @@ def have_machined() -> bool:
     )
 
 
-def have_user_namespaces() -> bool:
-    most = read_text(Path("/proc/sys/user/max_user_namespaces")).strip()
-    return os.path.exists("/proc/self/ns/user") and most != "0"
-
-
 def read_host() -> Host:
     nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
     systemd = read_nspawn_version(nspawn, os.stat(nspawn).st_mtime) if nspawn else 0
@@ -2076,7 +2071,7 @@ def find_version(path: Path) -> Path | None:
         match = re.fullmatch(pattern, entry.name)
         if match and entry.is_dir() != bool(suffix):
             version, _, architecture = match["version"].rpartition("_")
-            if not version or architecture not in ARCHITECTURES.values():
+            if not version or architecture not in FOREIGN | {*ARCHITECTURES.values()}:
                 version, architecture = match["version"], ""
             if architecture in ("", ARCHITECTURES.get(os.uname().machine)):
                 is_spent = (match["tries"] or "").startswith(("+0-", "+0")) and bool(match["tries"])
@@ -2096,6 +2091,12 @@ ARCHITECTURES = {  # of uname to systemd's names
     "x86_64": "x86-64", "aarch64": "arm64", "i686": "x86", "armv7l": "arm", "riscv64": "riscv64", "s390x": "s390x",
     "ppc64le": "ppc64-le", "loongarch64": "loongarch64",
 }  # fmt: skip
+
+
+FOREIGN = frozenset((
+    "alpha", "arc", "arc-be", "arm-be", "arm64-be", "cris", "hppa", "ia64", "m68k", "mips", "mips-le", "mips64",
+    "mips64-le", "nios2", "ppc", "ppc-le", "ppc64", "riscv32", "s390", "sh", "sh64", "sparc", "sparc64", "tilegx",
+))  # fmt: skip
 
 
 def compare_versions(left: str, right: str) -> int:
@@ -4506,8 +4507,6 @@ def render_size(size: float) -> str:
 # in place of /dev/kmsg: the payload's stderr stays the payload's, and the plugin can read what went wrong.
 # =====================================================================================================
 
-KEEPER_NAME = "nomad-nspawn-keeper"
-
 # Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. It starts when
 # a line comes on stdin: if the plugin dies before its pid is on disk, nothing has happened. Its variables have a
 # prefix that no variable of a job in its environment has (STEERING).
@@ -4628,7 +4627,7 @@ def start_shell(
         "LANG": "C.UTF-8",
         "NOTIFY_SOCKET": str(state_dir / "notify"),
     }
-    argv = ["sh", "-c", KEEPER, KEEPER_NAME, str(state_dir), plan.cgroup]
+    argv = ["sh", "-c", KEEPER, "nomad-nspawn-keeper", str(state_dir), plan.cgroup]
     argv += ["filter" if plan.wants_filter else ""]
     own = plan.argv.index(f"--machine={plan.machine}") + 1
     argv = [*plan.network.entry, *argv, *plan.prefix, *plan.argv[:own], *arguments, *plan.argv[own:]]
@@ -5085,17 +5084,6 @@ def read_inner_pid(pid: int) -> int:
     return int(match[1]) if match else 0
 
 
-def find_keeper(directory: Path) -> ProcessId:
-    """Return the keeper of a task whose plugin died before it had written it down. It ends by itself, but holds
-    the task's locks until then."""
-    wanted = f"\0{KEEPER_NAME}\0{directory}\0".encode()
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if wanted in entry.read_bytes():
-                return ProcessId.of(int(entry.parent.name)) or NO_PROCESS
-    return NO_PROCESS
-
-
 def kill_processes(state: State) -> None:
     """Kill all there is of a task. Without cgroup.kill: the keeper's process group, where nspawn is too, and the
     leader, with which the container's process namespace ends."""
@@ -5550,10 +5538,7 @@ class Tasks:
             directory = state_directory(task_id)
             if not directory.exists():
                 return
-            state = read_state(directory) or guess_state(task_id)
-            if state.keeper == NO_PROCESS:
-                state = replace(state, keeper=find_keeper(directory))
-            task = Task(state, self.events)
+            task = Task(read_state(directory) or guess_state(task_id), self.events)
         await task.destroy()
         self.known.pop(task_id, None)
 
@@ -6636,21 +6621,13 @@ class DriverService:
         healthy = driver_pb2.FingerprintResponse.HEALTHY
         response.health = healthy if host.is_healthy else driver_pb2.FingerprintResponse.UNHEALTHY
         response.health_description = host.sentence
-        name = f"driver.{PLUGIN_NAME}"
-        response.attributes[name].bool_val = True
-        response.attributes[f"{name}.version"].string_val = __version__
-        response.attributes[f"{name}.systemd"].int_val = host.systemd
-        response.attributes[f"{name}.cgroups"].string_val = host.cgroups.value
-        response.attributes[f"{name}.limits"].string_val = ",".join(host.limits)
-        features = {
-            "user_namespaces": have_user_namespaces(),
-            "idmap": host.kernel >= OVERLAY_IDMAP,
-            "machined": have_machined(),
-            "networkd": Path("/run/systemd/netif/state").exists(),
-            "volumes": self.config["volumes"],
-        }
-        for feature, is_there in features.items():
-            response.attributes[f"{name}.{feature}"].bool_val = is_there
+        response.attributes[f"driver.{PLUGIN_NAME}"].bool_val = True
+        response.attributes[f"driver.{PLUGIN_NAME}.version"].string_val = __version__
+        response.attributes[f"driver.{PLUGIN_NAME}.systemd"].int_val = host.systemd
+        response.attributes[f"driver.{PLUGIN_NAME}.cgroups"].string_val = host.cgroups.value
+        response.attributes[f"driver.{PLUGIN_NAME}.machined"].bool_val = have_machined()
+        response.attributes[f"driver.{PLUGIN_NAME}.limits"].string_val = ",".join(host.limits)
+        response.attributes[f"driver.{PLUGIN_NAME}.volumes"].bool_val = self.config["volumes"]
         return response
 
     @answers

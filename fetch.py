@@ -527,6 +527,7 @@ class Unpacker:
             with tarfile.open(
                 fileobj=source,
                 mode="r|",
+                bufsize=CHUNK,
                 tarinfo=LayerEntry if self.is_layer else Entry,
                 encoding="utf-8",
                 errors="surrogateescape",
@@ -1156,8 +1157,12 @@ class Fetch:
         tree = work / "tree"
         tree.mkdir(mode=0o755)
         unpacker = Unpacker(tree, self.limit, is_layer=bool(wanted))
-        with decompressed(path) as stream:
+        result = None
+        # Outside, so that the tool ends; what has filled the memory is free afterwards.
+        with contextlib.suppress(MemoryError), decompressed(path) as stream:
             result = unpacker.run(stream)
+        if result is None:
+            raise DriverError("the archive needs more memory to unpack than it may have")
         if wanted and result.digest != wanted:
             raise DriverError(f"a layer's contents are not what the image says they are (sha256:{wanted})")
         if result.devices:

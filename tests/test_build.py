@@ -198,7 +198,8 @@ def test_contents(driver_file: Path) -> None:
     assert len(set(names)) == len(names)
     ours = {name for name in names if name.startswith(("site-packages/nomad_pb/", "site-packages/driver"))}
     assert ours == {
-        f"site-packages/{path.relative_to(TOP)}" for path in [TOP / "driver.py", *TOP.glob("nomad_pb/*.py")]
+        f"site-packages/{path.relative_to(TOP)}"
+        for path in [TOP / "driver.py", TOP / "fetch.py", *TOP.glob("nomad_pb/*.py")]
     }
     assert not [name for name in names if "__pycache__" in name]
     assert {"grpcio", "msgpack", "protobuf", "typing_extensions"} == {

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -422,3 +425,148 @@ def test_command_in_a_mount(root: Path, tmp_path: Path) -> None:
 def test_commands_relative_to_the_working_directory_are_not_judged(root: Path, command: str) -> None:
     """They start in `working_directory`, which is not known here: "there is no" would often be wrong."""
     assert driver.explain_command(command, SEARCH, root, {}) == ""
+
+
+# -- versions ------------------------------------------------------------------------------------------------
+
+
+def test_versions_in_order() -> None:
+    """Each is older than all after it, as the UAPI group's specification has it; systemd-analyze says the same,
+    where it is installed."""
+    plain = ["1~rc1", "1~rc2", "1", "1^post1", "1.0", "1.1", "1.2a", "1.10", "2", "11", "123~rc1", "123"]
+    for number, old in enumerate(plain):
+        assert driver.compare_versions(old, old) == 0
+        for new in plain[number + 1 :]:
+            assert driver.compare_versions(old, new) < 0 < driver.compare_versions(new, old), (old, new)
+            if shutil.which("systemd-analyze"):
+                argv = ["systemd-analyze", "compare-versions", old, "lt", new]
+                done = subprocess.run(argv, stdout=subprocess.DEVNULL, check=False, timeout=10)
+                assert done.returncode == 0, (old, new)
+
+
+@given(st.text("019ab.-~^+_", max_size=6), st.text("019ab.-~^+_", max_size=6))
+def test_versions_have_an_order(left: str, right: str) -> None:
+    assert (driver.compare_versions(left, right) > 0) == (driver.compare_versions(right, left) < 0)
+
+
+def test_newest_version(machines: Path) -> None:
+    make_tree(machines / "debian.v/debian_12.9")
+    make_tree(machines / "debian.v/debian_12.10")
+    make_tree(machines / "debian.v/debian_13~rc1+0-3")  # all tries are spent
+    make_tree(machines / "debian.v/debian_14_mips64")  # another machine's
+    make_tree(machines / "debian.v/other_99")
+    (machines / "debian.v/debian_98").touch()
+    for name in ("debian", "debian.v"):
+        assert find(name).path == machines / "debian.v/debian_12.10"
+    native = {"x86_64": "x86-64", "aarch64": "arm64"}[os.uname().machine]
+    make_tree(machines / f"debian.v/debian_13_{native}+2")
+    assert find("debian").path.name == f"debian_13_{native}+2"
+
+
+def test_newest_disk_image(machines: Path) -> None:
+    folder = machines / "debian.raw.v"
+    make_tree(folder / "debian_9")
+    for name in ("debian_1.raw", "debian_2.raw", "debian_3"):
+        (folder / name).touch()
+    assert find("debian").path == folder / "debian_2.raw"
+    assert find(str(folder)).path == folder / "debian_2.raw"
+
+
+def test_no_version(machines: Path) -> None:
+    (machines / "debian.v").mkdir()
+    assert refusal("debian").startswith(f'image = "debian": {machines}/debian.v holds no version of it')
+
+
+def test_a_version_that_leads_out(machines: Path, task_dir: Path, tmp_path: Path) -> None:
+    make_tree(tmp_path / "secret")
+    (task_dir / "x.v").mkdir()
+    (task_dir / "x.v/x_1").symlink_to(tmp_path / "secret")
+    assert "leads out of the task's directory" in refusal("x.v", task_dir)
+
+
+# -- where images are fetched from ---------------------------------------------------------------------------
+
+
+def plan(machines: Path, image: str, auth: dict[str, str] | None = None, /, **block: Any) -> driver.Origin | None:
+    (options,) = [option.fields for option in driver.TASK_OPTIONS if option.name == "image_download"]
+    decoded = driver.decode_options(options, block) if block else None
+    return driver.plan_origin({"image": image, "image_download": decoded, "auth": auth}, machines)
+
+
+def test_origin_of_a_url(machines: Path) -> None:
+    origin = plan(machines, "x", url="http://u:p@h/x.tar?token=secret", checksum="a" * 64)
+    assert origin and (origin.type, origin.name, origin.verify) == ("tar", "http://h/x.tar", "no")
+    assert "secret" in origin.place and not origin.refresh
+
+
+def test_an_image_that_is_here_is_not_fetched(machines: Path) -> None:
+    make_tree(machines / "x")
+    assert plan(machines, "x", url="http://h/x") is None
+    assert plan(machines, "x", url="http://h/x", force=True) is not None
+    assert plan(machines, "y", url="http://h/x") is not None
+    assert plan(machines, "y") is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "refresh"),
+    [("debian", True), ("debian:latest", True), ("h:5000/debian", True), ("debian:12", False),
+     ("h:5000/debian:12", False), ("debian@sha256:" + "a" * 64, False)],
+)  # fmt: skip
+def test_latest(machines: Path, reference: str, refresh: bool) -> None:
+    for origin in (
+        plan(machines, f"docker://{reference}"),
+        plan(machines, "x", type="docker", url=reference),
+    ):
+        assert origin and (origin.type, origin.place, origin.refresh) == ("docker", reference, refresh)
+
+
+def test_keys_tell_images_apart(machines: Path) -> None:
+    origins = [
+        plan(machines, "x", url="http://h/x"),
+        plan(machines, "x", url="http://h/y"),
+        plan(machines, "x", url="http://h/x", type="raw"),
+        plan(machines, "x", url="http://h/x", verify="checksum"),
+        plan(machines, "x", url="http://h/x", checksum="a" * 64),
+        plan(machines, "x", {"username": "a", "password": "b"}, url="http://h/x"),
+        plan(machines, "x", {"username": "a", "password": "c"}, url="http://h/x"),
+    ]
+    keys = [origin.key for origin in origins if origin]
+    assert len(set(keys)) == len(origins)
+    again = plan(machines, "other name", url="http://h/x", force=True)
+    assert again and again.key == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("image", "block", "words"),
+    [
+        ("docker://x", {"url": "http://h/x"}, "a second time"),
+        ("http://h/x", {}, "give other addresses in image_download"),
+        ("x", {"url": "http://h/x", "type": "docker"}, "HOST/NAME:TAG"),
+        ("x", {"url": "h/x"}, "must be an http(s) address"),
+        ("x", {"url": "h/x", "type": "docker", "checksum": "a" * 64}, "name the image by its digest"),
+        ("x", {"url": "http://h/x", "platform": "linux/arm64"}, "has no meaning"),
+    ],
+)
+def test_contradictions(machines: Path, image: str, block: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        plan(machines, image, None, **block)
+
+
+def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -> None:
+    config = driver.ImageConfig(("A=1", "B=2"), ("/entry", "cmd"), "www:data", "/srv", "SIGQUIT")
+    image = Image(machines, True, key="k", config=config)
+    unset: dict[str, Any] = {
+        "boot": False, "command": (), "environment": {"B": "job"}, "working_directory": None, "user": None,
+        "read_only": False, "volatile": None, "private_users_ownership": "auto", "ephemeral": False,
+    }  # fmt: skip
+    found = driver.apply_image(unset, image, "")
+    assert found["command"] == ("/entry", "cmd") and found["environment"] == {"A": "1", "B": "job"}
+    assert (found["user"], found["working_directory"], found["ephemeral"]) == ("www", "/srv", True)
+    said = {**unset, "command": ("/mine",), "working_directory": "/x", "user": "me"}
+    found = driver.apply_image(said, image, "task")
+    assert (found["command"], found["working_directory"], found["user"]) == (("/mine",), "/x", "me")
+    assert driver.apply_image(unset, image, "task")["user"] == "task"
+    booted = driver.apply_image({**unset, "boot": True}, image, "")
+    assert booted["command"] == () and booted["environment"] == {"B": "job"}
+    volatile = driver.apply_image({**unset, "volatile": "state"}, image, "")
+    assert not volatile["ephemeral"] and volatile["private_users_ownership"] == "map"

@@ -325,6 +325,39 @@ def test_kill_at_any_moment_of_a_fetch(server: FileServer, archive: bytes, tmp_p
         assert not list(folder_.iterdir()), seed
 
 
+def test_kill_at_any_moment_of_a_start(
+    driver_file: Path, image: Path, store: driver.Store, server: FileServer, archive: bytes
+) -> None:
+    """The plugin is killed while a task starts from a fetched image; then one works, and nothing is left."""
+    server.files["/image"] = gzip.compress(archive, 1)
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    for number in range(8):
+        with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
+            task = tasks.make("sleep 300", **download(f"{server.url}/image", force=number % 2 == 0))
+
+            def start() -> None:
+                with contextlib.suppress(AgentError, TimeoutError):
+                    task.start()  # noqa: B023 - joined below
+
+            starting = threading.Thread(target=start)
+            starting.start()
+            time.sleep(chance.uniform(0, 1.5))
+            plugin.kill_hard()
+            starting.join()
+            with launch_like_agent(driver_file) as successor:
+                task.plugin = successor
+                task.destroy()
+                tasks.plugin = successor
+                again, result = tasks.run("echo hello", **download(f"{server.url}/image"))
+                assert result.exit_code == 0 and output(again) == "hello\n", seed
+                tasks.close()
+    assert store.read_uses() == [], seed
+    Fetcher(store.root).collect(0)
+    for place in (store.images, store.layers, store.parts, store.work, store.in_use):
+        assert not list(place.iterdir()), seed
+
+
 # -- the records ---------------------------------------------------------------------------------------------
 
 

@@ -715,17 +715,6 @@ def test_tasks_user_is_not_for_a_booted_system(tasks: Tasks, tmp_path: Path) -> 
     assert is_alive(leader(task))
 
 
-@pytest.mark.parametrize("user_namespacing", [True, False])
-def test_no_container_makes_device_nodes_of_the_host(tasks: Tasks, user_namespacing: bool) -> None:
-    """Neither can its root read the host's disk through one; the operator may allow it with CAP_MKNOD."""
-    script = "mknod /dev/shm/node b 7 0 && echo made"
-    options = {"user_namespacing": user_namespacing}
-    task, result = tasks.run(script, **options)
-    assert result.exit_code == 1 and output(task) == ""
-    task, result = tasks.run(script, capability=["CAP_MKNOD"], **options)
-    assert (output(task) == "made\n") is not user_namespacing
-
-
 def test_user_namespace(tasks: Tasks) -> None:
     task = tasks.start(["/bin/sleep", "60"])
     inside, outside, count = Path(f"/proc/{leader(task)}/uid_map").read_text().split()
