@@ -2568,12 +2568,12 @@ def explain_no_address(mode: NetworkMode, is_booted: bool, have_networkd: bool) 
     return "is a DHCP client enabled in the image, and does a DHCP server answer on that network?"
 
 
-NETWORKD_CGROUP = "system.slice/systemd-networkd.service"
+NETWORKD_PROCESSES = "system.slice/systemd-networkd.service/cgroup.procs"
 
 
 def have_networkd() -> bool:
-    """Whether systemd-networkd runs: a service's cgroup is there as long as it has processes."""
-    return any(Path("/sys/fs/cgroup", root, NETWORKD_CGROUP).exists() for root in ("", "unified", "systemd"))
+    """Whether systemd-networkd runs. A service's cgroup may be there before its first start (seen on 252)."""
+    return any(read_text(Path("/sys/fs/cgroup", root, NETWORKD_PROCESSES)) for root in ("", "unified", "systemd"))
 
 
 # Elements of nspawn's map in nftables, `6 . 8080 : 10.0.0.2 . 80`, and its rules where it uses iptables: before
@@ -2747,6 +2747,18 @@ def can_mount_file(image: Image, values: Values, path: str) -> bool:
             finally:
                 os.close(fd)
     return False
+
+
+def check_interfaces(values: Values) -> None:
+    """Refuse interfaces that the host does not have: of network_interface nspawn 257 and 262 say nothing."""
+    for option in MODE_OPTIONS[NetworkMode.INTERFACE]:
+        for item in values[option]:
+            name = item.partition(":")[0]
+            try:
+                socket.if_nametoindex(name)
+            except OSError:
+                rule = "the host has no interface of this name"
+                raise ConfigError(option, name, rule, "`ip link` on the host lists them") from None
 
 
 NS_GET_NSTYPE = 0xB703  # ioctl: which kind of namespace a file is
@@ -6683,6 +6695,7 @@ class DriverService:
         check_gates(values, self.config, is_in_group=is_in_group)
         if is_in_group:
             check_namespace(config.network.namespace)
+        check_interfaces(values)
         own = config.own_directories
         image = await self.find_image(config, values)
         values = apply_image(values, image, config.user)

@@ -347,6 +347,7 @@ class Host:
             "IMAGE_CACHE": str(CACHE),
             "LANG": "C.UTF-8",
             "HOME": "/root",
+            "NSPAWN_TEST_HOST": "1",  # tests may start and stop its services
             **(env or {}),
         }
         words = [f"{name}={value}" for name, value in environ.items()]

@@ -40,6 +40,7 @@ PARTS = (
     Part("container", ("tests/test_roots.py", "-k", "not file_system"), suites=("trixie", "sid")),
     Part("machine", ("tests/test_roots.py", "-k", "changes or booted or looks or layers or volatile")),
     Part("machine", ("tests/test_cgroup.py",), timeout=900),
+    Part("container", ("tests/test_reach.py",)),
 )
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from tests.agent import ROOT, NomadAgent
 from tests.containers import escape
-from tests.test_network import SERVER
+from tests.test_reach import SERVER
 
 pytestmark = [
     pytest.mark.root,
