@@ -65,7 +65,10 @@ def kind(request: pytest.FixtureRequest, shared: Plugin, image: Path) -> Iterato
     """A running task of each kind of container."""
     with Tasks(shared, image) as made:
         options = KINDS[request.param]
-        yield made.start(() if options.get("boot") else FOREVER, env={"FROM_NOMAD": "yes"}, **options)
+        task = made.start(() if options.get("boot") else FOREVER, env={"FROM_NOMAD": "yes"}, **options)
+        if options.get("boot"):  # its systemd makes the cgroups first of all
+            eventually(lambda: "/init.scope" in str(driver.find_cgroups(leader(task))), PATIENCE)
+        yield task
     violations, shared.violations = shared.violations, []
     assert not violations
 
@@ -219,7 +222,8 @@ def payload(task: Task) -> int:
     assert isinstance(task.driver_config, dict)
     if not task.driver_config.get("process_two"):
         return 1
-    return min(map(driver.read_inner_pid, eventually(lambda: driver.read_children(leader(task)))))
+    eventually(lambda: driver.is_confined(leader(task), driver.Mode.PROCESS_TWO), PATIENCE)
+    return min(map(driver.read_inner_pid, eventually(lambda: driver.read_children(leader(task)), PATIENCE)))
 
 
 def test_confinement_is_the_payloads(kind: Task) -> None:
