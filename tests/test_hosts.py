@@ -105,8 +105,8 @@ def machines() -> Iterator[Hosts]:
 
 
 def run_part(host: Host, part: Part) -> None:
-    """Run tests in a host. Few that fail there get a second try, alone: a host shares two cores with all that runs
-    beside it, and what it is late with is no fault of the driver's. What a second try was needed for is printed."""
+    """Run tests in a host. Few that fail there get a second try, alone: a host shares two cores with all that
+    runs beside it, and what it is late with is no fault of the driver's. What needed a second try is printed."""
     result = host.pytest(*part.tests, "--timeout=300", timeout=part.timeout)
     print(result.output)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+::[^\s\[]+(?:\[.*?\])?)(?: - |$)", result.output, re.MULTILINE)
