@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,7 @@ PARTS = (
     Part("container", ("tests/test_recover.py", "tests/test_logs.py"), suites=("trixie", "sid")),
     Part("container", ("tests/test_exec.py",), suites=("trixie", "sid")),
     Part("container", ("tests/test_machined.py",)),
+    *([Part("container", ("tests/test_nomad.py", "-k", "not bridge"))] if shutil.which("nomad") else []),
     Part("container", ("tests/test_effects.py", "-k", "not udev")),
     Part("machine", ("tests/test_effects.py", "-k", "udev")),
     Part("container", ("tests/test_roots.py", "-k", "not file_system"), suites=("trixie", "sid")),
