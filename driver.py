@@ -2215,7 +2215,24 @@ def explain_command(
         return f'command: there is no "{command}" {where}'
     if not any(path.is_file() and path.stat().st_mode & 0o111 for path in found):
         return f'command: "{command}" in the container is not an executable file'
+    if all(map(is_foreign, found)):
+        return f'command: "{command}" in the container is for another machine than this {os.uname().machine}'
     return ""
+
+
+ELF_MACHINES = {"x86_64": (62, 3), "aarch64": (183, 40)}  # e_machine of what a kernel runs, 32-bit programs too
+BINFMT_MISC = Path("/proc/sys/fs/binfmt_misc")
+
+
+def is_foreign(path: Path) -> bool:
+    """Tell whether a program is for another architecture, and nothing (binfmt_misc) emulates that here."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        header = file.read(20)
+        native = ELF_MACHINES.get(os.uname().machine)
+        if native and len(header) == 20 and header.startswith(b"\x7fELF"):
+            machine = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
+            return machine not in native and not list(BINFMT_MISC.glob("qemu-*"))
+    return False
 
 
 # =====================================================================================================
@@ -3595,7 +3612,11 @@ def check_init(plan: Plan) -> None:
         return
     places = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/sbin/init")
     top, *below = map(Path, plan.roots)
-    if not any(find_in_image(top, place, plan.mounts, below) for place in places):
+    found = [path for place in places if (path := find_in_image(top, place, plan.mounts, below))]
+    if found and all(map(is_foreign, found)):
+        rule = f"holds a system for another machine than this {os.uname().machine}"
+        raise ConfigError("image", str(plan.image.path), rule, "use an image for this architecture")
+    if not found:
         rule = f"the image has no init ({', '.join(places)})"
         raise ConfigError(
             "boot", True, rule, "set boot = false to run its command, or use an image of a whole system"
@@ -4921,7 +4942,7 @@ class Task:
             return Exit(1, error=reason or lost, at=time.time())
         exit = explain_exit(state.mode, record, lines, reason, self.sent)
         exit = explain_shortage(exit, state.mode, record, bool(reason) or self.sent == signal.SIGKILL)
-        if exit.code == 1 and not exit.error and state.mode is not Mode.BOOT:
+        if exit.code in (1, 126, 127) and not exit.error and state.mode is not Mode.BOOT:
             known = find_message(lines)  # nspawn enters the directory after it has said READY
             exit = replace(exit, error=str(known) if known else self.explain_command())
         return exit
@@ -4950,17 +4971,17 @@ class Task:
                 await wait_readable(alarm.fileno())
 
     def explain_command(self) -> str:
-        """Say that the command could not be executed, if that is why it ended with 1.
+        """Say that the command could not be executed, if that is why it ended.
 
         nspawn reports the container as up before it executes the command; its line ("execv() failed") is in
-        the task's stderr.
+        the task's stderr, and so is that of the shell that gets what the kernel takes for no program.
         """
         state = self.state
         root, *below = map(Path, state.roots or ("",))
         if not state.command or not state.roots or not root.is_dir():
             return ""
         why = explain_command(state.command[0], state.search_path, root, state.mounts, below)
-        return f"{why} (systemd-nspawn's own message is in the task's stderr)" if why else ""
+        return f"{why} (the system's own message is in the task's stderr)" if why else ""
 
     def find_payload(self) -> ProcessId | None:
         """Return the process that signals are for: the leader, or under the stub the command it started."""

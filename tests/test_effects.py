@@ -575,6 +575,22 @@ def test_image_in_the_tasks_directory(tasks: Tasks, image: Path) -> None:
         assert output(task) == "own"
 
 
+def test_image_for_another_machine(tasks: Tasks, image: Path, tmp_path: Path) -> None:
+    make_small_image(image, tmp_path / "image", ("dash",))
+    foreign = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (22).to_bytes(2, "little") + bytes(100)
+    (tmp_path / "image/usr/bin/tool").write_bytes(foreign)
+    (tmp_path / "image/usr/bin/tool").chmod(0o755)
+    init = tmp_path / "image/usr/lib/systemd/systemd"
+    init.parent.mkdir(parents=True, exist_ok=True)
+    init.write_bytes(foreign)
+    init.chmod(0o755)
+    options = {"image": str(tmp_path / "image"), "read_only": None}
+    _, result = tasks.run(["/usr/bin/tool"], **options)
+    assert "is for another machine than this" in result.err
+    with pytest.raises(DriverError, match=r"^image = .* holds a system for another machine than this"):
+        tasks.start([], boot=True, **options)
+
+
 # -- what needs udev: run in virtual machines by tests/test_hosts.py -----------------------------------------
 
 needs_udev = pytest.mark.skipif(

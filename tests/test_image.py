@@ -570,3 +570,23 @@ def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -
     assert booted["command"] == () and booted["environment"] == {"B": "job"}
     volatile = driver.apply_image({**unset, "volatile": "state"}, image, "")
     assert not volatile["ephemeral"] and volatile["private_users_ownership"] == "map"
+
+
+FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (22).to_bytes(2, "little")  # s390
+
+
+def test_programs_of_other_machines(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "BINFMT_MISC", tmp_path)
+    tool = root / "usr/bin/foreign"
+    tool.write_bytes(FOREIGN)
+    tool.chmod(0o755)
+    machine = os.uname().machine
+    assert driver.explain_command("/usr/bin/foreign", SEARCH, root, {}) == (
+        f'command: "/usr/bin/foreign" in the container is for another machine than this {machine}'
+    )
+    (tmp_path / "qemu-s390x").touch()
+    assert driver.explain_command("/usr/bin/foreign", SEARCH, root, {}) == ""
+    for data in (b"", b"#!/bin/sh\n", FOREIGN[:19], Path("/proc/self/exe").read_bytes()):
+        tool.write_bytes(data)
+        assert not driver.is_foreign(tool)
+    assert not driver.is_foreign(root / "usr/bin/nothing")
