@@ -4826,6 +4826,7 @@ class TaskEvent:
 FINGERPRINT_PERIOD = 30.0  # seconds between two looks at the host
 REGISTRY = Path("/run/systemd/machines")  # systemd-machined has a file there for each machine it knows
 REGISTER_LIMIT = 5.0  # seconds for a call
+SETTLE_LIMIT = 2.0  # seconds that the end of a task waits for calls
 
 
 class Machined:
@@ -4848,9 +4849,15 @@ class Machined:
         if has_ended and self.registering[0] == state.machine:
             self.registering[1].send(signal.SIGKILL)  # machined does not answer
         if state.leader and have_machined():
-            call = asyncio.create_task(self.update(state, has_ended))
+            call = asyncio.create_task(self.update(state, has_ended), name=state.machine)
             self.calls.add(call)
             call.add_done_callback(self.calls.discard)
+
+    async def settle(self, machine: str) -> None:
+        """Return when nothing is left to tell of a machine, or machined has been too slow with it."""
+        calls = [call for call in self.calls if call.get_name() == machine]
+        if calls:
+            await asyncio.wait(calls, timeout=SETTLE_LIMIT)
 
     async def update(self, state: State, has_ended: bool) -> None:
         async with self.turn:
@@ -6778,6 +6785,8 @@ class DriverService:
         if task and not task.ended.is_set() and not request.force:
             raise DriverError(f"task {request.task_id} is still running; stop it first, or destroy it with force")
         await self.tasks.destroy(request.task_id)
+        if task:
+            await self.tasks.machined.settle(task.state.machine)
         self.collect_images()
         return driver_pb2.DestroyTaskResponse()
 

@@ -190,13 +190,16 @@ def test_architecture_without_wheels_is_refused() -> None:
     assert "'sparc'" in result.stderr and "aarch64" in result.stderr
 
 
+OURS = ("site-packages/nomad_pb/", "site-packages/driver", "site-packages/fetch")
+
+
 def test_contents(driver_file: Path) -> None:
     with zipfile.ZipFile(driver_file) as archive:
         assert archive.testzip() is None
         names = archive.namelist()
         assert {entry.external_attr >> 16 for entry in archive.infolist()} == {0o100644}
     assert len(set(names)) == len(names)
-    ours = {name for name in names if name.startswith(("site-packages/nomad_pb/", "site-packages/driver"))}
+    ours = {name for name in names if name.startswith(OURS)}
     assert ours == {
         f"site-packages/{path.relative_to(TOP)}"
         for path in [TOP / "driver.py", TOP / "fetch.py", *TOP.glob("nomad_pb/*.py")]
