@@ -96,6 +96,15 @@ def test_system_call_filter(tasks: Tasks) -> None:
     assert run(tasks, script, system_call_filter=["~@chown", "~chmod", "~fchmodat", "~fchmodat2"]) == "refused"
 
 
+def test_restrict_address_families(tasks: Tasks) -> None:
+    script = "perl -e 'print socket(my $s, 2, 1, 0) ? 1 : 0, socket(my $t, 1, 1, 0) ? 1 : 0'"
+    if driver.read_host().systemd < 261:
+        assert "needs systemd 261 or newer" in refusal(tasks, restrict_address_families=["AF_UNIX"])
+    else:
+        assert run(tasks, script, restrict_address_families=["AF_UNIX"]) == "01"
+    assert run(tasks, script) == "11"
+
+
 def test_inaccessible(tasks: Tasks) -> None:
     script = "cat /usr/bin/id; ls /usr/lib/apt; stat -c '%A %s' /usr/bin/id; true"
     task, _ = tasks.run(script, inaccessible=["/usr/bin/id", "/usr/lib/apt"], user="daemon")
