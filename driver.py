@@ -1692,6 +1692,10 @@ class Rule:
     remedy: str = ""
 
 
+# Here and in the tables below mypy cannot infer a lambda with a default argument ("misc"); without one all lambdas
+# of a loop would see its last value.
+
+
 def together(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...]:
     """Make rules that an option excludes others."""
     return tuple(

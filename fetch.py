@@ -489,9 +489,10 @@ class Entry(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> Entry:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in typeshed
             raise
         except tarfile.HeaderError as error:
+            # Not in typeshed, too.
             if isinstance(error, tarfile.EmptyHeaderError) and not cls.needs_end:  # type: ignore[attr-defined]
                 raise
             raise tarfile.ReadError(f"it is damaged or cut off: {error}") from None
