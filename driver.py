@@ -2046,15 +2046,26 @@ def redact(url: str) -> str:
     return url.partition("://")[0] + "://…"
 
 
+def read_head(path: Path, size: int) -> bytes:
+    """Return how a file begins, b"" where there is none. A pipe or a device that a task has put in its place is
+    not opened: the plugin would wait for it with all its tasks."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                with open(f"/proc/self/fd/{fd}", "rb") as file:
+                    return file.read(size)
+        finally:
+            os.close(fd)
+    return b""
+
+
 ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh")  # how compressed files begin
 
 
 def find_archive(image: Image) -> Origin | None:
     """Return the source for an image that is a tar archive, None for all others."""
-    if image.is_directory or not image.path.is_file():
-        return None
-    with open(image.path, "rb") as file:
-        head = file.read(512)
+    head = b"" if image.is_directory else read_head(image.path, 512)
     if not (head[257:262] == b"ustar" or head.startswith(ARCHIVES)):
         return None
     status = image.path.stat()  # another file of this name is another image
@@ -2078,8 +2089,8 @@ def find_version(path: Path) -> Path | None:
             if not version or architecture not in FOREIGN | {*ARCHITECTURES.values()}:
                 version, architecture = match["version"], ""
             if architecture in ("", ARCHITECTURES.get(os.uname().machine)):
-                is_spent = (match["tries"] or "").startswith(("+0-", "+0")) and bool(match["tries"])
-                found.append((not is_spent, version, entry))
+                has_tries = not re.match(r"\+0+(-|$)", match["tries"] or "")
+                found.append((has_tries, version, entry))
     rank = functools.cmp_to_key(compare_versions)
     return max(found, key=lambda entry: (entry[0], rank(entry[1])))[2] if found else None
 
@@ -2230,13 +2241,11 @@ BINFMT_MISC = Path("/proc/sys/fs/binfmt_misc")
 
 def is_foreign(path: Path) -> bool:
     """Tell whether a program is for another architecture, and nothing (binfmt_misc) emulates that here."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        header = file.read(20)
-        native = ELF_MACHINES.get(os.uname().machine)
-        if native and len(header) == 20 and header.startswith(b"\x7fELF"):
-            machine = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
-            return machine not in native and not list(BINFMT_MISC.glob("qemu-*"))
-    return False
+    header, native = read_head(path, 20), ELF_MACHINES.get(os.uname().machine)
+    if not native or len(header) < 20 or not header.startswith(b"\x7fELF"):
+        return False
+    machine = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
+    return machine not in native and not list(BINFMT_MISC.glob("qemu-*"))
 
 
 # =====================================================================================================

@@ -590,3 +590,12 @@ def test_programs_of_other_machines(root: Path, tmp_path: Path, monkeypatch: pyt
         tool.write_bytes(data)
         assert not driver.is_foreign(tool)
     assert not driver.is_foreign(root / "usr/bin/nothing")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """A task may put a pipe where the plugin looks: to open it would be to wait for ever, with all tasks."""
+    os.mkfifo(tmp_path / "init")
+    (tmp_path / "link").symlink_to("init")
+    for name in ("init", "link", "missing"):
+        assert not driver.is_foreign(tmp_path / name)
+        assert driver.find_archive(Image(tmp_path / name, is_directory=False)) is None
