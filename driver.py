@@ -6674,14 +6674,26 @@ class DriverService:
         healthy = driver_pb2.FingerprintResponse.HEALTHY
         response.health = healthy if host.is_healthy else driver_pb2.FingerprintResponse.UNHEALTHY
         response.health_description = host.sentence
-        response.attributes[f"driver.{PLUGIN_NAME}"].bool_val = True
-        response.attributes[f"driver.{PLUGIN_NAME}.version"].string_val = __version__
-        response.attributes[f"driver.{PLUGIN_NAME}.systemd"].int_val = host.systemd
-        response.attributes[f"driver.{PLUGIN_NAME}.cgroups"].string_val = host.cgroups.value
-        response.attributes[f"driver.{PLUGIN_NAME}.machined"].bool_val = have_machined()
-        response.attributes[f"driver.{PLUGIN_NAME}.limits"].string_val = ",".join(host.limits)
-        response.attributes[f"driver.{PLUGIN_NAME}.volumes"].bool_val = self.config["volumes"]
+        for name, value in self.find_attributes(host).items():
+            kind = {bool: "bool_val", int: "int_val", str: "string_val"}[type(value)]
+            setattr(response.attributes[f"driver.{PLUGIN_NAME}{name}"], kind, value)
         return response
+
+    def find_attributes(self, host: Host) -> dict[str, bool | int | str]:
+        """Return what jobs can be constrained by, by the ends of the attributes' names."""
+        image_dir = os.path.realpath(self.config["image_dir"])
+        return {
+            "": True,
+            ".version": __version__,
+            ".systemd": host.systemd,
+            ".cgroups": host.cgroups.value,
+            ".limits": ",".join(host.limits),
+            ".user_namespaces": read_number("/proc/sys/user/max_user_namespaces") > 0,
+            ".idmap": host.kernel >= OVERLAY_IDMAP and read_mounts().have_idmap(image_dir, host.kernel),
+            ".machined": have_machined(),
+            ".networkd": have_networkd(),
+            ".volumes": self.config["volumes"],
+        }
 
     @answers
     async def RecoverTask(self, request: driver_pb2.RecoverTaskRequest) -> driver_pb2.RecoverTaskResponse:

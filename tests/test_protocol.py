@@ -52,6 +52,7 @@ from tests.agent import (
 MIB = 1 << 20
 AT_ONCE = 1.0  # seconds; generous, for machines that do something else at the same time
 FINGERPRINT_PERIOD = 30.0  # seconds between two looks at the host
+ROOT = Path(__file__).parent.parent
 STATE_ROOT = Path("/run/nomad-driver-nspawn")
 UNKNOWN = "6b1d2f9e-0000-4000-8000-000000000000/task/0badcafe"
 RECOVERABLE = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError"
@@ -213,12 +214,21 @@ def fresh(driver_file: Path) -> Iterator[Plugin]:
     assert not plugin.violations
 
 
+def documented_attributes() -> set[str]:
+    """Return the names of the node's attributes in the README's table."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("| `driver.nspawn.` | meaning |") :].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    return {"driver.nspawn"} | {f"driver.nspawn.{name}" for cell in cells for name in re.findall("`(.+?)`", cell)}
+
+
 @pytest.mark.parametrize("raw", [b"", packed({}), packed({"enabled": None, "volumes": None})])
 def test_empty_plugin_config_gives_the_defaults(fresh: Plugin, raw: bytes) -> None:
     response = fingerprint_with(fresh, raw)
     assert response.health != driver_pb2.FingerprintResponse.UNDETECTED
     assert response.attributes["driver.nspawn"].bool_val
     assert response.attributes["driver.nspawn.volumes"].bool_val
+    assert set(response.attributes) == documented_attributes()
     capabilities = call(fresh.driver.Capabilities, driver_pb2.CapabilitiesRequest(), 10).capabilities
     assert capabilities.mount_configs == driver_pb2.DriverCapabilities.ANY_MOUNTS
 
