@@ -3,28 +3,41 @@
 
 The module reads top to bottom as words, facts, plan, act, serve; a section uses only what stands above it.
 
-    Errors      what can go wrong, and how Nomad is told
-    Log         hclog lines on stderr
-    Processes   starting and watching processes
-    Host        facts about this machine
-    Options     the tables of options; schema, checks, nspawn arguments and reference all come from them
-    Image       an image's name to a place on disk
-    Sources     what of the host a job names, judged by what the operator allows
-    Network     a task's network, ports and names: nspawn's arguments, and what has to be looked up for them
-    Root        whether the container's root is the image, or one of its own over it
-    Cgroup      where a task's processes live, and what they use
-    Plan        a task's configuration to everything needed to start it; pure
-    Mounting    private roots: ranges of users, locks, mounts
-    Store       fetched images on disk
-    Fetches     the processes that bring images into the store
-    Keeper      the small process that outlives the plugin
-    Task        start, recover, wait, signal, stop, destroy
-    Exec        a further command in a running container, confined as its payload is
-    Services    the gRPC services Nomad calls, and the handshake
-    Main        the plugin by default; `check`, `--version`, `--help` for people
+    Errors       what can go wrong, and how Nomad is told
+    Log          hclog lines on stderr
+    Processes    starting and watching processes
+    Host         facts about this machine
+    Options      what an option is, and how it is decoded
+    Checks       what a value must be
+    Table        all options; schema, nspawn's arguments and the reference come from it
+    Rules        what concerns two options, and what the operator has to allow
+    Image        an image's name to a place on disk
+    Sources      what of the host a job names, judged by what the operator allows
+    Network      a task's network, ports and names: nspawn's arguments, and what has to be looked up for them
+    Root         whether the container's root is the image, or one of its own over it
+    Cgroup       where a task's processes live, and what they use
+    Job          what Nomad says of a task
+    Environment  how a task's variables reach the payload
+    Plan         all of that to everything needed to start a task; pure
+    Outcome      what nspawn's messages and exit codes mean
+    Mounting     private roots: ranges of users, locks, mounts
+    Store        fetched images on disk
+    Fetches      the processes that bring images into the store
+    Keeper       the small process that outlives the plugin
+    State        what is known of a started task, on disk and in Nomad's handle; its events
+    Machined     telling systemd-machined
+    Removal      nothing of a task is left
+    Task         recover, wait, signal, stop, destroy
+    Start        from a plan to a running task
+    Entry        the program that enters a container
+    Exec         a further command in a running container, confined as its payload is
+    Wire         the protocol's messages and errors
+    Services     the gRPC services Nomad calls
+    Server       the plugin as a process, and the handshake
+    Main         the plugin by default; `check`, `--version`, `--help` for people
 
-Everything above Mounting is pure or only reads; effects are below. "Measured" in a comment means: on a real
-systemd-nspawn, of the versions named.
+Above Mounting nothing is changed on the machine but a task's cgroup; effects are below. "Measured" in a comment
+means: on a real systemd-nspawn, of the versions named.
 """
 
 from __future__ import annotations
@@ -636,10 +649,9 @@ def read_mounts() -> Mounts:
 # =====================================================================================================
 # Options
 #
-# One row an option; the schema Nomad checks jobs against, decoding, validation, nspawn's arguments and the
-# reference all come from the rows. What concerns two options stands in RULES, what opens the host in GATES.
-# Every value arrives as the agent's msgpack has it: every key of the schema present, nil where the job says
-# nothing.
+# What an option is. The schema Nomad checks jobs against, decoding, validation, nspawn's arguments and the
+# reference all come from the rows of the Table. Every value arrives as the agent's msgpack has it: every key of
+# the schema present, nil where the job says nothing.
 # =====================================================================================================
 
 Values = Mapping[str, Any]
@@ -831,7 +843,12 @@ def decode_named(option: Option, raw: Mapping[str, object]) -> Any:
     return (option if said[0] == option.name else replace(option, name=said[0])).decode(raw[said[0]])
 
 
-# Checks: raise ConfigError, or return the value, in one spelling where there are several.
+# =====================================================================================================
+# Checks
+#
+# What a row's `check` and `render` can be. A check raises ConfigError, or returns the value, in one spelling where
+# there are several.
+# =====================================================================================================
 
 
 def is_container_path(name: str, value: str) -> str:
@@ -1185,6 +1202,13 @@ def any_of(*choices: str, **since: int) -> dict[str, int]:
     """Return choices for a row; those that need a systemd version come with it."""
     return {**dict.fromkeys(choices, 0), **since}
 
+
+# =====================================================================================================
+# Table
+#
+# The rows: a task's options by groups, the plugin's, and what of systemd-nspawn jobs do not have. The reference in
+# the README is made from them.
+# =====================================================================================================
 
 IMAGE_OPTIONS: tuple[Option, ...] = (
     Option("image", Kind.STRING,
@@ -1621,6 +1645,14 @@ def render_row(option: Option, prefix: str) -> str:
     equals = " " if option.kind is Kind.BLOCK else " = "
     cells = (f"`{prefix}{option.name}`", option.kind.value, default, " ".join(notes))
     return f"| {' | '.join(cells)} | `{option.name}{equals}{option.example}` |"
+
+
+# =====================================================================================================
+# Rules
+#
+# What concerns more than one option: what unset ones become, what cannot be combined (RULES), and what opens the
+# host, so that the operator has to allow it (GATES).
+# =====================================================================================================
 
 
 def settle_values(values: Values, config: Values, *, is_in_group: bool = False) -> dict[str, Any]:
@@ -3149,10 +3181,10 @@ def remove_cgroup(cgroup: str) -> None:
 
 
 # =====================================================================================================
-# Plan
+# Job
 #
-# Pure: a task's configuration, the options and the facts go in, and everything needed to start the task comes
-# out, the same every time. No I/O, no clock, no randomness.
+# What Nomad says of a task, free of protobuf, and the names and signals that come from it. Pure, as everything up
+# to Outcome: no I/O, no clock, no randomness.
 # =====================================================================================================
 
 
@@ -3270,6 +3302,13 @@ def state_directory(task_id: str) -> Path:
     return STATE_ROOT / f"{readable}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"
 
 
+# =====================================================================================================
+# Environment
+#
+# How a task's variables reach its payload, and nothing else.
+# =====================================================================================================
+
+
 # Names that mean something to the root processes around the container (the loader, libc, systemd, sh, mount,
 # iptables, OpenSSL, ...). A job's LD_PRELOAD in nspawn's own environment would be loaded by nspawn as root of
 # the host (measured).
@@ -3348,6 +3387,14 @@ def check_environment(variables: Mapping[str, str]) -> None:
     if total > MAX_ENVIRONMENT:
         rule = f"all variables together may have {MAX_ENVIRONMENT >> 10} KiB"
         raise ConfigError("env", f"{total >> 10} KiB", rule, "put large values into files with template blocks")
+
+
+# =====================================================================================================
+# Plan
+#
+# A task's configuration, the options and the facts go in, and everything needed to start the task comes out, the
+# same every time.
+# =====================================================================================================
 
 
 @dataclass(frozen=True)
@@ -3699,6 +3746,13 @@ def plan_mount_table(values: Values, volumes: Sequence[Volume], sources: Mapping
         for name, text in values[option].items():
             table[parse_bind(text)[0].rstrip("/")] = sources[name].path
     return table
+
+
+# =====================================================================================================
+# Outcome
+#
+# What nspawn says and how it ended, in words for people.
+# =====================================================================================================
 
 
 BUSY = (
@@ -4700,19 +4754,13 @@ def read_record(state_dir: Path) -> Record | None:
 
 
 # =====================================================================================================
-# Task
+# State
 #
-# One running task, and the store of them. What is needed to find a task again stands in its State, which is
-# both in the handle Nomad keeps and in the state directory: either one is enough. Events of the kernel
-# (pidfds, the notify socket) drive everything; nothing polls, and a running task costs the plugin a
-# descriptor.
+# What is known of a started task, and its events. What is needed to find a task again stands in its State, which
+# is both in the handle Nomad keeps and in the state directory: either one is enough.
 # =====================================================================================================
 
 STATE_VERSION = 1
-START_LIMIT = 300.0  # seconds: an ephemeral copy of a large image, or a chown of it, takes minutes
-SLOW_START = 10.0  # seconds after which an event says what is going on
-ADDRESS_PATIENCE = 30.0  # seconds after which an event says that a container has no address: DHCP takes a few
-END_LIMIT = 15.0  # seconds for nspawn to clean up after its payload: it removes an ephemeral copy itself
 
 
 @dataclass(frozen=True)
@@ -4775,6 +4823,14 @@ def read_state(directory: Path) -> State | None:
         return None
 
 
+def read_states() -> Iterator[State]:
+    with contextlib.suppress(FileNotFoundError):
+        for directory in sorted(STATE_ROOT.iterdir()):
+            state = read_state(directory)
+            if state:
+                yield state
+
+
 def split_id(task_id: str) -> tuple[str, str]:
     """Return allocation and task of `<allocation>/<task>/<8 hex digits>`; a task's name may hold slashes."""
     alloc_id, *name = task_id.split("/")
@@ -4834,6 +4890,13 @@ class TaskEvent:
     task_id: str
     message: str
     at: float  # Unix time
+
+
+# =====================================================================================================
+# Machined
+#
+# What systemd-machined is told of the machines.
+# =====================================================================================================
 
 
 FINGERPRINT_PERIOD = 30.0  # seconds between two looks at the host
@@ -4917,6 +4980,172 @@ def render_machine_id(state: State) -> list[object]:
     digits = split_id(state.task_id)[0].replace("-", "")
     number = bytes.fromhex(digits) if UUID.fullmatch(digits) else b""
     return [len(number), *number]
+
+
+# =====================================================================================================
+# Removal
+#
+# The end of all there is of a task: processes, network, files, locks. Works on what is there, in any state of
+# half-startedness.
+# =====================================================================================================
+
+
+def kill_processes(state: State) -> None:
+    """Kill all there is of a task. Without cgroup.kill: the keeper's process group, where nspawn is too, and the
+    leader, with which the container's process namespace ends."""
+    kill_cgroup(state.cgroup)
+    if state.keeper.is_alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(state.keeper.pid, signal.SIGKILL)
+    if state.leader:
+        state.leader.send(signal.SIGKILL)
+
+
+async def wait_processes(state: State) -> None:
+    """Return when no process of a task is left."""
+    inside = [state.keeper, state.leader or NO_PROCESS]
+    while inside:
+        for process in inside:
+            await process.wait()
+        inside = [found for pid in read_cgroup_pids(state.cgroup) if (found := ProcessId.of(pid))]
+
+
+async def remove_network(state: State) -> None:
+    """Remove what an nspawn that was killed has left of its network; one that ended by itself leaves nothing.
+
+    A link goes with the container's namespace, but only when the kernel comes to it, and not while a process of
+    somebody who looks inside is there.
+    """
+    for link in ("ve", "vb"):
+        delete_link(f"{link}-{state.machine}")  # the whole name is an alternative one: the first has room for 15
+    if state.zone:
+        remove_zone(state.zone)
+    if state.ports:
+        others = {port for other in read_states() if other.task_id != state.task_id for port in other.ports}
+        if ports := [port for port in state.ports if port not in others]:
+            await remove_port_maps(ports)
+
+
+async def remove_port_maps(ports: Sequence[tuple[int, int]]) -> None:
+    """Remove what leads from ports of the host to a container that is gone."""
+    is_nft = False
+    for family in ("ip", "ip6"):
+        table = (family, "io.systemd.nat", "map_port_ipport")
+        text = await run_tool(["nft", "list", "map", *table])
+        is_nft = is_nft or bool(text)
+        for element in find_port_maps(text, NAT_ELEMENT, ports):
+            log.warn("removing a port that leads nowhere", element=element)
+            await run_tool(["nft", "delete", "element", *table, "{", element, "}"])
+    if not is_nft:
+        for rule in find_port_maps(await run_tool(["iptables", "-t", "nat", "-S"]), NAT_RULE, ports):
+            log.warn("removing a port that leads nowhere", rule=rule)
+            await run_tool(["iptables", "-t", "nat", "-D", *rule.removeprefix("-A ").split()])
+
+
+ZONE_LOCK = "/run/systemd/nspawn-network-zone"
+
+
+def remove_zone(zone: str) -> None:
+    """Remove a zone's bridge when nothing is joined to it, under the lock nspawn takes to do so."""
+    fd = os.open(ZONE_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, WRITE_LOCK)
+        if os.fstat(fd).st_nlink:  # who gives the lock back removes its file
+            with contextlib.suppress(FileNotFoundError):
+                if not os.listdir(f"/sys/class/net/vz-{zone}/brif"):
+                    delete_link(f"vz-{zone}")
+            os.unlink(ZONE_LOCK)
+    except BlockingIOError:
+        log.debug("the bridge of a zone is left to who joins or leaves it just now", zone=zone)
+    finally:
+        os.close(fd)
+
+
+NETLINK_ROUTE, RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 0, 17, 1, 4
+IFLA_IFNAME, IFLA_ALT_IFNAME = 3, 53
+
+
+def delete_link(name: str) -> None:
+    """Delete a network interface by its name or alternative name, if there is one."""
+    kind = IFLA_IFNAME if len(name) < 16 else IFLA_ALT_IFNAME
+    text = name.encode() + b"\0"
+    attribute = struct.pack("=HH", 4 + len(text), kind) + text + b"\0" * (-len(text) % 4)
+    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0) + attribute
+    header = struct.pack("=IHHII", 16 + len(body), RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
+        netlink.send(header + body)
+        status = -struct.unpack_from("=i", netlink.recv(65536), 16)[0]
+    if status not in (0, errno.ENODEV):
+        log.warn("cannot remove a network interface", name=name, error=os.strerror(status))
+
+
+async def remove_leftovers(state: State) -> None:
+    """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
+    await remove_place(state.place)
+    remove_settings(state.machine)
+    for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
+                  state.machine):  # fmt: skip
+        with contextlib.suppress(OSError):
+            (SETTINGS_ROOT / place).rmdir()
+    remove_stale_locks(Path(state.image) if state.image else None)
+    if state.cgroup:
+        remove_cgroup(state.cgroup)
+    remove_tree(state.directory)
+    Store().release(state.directory.name)
+
+
+async def remove_place(place: str) -> None:
+    """Remove what a task has changed of its image. Not by Python: a task makes trees as deep and as large as it
+    likes, and files nobody else should follow or wait for."""
+    if not place or not os.path.lexists(place):
+        return
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        argv = ["rm", "-rf", "--one-file-system", "--", place]
+        process = start_process(argv, environ={"PATH": SAFE_PATH}, stdin=null, stdout=null, stderr=null)
+    finally:
+        os.close(null)
+    await process.wait()
+    if os.path.lexists(place):
+        log.warn("cannot remove what a task has changed of its image", path=place)
+
+
+WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+def remove_stale_locks(image: Path | None) -> None:
+    """Remove lock files that no process holds: an nspawn that was killed leaves them, for its range of ids and its
+    image, and beside an ephemeral copy's the copy. Who makes a lock looks whether its file is still there."""
+    places = [UID_LOCKS.glob("*"), (SETTINGS_ROOT / "locks").glob("*")]
+    if image:
+        name = glob.escape(image.name)
+        places += [
+            image.parent.glob(f".#{name}.lck"),
+            image.parent.glob(f".#.#machine.{name}{'[0-9a-f]' * 16}.lck"),
+            image.parent.glob(f".#.#snapshot.{name}{'[0-9a-f]' * 16}.lck"),  # systemd 262
+        ]
+    for path in itertools.chain(*places):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
+            if path.name.startswith(".#.#"):
+                remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
+            path.unlink()
+
+
+def remove_settings(machine: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (SETTINGS_ROOT / f"{machine}.nspawn").unlink()
+
+
+# =====================================================================================================
+# Task
+#
+# One running task. Events of the kernel (pidfds, the notify socket) drive everything; nothing polls, and a running
+# task costs the plugin a descriptor.
+# =====================================================================================================
+
+ADDRESS_PATIENCE = 30.0  # seconds after which an event says that a container has no address: DHCP takes a few
+END_LIMIT = 15.0  # seconds for nspawn to clean up after its payload: it removes an ephemeral copy itself
 
 
 class Task:
@@ -5137,108 +5366,14 @@ def read_inner_pid(pid: int) -> int:
     return int(match[1]) if match else 0
 
 
-def kill_processes(state: State) -> None:
-    """Kill all there is of a task. Without cgroup.kill: the keeper's process group, where nspawn is too, and the
-    leader, with which the container's process namespace ends."""
-    kill_cgroup(state.cgroup)
-    if state.keeper.is_alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(state.keeper.pid, signal.SIGKILL)
-    if state.leader:
-        state.leader.send(signal.SIGKILL)
+# =====================================================================================================
+# Start
+#
+# One start of a task, and all tasks that this plugin process knows.
+# =====================================================================================================
 
-
-async def wait_processes(state: State) -> None:
-    """Return when no process of a task is left."""
-    inside = [state.keeper, state.leader or NO_PROCESS]
-    while inside:
-        for process in inside:
-            await process.wait()
-        inside = [found for pid in read_cgroup_pids(state.cgroup) if (found := ProcessId.of(pid))]
-
-
-async def remove_network(state: State) -> None:
-    """Remove what an nspawn that was killed has left of its network; one that ended by itself leaves nothing.
-
-    A link goes with the container's namespace, but only when the kernel comes to it, and not while a process of
-    somebody who looks inside is there.
-    """
-    for link in ("ve", "vb"):
-        delete_link(f"{link}-{state.machine}")  # the whole name is an alternative one: the first has room for 15
-    if state.zone:
-        remove_zone(state.zone)
-    if state.ports:
-        others = {port for other in read_states() if other.task_id != state.task_id for port in other.ports}
-        if ports := [port for port in state.ports if port not in others]:
-            await remove_port_maps(ports)
-
-
-async def remove_port_maps(ports: Sequence[tuple[int, int]]) -> None:
-    """Remove what leads from ports of the host to a container that is gone."""
-    is_nft = False
-    for family in ("ip", "ip6"):
-        table = (family, "io.systemd.nat", "map_port_ipport")
-        text = await run_tool(["nft", "list", "map", *table])
-        is_nft = is_nft or bool(text)
-        for element in find_port_maps(text, NAT_ELEMENT, ports):
-            log.warn("removing a port that leads nowhere", element=element)
-            await run_tool(["nft", "delete", "element", *table, "{", element, "}"])
-    if not is_nft:
-        for rule in find_port_maps(await run_tool(["iptables", "-t", "nat", "-S"]), NAT_RULE, ports):
-            log.warn("removing a port that leads nowhere", rule=rule)
-            await run_tool(["iptables", "-t", "nat", "-D", *rule.removeprefix("-A ").split()])
-
-
-ZONE_LOCK = "/run/systemd/nspawn-network-zone"
-
-
-def remove_zone(zone: str) -> None:
-    """Remove a zone's bridge when nothing is joined to it, under the lock nspawn takes to do so."""
-    fd = os.open(ZONE_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, WRITE_LOCK)
-        if os.fstat(fd).st_nlink:  # who gives the lock back removes its file
-            with contextlib.suppress(FileNotFoundError):
-                if not os.listdir(f"/sys/class/net/vz-{zone}/brif"):
-                    delete_link(f"vz-{zone}")
-            os.unlink(ZONE_LOCK)
-    except BlockingIOError:
-        log.debug("the bridge of a zone is left to who joins or leaves it just now", zone=zone)
-    finally:
-        os.close(fd)
-
-
-NETLINK_ROUTE, RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 0, 17, 1, 4
-IFLA_IFNAME, IFLA_ALT_IFNAME = 3, 53
-
-
-def delete_link(name: str) -> None:
-    """Delete a network interface by its name or alternative name, if there is one."""
-    kind = IFLA_IFNAME if len(name) < 16 else IFLA_ALT_IFNAME
-    text = name.encode() + b"\0"
-    attribute = struct.pack("=HH", 4 + len(text), kind) + text + b"\0" * (-len(text) % 4)
-    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0) + attribute
-    header = struct.pack("=IHHII", 16 + len(body), RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
-        netlink.send(header + body)
-        status = -struct.unpack_from("=i", netlink.recv(65536), 16)[0]
-    if status not in (0, errno.ENODEV):
-        log.warn("cannot remove a network interface", name=name, error=os.strerror(status))
-
-
-async def remove_leftovers(state: State) -> None:
-    """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
-    await remove_place(state.place)
-    remove_settings(state.machine)
-    for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
-                  state.machine):  # fmt: skip
-        with contextlib.suppress(OSError):
-            (SETTINGS_ROOT / place).rmdir()
-    remove_stale_locks(Path(state.image) if state.image else None)
-    if state.cgroup:
-        remove_cgroup(state.cgroup)
-    remove_tree(state.directory)
-    Store().release(state.directory.name)
+START_LIMIT = 300.0  # seconds: an ephemeral copy of a large image, or a chown of it, takes minutes
+SLOW_START = 10.0  # seconds after which an event says what is going on
 
 
 async def make_upper_place(place: Path) -> int:
@@ -5266,49 +5401,6 @@ def lock_directory(path: Path) -> int:
         os.close(fd)
         raise
     return fd
-
-
-async def remove_place(place: str) -> None:
-    """Remove what a task has changed of its image. Not by Python: a task makes trees as deep and as large as it
-    likes, and files nobody else should follow or wait for."""
-    if not place or not os.path.lexists(place):
-        return
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        argv = ["rm", "-rf", "--one-file-system", "--", place]
-        process = start_process(argv, environ={"PATH": SAFE_PATH}, stdin=null, stdout=null, stderr=null)
-    finally:
-        os.close(null)
-    await process.wait()
-    if os.path.lexists(place):
-        log.warn("cannot remove what a task has changed of its image", path=place)
-
-
-WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-
-
-def remove_stale_locks(image: Path | None) -> None:
-    """Remove lock files that no process holds: an nspawn that was killed leaves them, for its range of ids and its
-    image, and beside an ephemeral copy's the copy. Who makes a lock looks whether its file is still there."""
-    places = [UID_LOCKS.glob("*"), (SETTINGS_ROOT / "locks").glob("*")]
-    if image:
-        name = glob.escape(image.name)
-        places += [
-            image.parent.glob(f".#{name}.lck"),
-            image.parent.glob(f".#.#machine.{name}{'[0-9a-f]' * 16}.lck"),
-            image.parent.glob(f".#.#snapshot.{name}{'[0-9a-f]' * 16}.lck"),  # systemd 262
-        ]
-    for path in itertools.chain(*places):
-        with contextlib.suppress(OSError), open(path, "r+b") as file:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
-            if path.name.startswith(".#.#"):
-                remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
-            path.unlink()
-
-
-def remove_settings(machine: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        (SETTINGS_ROOT / f"{machine}.nspawn").unlink()
 
 
 class Start:
@@ -5596,16 +5688,8 @@ class Tasks:
         self.known.pop(task_id, None)
 
 
-def read_states() -> Iterator[State]:
-    with contextlib.suppress(FileNotFoundError):
-        for directory in sorted(STATE_ROOT.iterdir()):
-            state = read_state(directory)
-            if state:
-                yield state
-
-
 # =====================================================================================================
-# Exec
+# Entry
 #
 # A further command in a running container: in the payload's namespaces and cgroup, with its bounding set,
 # no_new_privs, seccomp filters and limits, as the task's user. nsenter would give it the host's capabilities, no
@@ -5883,6 +5967,12 @@ class Entry:
         where = "in the container" if b"/" in name else f"in the container's PATH ({os.fsdecode(search)})"
         return 127, f'there is no "{shown}" {where}'
 
+
+# =====================================================================================================
+# Exec
+#
+# The plugin's side of a command: the helper, what it is told, and the command's streams and end.
+# =====================================================================================================
 
 # The modules in C behind socket and signal: the helper is there 10 ms sooner than with what stands around them.
 HELPER_IMPORTS = (
@@ -6384,11 +6474,10 @@ def read_inside(directory: Path) -> Inside:
 
 
 # =====================================================================================================
-# Services
+# Wire
 #
-# What Nomad's agent calls, in the order of the proto files, each method thin. grpc and nomad_pb are imported
-# here and not above, so that whatever else starts from this file stays light. One thread: every method is a
-# coroutine, and ends when its client goes away.
+# The protocol's messages and errors, to what stands above and back. grpc and nomad_pb are imported here and not
+# above, so that whatever else starts from this file stays light.
 # =====================================================================================================
 
 
@@ -6564,6 +6653,14 @@ def read_group_network(task: driver_pb2.TaskConfig) -> GroupNetwork:
     is_group = spec.mode == driver_pb2.NetworkIsolationSpec.GROUP
     dns = Dns(tuple(task.dns.servers), tuple(task.dns.searches), tuple(task.dns.options))
     return GroupNetwork(spec.path if is_group else "", ports, dns)
+
+
+# =====================================================================================================
+# Services
+#
+# What Nomad's agent calls, in the order of the proto files, each method thin. One thread: every method is a
+# coroutine, and ends when its client goes away.
+# =====================================================================================================
 
 
 class BaseService:
@@ -7035,6 +7132,13 @@ class PluginService:
         """Nomad throws away what comes here; it only has to stay open."""
         await asyncio.Event().wait()
         yield
+
+
+# =====================================================================================================
+# Server
+#
+# The plugin as a process: its socket, its handshake, its end.
+# =====================================================================================================
 
 
 def register(server: Any, driver: DriverService, stop: asyncio.Event) -> None:
