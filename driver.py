@@ -355,9 +355,9 @@ def start_process(
     argv: Sequence[str],
     *,
     environ: Mapping[str, str],
-    stdin: int,
-    stdout: int,
-    stderr: int,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    stderr: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
 ) -> ProcessId:
     """Start a process in a session of its own; ProcessId.wait reaps it."""
@@ -429,12 +429,9 @@ def open_user_namespace(base: int, count: int) -> int:
 async def run_tool(argv: Sequence[str]) -> str:
     """Run a short tool without blocking and return what it prints, "" when it is missing."""
     environ = {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}
-    with open(os.memfd_create(argv[0]), "w+b") as output, open(os.devnull, "r+b") as null:
+    with open(os.memfd_create(argv[0]), "w+b") as output:
         with contextlib.suppress(OSError):
-            process = start_process(
-                argv, environ=environ, stdin=null.fileno(), stdout=output.fileno(), stderr=null.fileno()
-            )
-            await process.wait()
+            await start_process(argv, environ=environ, stdout=output.fileno()).wait()
         output.seek(0)
         return output.read().decode(errors="replace")
 
@@ -775,6 +772,7 @@ class Option:
     choices: Mapping[str, int] = field(default_factory=dict)
     since: int = 0  # the systemd version it needs, 0 for any supported one
     gate: Gate | None = None
+    opens: Callable[[Any], bool] = bool  # whether a value needs the gate, where that is one of `allow`
     argument: str = ""  # "": the plan uses the value by itself
     render: Render | None = None
     fields: tuple[Option, ...] = ()  # of a BLOCK
@@ -1318,11 +1316,12 @@ USER_OPTIONS: tuple[Option, ...] = (
     Option("user_namespacing", Kind.BOOL,
            "Map the container's users to a range of their own on the host. The operator chooses what it is when "
            "unset.",
-           "false", gate=Gate.HOST_USERS),
+           "false", gate=Gate.HOST_USERS, opens=lambda value: not value),
     Option("private_users", Kind.STRING,
            "Which range: `pick` finds a free one, `identity` and `BASE:COUNT` name one, `no` is the same as "
            "`user_namespacing = false`. Counts only with user namespaces.",
-           '"pick"', check=is_range, gate=Gate.HOST_USERS, argument="--private-users"),
+           '"pick"', check=is_range, gate=Gate.HOST_USERS, opens=lambda value: value not in (None, "yes", "pick"),
+           argument="--private-users"),
     Option("private_users_ownership", Kind.STRING,
            "How the image's files come to belong to that range: `map` shows them so, `chown` changes them for "
            "good, `auto` maps where that is possible.",
@@ -1349,7 +1348,8 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
     Option("network_veth", Kind.BOOL,
            "Give the container a network of its own with a virtual link to the host; false: the host's network. "
            "True when unset, unless another option of this table makes its network.",
-           "false", gate=Gate.HOST_NETWORK, argument="--network-veth"),
+           "false", gate=Gate.HOST_NETWORK, opens=lambda value: False,  # not by itself, see check_gates
+           argument="--network-veth"),
     Option("network_zone", Kind.STRING,
            "Join the virtual link to a bridge of this name, which all containers of the zone share and which is "
            "there as long as one of them runs.",
@@ -1445,7 +1445,8 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
            "System calls and groups of them to allow beside the default ones, or with a `~` in front to forbid.",
            '["~@mount", "~bpf"]', default=(),
            check=matches(r"~?@?[a-z0-9_-]+", "must be a system call or a group as @mount, or ~ and one of them"),
-           gate=Gate.SYSTEM_CALLS, argument="--system-call-filter"),
+           gate=Gate.SYSTEM_CALLS, opens=lambda value: any(not item.startswith("~") for item in value),
+           argument="--system-call-filter"),
     Option("restrict_address_families", Kind.STRINGS,
            "The only families of sockets the container may use, or with a `~` in front of the first the only ones "
            "it may not.",
@@ -1650,8 +1651,8 @@ def render_row(option: Option, prefix: str) -> str:
 # =====================================================================================================
 # Rules
 #
-# What concerns more than one option: what unset ones become, what cannot be combined (RULES), and what opens the
-# host, so that the operator has to allow it (GATES).
+# What concerns more than one option: what unset ones become, what cannot be combined, and what the operator has to
+# allow, because it opens the host.
 # =====================================================================================================
 
 
@@ -1724,20 +1725,34 @@ class Rule:
     remedy: str = ""
 
 
-# Here and in the tables below mypy cannot infer a lambda with a default argument ("misc"); without one all lambdas
-# of a loop would see its last value.
-
-
 def together(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...]:
     """Make rules that an option excludes others."""
-    return tuple(
-        Rule(
-            option,
-            lambda value, host, other=other: bool(value[option] and value[other]),  # type: ignore[misc]
-            f"cannot be combined with {other}",
-            remedy,
-        )
-        for other in others
+
+    def rule(other: str) -> Rule:
+        def is_broken(value: Values, host: Host) -> bool:
+            return bool(value[option] and value[other])
+
+        return Rule(option, is_broken, f"cannot be combined with {other}", remedy)
+
+    return tuple(map(rule, others))
+
+
+def needs(option: str, other: str) -> Rule:
+    """Make the rule that an option is nothing without another one."""
+    return Rule(
+        option,
+        lambda value, host: bool(value[option]) and not value[other],
+        f"needs {other}",
+        f"set {other}, too",
+    )
+
+
+def needs_link(option: str) -> Rule:
+    return Rule(
+        option,
+        lambda value, host: bool(value[option]) and not have_link(value),
+        "needs a network of the container's own",
+        "leave network_veth at true, or listen on the host's port itself",
     )
 
 
@@ -1753,15 +1768,8 @@ RULES: tuple[Rule, ...] = (
     *together("ambient_capability", ("boot",), "set boot = false: an init has its capabilities by itself"),
     # The payload is PID 2 and can never say READY (measured on 252, 257 and 262).
     *together("notify_ready", ("process_two",), "leave process_two out: only PID 1 can say that it is ready"),
-    *(
-        Rule(
-            option,
-            lambda value, host, option=option: bool(value[option]) and not have_link(value),  # type: ignore[misc]
-            "needs a network of the container's own",
-            "leave network_veth at true, or listen on the host's port itself",
-        )
-        for option in ("ports", "port_map")
-    ),
+    needs_link("ports"),
+    needs_link("port_map"),
     *together("network_zone", ("network_bridge",), "a link can be joined to one bridge only"),
     Rule(
         "volatile",
@@ -1790,22 +1798,10 @@ RULES: tuple[Rule, ...] = (
         "needs user namespaces",
         "set user_namespacing = true",
     ),
-    *(
-        Rule(
-            option,
-            lambda value, host, option=option, needed=needed: (  # type: ignore[misc]
-                bool(value[option]) and not value[needed]
-            ),
-            f"needs {needed}",
-            f"set {needed}, too",
-        )
-        for option, needed in (
-            ("bind_user_shell", "bind_user"),
-            ("bind_user_group", "bind_user"),
-            ("root_hash_sig", "root_hash"),
-            ("private_users_delegate", "user_namespacing"),
-        )
-    ),
+    needs("bind_user_shell", "bind_user"),
+    needs("bind_user_group", "bind_user"),
+    needs("root_hash_sig", "root_hash"),
+    needs("private_users_delegate", "user_namespacing"),
     Rule(
         "load_credential",
         lambda value, host: bool(value["load_credential"].keys() & value["set_credential"].keys()),
@@ -1827,41 +1823,14 @@ def check_rules(values: Values, host: Host) -> None:
             raise ConfigError(broken.option, values[broken.option], broken.rule, broken.remedy)
 
 
-# When a value opens the host, so that the operator has to allow it; a task in the group's network is not on the
-# host's. Paths and capabilities are looked at one by one.
-GATES: tuple[tuple[str, Gate, Callable[[Values], bool]], ...] = (
-    ("network_veth", Gate.HOST_NETWORK, lambda value: not have_own_network(value)),
-    *(
-        (name, Gate.HOST_NETWORK, lambda value, name=name: bool(value[name]))
-        for name in (
-            "network_bridge",
-            "network_veth_extra",
-            "network_macvlan",
-            "network_ipvlan",
-            "network_interface",
-        )
-    ),
-    ("user_namespacing", Gate.HOST_USERS, lambda value: not value["user_namespacing"]),
-    ("private_users", Gate.HOST_USERS, lambda value: value["private_users"] not in (None, "yes", "pick")),
-    *(
-        (name, Gate.HOST_USERS, lambda value, name=name: bool(value[name]))
-        for name in ("bind_user", "selinux_context", "selinux_apifs_context")
-    ),
-    (
-        "system_call_filter",
-        Gate.SYSTEM_CALLS,
-        lambda value: any(not item.startswith("~") for item in value["system_call_filter"]),
-    ),
-)
-
-
 def check_gates(values: Values, config: Values, *, is_in_group: bool = False) -> None:
-    """Refuse what the operator does not allow."""
-    for name, gate, opens in GATES:
-        if gate is Gate.HOST_NETWORK and is_in_group:
-            continue
-        if opens(values):
-            check_gate(name, values[name], gate, config)
+    """Refuse what the operator does not allow. Paths are judged when they have been opened, see Sources. The
+    network of a group is not the host's."""
+    for option in TASK_OPTIONS:
+        if option.gate and option.gate.is_word and option.opens(values[option.name]):
+            check_gate(option.name, values[option.name], option.gate, config)
+    if not is_in_group and not have_own_network(values):
+        check_gate("network_veth", values["network_veth"], Gate.HOST_NETWORK, config)
     for name in ("capability", "ambient_capability"):
         for capability in values[name]:
             if capability not in config["allow_caps"] and "all" not in config["allow_caps"]:
@@ -3295,11 +3264,15 @@ def plan_machine(task_name: str, alloc_id: str) -> str:
     return f"{name}-{alloc}"
 
 
+def render_readable(task_id: str) -> str:
+    """Return the beginning of an id for a file's name: the allocation's, which has 36 characters, and a bit."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", task_id)[:40]
+
+
 def state_directory(task_id: str) -> Path:
     """Return where a task's files are: found from the id alone, short enough for a socket's path, and never
     outside the state root whatever the id holds."""
-    readable = re.sub(r"[^A-Za-z0-9-]+", "-", task_id)[:40]
-    return STATE_ROOT / f"{readable}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"
+    return STATE_ROOT / f"{render_readable(task_id)}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"
 
 
 # =====================================================================================================
@@ -4823,11 +4796,12 @@ def read_state(directory: Path) -> State | None:
         return None
 
 
-def read_states() -> Iterator[State]:
+def read_states(alloc_id: str = "") -> Iterator[State]:
+    """Yield the tasks that are on this machine, or those of one allocation."""
+    prefix = render_readable(alloc_id)[:36]
     with contextlib.suppress(FileNotFoundError):
-        for directory in sorted(STATE_ROOT.iterdir()):
-            state = read_state(directory)
-            if state:
+        for name in sorted(os.listdir(STATE_ROOT)):
+            if name.startswith(prefix) and (state := read_state(STATE_ROOT / name)):
                 yield state
 
 
@@ -4960,11 +4934,7 @@ class Machined:
     async def call(self, method: str, state: State, *words: object) -> None:
         path = ("org.freedesktop.machine1", "/org/freedesktop/machine1", "org.freedesktop.machine1.Manager")
         argv = ["busctl", "--quiet", f"--timeout={REGISTER_LIMIT:g}", "call", *path, method, *map(str, words)]
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            process = start_process(argv, environ={"PATH": SAFE_PATH}, stdin=null, stdout=null, stderr=null)
-        finally:
-            os.close(null)
+        process = start_process(argv, environ={"PATH": SAFE_PATH})
         self.registering = (state.machine if method == "RegisterMachine" else "", process)
         try:
             await asyncio.wait_for(process.wait(), REGISTER_LIMIT + 1)
@@ -5099,13 +5069,8 @@ async def remove_place(place: str) -> None:
     likes, and files nobody else should follow or wait for."""
     if not place or not os.path.lexists(place):
         return
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        argv = ["rm", "-rf", "--one-file-system", "--", place]
-        process = start_process(argv, environ={"PATH": SAFE_PATH}, stdin=null, stdout=null, stderr=null)
-    finally:
-        os.close(null)
-    await process.wait()
+    argv = ["rm", "-rf", "--one-file-system", "--", place]
+    await start_process(argv, environ={"PATH": SAFE_PATH}).wait()
     if os.path.lexists(place):
         log.warn("cannot remove what a task has changed of its image", path=place)
 
@@ -5656,7 +5621,7 @@ class Tasks:
     async def clear(self, plan: Plan) -> None:
         """End and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same
         id, and it never runs two of one task at once."""
-        for state in read_states():
+        for state in read_states(split_id(plan.task_id)[0]):
             if state.task_id == plan.task_id or state.machine == plan.machine:
                 log.warn("removing a left-over of an earlier start", task=state.task_id)
                 await self.destroy(state.task_id)
