@@ -293,11 +293,14 @@ def child_of(task: Task, text: bytes) -> int:
 
 def filters(pid: int) -> list[str]:
     """A process's seccomp filters as hexadecimal."""
-    program = driver.render_helper().replace("Entry().serve()", "")
-    program += (
-        f"entry = Entry()\nentry.plan = {{'is_traced': False}}\nfor f in entry.read_filters({pid}): print(f.hex())"
+    program = f"import driver\nfor found in driver.Entry().read_filters({pid}): print(found.hex())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=30,
+        cwd=Path(driver.__file__).parent,
     )
-    done = subprocess.run([sys.executable, "-IS", "-c", program], stdout=subprocess.PIPE, check=True, timeout=30)
     return done.stdout.decode().split()
 
 
@@ -884,7 +887,7 @@ def test_helper_ends_with_the_plugin_and_comes_back_when_killed(driver_file: Pat
 
 def helpers(pid: int) -> list[int]:
     """The processes of a plugin that wait for commands."""
-    return [c for c in driver.read_children(pid) if "class Entry" in driver.read_text(Path(f"/proc/{c}/cmdline"))]
+    return [c for c in driver.read_children(pid) if "Entry" in driver.read_text(Path(f"/proc/{c}/cmdline"))]
 
 
 def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
