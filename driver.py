@@ -2599,12 +2599,12 @@ def explain_no_address(mode: NetworkMode, is_booted: bool, have_networkd: bool) 
     return "is a DHCP client enabled in the image, and does a DHCP server answer on that network?"
 
 
-NETWORKD_PROCESSES = "system.slice/systemd-networkd.service/cgroup.procs"
+NETWORKD_IS_ACTIVE = "/run/systemd/units/invocation:systemd-networkd.service"  # systemd's link, to nowhere
 
 
 def have_networkd() -> bool:
-    """Whether systemd-networkd runs. A service's cgroup may be there before its first start (seen on 252)."""
-    return any(read_text(Path("/sys/fs/cgroup", root, NETWORKD_PROCESSES)) for root in ("", "unified", "systemd"))
+    """Whether systemd-networkd runs. Where only its socket does, the first link of a container starts it."""
+    return os.path.lexists(NETWORKD_IS_ACTIVE)
 
 
 # Elements of nspawn's map in nftables, `6 . 8080 : 10.0.0.2 . 80`, and its rules where it uses iptables: before

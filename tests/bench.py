@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # A script has its own folder on sys.path, not the one above it: so the import comes after the line that adds it.
+from tests import hosts  # noqa: E402
 from tests.agent import Allocation, Plugin, Task, launch_like_agent  # noqa: E402
 
 DRIVER = Path(os.environ.get("NSPAWN_TEST_DRIVER", ROOT / "nomad-driver-nspawn"))
@@ -320,6 +321,49 @@ def bench_roots(plugin: Plugin) -> None:
     row("on the disk for each copy of systemd-nspawn --ephemeral", f"{copied[1] / ROOTS / 1024:.0f} KB")
 
 
+# --- with and without systemd-machined: in hosts that have it ---
+
+
+@contextlib.contextmanager
+def without_machined() -> Iterator[None]:
+    def systemctl(*words: str) -> None:
+        subprocess.run(
+            ["systemctl", *words, "systemd-machined"], check=True, timeout=60, stderr=subprocess.DEVNULL
+        )
+
+    systemctl("mask", "--runtime")
+    systemctl("stop")
+    try:
+        yield
+    finally:
+        systemctl("unmask", "--runtime")
+        systemctl("reset-failed")  # it would count as started too often
+        systemctl("start")
+
+
+def bench_machined() -> None:
+    """Run in such a host."""
+    with launch_like_agent(DRIVER) as plugin:
+        for what, finish in (("to READY", False), ("to the exit code of /bin/true", True)):
+            took: tuple[list[float], list[float]] = [], []
+            for _ in range(10):
+                took[0].extend(driver_start(plugin, finish) for _ in range(5))
+                with without_machined():
+                    took[1].extend(driver_start(plugin, finish) for _ in range(5))
+            known, unknown = map(statistics.median, took)
+            row(f"{what}: with machined", ms(known))
+            row(f"{what}: machined masked", ms(unknown))
+            row(f"{what}: difference", ms(known - unknown), "goal: under 50 ms")
+
+
+def bench_machined_on_hosts() -> None:
+    for suite in hosts.SYSTEMD:
+        title(f"systemd-machined, on a host in a container: {suite}, 50 starts each, in turn")
+        environ = f"PYTHONPATH={hosts.LIBRARY_ROOT} NSPAWN_TEST_IMAGE={IMAGE}"
+        with hosts.open_host("container", suite) as host:
+            print(host.check(f"{environ} python3 /checkout/tests/bench.py machined", 600), end="", flush=True)
+
+
 # --- commands in a running container ---
 
 
@@ -367,6 +411,8 @@ def read_cmdline(pid: int) -> bytes:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["machined"]:
+        return bench_machined()
     systemd = subprocess.getoutput("systemd-nspawn --version").split(" (")[0]
     print(f"{DRIVER.name} on {os.cpu_count()} cores, {systemd}, Linux {os.uname().release}; medians")
     title("Start of the plugin")
@@ -385,6 +431,7 @@ def main() -> None:
         bench_fleet(plugin)
         title(f"{ROOTS} tasks from one image with user namespaces, 5 rounds")
         bench_roots(plugin)
+    bench_machined_on_hosts()
 
 
 if __name__ == "__main__":

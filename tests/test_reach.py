@@ -580,10 +580,44 @@ def stop_networkd() -> None:
         subprocess.run(["systemctl", "stop", unit], check=False, timeout=60, stderr=subprocess.DEVNULL)
 
 
-def test_missing_address_is_told(tasks: Tasks) -> None:
-    task = tasks.start(FOREVER, network_veth=True)
-    words = r"has no address after 30 s: .*(systemctl enable --now systemd-networkd|a command has no DHCP client)"
-    eventually(lambda: any(re.search(words, event.message) for event in task.events), 60)
+def systemctl(*words: str) -> None:
+    subprocess.run(["systemctl", *words], check=True, timeout=60, stderr=subprocess.DEVNULL)
+
+
+def services(plugin: Plugin) -> tuple[bool, bool]:
+    """Whether the node has machined and networkd, by the latest fingerprint."""
+    assert plugin.fingerprint
+    machined, networkd = (f"driver.nspawn.{name}" for name in ("machined", "networkd"))
+    return plugin.fingerprint.attributes[machined].bool_val, plugin.fingerprint.attributes[networkd].bool_val
+
+
+@pytest.fixture
+def can_stop() -> Iterator[bool]:
+    """Whether this is a host for tests; then machined and networkd run at first."""
+    is_host = "NSPAWN_TEST_HOST" in os.environ
+    if is_host:
+        systemctl("start", "systemd-networkd")
+    yield is_host
+    if is_host:
+        stop_networkd()
+        systemctl("unmask", "--runtime", "systemd-machined")
+
+
+def test_what_the_host_lacks_is_told(driver_file: Path, image: Path, can_stop: bool) -> None:
+    """Within half a minute: in the node's attributes, and in an event of a task that therefore has no address."""
+    with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
+        wanted = services(plugin)
+        if can_stop:
+            assert wanted == (True, True)
+            stop_networkd()
+            systemctl("mask", "--runtime", "systemd-machined")
+            wanted = (False, False)
+        task = tasks.start(FOREVER, network_veth=True)
+        told = eventually(lambda: [e.message for e in task.events if "no address after 30 s" in e.message], 60)
+        plugin.wait_for(lambda: services(plugin) == wanted)
+        why = "a command has no DHCP client" if wanted[1] else "systemctl enable --now systemd-networkd"
+        assert why in told[0]
+        assert len(plugin.fingerprints) == (2 if can_stop else 1), "told again though nothing has changed"
 
 
 NEEDS_HOST = pytest.mark.skipif(
@@ -600,7 +634,7 @@ WantedBy=multi-user.target
 
 @pytest.fixture
 def networkd() -> Iterator[None]:
-    subprocess.run(["systemctl", "start", "systemd-networkd"], check=True, timeout=60)
+    systemctl("start", "systemd-networkd")
     yield
     stop_networkd()
 
