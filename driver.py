@@ -5587,7 +5587,6 @@ class Tasks:
         self.events = events
         self.machined = Machined()
         self.known: dict[str, Task] = {}
-        self.starting: set[asyncio.Task[Task]] = set()
 
     def get(self, task_id: str) -> Task:
         task = self.known.get(task_id)
@@ -5601,10 +5600,7 @@ class Tasks:
         check_directories(config)
         with open_logs(plan) as logs:
             await self.clear(plan)
-            start = asyncio.create_task(Start(plan, self.events, config, logs).run())
-            self.starting.add(start)
-            start.add_done_callback(self.starting.discard)
-            task = await start
+            task = await Start(plan, self.events, config, logs).run()
         self.adopt(task)
         return task
 
@@ -6706,6 +6702,7 @@ class DriverService:
         self.agents = 0  # connected ones, counted by their Fingerprint streams
         self.events = Events()
         self.tasks = Tasks(self.events)
+        self.starts: dict[str, asyncio.Task[tuple[Task, NetworkPlan]]] = {}  # under way, by the tasks' ids
         self.helper = Helper()
         self.fetches = Fetches(Store())
 
@@ -6798,7 +6795,7 @@ class DriverService:
             raise ConfigError(
                 "volume_mount", config.mounts[0].target, rule, "set volumes = true in the plugin block"
             )
-        task, network = await self.start_task(config, host)
+        task, network = await self.run_start(config, host)
         override = await self.find_override(task, network)
         handle = driver_pb2.TaskHandle(
             version=STATE_VERSION,
@@ -6825,6 +6822,27 @@ class DriverService:
             auto_advertise=network.mode.is_outside and not network.ports,
         )
 
+    async def run_start(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
+        """Start a task. It ends with the call, and with one that stops or destroys the task or starts it anew."""
+        await self.stop_start(config.id)
+        start = self.starts[config.id] = asyncio.create_task(self.start_task(config, host))
+        try:
+            return await start
+        except asyncio.CancelledError:
+            if self.starts.get(config.id) is start:  # the call itself was cancelled
+                raise
+            raise DriverError(f"task {config.id} was stopped while it was being started") from None
+        finally:
+            if self.starts.get(config.id) is start:
+                del self.starts[config.id]
+
+    async def stop_start(self, task_id: str) -> None:
+        """End a start that is under way, and wait until nothing is left of it: neither a fetch nor a container."""
+        start = self.starts.pop(task_id, None)
+        if start:
+            start.cancel()
+            await asyncio.wait([start])
+
     async def start_task(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
         is_in_group = bool(config.network.namespace)
         values = settle_values(decode_options(TASK_OPTIONS, config.options), self.config, is_in_group=is_in_group)
@@ -6850,7 +6868,7 @@ class DriverService:
             return await self.tasks.start(plan, config), plan.network
 
     async def find_image(self, config: TaskConfig, values: Values) -> Image:
-        """Return the task's image, fetched if need be. One of the store is kept from collection by the call that
+        """Return the task's image, fetched if need be. One of the store is kept from collection by the start that
         asks for it, and from its end on by the task's use."""
         task_dir = Path(config.task_dir) if config.alloc_dir else None
         image_dir = Path(self.config["image_dir"])
@@ -6865,9 +6883,9 @@ class DriverService:
             check_gate("image_download.type", "raw", Gate.DISK_IMAGES, self.config)
         settings = plan_fetching(self.config)
         stored, kept = await self.fetches.provide(origin, settings, functools.partial(self.events.emit, config))
-        call = asyncio.current_task()
-        assert call
-        call.add_done_callback(lambda _: os.close(kept))
+        start = asyncio.current_task()
+        assert start
+        start.add_done_callback(lambda _: os.close(kept))
         image = self.fetches.store.find(stored)
         if not image.layers:
             check_tree(image.path, values["image"], values)
@@ -6882,6 +6900,7 @@ class DriverService:
     @answers
     async def StopTask(self, request: driver_pb2.StopTaskRequest) -> driver_pb2.StopTaskResponse:
         """An unknown task is a stopped one: the agent would repeat the call for minutes."""
+        await self.stop_start(request.task_id)
         task = self.tasks.known.get(request.task_id)
         if task:
             await task.stop(request.signal, request.timeout.ToNanoseconds() / 1e9)
@@ -6889,6 +6908,7 @@ class DriverService:
 
     @answers
     async def DestroyTask(self, request: driver_pb2.DestroyTaskRequest) -> driver_pb2.DestroyTaskResponse:
+        await self.stop_start(request.task_id)
         task = self.tasks.known.get(request.task_id)
         if task and not task.ended.is_set() and not request.force:
             raise DriverError(f"task {request.task_id} is still running; stop it first, or destroy it with force")
@@ -7199,8 +7219,8 @@ async def serve() -> None:
         await stop.wait()
         watcher.cancel()
         await server.stop(0.2)  # seconds for answers under way, the one to Shutdown among them
-        if driver.tasks.starting:  # their calls are cancelled by now: they remove what they have made
-            await asyncio.wait(driver.tasks.starting, timeout=1.5)
+        if driver.starts:  # their calls are cancelled by now: they remove what they have made
+            await asyncio.wait(driver.starts.values(), timeout=1.5)
     finally:
         remove_tree(directory)
 

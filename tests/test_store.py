@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import driver
-from tests.agent import AgentError, DriverError, Plugin, launch_like_agent
-from tests.containers import Tasks, eventually, make_small_image, output
+from nomad_pb import driver_pb2
+from tests.agent import AgentError, DriverError, Plugin, Task, driver_error, launch_like_agent
+from tests.containers import Tasks, eventually, is_alive, make_small_image, output
 from tests.servers import (
     Entry,
     Fetcher,
@@ -192,13 +194,54 @@ def test_several_processes_at_once_fetch_once(server: FileServer, archive: bytes
     assert len(server.seen) == 1
 
 
-def test_a_start_that_is_cancelled_ends_the_fetch(plugin: Plugin, tasks: Tasks, server: FileServer) -> None:
+@pytest.mark.parametrize("way", ["cancel", "stop", "destroy", "shutdown"])
+def test_a_start_that_is_ended_ends_the_fetch(
+    driver_file: Path, image: Path, store: driver.Store, server: FileServer, way: str
+) -> None:
+    """Whoever ends it; unless another task waits for the image, too."""
     server.answers["/image"] = stall(bytes(100000), 1000)
-    task = tasks.make("echo hello", **download(f"{server.url}/image"))
-    with pytest.raises(TimeoutError):
-        task.start(timeout=2)
-    assert server.seen
-    eventually(lambda: not fetchers(plugin.pid))
+    config = download(f"{server.url}/image")
+    with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
+        one, two = Starting(tasks.make("true", **config)), Starting(tasks.make("true", name="two", **config))
+        (fetcher,) = eventually(lambda: fetchers(plugin.pid))
+        eventually(lambda: server.seen)
+        if way == "shutdown":
+            plugin.kill()  # notes a violation when that takes longer than an agent waits
+        else:
+            one.end(way)
+            assert is_alive(fetcher)
+            two.end(way)
+        eventually(lambda: not is_alive(fetcher), timeout=2)
+        errors = [str(starting.join()) for starting in (one, two)]
+        if way in ("stop", "destroy"):
+            assert all(error.endswith("was stopped while it was being started") for error in errors), errors
+        tasks.made = [] if way == "shutdown" else tasks.made
+        for starting in (one, two):
+            starting.task.logmon.stop(0)
+            starting.task.allocation.close()
+    assert not plugin.violations
+
+
+class Starting:
+    """A StartTask that has not been answered yet."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        task.id = f"{task.allocation.id}/{task.name}/00000000"
+        task.prestart()
+        self.call: Any = task.plugin.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
+
+    def end(self, way: str) -> None:
+        {"cancel": self.call.cancel, "stop": self.task.stop, "destroy": self.task.destroy}[way]()
+
+    def join(self) -> BaseException:
+        """Return what the call has failed with."""
+        try:
+            error = self.call.exception(timeout=20)
+        except grpc.FutureCancelledError as cancelled:
+            return cancelled
+        assert isinstance(error, grpc.RpcError)
+        return driver_error(error)
 
 
 def fetchers(plugin: int) -> list[int]:
