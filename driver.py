@@ -1963,6 +1963,42 @@ def open_in_image(image: Image, path: str, flags: int) -> int:
         os.close(fd)
 
 
+MAX_TEXT = 256 << 10  # bytes of an image's /etc/hosts, passwd or group
+
+
+def read_in_image(image: Image, values: Values, path: str) -> str:
+    """Return the beginning of a file of an image, "" when it is not there or is a symbolic link."""
+    for directory in image.directories if image.is_directory else ():
+        layer, place = replace(image, path=directory), place_in_image(values, path)
+        try:
+            with open(open_in_image(layer, place, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+                return file.read(MAX_TEXT).decode(errors="replace") if is_regular else ""
+        except FileNotFoundError:  # the layers below may have it
+            continue
+        except OSError:
+            break
+    return ""
+
+
+def find_image_user(image: Image, values: Values) -> str | None:
+    """Return the user an image's command is to run as. Its groups are those of the image's own files: nspawn
+    sets no others, so an image that wants them is refused; and it sets all of them only for a user's name."""
+    name, _, group = image.config.user.partition(":")
+    if not name and not group:
+        return None
+    name = is_user("user of the image", name or "root")
+    users = [line.split(":") for line in read_in_image(image, values, "/etc/passwd").splitlines()]
+    groups = [line.split(":") for line in read_in_image(image, values, "/etc/group").splitlines()]
+    known = [(entry[0], entry[3]) for entry in users if len(entry) > 3 and name in (entry[0], entry[2])]
+    name, own = ("root", "0") if name in ("root", "0") else (*known, (name, ""))[0]
+    names = {entry[0] for entry in groups if len(entry) > 2 and entry[2] == own}
+    if group and own and group not in (own, *names):
+        rule = f"wants the group {group}, and systemd-nspawn gives a command its user's own one, {own}"
+        raise ConfigError("user of the image", image.config.user, rule, f'set user = "{name}" to run it with that')
+    return name
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where an image comes from that is not simply there: an address, a registry, or an archive to unpack."""
@@ -2742,21 +2778,6 @@ def read_names(group: GroupNetwork, image: Image, values: Values) -> Names:
         addresses=read_group_addresses(group.namespace) if group.namespace else (),
         missing=frozenset(path for path in NAME_FILES if not can_mount_file(image, values, path)),
     )
-
-
-MAX_HOSTS = 64 << 10  # bytes of an image's /etc/hosts
-
-
-def read_in_image(image: Image, values: Values, path: str) -> str:
-    """Return the beginning of a file of an image, "" when it is not there or is a symbolic link."""
-    if not image.is_directory:
-        return ""
-    try:
-        with open(open_in_image(image, place_in_image(values, path), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            return file.read(MAX_HOSTS).decode(errors="replace") if is_regular else ""
-    except OSError:
-        return ""
 
 
 def is_read_only(values: Values) -> bool:
@@ -3635,7 +3656,7 @@ def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
         changes["environment"] = {**known, **values["environment"]}
         changes["command"] = values["command"] or config.command
         changes["working_directory"] = values["working_directory"] or config.working_directory or None
-        changes["user"] = values["user"] or user or config.user.partition(":")[0] or None
+        changes["user"] = values["user"] or user or find_image_user(image, values)
     return {**values, **changes}
 
 
@@ -3738,7 +3759,8 @@ BUSY = (
 MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work when tried again
     (r"Directory tree (.+) is currently busy", BUSY, True),
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
-    (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container', False),
+    (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container: it must be in '
+     "its /etc/passwd, and the program getent in its /usr/bin", False),
     (r"Failed to change to specified working directory ([^:]+)",
      "working_directory: there is no directory {0} in the container", False),
     (r"Failed to (?:stat|clone) (/[^:]*): No such file", "bind: there is no {0} on the host", False),
@@ -5807,9 +5829,8 @@ class Entry:
             entry = line.split(b":")
             if len(entry) > 5 and name in (entry[0], entry[2]):
                 groups = [line.split(b":") for line in self.read(b"/etc/group").split(b"\n")]
-                further = [
-                    int(group[2]) for group in groups if len(group) > 3 and entry[0] in group[3].split(b",")
-                ]
+                # A user named by number gets none from nspawn either.
+                further = [int(group[2]) for group in groups if len(group) > 3 and name in group[3].split(b",")]
                 self.plan["user"] = entry[0]
                 return int(entry[2]), int(entry[3]), further, entry[5]
         raise SystemExit(f'user: there is no user "{os.fsdecode(name)}" in the container\'s /etc/passwd')

@@ -5,6 +5,7 @@
     Download    http and https, with progress, resumption and a limit on stalls
     Unpack      archives that may mean harm, to a directory
     Registry    OCI and Docker registries
+    Saved       images of theirs in an archive
     Fetch       from a request to an image in the store
 
 Everything that comes from outside is a stranger's: addresses, redirects, sizes, names, links. A thing gets its
@@ -49,6 +50,7 @@ from driver import (
     StoredImage,
     TransientError,
     cut,
+    find_in_image,
     redact,
     remove_tree,
     run,
@@ -1037,6 +1039,23 @@ def choose_manifest(index: Mapping[str, Any], wanted: Platform, shown: str) -> s
     raise DriverError(f"{shown} is there for {cut(there) or 'no platform'}, not for {wanted}")
 
 
+def check_platform(config: Mapping[str, Any], wanted: Platform, shown: str) -> None:
+    platform = Platform.read(config)
+    if platform.architecture and not platform.fits(wanted):
+        raise DriverError(f"{shown} is there for {platform}, not for {wanted}")
+
+
+def read_layer_names(config: Mapping[str, Any], count: int, shown: str) -> list[str]:
+    """Return the names in the store of an image's layers, the lowest first: the digests of what they unpack to."""
+    rootfs = config.get("rootfs")
+    ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if not isinstance(ids, list) or len(ids) != count:
+        raise DriverError(f"{shown} is no image of file system layers")
+    if count > MAX_LAYERS:
+        raise DriverError(f"{shown} has {count} layers; {MAX_LAYERS} can be stacked")
+    return [want_digest({"digest": diff_id}).partition(":")[2] for diff_id in ids]
+
+
 def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
     """Return what an image says of how to run it; what is not of the right type counts as not said."""
     inner = config.get("config")
@@ -1057,6 +1076,68 @@ def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
         working_directory=text("WorkingDir"),
         stop_signal=text("StopSignal"),
     )
+
+
+# =====================================================================================================
+# Saved
+#
+# What an archive held that is no tree of a system: an image of `docker save` or podman (manifest.json), or an OCI
+# layout of skopeo and buildx (index.json). Nothing is found outside of where the archive was unpacked.
+# =====================================================================================================
+
+
+class Saved:
+    """A directory with an image of layers. `shown` is its name for people."""
+
+    def __init__(self, tree: Path, shown: str) -> None:
+        self.tree, self.shown = tree, shown
+
+    @property
+    def is_there(self) -> bool:
+        return not (self.tree / "usr").exists() and any(map(self.has, ("manifest.json", "index.json")))
+
+    def has(self, name: str) -> bool:
+        return os.path.lexists(self.tree / name)
+
+    def find(self, name: object) -> Path:
+        path = find_in_image(self.tree, str(name), {})
+        if path is None or not path.is_file():
+            raise DriverError(f"{self.shown} is no whole image: it lacks {cut(ascii(name))}")
+        return path
+
+    def read(self, name: object) -> Any:
+        with open(self.find(name), "rb") as file, contextlib.suppress(ValueError, RecursionError):
+            return json.loads(file.read(MAX_DOCUMENT))
+        raise DriverError(f"{self.shown} is no whole image: {cut(ascii(name))} is not the JSON it should be")
+
+    def parts(self) -> tuple[dict[str, Any], list[Path]]:
+        """Return the image's configuration, and its layers, the lowest first."""
+        config, layers = self.read_docker() if self.has("manifest.json") else self.read_layout()
+        found = self.read(config)
+        if not isinstance(found, dict) or not isinstance(layers, list):
+            raise DriverError(f"{self.shown} is no image of file system layers")
+        return found, [self.find(layer) for layer in layers]
+
+    def read_docker(self) -> tuple[object, object]:
+        images = self.read("manifest.json")
+        if not isinstance(images, list) or len(images) != 1 or not isinstance(images[0], dict):
+            raise DriverError(f"{self.shown} must hold one image; save each into an archive of its own")
+        return images[0].get("Config"), images[0].get("Layers")
+
+    def read_layout(self) -> tuple[object, object]:
+        found, levels = self.read("index.json"), 0
+        while isinstance(found, dict) and isinstance(found.get("manifests"), list) and levels < 3:
+            entries, levels = found["manifests"], levels + 1
+            if len(entries) != 1:  # the only one may come without its platform
+                entries = [{"digest": choose_manifest(found, Platform.parse(""), self.shown)}]
+            found = self.read(blob_path(entries[0]))
+        if not isinstance(found, dict) or not isinstance(found.get("layers"), list):
+            raise DriverError(f"{self.shown} is no image of file system layers")
+        return blob_path(found.get("config")), [blob_path(layer) for layer in found["layers"]]
+
+
+def blob_path(descriptor: object) -> str:
+    return "blobs/" + want_digest(descriptor).replace(":", "/")
 
 
 # =====================================================================================================
@@ -1117,9 +1198,9 @@ class Fetch:
         path = Path(self.values["place"]) if kind == "archive" else self.download(work)
         if kind == "archive":
             path = self.pin(path)
-        layer = self.convert(path, work) if kind == "raw" else self.unpack(path, work)
+        image = self.image((self.convert(path, work),)) if kind == "raw" else self.load(path, work / "tree")
         discard(self.store.part(self.key))
-        return self.image((layer,))
+        return image
 
     def image(self, layers: tuple[str, ...], **more: Any) -> StoredImage:
         now = time.time()
@@ -1153,9 +1234,29 @@ class Fetch:
             check_published(self.client, url, credentials.header, part, self.values["verify"], work)
         return part
 
-    def unpack(self, path: Path, work: Path, wanted: str = "") -> str:
-        """Unpack an archive into the store; return the layer's name. `wanted` is the name it must get."""
-        tree = work / "tree"
+    def load(self, path: Path, tree: Path) -> StoredImage:
+        """Bring what an archive holds into the store: the tree of a system, or an image of layers."""
+        name = self.unpack(path, tree)
+        saved = Saved(tree, self.values["name"])
+        if not saved.is_there:
+            commit(self.store, tree, name)
+            return self.image((name,))
+        config, blobs = saved.parts()
+        check_platform(config, Platform.parse(""), saved.shown)
+        layers = read_layer_names(config, len(blobs), saved.shown)
+        for blob, layer in zip(blobs, layers, strict=True):
+            with self.store.hold(layer, alone=True):
+                if not self.store.layer(layer).exists():
+                    self.unpack_layer(blob, layer)
+        return self.stack(layers, config)
+
+    def stack(self, layers: Sequence[str], config: Mapping[str, Any], digest: str = "") -> StoredImage:
+        """Return an image of layers, the lowest first, and its maker's configuration."""
+        names = (*reversed(layers), self.make_skeleton())
+        return self.image(names, digest=digest, config=read_image_config(config))
+
+    def unpack(self, path: Path, tree: Path, wanted: str = "") -> str:
+        """Unpack an archive to a new directory; return its contents' digest, which must be what is wanted."""
         tree.mkdir(mode=0o755)
         unpacker = Unpacker(tree, self.limit, is_layer=bool(wanted))
         result = None
@@ -1168,7 +1269,6 @@ class Fetch:
             raise DriverError(f"a layer's contents are not what the image says they are (sha256:{wanted})")
         if result.devices:
             tell(note=f"{result.devices} device nodes of the archive were left out")
-        commit(self.store, tree, result.digest)
         return result.digest
 
     def convert(self, path: Path, work: Path) -> str:
@@ -1204,13 +1304,8 @@ class Fetch:
         if found and found.digest == digest:
             return replace(found, checked_at=time.time())
         config = registry.read_config(manifest.get("config") or {})
-        platform = Platform.read(config)
-        if platform.architecture and not platform.fits(wanted):
-            raise DriverError(f"{registry.shown} is there for {platform}, not for {wanted}")
-        layers = self.fetch_layers(registry, manifest, config)
-        return self.image(
-            (*reversed(layers), self.make_skeleton()), digest=digest, config=read_image_config(config)
-        )
+        check_platform(config, wanted, registry.shown)
+        return self.stack(self.fetch_layers(registry, manifest, config), config, digest)
 
     def make_skeleton(self) -> str:
         """Make what nspawn wants of every tree, as the lowest layer: an image may hold one program and no more."""
@@ -1221,6 +1316,7 @@ class Fetch:
                     (work / "tree" / name).mkdir(parents=True)
                 (work / "tree/tmp").chmod(0o1777)
                 commit(self.store, work / "tree", SKELETON)
+                work.rmdir()
         return SKELETON
 
     def fetch_layers(
@@ -1228,21 +1324,15 @@ class Fetch:
     ) -> list[str]:
         """Return the names of the layers, the lowest first."""
         descriptors = manifest.get("layers")
-        rootfs = config.get("rootfs")
-        ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-        if not isinstance(descriptors, list) or not isinstance(ids, list) or len(ids) != len(descriptors):
+        if not isinstance(descriptors, list):
             raise DriverError(f"{registry.shown} is no image of file system layers")
-        if len(ids) > MAX_LAYERS:
-            raise DriverError(f"{registry.shown} has {len(ids)} layers; {MAX_LAYERS} can be stacked")
-        layers: list[str] = []
-        for descriptor, diff_id in zip(descriptors, ids, strict=True):
-            name = want_digest({"digest": diff_id}).partition(":")[2]
+        layers = read_layer_names(config, len(descriptors), registry.shown)
+        for descriptor, name in zip(descriptors, layers, strict=True):
             want_digest(descriptor)
             if not LAYERS.fullmatch(str(descriptor.get("mediaType"))) or descriptor.get("urls"):
                 kind = cut(str(descriptor.get("mediaType")))
                 raise DriverError(f"{registry.shown} has a layer of a kind that is not fetched ({kind})")
             self.fetch_layer(registry, descriptor, name)
-            layers.append(name)
         return layers
 
     def fetch_layer(self, registry: Registry, descriptor: Mapping[str, Any], name: str) -> None:
@@ -1252,12 +1342,19 @@ class Fetch:
                 return
             part = self.store.part(name)
             registry.download(descriptor, part, self.limit)
-            work = make_work(self.store, name)
             try:
-                self.unpack(part, work, wanted=name)
+                self.unpack_layer(part, name)
             finally:
-                shutil.rmtree(work, ignore_errors=True)
                 discard(part)
+
+    def unpack_layer(self, path: Path, name: str) -> None:
+        """Unpack a layer into the store, under the lock of its name."""
+        work = make_work(self.store, name)
+        try:
+            self.unpack(path, work / "tree", wanted=name)
+            commit(self.store, work / "tree", name)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def make_work(store: Store, name: str) -> Path:

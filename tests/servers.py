@@ -210,6 +210,17 @@ def make_tar(entries: Sequence[Entry]) -> bytes:
     return buffer.getvalue()
 
 
+def pack_files(files: Mapping[str, Any]) -> bytes:
+    """Archive entries as they are, blobs, and all else as JSON."""
+
+    def entry(name: str, item: object) -> Entry:
+        if isinstance(item, Entry):
+            return item
+        return Entry(name, item.data if isinstance(item, Blob) else json.dumps(item).encode())
+
+    return make_tar([entry(name, item) for name, item in files.items()])
+
+
 def pack_tree(tree: Path) -> bytes:
     """Archive a directory as `tar` does it."""
     done = subprocess.run(
@@ -273,6 +284,22 @@ class ImageParts:
             "config": self.config_blob.descriptor,
             "layers": [layer.descriptor for layer in self.layers],
         }
+
+    def save(self) -> dict[str, Any]:
+        """The files of an archive as `docker save` makes it."""
+        names = [f"{number}/layer.tar" for number in range(len(self.layers))]
+        files: dict[str, Any] = {"config.json": self.config, **dict(zip(names, self.layers, strict=True))}
+        return {**files, "manifest.json": [{"Config": "config.json", "RepoTags": ["x:1"], "Layers": names}]}
+
+    def lay_out(self) -> dict[str, Any]:
+        """The files of an OCI layout, with an index in the index as buildx makes it."""
+        manifest = Blob(json.dumps(self.manifest).encode())
+        about = [{"os": "unknown", "architecture": "unknown"}, {"os": "linux", "architecture": native()}]
+        entries = [{**manifest.descriptor, "platform": platform} for platform in about]
+        inner = Blob(json.dumps({"mediaType": DOCKER_INDEX, "manifests": entries}).encode())
+        blobs = {blob.digest.replace("sha256:", "blobs/sha256/"): blob for blob in
+                 (*self.layers, self.config_blob, manifest, inner)}  # fmt: skip
+        return {**blobs, "oci-layout": {}, "index.json": {"manifests": [inner.descriptor]}}
 
     @property
     def config_blob(self) -> Blob:

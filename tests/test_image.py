@@ -553,11 +553,12 @@ def test_contradictions(machines: Path, image: str, block: dict[str, Any], words
 
 
 def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -> None:
-    config = driver.ImageConfig(("A=1", "B=2"), ("/entry", "cmd"), "www:data", "/srv", "SIGQUIT")
+    config = driver.ImageConfig(("A=1", "B=2"), ("/entry", "cmd"), "www", "/srv", "SIGQUIT")
     image = Image(machines, True, key="k", config=config)
     unset: dict[str, Any] = {
         "boot": False, "command": (), "environment": {"B": "job"}, "working_directory": None, "user": None,
         "read_only": False, "volatile": None, "private_users_ownership": "auto", "ephemeral": False,
+        "pivot_root": None,
     }  # fmt: skip
     found = driver.apply_image(unset, image, "")
     assert found["command"] == ("/entry", "cmd") and found["environment"] == {"A": "1", "B": "job"}
@@ -570,6 +571,35 @@ def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -
     assert booted["command"] == () and booted["environment"] == {"B": "job"}
     volatile = driver.apply_image({**unset, "volatile": "state"}, image, "")
     assert not volatile["ephemeral"] and volatile["private_users_ownership"] == "map"
+
+
+@pytest.mark.parametrize(
+    ("user", "found"),
+    [
+        ("", None), ("www", "www"), ("33", "www"), ("www:www", "www"), ("33:33", "www"), ("33:www", "www"),
+        ("www:33", "www"), ("0", "root"), ("root:0", "root"), ("0:root", "root"), (":0", "root"),
+        ("unknown:1", "unknown"),
+        ("www:0", "group 0, .* own one, 33"), ("www:staff", "group staff, .* own one, 33"),
+        ("www:unknown", "group unknown"), (":staff", "group staff, .* own one, 0"), ("-x", "must be the name"),
+        ("a b", "must be the name"),
+    ],
+)  # fmt: skip
+def test_user_and_group_of_an_image(tmp_path: Path, user: str, found: str | None) -> None:
+    """The group has to be the user's own one; files are looked for in the layers from the top."""
+    for name, file, text in (
+        ("low", "passwd", "root:x:0:0::/:\n"),
+        ("low", "group", "root:x:0:\nwww:x:33:\nstaff:x:50:www\n"),
+        ("top", "passwd", "root:x:0:0::/:\nwww:x:33:33::/:\n"),
+    ):
+        (tmp_path / name / "etc").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "etc" / file).write_text(text)
+    layers = (tmp_path / "top", tmp_path / "low")
+    image = Image(layers[0], True, layers, config=driver.ImageConfig(user=user))
+    if found and " " in found:
+        with pytest.raises(ConfigError, match=found):
+            driver.find_image_user(image, {"pivot_root": None})
+    else:
+        assert driver.find_image_user(image, {"pivot_root": None}) == found
 
 
 FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (22).to_bytes(2, "little")  # s390

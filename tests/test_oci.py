@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import fetch
-from driver import DriverError, ImageConfig
+from driver import DriverError, ImageConfig, Origin
 from tests.servers import (
     DOCKER_INDEX,
     Blob,
@@ -36,6 +36,7 @@ from tests.servers import (
     link,
     make_tar,
     native,
+    pack_files,
     redirect,
     send,
     stacked,
@@ -635,6 +636,50 @@ def test_a_layer_without_an_end(fetcher: Fetcher, registry: Registry) -> None:
     registry.push("endless", ImageParts.make([tar]))
     image = fetcher.fetch(docker_origin(f"{registry.host}/endless"))
     assert (fetcher.store.layer(image.layers[0]) / "usr/x").read_bytes() == b"x" * 512
+
+
+# -- saved images --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["save", "lay_out"])
+def test_saved_image(fetcher: Fetcher, tmp_path: Path, form: str) -> None:
+    """Is what a registry would give."""
+    parts = ImageParts.make([BASE, TOP_LAYER], Cmd=["/bin/x"])
+    image = fetcher.fetch(saved(tmp_path, getattr(parts, form)()))
+    assert image.layers == (hashlib.sha256(TOP_LAYER).hexdigest(), hashlib.sha256(BASE).hexdigest(), "skeleton-1")
+    assert image.config.command == ("/bin/x",)
+    assert not list(fetcher.store.work.iterdir())
+
+
+def saved(folder: Path, files: Mapping[str, Any]) -> Origin:
+    path = folder / "saved.tar"
+    path.write_bytes(pack_files(files))
+    return Origin("archive", str(path), str(path))
+
+
+def test_saved_images_that_lie(fetcher: Fetcher, tmp_path: Path) -> None:
+    parts = ImageParts.make([BASE])
+    (tmp_path / "secret").write_text(json.dumps(parts.config))
+    good, layout = parts.save(), parts.lay_out()
+    (entry,) = good["manifest.json"]
+    foreign = ImageParts.make([BASE], "mips").save()
+    itself = {"manifests": [{"digest": "sha256:" + "1" * 64}]}
+    for files, words in (
+        ({**good, "manifest.json": [entry, entry]}, "must hold one image"),
+        ({**good, "manifest.json": {}}, "must hold one image"),
+        ({**good, "manifest.json": [{**entry, "Config": f"../..{tmp_path}/secret"}]}, "it lacks"),
+        ({**good, "manifest.json": [{**entry, "Config": ["x"]}]}, "it lacks"),
+        ({**good, "manifest.json": [{**entry, "Layers": "x"}]}, "no image of file system layers"),
+        ({**good, "manifest.json": [{**entry, "Layers": []}]}, "no image of file system layers"),
+        ({**good, "config.json": link("config.json", f"{tmp_path}/secret")}, "it lacks 'config.json'"),
+        ({**good, "config.json": []}, "no image of file system layers"),
+        ({**good, "0/layer.tar": Blob(gzip.compress(TOP_LAYER))}, "contents are not what the image says"),
+        (foreign, f"is there for linux/mips, not for linux/{native()}"),
+        ({**layout, "index.json": {}}, "no image of file system layers"),
+        ({**layout, "index.json": {"manifests": [{"digest": "sha256:../x"}]}}, "a digest that is none"),
+        ({"index.json": itself, f"blobs/sha256/{'1' * 64}": itself}, "no image of file system layers"),
+    ):
+        assert words in fetcher.refuse(saved(tmp_path, files))[0]
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -1384,7 +1384,12 @@ EXPLAINED: list[tuple[str, str, bool]] = [
         "user: this user has no home directory in the image, and none can be made in it; make it there",
         False,
     ),
-    ("Failed to resolve user nouser.", 'user: there is no user "nouser" in the container', False),
+    (
+        "Failed to resolve user nouser.",
+        'user: there is no user "nouser" in the container: it must be in its '
+        "/etc/passwd, and the program getent in its /usr/bin",
+        False,
+    ),
     (
         "Failed to change to specified working directory /nodir: No such file or directory",
         "working_directory: there is no directory /nodir in the container",

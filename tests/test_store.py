@@ -34,6 +34,7 @@ from tests.servers import (
     basic_auth,
     folder,
     make_tar,
+    pack_files,
     pack_tree,
     stall,
     url_origin,
@@ -132,6 +133,33 @@ def test_task_from_a_registry(tasks: Tasks, archive: bytes, tmp_path: Path) -> N
                   "image_download": {"url": f"{registry.host}/app:latest", "type": "docker"}}  # fmt: skip
         task, _ = tasks.run("cat /etc/marker", **go_job)
         assert output(task) == "upper layer\n"
+
+
+def test_saved_image_and_its_user(tasks: Tasks, archive: bytes) -> None:
+    """An archive of `docker save` in the task's directory; command and exec run as the image's user."""
+    upper = make_tar([
+        Entry("etc/passwd", b"root:x:0:0::/:\napp:x:700:700::/tmp:\n"),
+        Entry("etc/group", b"root:x:0:\napp:x:700:\nother:x:701:app\n"),
+    ])  # fmt: skip
+    who = "uid=700(app) gid=700(app) groups=700(app),701(other)"
+
+    def start(user: str, job_user: str | None = None) -> Task:
+        image = ImageParts.make([archive, upper], User=user, Cmd=["/bin/sh", "-c", "id; sleep 300"])
+        task = tasks.make(image="local/app.tar", read_only=None, command=None, options={"user": job_user})
+        task.prestart()
+        Path(task.task_config().alloc_dir, task.name, "local/app.tar").write_bytes(pack_files(image.save()))
+        task.start()
+        return task
+
+    named_by_number = who.removesuffix(",701(other)")  # nspawn's way with a job's user
+    for user, job_user, expected in (("app:app", None, who), ("700:700", None, who), ("", "700", named_by_number)):
+        task = start(user, job_user)
+        assert task.logmon.wait_for("\n").decode() == f"{expected}\n"
+        assert task.exec(["id"])[0].decode() == f"{expected}\n"
+    with pytest.raises(DriverError, match=r'app:other": wants the group other, .* own one, 700; set user = "app"'):
+        start("app:other")
+    with pytest.raises(DriverError, match='no user "1001" in the container: it must be in its /etc/passwd'):
+        start("1001:0")
 
 
 def test_stop_signal_of_the_image(tasks: Tasks, archive: bytes, tmp_path: Path) -> None:
