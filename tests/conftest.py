@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent import Plugin, launch_like_agent
+from tests.containers import Tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,3 +58,21 @@ def plugin(driver_file: Path) -> Iterator[Plugin]:
     with launch_like_agent(driver_file) as running:
         yield running
     assert not running.violations
+
+
+@pytest.fixture(scope="module")
+def shared(driver_file: Path) -> Iterator[Plugin]:
+    """The same for all tests of a module, which leave it as it is."""
+    with launch_like_agent(driver_file) as running:
+        yield running
+        assert not running.exited()
+    assert not running.violations
+
+
+@pytest.fixture
+def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
+    """Makes tasks; at the end nothing may be left of them."""
+    with Tasks(shared, image) as made:
+        yield made
+    violations, shared.violations = shared.violations, []
+    assert not violations

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 import driver
 from driver import Exit, Mode, Record, Resources, Shortage
 from tests import agent
-from tests.agent import Plugin, Task, launch_like_agent
+from tests.agent import Task, launch_like_agent
 from tests.containers import Tasks, eventually, keeper, kill, leader, output
 from tests.hosts import needs_cgroup2
 
@@ -145,19 +144,6 @@ def test_record(tmp_path: Path) -> None:
 
 
 # -- on a machine with cgroup v2 -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shared_plugin(driver_file: Path) -> Iterator[Plugin]:
-    with launch_like_agent(driver_file) as running:
-        yield running
-    assert not running.violations
-
-
-@pytest.fixture
-def tasks(shared_plugin: Plugin, image: Path) -> Iterator[Tasks]:
-    with Tasks(shared_plugin, image) as made:
-        yield made
 
 
 def read(task: Task, name: str) -> str:

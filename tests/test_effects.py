@@ -16,25 +16,11 @@ from typing import Any
 import pytest
 
 import driver
-from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
+from tests.agent import Allocation, DriverError, Task, launch_like_agent
 from tests.containers import Tasks, leader, make_small_image, nspawn, output
 from tests.leftovers import STATE
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def shared(driver_file: Path) -> Iterator[Plugin]:
-    with launch_like_agent(driver_file) as plugin:
-        yield plugin
-
-
-@pytest.fixture
-def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
-    with Tasks(shared, image) as made:
-        yield made
-    violations, shared.violations = shared.violations, []
-    assert not violations
 
 
 def run(tasks: Tasks, script: str, **options: Any) -> str:

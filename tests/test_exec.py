@@ -46,20 +46,6 @@ KINDS: dict[str, dict[str, Any]] = {
 TTY = pytest.mark.parametrize("tty", [False, True], ids=["pipes", "terminal"])
 
 
-@pytest.fixture(scope="module")
-def shared(driver_file: Path) -> Iterator[Plugin]:
-    with launch_like_agent(driver_file) as plugin:
-        yield plugin
-
-
-@pytest.fixture
-def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
-    with Tasks(shared, image) as made:
-        yield made
-    violations, shared.violations = shared.violations, []
-    assert not violations
-
-
 @pytest.fixture(scope="module", params=KINDS, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))
 def kind(request: pytest.FixtureRequest, shared: Plugin, image: Path) -> Iterator[Task]:
     """A running task of each kind of container."""

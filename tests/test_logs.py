@@ -6,13 +6,12 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.agent import MIB, DriverError, Plugin, launch_like_agent
+from tests.agent import MIB, DriverError
 from tests.containers import Tasks, eventually, is_alive, leader, output
 from tests.leftovers import leftovers
 
@@ -20,20 +19,6 @@ pytestmark = pytest.mark.root
 
 FIFOS = {"stdout": ".task.stdout.fifo", "stderr": ".task.stderr.fifo"}
 MODES = [{}, {"process_two": True}, {"user_namespacing": False}]
-
-
-@pytest.fixture(scope="module")
-def shared(driver_file: Path) -> Iterator[Plugin]:
-    with launch_like_agent(driver_file) as plugin:
-        yield plugin
-
-
-@pytest.fixture
-def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
-    with Tasks(shared, image) as made:
-        yield made
-    violations, shared.violations = shared.violations, []
-    assert not violations
 
 
 def digest(data: bytes) -> str:

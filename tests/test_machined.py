@@ -17,19 +17,13 @@ from pathlib import Path
 import pytest
 
 from driver import ProcessId
-from tests.agent import Plugin, Task, launch_like_agent
+from tests.agent import Task, launch_like_agent
 from tests.containers import Tasks, eventually, leader, output
 from tests.hosts import needs_systemd
 
 pytestmark = [pytest.mark.root, needs_systemd]
 
 FOREVER = "echo ready; while :; do sleep 0.2; done"
-
-
-@pytest.fixture
-def tasks(plugin: Plugin, image: Path) -> Iterator[Tasks]:
-    with Tasks(plugin, image) as made:
-        yield made
 
 
 def tool(*argv: str, check: bool = True) -> str:

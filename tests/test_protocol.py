@@ -62,15 +62,6 @@ FRAME_SETTINGS, FRAME_PING, FRAME_GOAWAY, ACK = 4, 6, 7, 1
 # === Fixtures ================================================================================================
 
 
-@pytest.fixture(scope="module")
-def shared(driver_file: Path) -> Iterator[Plugin]:
-    """One plugin for all tests that leave it as it is."""
-    with launch_like_agent(driver_file) as plugin:
-        yield plugin
-        assert not plugin.exited()
-    assert not plugin.violations
-
-
 @pytest.fixture
 def quiet(shared: Plugin) -> Iterator[None]:
     """The test must not make the shared plugin break a rule."""

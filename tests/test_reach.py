@@ -113,12 +113,6 @@ def read_port(address: str, port: int) -> str:
         return connection.makefile().read()
 
 
-@pytest.fixture(scope="module")
-def shared(driver_file: Path) -> Iterator[Plugin]:
-    with launch_like_agent(driver_file) as plugin:
-        yield plugin
-
-
 @pytest.fixture
 def group() -> Iterator[Group]:
     with make_group() as made:
@@ -130,14 +124,6 @@ def small(image: Path, tmp_path: Path) -> Path:
     """An image of a few MB that has neither /etc/resolv.conf nor /etc/hosts."""
     make_small_image(image, tmp_path / "small", ("dash", "cat"))
     return tmp_path / "small"
-
-
-@pytest.fixture
-def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
-    with Tasks(shared, image) as made:
-        yield made
-    violations, shared.violations = shared.violations, []
-    assert not violations
 
 
 USER_NAMESPACES = pytest.mark.parametrize("user_namespacing", [True, False])

@@ -28,7 +28,7 @@ import pytest
 import driver
 from driver import TASK_OPTIONS, CgroupMode, ConfigError, Host, Image, Mounts, PrivateRoot, RootPlan, Users
 from nomad_pb import driver_pb2
-from tests.agent import Allocation, DriverError, Plugin, Task, call, launch_like_agent
+from tests.agent import Allocation, DriverError, Task, call, launch_like_agent
 from tests.containers import (
     Tasks,
     eventually,
@@ -352,18 +352,6 @@ PROGRAMS = (
 )
 root = pytest.mark.root
 USERS = pytest.mark.parametrize("namespaces", [True, False], ids=["users", "no users"])
-
-
-@pytest.fixture(scope="module")
-def shared(driver_file: Path) -> Iterator[Plugin]:
-    with launch_like_agent(driver_file) as plugin:
-        yield plugin
-
-
-@pytest.fixture
-def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
-    with Tasks(shared, image) as made:
-        yield made
 
 
 @pytest.fixture

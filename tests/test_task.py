@@ -53,20 +53,6 @@ Options = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def shared(driver_file: Path) -> Iterator[Plugin]:
-    with launch_like_agent(driver_file) as plugin:
-        yield plugin
-
-
-@pytest.fixture
-def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
-    with Tasks(shared, image) as made:
-        yield made
-    violations, shared.violations = shared.violations, []
-    assert not violations
-
-
-@pytest.fixture(scope="module")
 def small(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An image of a few MB that tests may write to, without a machine id and without Nomad's directories."""
     parent = tmp_path_factory.mktemp("images")
