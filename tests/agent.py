@@ -1870,6 +1870,8 @@ class NomadAgent:
 
     def close(self) -> None:
         try:
+            if not self.dev and self.process and self.process.poll() is None:
+                self.drain()  # it would leave its tasks to the next start
             self.stop()
         finally:
             self._kill_orphans()
@@ -1937,7 +1939,12 @@ class NomadAgent:
             state = self.allocation(alloc)
             return state if state["ClientStatus"] in wanted else None
 
-        return self._poll(reached, f"allocation {alloc[:8]} did not become {' or '.join(wanted)}", timeout)
+        try:
+            return self._poll(reached, f"allocation {alloc[:8]} did not become {' or '.join(wanted)}", timeout)
+        except AgentError as error:
+            tasks = self.allocation(alloc).get("TaskStates") or {}
+            events = [f"{task}: {event}" for task in tasks for event in self.task_events(alloc, task)]
+            raise AgentError("\n".join([str(error), *events])) from None
 
     def task_events(self, alloc: str, task: str) -> list[str]:
         states = self.allocation(alloc).get("TaskStates") or {}
@@ -1960,6 +1967,10 @@ class NomadAgent:
     def stop_job(self, job: str) -> None:
         """Stop without waiting: following the deployment would make the command fail, because it is cancelled."""
         self.run("job", "stop", "-detach", job)
+
+    def drain(self, timeout: float = 180) -> None:
+        """Take everything off the node, system jobs too; returns when nothing runs there."""
+        self.run("node", "drain", "-enable", "-self", "-yes", "-deadline=5s", timeout=timeout)
 
     @staticmethod
     def _poll(condition: Callable[[], T | None], failure: str, timeout: float) -> T:

@@ -376,8 +376,10 @@ class Host:
         return f"{type(self).__name__.lower()} {self.suite}"
 
 
-# A way out, which leads nowhere: no Nomad agent starts without an interface that has a default route.
+# A way out, which leads nowhere: no Nomad agent starts without an interface that has a default route. And the name
+# that installers of Debian make known.
 UPLINK = """
+echo 127.0.0.1 localhost >>/etc/hosts
 ip link add uplink type veth peer name far
 ip address add 10.9.9.1/24 dev uplink
 ip link set uplink up
@@ -403,7 +405,8 @@ class Container(Host):
             "--resolv-conf=off", "--system-call-filter=@known",  # bpf, keyctl and what else a host's systemd uses
             f"--bind-ro={ROOT}:/checkout", f"--bind={CONTAINER_IMAGE}",
             # An overlay cannot be the source of an id-mapped mount, and a data_dir of Nomad is on none.
-            "--tmpfs=/tmp:mode=1777,size=4G", "--tmpfs=/var/lib/machines:mode=700",
+            "--tmpfs=/tmp:mode=1777,size=8G", "--tmpfs=/var/lib/machines:mode=700",
+            "--tmpfs=/var/lib/nomad-driver-nspawn:mode=700",
             *(f"--bind-ro={bind}" for bind in binds),
         ]  # fmt: skip
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -610,6 +613,27 @@ def make_share(path: Path) -> None:
         run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", share, path, SHARE_SIZE])
 
 
+def make_nginx_image() -> Path:
+    """Return the image of the example, made as its recipe says when it is missing: half a minute."""
+    image = CACHE / "nginx"
+    with lock("nginx"):
+        if not image.is_dir():
+            recipe = (ROOT / "example/nginx/image.sh").read_text()
+            part = CACHE / ".part-nginx"
+            remove_image(part)
+            run(["sh", "-c", recipe.replace("/var/lib/machines/nginx", str(part))])
+            part.rename(image)
+    return image
+
+
+def agent_binds() -> Iterator[str]:
+    """What tests under a real agent need and no host has."""
+    for tool in ("nomad", "docker-registry"):
+        if path := shutil.which(tool):
+            yield f"{os.path.realpath(path)}:/usr/local/bin/{tool}"
+    yield str(make_nginx_image())
+
+
 @contextlib.contextmanager
 def open_host(kind: str, suite: str) -> Iterator[Host]:
     """A running host of a kind ("container" or "machine")."""
@@ -617,8 +641,7 @@ def open_host(kind: str, suite: str) -> Iterator[Host]:
         with Machine.restored(suite) as machine:
             yield machine
     else:
-        nomad = shutil.which("nomad")
-        with Container(suite, [f"{os.path.realpath(nomad)}:/usr/local/bin/nomad"] if nomad else []) as host:
+        with Container(suite, list(agent_binds()) if shutil.which("nomad") else []) as host:
             yield host
 
 

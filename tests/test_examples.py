@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -17,6 +18,7 @@ from tests.agent import (
     Task,
     decode_config,
     launch_like_agent,
+    parse_hcl,
     parse_job,
     plugin_config,
     to_msgpack,
@@ -28,18 +30,28 @@ JOBS = [
 VARIABLES = {"NOMAD_ALLOC_NAME": "unit.unit[0]", "NOMAD_SHORT_ALLOC_ID": "00000000", "node.unique.name": "host"}
 
 
+def find_blocks(value: Any, name: str) -> Iterator[Any]:
+    """All blocks of a name, however deep."""
+    for item in value if isinstance(value, list) else ():
+        yield from find_blocks(item, name)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from item if key == name else find_blocks(item, name)
+
+
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
 def test_example_is_valid(path: Path) -> None:
     """By the schema Nomad is given, and by everything the driver checks before it starts a task."""
     driver.load_protocol()
     host = driver.Host(systemd=252, kernel=(6, 1), cgroups=driver.CgroupMode.V2, problems=())
     config = driver.decode_options(driver.PLUGIN_OPTIONS, {})
+    sidecars = [sidecar["config"][0] for sidecar in find_blocks(parse_hcl(path.read_text()), "sidecar_task")]
+    assert bool(sidecars) == (path.name == "connect.hcl")
     for group in parse_job(path).groups:
-        for task in group.tasks:
-            raw = decode_config(driver.render_spec(driver.TASK_OPTIONS), task.config, VARIABLES)
+        for block in (*(task.config for task in group.tasks), *sidecars):
+            raw = decode_config(driver.render_spec(driver.TASK_OPTIONS), block, VARIABLES)
             values = driver.decode_options(driver.TASK_OPTIONS, driver.unpack_options(to_msgpack(raw)))
             if values["image"].startswith("docker://"):
-                values["command"] = ("/entrypoint",)  # such an image says it itself
+                values["command"] = values["command"] or ("/entrypoint",)  # such an image says it itself
             is_in_group = group.network_mode != "host"
             driver.check_rules(driver.settle_values(values, config, is_in_group=is_in_group), host)
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
 import select
 import shutil
@@ -13,14 +15,19 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.agent import ROOT, NomadAgent
-from tests.containers import escape
-from tests.test_reach import SERVER
+from tests.agent import ROOT, AgentError, NomadAgent
+from tests.containers import escape, eventually, make_small_image
+from tests.hosts import make_nginx_image
+from tests.leftovers import leftovers
+from tests.servers import FileServer, ImageParts, Registry, pack_tree
+from tests.test_examples import JOBS
+from tests.test_reach import SERVER, make_dhcp_image
 
 pytestmark = [
     pytest.mark.root,
@@ -163,6 +170,126 @@ job "booted" {{
     assert any("Exit Code: 0" in event for event in agent.task_events(alloc, "task"))
 
 
+# -- the examples --------------------------------------------------------------------------------------------
+
+# What each says when it runs, and the task that says it. That of nginx says it to who asks on its port.
+SERVICES = {
+    "debian.hcl": ("debian", "Reached target multi-user.target"),
+    "docker.hcl": ("web", "from a registry"),
+    "nginx/nginx.hcl": ("nginx", ""),
+    "shared.hcl": ("writer", ""),
+    "system.hcl": ("watch", "log files: "),
+    "unit.hcl": ("clock", "The time by unit.unit[0]: "),
+    "zone.hcl": ("right", "Reached target multi-user.target"),
+}
+BATCHES = {"hello.hcl": ("hello", "line 5\n"), "download.hcl": ("download", "A root of my own\n")}
+
+
+@pytest.fixture
+def examples(image: Path, tmp_path: Path) -> Iterator[Path]:
+    """The folder of the examples, with their images beside them; what they fetch comes from servers here."""
+    shutil.copytree(ROOT / "example", tmp_path / "example")
+    images = tmp_path / "example/images"
+    images.mkdir()
+    make_dhcp_image(image, images / "debian-net")
+    (images / "debian").symlink_to(image)
+    (images / "nginx").symlink_to(make_nginx_image())
+    # The only one that writes to its image, which the others could not use meanwhile.
+    subprocess.run(["cp", "-a", "--reflink=auto", image, images / "own"], check=True, timeout=120)
+    make_small_image(image, tmp_path / "small", ("dash", "ls", "touch", "sleep"))
+    archive = pack_tree(tmp_path / "small")
+    serve = ["/bin/sh", "-c", "echo from a registry; exec sleep 1d"]
+    with FileServer() as files, Registry(tmp_path / "registry") as registry:
+        files.files["/debian.tar.xz"] = archive
+        registry.push("library/nginx", ImageParts.make([archive], Entrypoint=serve), "1.27")
+        for path in (tmp_path / "example").rglob("*.hcl"):
+            text = path.read_text().replace("docker.io/", f"{registry.host}/")
+            path.write_text(text.replace("http://127.0.0.1:8000", files.url))
+        own = tmp_path / "example/debian.hcl"
+        own.write_text(own.read_text().replace('image = "debian"', 'image = "own"'))
+        yield tmp_path / "example"
+
+
+def write_agent_config(path: Path, images: Path, more: str = "") -> Path:
+    text = (ROOT / "example/config.hcl").read_text()
+    path.write_text(text.replace("  config {\n", f'  config {{\n    image_dir = "{images}"\n') + more)
+    return path
+
+
+def wait_for_log(agent: NomadAgent, alloc: str, task: str, text: str) -> None:
+    eventually(lambda: text in agent.logs(alloc, task), 60, 0.5)
+
+
+def greet_http(agent: NomadAgent, alloc: str) -> str:
+    """What its web server says, as soon as it listens."""
+    port = agent.allocation(alloc)["AllocatedResources"]["Shared"]["Ports"][0]
+
+    def ask() -> str:
+        address = f"http://{port['HostIP']}:{port['Value']}/"
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as answer:
+            return str(answer.read().decode())
+        return ""
+
+    return eventually(ask)
+
+
+def read_starts(agent: NomadAgent, running: Mapping[str, str]) -> dict[str, str]:
+    """When each container's PID 1 was started, by the names of the examples: another one has another time."""
+    script = "read stat </proc/1/stat; set -- ${stat##*)}; echo ${20}"  # there is sh in every image here
+    with contextlib.suppress(AgentError):
+        return {name: agent.exec(alloc, SERVICES[name][0], "sh", "-c", script) for name, alloc in running.items()}
+    return {}
+
+
+def test_examples_are_valid(agent: NomadAgent) -> None:
+    """Also those that nothing here can run."""
+    for path in JOBS:
+        agent.run("job", "validate", str(path))
+
+
+def test_examples_live_and_drain(driver_file: Path, examples: Path, tmp_path: Path) -> None:
+    """All at once: run, logs, exec, signal, a plugin that is killed, an agent that starts anew, restart, stop, and
+    a node that is drained; nothing is left of any."""
+    config = write_agent_config(tmp_path / "config.hcl", examples / "images")
+    if "NSPAWN_TEST_HOST" in os.environ:
+        subprocess.run(["systemctl", "start", "systemd-networkd"], check=True, timeout=60)
+    with NomadAgent(driver_file, config, dev=False) as agent:
+        agent.wait_ready()
+        for name, (task, text) in BATCHES.items():
+            alloc = agent.run_job(examples / name)
+            agent.wait_status(alloc, "complete")
+            assert text in agent.logs(alloc, task)
+
+        running = {name: agent.run_job(examples / name) for name in SERVICES}
+        for name, (task, text) in SERVICES.items():
+            agent.wait_status(running[name], "running", timeout=120)
+            wait_for_log(agent, running[name], task, text)
+            assert agent.exec(running[name], task, "sh", "-c", "echo $NOMAD_TASK_NAME") == f"{task}\n"
+        nginx = {"nginx/nginx.hcl": running["nginx/nginx.hcl"]}
+        (nginx_alloc,) = nginx.values()
+        agent.signal(nginx_alloc, "nginx", "SIGHUP")
+        assert greet_http(agent, nginx_alloc) == "Hello from nginx.nginx[0]\n"
+
+        before = read_starts(agent, running)
+        agent.kill_plugin()
+        assert eventually(lambda: read_starts(agent, running), 60, 1) == before
+        agent.stop()
+        agent.start()
+        agent.wait_ready()
+        assert eventually(lambda: read_starts(agent, running), 60, 1) == before
+
+        started = read_starts(agent, nginx)
+        agent.restart(nginx_alloc)
+        eventually(lambda: read_starts(agent, nginx) not in ({}, started), 60, 1)
+        assert greet_http(agent, nginx_alloc) == "Hello from nginx.nginx[0]\n"
+        agent.stop_job("debian")
+        agent.wait_status(running["debian.hcl"], "complete")
+        agent.drain()
+        for alloc in json.loads(agent.run("alloc", "status", "-json")):
+            assert alloc["ClientStatus"] == "complete"
+            eventually(lambda alloc=alloc: not leftovers(alloc["ID"]))  # type: ignore[misc]
+
+
 # -- commands in a running container -------------------------------------------------------------------------
 
 FOREVER = "while :; do sleep 0.1; done"
@@ -269,13 +396,12 @@ BRIDGE = "nspawn-test"
 
 
 @pytest.fixture
-def bridge_agent(driver_file: Path, tmp_path: Path) -> Iterator[NomadAgent]:
+def bridge_agent(driver_file: Path, examples: Path, tmp_path: Path) -> Iterator[NomadAgent]:
     """An agent that makes networks for groups."""
     if not CNI_PLUGINS:
         pytest.skip("no CNI plugins in /usr/lib/cni or /opt/cni/bin: bridge mode was not run under a real agent")
-    config = tmp_path / "config.hcl"
     client = f'client {{\n  cni_path = "{CNI_PLUGINS}"\n  bridge_network_name = "{BRIDGE}"\n}}\n'
-    config.write_text((ROOT / "example/config.hcl").read_text() + client)
+    config = write_agent_config(tmp_path / "config.hcl", examples / "images", client)
     try:
         with NomadAgent(driver_file, config) as running:
             running.wait_ready()
@@ -287,6 +413,12 @@ def bridge_agent(driver_file: Path, tmp_path: Path) -> Iterator[NomadAgent]:
 def greet(address: str, port: int) -> str:
     with socket.create_connection((address, port), 10) as connection:
         return connection.makefile().read()
+
+
+def test_bridge_example(bridge_agent: NomadAgent, examples: Path) -> None:
+    alloc = bridge_agent.run_job(examples / "nginx/bridge.hcl")
+    bridge_agent.wait_status(alloc, "running")
+    assert greet_http(bridge_agent, alloc) == "Hello from bridge.nginx[0]\n"
 
 
 def test_bridge_mode_with_user_namespaces(bridge_agent: NomadAgent, image: Path, tmp_path: Path) -> None:

@@ -163,6 +163,56 @@ def test_two_tasks_of_a_group_meet_on_loopback(group: Group, tasks: Tasks) -> No
     assert output(client) == "hello from the sidecar\n"
 
 
+def test_task_and_a_sidecar_of_another_driver_meet_on_loopback(group: Group, tasks: Tasks) -> None:
+    """All that Consul Connect asks of a driver: the task finds its upstreams on the 127.0.0.1 of the group's
+    network, and the proxy there finds the task, which has users of its own."""
+    script = "use IO::Socket::INET; print IO::Socket::INET->new($ARGV[0])->getline"
+    entry = ["nsenter", f"--net={group.path}"]
+    with subprocess.Popen([*entry, *serve(9191, "upstream")], stdout=subprocess.PIPE) as sidecar:
+        try:
+            assert sidecar.stdout and sidecar.stdout.readline() == b"listening\n"
+            environ = {"NOMAD_UPSTREAM_ADDR_db": "127.0.0.1:9191"}
+            command = ["/bin/sh", "-c", 'exec /usr/bin/perl -e "$0" $NOMAD_UPSTREAM_ADDR_db', script]
+            client, _ = tasks.run(command, network=group.spec, env=environ, user_namespacing=True)
+            assert output(client) == "hello from upstream\n"
+        finally:
+            sidecar.kill()
+    task = tasks.start(serve(8080), network=group.spec, user_namespacing=True)
+    task.logmon.wait_for("listening\n")
+    asked = subprocess.run([*entry, "perl", "-e", script, "127.0.0.1:8080"], capture_output=True, timeout=30)
+    assert asked.stdout == b"hello from task\n"
+
+
+ADDRESSES = {"eth0": ("198.18.255.2/24", "fd00:18::2/64"), "storage0": ("198.18.254.2/24",)}
+
+
+@pytest.mark.parametrize("addresses", [{}, ADDRESSES], ids=["none", "cni"])
+def test_networks_of_other_modes(tasks: Tasks, addresses: dict[str, tuple[str, ...]]) -> None:
+    """With `mode = "none"` nothing is in a group's namespace; what "cni/..." stands for makes what it likes."""
+    name = f"grp{next(numbers)}"
+    ip("netns", "add", name)
+    try:
+        for link, given in addresses.items():
+            ip("-n", name, "link", "add", link, "type", "bridge")
+            ip("-n", name, "link", "set", link, "up")
+            for address in given:
+                ip("-n", name, "addr", "add", address, "dev", link, *(["nodad"] if ":" in address else []))
+        spec = driver_pb2.NetworkIsolationSpec(
+            mode=driver_pb2.NetworkIsolationSpec.GROUP, path=f"/var/run/netns/{name}"
+        )
+        task, result = tasks.run(
+            "cat /proc/self/uid_map /etc/hosts; ls /sys/class/net", network=spec, network_veth=True
+        )
+        assert result.successful and task.network_override is None
+        users, *lines = output(task).splitlines()
+        assert users.split()[1] != "0"
+        own = [address.partition("/")[0] for given in addresses.values() for address in given] or ["127.0.1.1"]
+        assert {line.split()[0] for line in lines if driver_name(task) in line} == set(own)
+        assert set(lines[-len(addresses) - 1 :]) == {"lo", *addresses}
+    finally:
+        ip("netns", "del", name)
+
+
 def test_ping_works_in_a_group(group: Group, tasks: Tasks) -> None:
     """Modern ones open this kind of socket, which every user may only if the namespace says so."""
     script = "use Socket; socket(S, PF_INET, SOCK_DGRAM, 1) or die $!; print 'opened'"
@@ -625,28 +675,28 @@ def networkd() -> Iterator[None]:
     stop_networkd()
 
 
-@pytest.fixture
-def with_dhcp(image: Path, tmp_path: Path) -> Path:
-    """A Debian with a DHCP client and a service on port 80."""
-    target = tmp_path / "with-dhcp"
+def make_dhcp_image(image: Path, target: Path) -> None:
+    """Make a Debian with a DHCP client and a service on port 80."""
     subprocess.run(["cp", "-a", "--reflink=auto", str(image), str(target)], check=True, timeout=300)
     (target / "srv/server").write_text(SERVER)
     (target / "etc/systemd/system/serve.service").write_text(SERVER_UNIT)
     subprocess.run(["chroot", str(target), "systemctl", "enable", "systemd-networkd", "serve"], check=True,
                    timeout=60, stderr=subprocess.DEVNULL)  # fmt: skip
-    return target
 
 
 @NEEDS_HOST
 @pytest.mark.usefixtures("networkd")
 @pytest.mark.parametrize("network", [{"network_veth": True}, {"network_zone": "web", "network_veth": None}])
 @pytest.mark.parametrize("ending", ["stop", "kill"])
-def test_address_by_dhcp_and_a_port(tasks: Tasks, with_dhcp: Path, network: dict[str, Any], ending: str) -> None:
+def test_address_by_dhcp_and_a_port(
+    tasks: Tasks, image: Path, tmp_path: Path, network: dict[str, Any], ending: str
+) -> None:
     """All of the usual way: networkd on both sides, users of its own, a port; and nothing is left of it."""
+    make_dhcp_image(image, tmp_path / "with-dhcp")
     network = network | ({"network_zone": f"z{next(numbers)}"} if "network_zone" in network else {})
     before, resources = set(links()), Resources(ports={"http": GivenPort(free_port(), 80, "192.0.2.2")})
     port = resources.ports["http"].value
-    task = tasks.boot(image=str(with_dhcp), volatile=None, user_namespacing=True, ports=["http"],
+    task = tasks.boot(image=str(tmp_path / "with-dhcp"), volatile=None, user_namespacing=True, ports=["http"],
                       resources=resources, address_timeout="2m", kill_timeout=30, **network)  # fmt: skip
     override = task.network_override
     assert override and dict(override.port_map) == {"http": 80} and not override.auto_advertise

@@ -7,8 +7,7 @@
 #       cni_path = "/usr/lib/cni"
 #     }
 #
-# For Consul Connect add a `service` block with `connect { sidecar_service {} }` to the group: the sidecar and this task
-# meet on the group's loopback interface.
+# connect.hcl has the same behind a proxy of Consul's.
 job "bridge" {
   type = "service"
 
@@ -32,6 +31,7 @@ job "bridge" {
 
       config {
         image       = "nginx"
+        ephemeral   = true # any number of tasks can use the image at once
         boot        = false
         process_two = true
         command     = ["nginx", "-c", "/local/nginx.conf", "-g", "daemon off;"]

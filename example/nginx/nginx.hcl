@@ -15,6 +15,7 @@ job "nginx" {
 
       config {
         image       = "nginx"
+        ephemeral   = true # any number of tasks can use the image at once
         boot        = false
         process_two = true
         command     = ["nginx", "-c", "/local/nginx.conf", "-g", "daemon off;"]
