@@ -426,7 +426,7 @@ def test_kill_at_any_moment_of_fetch_and_start(
                 assert start.join() is None
                 whole = time.monotonic() - begun
             time.sleep(chance.uniform(0, whole))
-            if number % 3:
+            if number % 4:
                 for pid in (*fetchers(plugin.pid), *(pid for pid, _ in processes(start.task.allocation.id))):
                     kill(pid)
                 start.join()
