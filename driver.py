@@ -167,9 +167,10 @@ class TransientError(DriverError):
 class TaskNotFound(DriverError):
     """Nothing is known of the task. Nomad's client cannot match this error, it only shows it."""
 
-    def __init__(self, task_id: str) -> None:
-        where = "to this plugin, and nothing of it is left on this machine"
-        super().__init__(f"task {cut(task_id)} is not known {where}")
+    def __init__(
+        self, task_id: str, why: str = "is not known to this plugin, and nothing of it is left on this machine"
+    ) -> None:
+        super().__init__(f"task {cut(task_id)} {why}")
 
 
 class Unsupported(DriverError):
@@ -5609,6 +5610,7 @@ class Tasks:
         self.events = events
         self.machined = Machined()
         self.known: dict[str, Task] = {}
+        self.lost: dict[str, State] = {}  # of an earlier boot, until they are destroyed
 
     def get(self, task_id: str) -> Task:
         task = self.known.get(task_id)
@@ -5639,7 +5641,7 @@ class Tasks:
     async def clear(self, plan: Plan) -> None:
         """End and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same
         id, and it never runs two of one task at once."""
-        for state in read_states(split_id(plan.task_id)[0]):
+        for state in (*read_states(split_id(plan.task_id)[0]), *self.lost.values()):
             if state.task_id == plan.task_id or state.machine == plan.machine:
                 log.warn("removing a left-over of an earlier start", task=state.task_id)
                 await self.destroy(state.task_id)
@@ -5653,18 +5655,26 @@ class Tasks:
             state = State.parse(driver_state)
         except ValueError as error:
             raise DriverError(str(error)) from None
-        is_here = state.boot_id == read_boot_id() and state.directory.is_dir()
+        if state.task_id == task_id and state.boot_id != read_boot_id():
+            self.lost[task_id] = state
+            raise TaskNotFound(task_id, "has ended: this machine was restarted since it was started")
         is_running = state.keeper.is_alive or bool(state.leader and state.leader.is_alive)
-        if state.task_id != task_id or not is_here or not (is_running or read_record(state.directory)):
+        if (
+            state.task_id != task_id
+            or not state.directory.is_dir()
+            or not (is_running or read_record(state.directory))
+        ):
             raise TaskNotFound(task_id)
         self.adopt(Task(state, self.events))
 
     async def destroy(self, task_id: str) -> None:
         """Kill and remove a task; from its id alone if need be, and without complaint if there is none."""
-        task = self.known.get(task_id)
+        task, lost = self.known.get(task_id), self.lost.pop(task_id, None)
         if task is None:
             directory = state_directory(task_id)
             if not directory.exists():
+                if lost:
+                    await remove_leftovers(lost)  # on disks; the rest went with the kernel
                 return
             task = Task(read_state(directory) or guess_state(task_id), self.events)
         await task.destroy()

@@ -398,7 +398,9 @@ class Container(Host):
         self.work = tempfile.TemporaryDirectory(prefix="host-")
         self.cgroup = (driver.read_cgroup_mode().root or Path(self.work.name)) / name
         self.cgroup.mkdir()
-        argv = [
+        self.disk = Path(self.work.name, "disk")
+        self.disk.mkdir()
+        self.argv = [
             "systemd-nspawn", "--quiet", "--boot", f"--directory={tree}", "--volatile=overlay",
             f"--machine={name}", "--register=no", "--keep-unit", "--settings=no", "--capability=all",
             "--private-network", "--console=read-only", "--notify-ready=yes", "--link-journal=no",
@@ -407,8 +409,12 @@ class Container(Host):
             # An overlay cannot be the source of an id-mapped mount, and a data_dir of Nomad is on none.
             "--tmpfs=/tmp:mode=1777,size=8G", "--tmpfs=/var/lib/machines:mode=700",
             "--tmpfs=/var/lib/nomad-driver-nspawn:mode=700",
+            f"--bind={self.disk}:/disk",  # the only place that a reboot leaves as it is
             *(f"--bind-ro={bind}" for bind in binds),
         ]  # fmt: skip
+        self.boot()
+
+    def boot(self) -> None:
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with notify, open(Path(self.work.name, "console"), "wb") as console:
             notify.bind(f"{self.work.name}/notify")
@@ -420,7 +426,7 @@ class Container(Host):
                     "-c",
                     'echo 0 >"$0/cgroup.procs"; exec unshare --mount --propagation=slave "$@"',
                     str(self.cgroup),
-                    *argv,
+                    *self.argv,
                 ],
                 env={
                     "PATH": f"{os.defpath}:/usr/sbin:/sbin",
@@ -439,6 +445,13 @@ class Container(Host):
             except BaseException:
                 self.close()
                 raise
+
+    def reboot(self) -> None:
+        """As the power switch does it: nothing is asked to end, and all but /disk is as it was at first."""
+        os.kill(self.leader, signal.SIGKILL)
+        self.process.wait(20)
+        Path(self.work.name, "notify").unlink()
+        self.boot()
 
     def wait_ready(self, notify: socket.socket, limit: float = 120) -> int:
         """Return the pid of the host's PID 1 when its system has started."""

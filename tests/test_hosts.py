@@ -15,7 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import ARCHITECTURE, SYSTEMD, Container, Host, Machine, make_snapshot, make_tree, open_host
+from tests.hosts import (
+    ARCHITECTURE,
+    BUILT,
+    CONTAINER_IMAGE,
+    LIBRARY_ROOT,
+    SYSTEMD,
+    Container,
+    Host,
+    Machine,
+    make_snapshot,
+    make_tree,
+    open_host,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]  # the first run makes the images
 
@@ -140,6 +152,20 @@ def test_in_container(driver_file: Path, containers: Hosts, suite: str, part: Pa
 def test_in_machine(driver_file: Path, machines: Hosts, suite: str, part: Part) -> None:
     want_image(suite, "machine")
     run_part(machines.get(suite), part)
+
+
+@pytest.mark.parametrize("suite", SYSTEMD)
+def test_tasks_of_a_host_that_reboots(driver_file: Path, suite: str) -> None:
+    want_image(suite, "container")
+    unit = "systemd-run --quiet --pipe --wait --collect -pKillMode=process -pWorkingDirectory=/checkout"
+    host = Container(suite)
+    with host:
+        for half in ("before", "after"):
+            code = f"from tests.test_recover import *; {half}_reboot(Path('{BUILT}'), Path('{CONTAINER_IMAGE}'))"
+            host.check(f'{unit} -EPYTHONPATH={LIBRARY_ROOT} -EPYTHONDONTWRITEBYTECODE=1 python3 -c "{code}"', 120)
+            if half == "before":
+                assert "task-" in host.check("machinectl list")
+                host.reboot()
 
 
 # -- the hosts themselves ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from nomad_pb import driver_pb2
-from tests.agent import DriverError, Plugin, Task, call, launch_like_agent
+from tests.agent import Allocation, DriverError, Plugin, Port, Resources, Task, call, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, keeper, kill, leader, nspawn, output
 from tests.leftovers import STATE, leftovers, processes
 
@@ -230,8 +231,7 @@ def test_destroyed_task_is_gone(tasks: Tasks, launch: Launch) -> None:
     assert task.id in refused(task, tasks.plugin)
 
 
-def test_after_a_reboot_the_task_is_gone(tasks: Tasks, launch: Launch) -> None:
-    """/run is empty then, and the pids are other processes'."""
+def test_task_whose_state_is_gone_is_gone(tasks: Tasks, launch: Launch) -> None:
     task, _ = tasks.run("true")
     crash(tasks)
     (directory,) = STATE.glob(f"{task.allocation.id}*")
@@ -251,7 +251,7 @@ def test_state_of_an_earlier_boot_is_not_believed(tasks: Tasks, launch: Launch) 
     assert task.handle
     changed = {**driver_state(task), "boot_id": "00000000-0000-0000-0000-000000000000"}
     task.handle.driver_state = json.dumps(changed).encode()
-    assert task.id in refused(task, tasks.plugin)
+    assert "this machine was restarted" in refused(task, tasks.plugin)
     task.destroy()
     assert leftovers(task.allocation.id) == []
 
@@ -404,3 +404,49 @@ def test_plugins_that_come_and_go_leave_tasks_alone(tasks: Tasks, launch: Launch
         launch().kill()
     assert is_alive(leader(task))
     assert task.inspect().task.state == driver_pb2.RUNNING
+
+
+# -- a reboot of the host, in two halves: see test_hosts.py ---------------------------------------------------
+
+REBOOT = Path("/disk")  # what a reboot leaves
+NEW_ROOT = "test -e /usr/mine || echo a new root; touch /usr/mine; exec sleep 1d"
+
+
+def make_task(tasks: Tasks, allocation: Allocation) -> Task:
+    """One with all that may be left of a task: a root of its own, users, a link, a mapped port."""
+    resources = Resources(ports={"http": Port(8080, host_ip="192.0.2.2")})
+    return tasks.make(
+        NEW_ROOT,
+        allocation=allocation,
+        ephemeral=True,
+        network_veth=True,
+        port_map=[{"http": 80}],
+        resources=resources,
+    )
+
+
+def before_reboot(driver_file: Path, image: Path) -> None:
+    task = make_task(Tasks(launch_like_agent(driver_file), image), Allocation(REBOOT))
+    task.start()
+    task.logmon.wait_for("a new root\n")
+    assert task.handle
+    (REBOOT / "saved").write_bytes(pickle.dumps((task.allocation, task.id, task.handle.SerializeToString())))
+    os._exit(0)  # nothing is closed
+
+
+def after_reboot(driver_file: Path, image: Path) -> None:
+    """The agent asks for the task of its stored state, hears that it is lost, has it destroyed and starts anew."""
+    allocation, task_id, handle = pickle.loads((REBOOT / "saved").read_bytes())
+    allocation._mounts = []  # they went with the kernel
+    with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
+        task = make_task(tasks, allocation)
+        task.id, task.handle = task_id, driver_pb2.TaskHandle.FromString(handle)
+        place = allocation.dir / "task/.nspawn-root"
+        assert place.is_dir()
+        assert f"task {task_id} has ended: this machine was restarted" in refused(task, plugin)
+        task.destroy()
+        assert not place.exists()
+        assert leftovers(allocation.id) == []
+        task.start()
+        task.logmon.wait_for("a new root\n")
+    assert not plugin.violations
