@@ -6,6 +6,7 @@ The module reads top to bottom as words, facts, plan, act, serve; a section uses
     Errors       what can go wrong, and how Nomad is told
     Log          hclog lines on stderr
     Processes    starting and watching processes
+    Devices      which device nodes the processes of a cgroup may open
     Host         facts about this machine
     Options      what an option is, and how it is decoded
     Checks       what a value must be
@@ -78,6 +79,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -460,6 +462,147 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path, onerror=lambda _, name, why: log.warn("cannot remove", path=name, error=str(why[1])))
 
 
+@functools.lru_cache(maxsize=1)
+def load_libc() -> Any:
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def call_libc(name: str, *arguments: int | bytes | None) -> int:
+    """Call a function of the C library that Python does not have; raise OSError when it says -1."""
+    import ctypes
+
+    result = int(getattr(load_libc(), name)(*arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+# =====================================================================================================
+# Devices
+#
+# Which device nodes the processes of a cgroup may open or make, whoever has made them and wherever they lie: what
+# systemd calls DevicePolicy=closed. The kernel asks a small BPF program, which is attached to the cgroup and ends
+# with it; the hierarchies of hybrid hosts take one, too (measured, Linux 6.18). Rules above the cgroup still hold.
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device node of the host for a container."""
+
+    host_path: str
+    task_path: str
+    permissions: str = "rwm"  # to read, to write, to make with mknod(2)
+
+
+@dataclass(frozen=True)
+class DeviceRule:
+    """Allows device nodes."""
+
+    is_block: bool
+    major: int
+    minor: int | None  # None: any
+    permissions: str
+
+    @classmethod
+    def of(cls, mode: int, number: int, permissions: str) -> DeviceRule:
+        """Return the rule for a node, by what stat(2) says of it."""
+        return cls(stat.S_ISBLK(mode), os.major(number), os.minor(number), permissions)
+
+
+# What systemd-nspawn puts into /dev, as its own machines may use it.
+USUAL_DEVICES = (
+    *(DeviceRule(False, 1, minor, "rwm") for minor in (3, 5, 7, 8, 9)),  # null, zero, full, random, urandom
+    *(DeviceRule(False, 5, minor, "rwm") for minor in (0, 2)),  # tty, ptmx
+    *(DeviceRule(False, 10, minor, "rwm") for minor in (200, 229)),  # net/tun, fuse
+    DeviceRule(False, 136, None, "rw"),  # pts/*
+)
+
+BPF_BITS = {"m": 1, "r": 2, "w": 4}  # BPF_DEVCG_ACC_*
+R_RESULT, R_CONTEXT, R_KIND, R_ACCESS, R_MAJOR, R_MINOR = range(6)  # registers
+
+
+def render_policy(rules: Sequence[DeviceRule]) -> bytes:
+    """Return the BPF program that allows what one of the rules does, and nothing else."""
+
+    def step(code: int, target: int = 0, source: int = 0, skip: int = 0, number: int = 0) -> bytes:
+        return struct.pack("=BBhi", code, target | source << 4, skip, number)
+
+    load, copy, put, mask, shift, skip_unless, leave = 0x61, 0xBF, 0xB7, 0x57, 0x77, 0x55, 0x95
+    # The context is a struct bpf_cgroup_dev_ctx: kind and access in one number, major, minor.
+    steps = [
+        step(load, R_KIND, R_CONTEXT, 0),
+        step(copy, R_ACCESS, R_KIND),
+        step(mask, R_KIND, number=0xFFFF),
+        step(shift, R_ACCESS, number=16),
+        step(load, R_MAJOR, R_CONTEXT, 4),
+        step(load, R_MINOR, R_CONTEXT, 8),
+    ]
+    for rule in dict.fromkeys(rules):
+        wanted = [(R_KIND, 1 if rule.is_block else 2), (R_MAJOR, rule.major)]
+        wanted += [] if rule.minor is None else [(R_MINOR, rule.minor)]
+        allow = [
+            step(copy, R_RESULT, R_ACCESS),
+            step(mask, R_RESULT, number=~sum(BPF_BITS[letter] for letter in rule.permissions)),
+            step(skip_unless, R_RESULT, skip=2),  # something else is asked for, too
+            step(put, R_RESULT, number=1),
+            step(leave),
+        ]
+        for left, (place, number) in zip(reversed(range(len(wanted))), wanted, strict=True):
+            steps.append(step(skip_unless, place, skip=left + len(allow), number=number))
+        steps += allow
+    return b"".join([*steps, step(put, R_RESULT), step(leave)])
+
+
+BPF_CALL = {"x86_64": 321, "aarch64": 280}  # the number of bpf(2)
+BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI = 5, 8, 15, 6, 2
+
+
+def call_bpf(command: int, attributes: bytes) -> int:
+    number = BPF_CALL.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return call_libc("syscall", number, command, attributes, len(attributes))
+
+
+def load_policy(rules: Sequence[DeviceRule]) -> int:
+    """Return a descriptor of the program for the rules. Raises OSError where the kernel takes none."""
+    import ctypes
+
+    program, license = render_policy(rules), ctypes.create_string_buffer(b"MPL-2.0")
+    steps = ctypes.create_string_buffer(program, len(program))
+    places = ctypes.addressof(steps), ctypes.addressof(license)
+    return call_bpf(
+        BPF_PROG_LOAD, struct.pack("=IIQQ", BPF_PROG_TYPE_CGROUP_DEVICE, len(program) // 8, *places) + bytes(24)
+    )
+
+
+def restrict_devices(cgroup: str, rules: Sequence[DeviceRule]) -> None:
+    """Let processes in a cgroup open what the rules allow, and nothing else. Raises OSError."""
+    program = load_policy(rules)
+    try:
+        folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # Others, such as a booted systemd for its services, may add programs of their own below.
+            call_bpf(BPF_PROG_ATTACH, struct.pack("=IIII", folder, program, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI))
+        finally:
+            os.close(folder)
+    finally:
+        os.close(program)
+
+
+@functools.lru_cache(maxsize=1)
+def can_restrict_devices() -> bool:
+    """Whether the kernel takes such programs from this process."""
+    try:
+        os.close(load_policy(USUAL_DEVICES))
+    except OSError:
+        return False
+    return True
+
+
 # =====================================================================================================
 # Host
 #
@@ -495,6 +638,7 @@ class Host:
     problems: tuple[str, ...]
     cpus: int = 1
     controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
+    has_device_policy: bool = True  # whether tasks can be kept from devices that are not theirs
 
     @property
     def is_healthy(self) -> bool:
@@ -518,6 +662,8 @@ class Host:
             yield f"(tasks run without limits of {', '.join(missing)}: the cgroup v2 controllers are missing)"
         elif missing:
             yield "(tasks run without resource limits: they need cgroup v2)"
+        if not self.has_device_policy:
+            yield "(tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
 
 
 TOOLS = {
@@ -593,6 +739,7 @@ def read_host() -> Host:
         problems=tuple(find_problems(systemd)),
         cpus=os.cpu_count() or 1,
         controllers=frozenset(read_text(mode.root / "cgroup.controllers").split()) if mode.root else frozenset(),
+        has_device_policy=mode.root is not None and can_restrict_devices(),
     )
 
 
@@ -669,6 +816,11 @@ class Kind(enum.Enum):
     STRING_MAP = "list(map(string))"
     NUMBER_MAP = "list(map(number))"
     BLOCK = "block"
+    BLOCKS = "list(block)"
+
+    @property
+    def is_block(self) -> bool:
+        return self in (Kind.BLOCK, Kind.BLOCKS)
 
     def decode(self, name: str, value: object) -> object:
         """Return the value as the plan uses it; raise ConfigError on anything that is not of this type."""
@@ -776,7 +928,7 @@ class Option:
     opens: Callable[[Any], bool] = bool  # whether a value needs the gate, where that is one of `allow`
     argument: str = ""  # "": the plan uses the value by itself
     render: Render | None = None
-    fields: tuple[Option, ...] = ()  # of a BLOCK
+    fields: tuple[Option, ...] = ()  # of a BLOCK or BLOCKS
 
     def decode(self, value: object) -> Any:
         if value is None or value == "":  # HCL cannot say "unset" in an expression: "" means the same
@@ -785,7 +937,7 @@ class Option:
             return self.default
         if self.kind is Kind.BLOCK:
             return self.decode_block(value)
-        decoded = self.kind.decode(self.name, value)
+        decoded = self.decode_blocks(value) if self.kind is Kind.BLOCKS else self.kind.decode(self.name, value)
         if self.choices and decoded not in self.choices:
             raise ConfigError(self.name, decoded, f"must be one of {', '.join(self.choices)}")
         return self.check(self.name, decoded) if self.check and decoded not in ((), {}) else decoded
@@ -797,6 +949,11 @@ class Option:
             return decode_options(self.fields, value)
         except ConfigError as error:
             raise error.within(self.name) from None
+
+    def decode_blocks(self, value: object) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(self.name, value, "must be blocks")
+        return tuple(map(self.decode_block, value))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -1423,6 +1580,20 @@ FILE_OPTIONS: tuple[Option, ...] = (
     Option("inaccessible", Kind.STRINGS,
            "Files and directories of the image to hide.",
            '["/usr/bin/ssh"]', default=(), check=are_container_paths, argument="--inaccessible"),
+    Option("devices", Kind.BLOCKS,
+           "Devices of the host that the container may use, a block each. All others it cannot open, whatever "
+           "nodes its image holds.",
+           '{ host_path = "/dev/kvm" }', default=(), gate=Gate.DEVICES, fields=(
+               Option("host_path", Kind.STRING, "The device node on the host; symbolic links are followed.",
+                      '"/dev/ttyUSB0"', required=True, check=is_host_directory),
+               Option("container_path", Kind.STRING, "Where it is inside; in the same place when unset.",
+                      '"/dev/modem"', check=is_container_path),
+               Option("cgroup_permissions", Kind.STRING,
+                      "What may be done with it: `r` to read, `w` to write, `m` to make further nodes of it, for "
+                      "which it takes `CAP_MKNOD`, too.",
+                      '"r"', default="rwm",
+                      check=matches(r"(?!.*(.).*\1)[rwm]{1,3}", "must be one or more of the letters r, w and m")),
+           )),
 )  # fmt: skip
 
 SECURITY_OPTIONS: tuple[Option, ...] = (
@@ -1644,7 +1815,7 @@ def render_row(option: Option, prefix: str) -> str:
         notes.append(f"Also called {', '.join(f'`{alias}`' for alias in option.aliases)}.")
     if option.gate:
         notes.append(f"The operator decides: {option.gate.reference}.")
-    equals = " " if option.kind is Kind.BLOCK else " = "
+    equals = " " if option.kind.is_block else " = "
     cells = (f"`{prefix}{option.name}`", option.kind.value, default, " ".join(notes))
     return f"| {' | '.join(cells)} | `{option.name}{equals}{option.example}` |"
 
@@ -1809,7 +1980,30 @@ RULES: tuple[Rule, ...] = (
         "names a credential that set_credential sets, too",
         "give it one of the two ways",
     ),
+    Rule(
+        "devices",
+        lambda value, host: have_one_path(value),
+        "has something else at the same path in the container",
+        "give each device a container_path of its own, which no bind has",
+    ),
 )
+
+
+def name_devices(values: Values) -> Iterator[Device]:
+    for block in values["devices"]:
+        path = block["host_path"]
+        yield Device(path, block["container_path"] or path, block["cgroup_permissions"])
+
+
+def have_one_path(values: Values) -> bool:
+    """Whether two devices, or one and a bind, are to be at the same path in the container."""
+    devices = [os.path.normpath(device.task_path.lstrip("/")) for device in name_devices(values)]
+    binds = [
+        os.path.normpath(parse_bind(text)[0].lstrip("/"))
+        for name in ("bind", "bind_read_only")
+        for text in values[name].values()
+    ]
+    return len({*devices, *binds}) < len(devices) + len({*binds})
 
 
 def check_rules(values: Values, host: Host) -> None:
@@ -2302,6 +2496,11 @@ class Source:
     path: str  # where it was when it was opened, without symbolic links
     mode: int
     fd: int = -1
+    number: int = 0  # of a device node
+
+    @property
+    def is_node(self) -> bool:
+        return stat.S_ISCHR(self.mode) or stat.S_ISBLK(self.mode)
 
     @property
     def is_directory(self) -> bool:
@@ -2309,7 +2508,7 @@ class Source:
 
     @property
     def is_device(self) -> bool:
-        return stat.S_ISCHR(self.mode) or stat.S_ISBLK(self.mode) or is_below(self.path, "/dev")
+        return self.is_node or is_below(self.path, "/dev")
 
 
 def is_below(path: str, directory: str) -> bool:
@@ -2333,7 +2532,8 @@ def open_source(option: str, name: str, path: str) -> Source:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(option, name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
-    return Source(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode, fd)
+    found = os.fstat(fd)
+    return Source(os.readlink(f"/proc/self/fd/{fd}"), found.st_mode, fd, found.st_rdev)
 
 
 def check_source(option: str, name: str, source: Source, own: Mapping[str, str], config: Values) -> None:
@@ -2374,6 +2574,38 @@ def open_sources(values: Values, own: Mapping[str, str], config: Values) -> Iter
             check_source(option, name, source, own, config)
             found[name] = source
         yield found
+
+
+@contextlib.contextmanager
+def open_devices(devices: Iterable[Device]) -> Iterator[dict[Device, Source]]:
+    """Yield device nodes, open: the job's, and those of device plugins, which are the operator's."""
+    found: dict[Device, Source] = {}
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            source = open_source("devices.host_path", device.host_path, device.host_path)
+            stack.callback(os.close, source.fd)
+            if not source.is_node:
+                remedy = "name each node in a directory by itself, and other files in bind"
+                raise ConfigError("devices.host_path", device.host_path, "must be a device node", remedy)
+            found[device] = source
+        yield found
+
+
+MAX_NODES = 4096  # in a directory
+
+
+def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:
+    """Yield a rule for a node, or for each in a directory of /dev."""
+    if source.is_node:
+        yield DeviceRule.of(source.mode, source.number, permissions)
+    if not (source.is_directory and source.is_device):
+        return
+    files = (f"{place}/{name}" for place, _, names in os.walk(f"/proc/self/fd/{source.fd}/") for name in names)
+    for path in itertools.islice(files, MAX_NODES):
+        with contextlib.suppress(OSError):  # gone
+            found = os.lstat(path)
+            if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
+                yield DeviceRule.of(found.st_mode, found.st_rdev, permissions)
 
 
 MAX_CREDENTIALS = 1 << 20  # bytes of all together, systemd's own limit
@@ -3159,13 +3391,16 @@ def kill_cgroup(cgroup: str) -> bool:
     return True
 
 
+def find_mirrors(cgroup: str) -> list[str]:
+    """Return a cgroup and, on hybrid hosts, its mirror in systemd's v1 hierarchy: nspawn keeps both in step."""
+    hybrid, other = f"{CgroupMode.HYBRID.root}/", "/sys/fs/cgroup/systemd"
+    is_mirrored = cgroup.startswith(hybrid) and os.path.isdir(other)
+    return [cgroup, *([f"{other}/{cgroup[len(hybrid) :]}"] if is_mirrored else [])]
+
+
 def remove_cgroup(cgroup: str) -> None:
-    """Remove a cgroup and all below it, and its mirror in systemd's v1 hierarchy; leave what has processes."""
-    roots = [cgroup]
-    hybrid = f"{CgroupMode.HYBRID.root}/"
-    if cgroup.startswith(hybrid):
-        roots.append(f"/sys/fs/cgroup/systemd/{cgroup[len(hybrid) :]}")  # nspawn keeps both in step
-    for root in roots:
+    """Remove a cgroup and all below it, and its mirror; leave what has processes."""
+    for root in find_mirrors(cgroup):
         for folder, _, _ in os.walk(root, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
@@ -3206,6 +3441,7 @@ class TaskConfig:
     resources: Resources = Resources()
     network: GroupNetwork = GroupNetwork()
     mounts: tuple[Mount, ...] = ()
+    devices: tuple[Device, ...] = ()  # of device plugins
 
     @property
     def shared_dir(self) -> str:
@@ -3240,6 +3476,10 @@ class Mode(enum.Enum):
         # A booted systemd writes nothing to its console in pipe mode (measured on 252 and 257); a pty would
         # merge a command's stdout and stderr and end its lines with CR LF.
         return "read-only" if self is Mode.BOOT else "pipe"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {"TERM": "dumb"} if self is Mode.BOOT else {}  # no colours and no cursor movement in the logs
 
     def stop_signal(self, name: str) -> int:
         """Return the signal that asks the payload to end. `name` is the job's kill_signal, "" when unset.
@@ -3398,6 +3638,7 @@ class Pin:
 
     source: Source
     place: str  # in the task's state directory
+    is_node: bool = False  # there shall be a device node like the source, not the source itself
 
 
 @dataclass(frozen=True)
@@ -3444,6 +3685,7 @@ class Plan:
     mounts: Mapping[str, str]  # targets in the container to sources on the host
     prefix: tuple[str, ...]  # what nspawn is started by
     pins: tuple[Pin, ...]
+    device_rules: tuple[DeviceRule, ...]
     credentials: Mapping[str, bytes]  # by their names
     copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
     inside: Inside
@@ -3477,6 +3719,8 @@ class Found:
     sources: Mapping[str, Source] = field(default_factory=dict)  # by the names the job has for them
     credentials: Mapping[str, bytes] = field(default_factory=dict)
     names: Names = Names()
+    devices: Mapping[Device, Source] = field(default_factory=dict)
+    device_rules: tuple[DeviceRule, ...] = ()  # for the devices, and what else of /dev is mounted
     image_source: Source | None = None  # the image, if it can be exchanged by path
     ephemeral_dir: str = ""  # the operator's, "" for the task's own directory
 
@@ -3485,21 +3729,20 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     """Work out everything that is needed to start a task."""
     check_rules(values, host)
     check_image_rules(values, found.image)
-    state = state_directory(task.id)
-    machine = plan_machine(task.name, task.alloc_id)
+    state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
     place = plan_place(task.task_dir, found.ephemeral_dir, machine)
     root = plan_root(found.image, values, host, found.mounts, place)
     root, image_pins = pin_image(root, values, found, state)
     mode, network = Mode.of(values), plan_network(task.network, values, found.names, machine)
     values = {**values, **network.values, **plan_defaults(task, values, mode)}
     variables = {**values["environment"], **task.env, **network.environ}
-    usual = {"TERM": "dumb"} if mode is Mode.BOOT else {}  # no colours and no cursor movement in the logs
-    environment = plan_environment({**usual, **variables})
+    environment = plan_environment({**mode.environ, **variables})
     volumes = plan_volumes(task, values, host, found.mounts)
-    pins = plan_pins(found.sources, state)
+    pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
     arguments = [
         *render_options({**values, **root.values}),
         *plan_binds(values, pins),
+        *render_devices(devices, values, host),
         *render_credentials(plan_credentials(found.credentials, state)),
         *network.argv,
         *itertools.chain(*(volume.argv for volume in volumes)),
@@ -3525,7 +3768,8 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         search_path=variables.get("PATH") or DEFAULT_PATH,
         mounts=plan_mount_table(values, volumes, found.sources),
         prefix=plan_prefix(values),
-        pins=(*pins.values(), *image_pins),
+        pins=(*pins.values(), *devices.values(), *image_pins),
+        device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
         copying=root.copying,
         inside=plan_inside(task, values, variables),
@@ -3561,8 +3805,8 @@ def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[
 
 
 def can_make_devices(values: Values) -> bool:
-    """Whether a container may make device nodes. Nothing else keeps it from the host's disks: a task's cgroup has
-    no device policy. In a user namespace the kernel itself refuses."""
+    """Whether a container may make device nodes. In a user namespace the kernel itself refuses; else it is one
+    thing more between a container and the host's disks, and the only one where there is no device policy."""
     return bool(values["user_namespacing"]) or not {"CAP_MKNOD", "all"}.isdisjoint(values["capability"])
 
 
@@ -3599,7 +3843,7 @@ def pin_image(root: RootPlan, values: Values, found: Found, state: Path) -> tupl
     return replace(root, argv=tuple(argv), private=private), [Pin(found.image_source, place)]
 
 
-IMAGE_PLACE = "image"  # in the state directory
+IMAGE_PLACE, DEVICES_PLACE = "image", "devices"  # in the state directory
 
 
 def plan_pins(sources: Mapping[str, Source], state: Path) -> dict[str, Pin]:
@@ -3620,6 +3864,21 @@ def plan_binds(values: Values, pins: Mapping[str, Pin]) -> list[str]:
             places = [pins[name].place if name in pins else escape_field(name) for name in lower]
             arguments.append(f"{argument}={':'.join([*places, escape_field(target)])}")
     return arguments
+
+
+def plan_nodes(devices: Mapping[Device, Source], state: Path) -> dict[Device, Pin]:
+    """Return a place for a node of each device."""
+    return {
+        device: Pin(source, f"{state}/{DEVICES_PLACE}/{number}", is_node=True)
+        for number, (device, source) in enumerate(devices.items())
+    }
+
+
+def render_devices(devices: Mapping[Device, Pin], values: Values, host: Host) -> Iterator[str]:
+    """Without `idmap`, on older kernels, they are nobody's in a user namespace."""
+    end = ":idmap" if have_other_users(values) and host.kernel >= IDMAP_SINCE["tmpfs"] else ""
+    for device, pin in devices.items():
+        yield f"--bind={pin.place}:{escape_field(device.task_path)}{end}"
 
 
 def plan_credentials(credentials: Mapping[str, bytes], state: Path) -> dict[str, str]:
@@ -3733,6 +3992,24 @@ def plan_volumes(task: TaskConfig, values: Values, host: Host, mounts: Mounts) -
             )
         volumes.append(volume(mount.source, mount.target, mount.read_only))
     return volumes
+
+
+def find_device_rules(
+    task: TaskConfig, values: Values, sources: Mapping[str, Source], devices: Mapping[Device, Source]
+) -> Iterator[DeviceRule]:
+    """Yield rules for the devices of a task: those it names, and what of /dev it or a volume mounts."""
+    for device, source in devices.items():
+        yield from read_rules(source, device.permissions)
+    for option, permissions in (("bind", "rw"), ("bind_read_only", "r")):
+        for name in values[option]:
+            yield from read_rules(sources[name], permissions)
+    for mount in task.mounts:
+        with contextlib.suppress(ConfigError):  # nspawn will say that it is not there
+            source = open_source("volume_mount", mount.source, mount.source)
+            try:
+                yield from read_rules(source, "r" if mount.read_only else "rw")
+            finally:
+                os.close(source.fd)
 
 
 def plan_mount_table(values: Values, volumes: Sequence[Volume], sources: Mapping[str, Source]) -> dict[str, str]:
@@ -3936,27 +4213,10 @@ def explain_shortage(exit: Exit, mode: Mode, record: Record, is_killed_by_us: bo
 # =====================================================================================================
 
 CLONE_FS, CLONE_NEWNS = 0x200, 0x20000
-MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x4, 0x4000, 1 << 19, 2
+MS_NOSUID, MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x4000, 1 << 19, 2
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 0x8000, 1, 4
 MOUNT_ATTR_IDMAP = 0x100000
-
-
-@functools.lru_cache(maxsize=1)
-def load_libc() -> Any:
-    import ctypes
-
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def call_libc(name: str, *arguments: int | bytes | None) -> int:
-    """Call a function of the C library that Python does not have; raise OSError when it says -1."""
-    import ctypes
-
-    result = int(getattr(load_libc(), name)(*arguments))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
 
 
 def mount_filesystem(kind: str, target: str, flags: int = 0, options: str = "") -> None:
@@ -3981,6 +4241,23 @@ def clone_source(source: Source) -> int:
 def attach_tree(tree: int, target: str) -> None:
     call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
     call_libc("mount", None, os.fsencode(target), None, MS_REC | MS_SLAVE, None)
+
+
+def make_nodes(pins: Sequence[Pin], directory: Path) -> None:
+    """Make copies of device nodes, in a file system of this thread's namespace. A container may do to them what it
+    likes, and, unlike the host's /dev, the file system can be id-mapped: their owner is the same inside."""
+    if not pins:
+        return
+    mount_filesystem("tmpfs", str(directory), MS_NOSUID, "mode=0700,size=64k,nr_inodes=4k")
+    for pin in pins:
+        found = os.fstat(pin.source.fd)
+        try:
+            os.mknod(pin.place, found.st_mode, found.st_rdev)
+        except OSError as error:
+            why = f"no node can be made: {error.strerror}"
+            raise HostError(f"{cut(pin.source.path)} cannot be used in a container: {why}") from None
+        os.chown(pin.place, found.st_uid, found.st_gid)
+        os.chmod(pin.place, stat.S_IMODE(found.st_mode))
 
 
 def attach_layer(source: str, target: str, users_fd: int | None) -> None:
@@ -4695,9 +4972,11 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[
     with contextlib.ExitStack() as stack:  # the keeper has the locks, its namespace the mounts
         trees = []
         for pin in plan.pins:
-            trees.append((clone_source(pin.source), pin.place))
-            stack.callback(os.close, trees[-1][0])
+            if not pin.is_node:
+                trees.append((clone_source(pin.source), pin.place))
+                stack.callback(os.close, trees[-1][0])
         enter_namespace()
+        make_nodes([pin for pin in plan.pins if pin.is_node], state_dir / DEVICES_PLACE)
         for tree, place in trees:
             attach_tree(tree, place)
         stack.callback(close_all, locks)
@@ -5466,6 +5745,7 @@ class Start:
         Store().use(self.directory.name, self.plan.task_id, self.plan.image)
         if self.plan.cgroup:
             self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
+            self.restrict_devices()
         if self.plan.private and self.plan.private.place:
             self.locks.append(await make_upper_place(Path(self.plan.private.place)))
         for path, text in self.plan.network.files.items():
@@ -5541,6 +5821,18 @@ class Start:
         if here:
             where = f"{self.plan.cgroup} has no such cgroup controllers"
             self.events.emit(self.task, f"The task runs without its limits of {', '.join(here)}: {where}.")
+
+    def restrict_devices(self) -> None:
+        """Keep the payload from devices that are not the task's. nspawn takes the cgroup that is there for it, and
+        is in another one itself, where it can make the container's /dev."""
+        payload = f"{self.plan.cgroup}/payload"
+        try:
+            for place in reversed(find_mirrors(payload)):
+                Path(place).mkdir(parents=True, exist_ok=True)
+            restrict_devices(payload, self.plan.device_rules)
+        except OSError as error:
+            if can_restrict_devices():  # else the fingerprint speaks of it
+                self.events.emit(self.task, f"The task runs without a device policy: {error.strerror}.")
 
     async def tell_copying(self) -> None:
         if self.plan.copying:
@@ -6597,9 +6889,10 @@ def render_spec(options: Sequence[Option]) -> hcl_spec_pb2.Spec:
     for option in options:
         for name in option.names:
             entry = spec.object.attributes[name]
-            if option.kind is Kind.BLOCK:
-                entry.block_value.name = name
-                entry.block_value.nested.CopyFrom(render_spec(option.fields))
+            if option.kind.is_block:
+                block = entry.block_value if option.kind is Kind.BLOCK else entry.block_list
+                block.name = name
+                block.nested.CopyFrom(render_spec(option.fields))
             else:
                 entry.Attr.name, entry.Attr.type = name, option.kind.value
                 entry.Attr.required = option.required
@@ -6638,6 +6931,10 @@ def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
         mounts=tuple(
             Mount(mount.host_path, mount.task_path, mount.readonly, mount.propagation_mode)
             for mount in task.mounts
+        ),
+        devices=tuple(
+            Device(device.host_path, device.task_path, re.sub("[^rwm]", "", device.cgroup_permissions) or "rwm")
+            for device in task.devices
         ),
     )
 
@@ -6804,6 +7101,7 @@ class DriverService:
             ".machined": have_machined(),
             ".networkd": have_networkd(),
             ".volumes": self.config["volumes"],
+            ".device_policy": host.has_device_policy,
         }
 
     @answers
@@ -6888,10 +7186,12 @@ class DriverService:
         with (
             open_image(image, values["image"], own) as image_source,
             open_sources(values, own, self.config) as sources,
+            open_devices([*name_devices(values), *config.devices]) as devices,
         ):
             credentials = read_credentials(values, sources)
             place = self.config["ephemeral_dir"] or ""
-            found = Found(image, read_mounts(), sources, credentials, names, image_source, place)
+            rules = tuple(find_device_rules(config, values, sources, devices))
+            found = Found(image, read_mounts(), sources, credentials, names, devices, rules, image_source, place)
             plan = plan_task(config, values, host, found)
             check_init(plan)
             for note in (f"Starting the container {plan.machine} from {image.label or image.path}.", *plan.notes):

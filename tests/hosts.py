@@ -639,13 +639,12 @@ def make_nginx_image() -> Path:
     return image
 
 
-def find_binds() -> Iterator[str]:
-    """What tests need and no host has: programs in Go, which run on every release, and an agent's image."""
+def agent_binds() -> Iterator[str]:
+    """What tests under a real agent need and no host has."""
     for tool in ("nomad", "docker-registry"):
         if path := shutil.which(tool):
             yield f"{os.path.realpath(path)}:/usr/local/bin/{tool}"
-    if shutil.which("nomad"):
-        yield str(make_nginx_image())
+    yield str(make_nginx_image())
 
 
 @contextlib.contextmanager
@@ -655,7 +654,7 @@ def open_host(kind: str, suite: str) -> Iterator[Host]:
         with Machine.restored(suite) as machine:
             yield machine
     else:
-        with Container(suite, list(find_binds())) as host:
+        with Container(suite, list(agent_binds()) if shutil.which("nomad") else []) as host:
             yield host
 
 

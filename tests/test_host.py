@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,8 @@ def test_healthy() -> None:
     assert host.is_healthy
     assert host.sentence == "Healthy"
     assert host.limits == driver.CONTROLLERS
+    less = "Healthy (tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
+    assert replace(host, has_device_policy=False).sentence == less
 
 
 @pytest.mark.parametrize(

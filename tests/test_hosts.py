@@ -42,9 +42,6 @@ class Part:
     timeout: float = 600
 
 
-# What depends on systemd, or on what Python makes of archives, addresses and certificates; no packages.
-IMAGES = "task or roots or user or harm or archive_may or stack or whiteout or tls or auth or taken_up"
-
 # The whole life of tasks on other systemds than this machine's; what systemd and its daemons have to do with them;
 # and in a machine of its own only what a container does not have.
 PARTS = (
@@ -53,17 +50,16 @@ PARTS = (
     Part("container", ("tests/test_exec.py",), suites=("trixie", "sid")),
     Part("container", ("tests/test_machined.py",)),
     *([Part("container", ("tests/test_nomad.py", "-k", "not bridge"))] if shutil.which("nomad") else []),
-    Part("container", ("tests/test_effects.py", "-k", "not udev")),
+    Part("container", ("tests/test_effects.py", "tests/test_devices.py", "-k", "not udev")),
     Part("machine", ("tests/test_effects.py", "-k", "udev")),
     Part("container", ("tests/test_roots.py", "-k", "not file_system"), suites=("trixie", "sid")),
     Part("machine", ("tests/test_roots.py", "-k", "changes or booted or looks or layers or volatile")),
-    Part("machine", ("tests/test_cgroup.py",), timeout=900),
-    Part("container", ("tests/test_reach.py",)),
     Part(
-        "container",
-        ("tests/test_store.py", "tests/test_fetch.py", "tests/test_oci.py", "-k", IMAGES),
-        suites=("trixie", "sid"),
+        "machine",
+        ("tests/test_cgroup.py", "tests/test_devices.py", "-k", "test_cgroup or ephemeral or dead and not CAP"),
+        timeout=900,
     ),
+    Part("container", ("tests/test_reach.py",)),
 )
 
 

@@ -103,6 +103,7 @@ def test_default_is_a_value_of_the_option(option: Option) -> None:
         Kind.STRINGS: tuple,
         Kind.STRING_MAP: dict,
         Kind.NUMBER_MAP: dict,
+        Kind.BLOCKS: tuple,
     }
     assert type(option.default) is kinds[option.kind]
     assert option.decode(option.default) == option.default
@@ -112,7 +113,7 @@ def test_default_is_a_value_of_the_option(option: Option) -> None:
 def test_row_is_whole(option: Option) -> None:
     assert option.example
     assert not (option.choices and option.kind is not Kind.STRING)
-    assert bool(option.fields) == (option.kind is Kind.BLOCK)
+    assert bool(option.fields) == option.kind.is_block
     if option.argument:
         assert option.argument.startswith("-")
     if option.kind in (Kind.STRINGS, Kind.STRING_MAP, Kind.NUMBER_MAP):
@@ -121,7 +122,7 @@ def test_row_is_whole(option: Option) -> None:
 
 def example_of(option: Option, options: Sequence[Option]) -> str:
     """The option as a job has it, with what else is required."""
-    line = f"{option.name}{' ' if option.kind is Kind.BLOCK else ' = '}{option.example}"
+    line = f"{option.name}{' ' if option.kind.is_block else ' = '}{option.example}"
     required = [f"{other.name} = {other.example}" for other in options if other.required and other is not option]
     return "\n".join([*required, line])
 
@@ -334,6 +335,9 @@ def test_schema(options: Sequence[Option], monkeypatch: pytest.MonkeyPatch) -> N
             if option.kind is Kind.BLOCK:
                 assert entry.block_value.name == name
                 assert entry.block_value.nested == driver.render_spec(option.fields)
+            elif option.kind is Kind.BLOCKS:
+                assert entry.block_list.name == name
+                assert entry.block_list.nested == driver.render_spec(option.fields)
             else:
                 assert (entry.Attr.name, entry.Attr.type) == (name, option.kind.value)
                 assert entry.Attr.required is option.required
@@ -858,6 +862,32 @@ SENTENCES: list[tuple[str, object, str]] = [
     ("allow", "all", 'allow = "all": must be a list of strings'),
     ("user_namespacing", "no", 'user_namespacing = "no": must be true or false'),
     ("ephemeral_dir", "x", 'ephemeral_dir = "x": must be an absolute path of the host without ".."'),
+    ("devices", {"host_path": "/a"}, 'devices = {"host_path": "/a"}: must be blocks'),
+    ("devices", ["/a"], 'devices = "/a": must be a block'),
+    ("devices", [{}], "devices.host_path = null: is required"),
+    (
+        "devices",
+        [{"host_path": "/a", "path": "/b"}],
+        'devices.path = "/b": no such option; the options are host_path, container_path, cgroup_permissions',
+    ),
+    (
+        "devices",
+        [{"host_path": "kvm"}],
+        'devices.host_path = "kvm": must be an absolute path of the host without ".."',
+    ),
+    (
+        "devices",
+        [{"host_path": "/a", "container_path": "kvm"}],
+        'devices.container_path = "kvm": must be an absolute path inside the container',
+    ),
+    *(
+        (
+            "devices",
+            [{"host_path": "/a", "cgroup_permissions": wrong}],
+            f'devices.cgroup_permissions = "{wrong}": must be one or more of the letters r, w and m',
+        )
+        for wrong in ("rx", "rr")
+    ),
     ("image_dir", "images", 'image_dir = "images": must be an absolute path of the host without ".."'),
     ("disable_log_collection", "no", 'disable_log_collection = "no": must be true or false'),
 ]
@@ -890,6 +920,12 @@ def test_unknown_option() -> None:
 # -- rules ---------------------------------------------------------------------------------------------------
 
 BROKEN: list[tuple[dict[str, object], int, str]] = [
+    (
+        {"devices": [{"host_path": "/a"}], "bind": [{"/srv": "//a/:norbind"}]},
+        252,
+        'devices = [{"host_path": "/a", "container_path": null, "cgroup_permissions": "rwm"}]: has something else '
+        "at the same path in the container; give each device a container_path of its own, which no bind has",
+    ),
     (
         {"process_two": True, "command": ["a"]},
         252,
@@ -1103,6 +1139,11 @@ FORBIDDEN: list[tuple[dict[str, object], str, str]] = [
     ({"selinux_context": "a"}, 'selinux_context = "a"', "host_users"),
     ({"selinux_apifs_context": "a"}, 'selinux_apifs_context = "a"', "host_users"),
     ({"system_call_filter": ["~a", "bpf"]}, 'system_call_filter = ["~a", "bpf"]', "system_calls"),
+    (
+        {"devices": [{"host_path": "/a"}]},
+        'devices = [{"host_path": "/a", "container_path": null, "cgroup_permissions": "rwm"}]',
+        "devices",
+    ),
 ]
 
 

@@ -428,6 +428,7 @@ def test_every_option_has_a_golden_argv() -> None:
         "port_map",
         "extra_hosts",
         "auth",
+        "devices",
     }
     assert used >= {name for option in TASK_OPTIONS for name in option.names}
 

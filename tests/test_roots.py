@@ -506,7 +506,7 @@ def test_files_of_the_image_can_be_changed_in_every_way(tasks: Tasks, small: Pat
 
 @root
 def test_device_nodes_of_an_image_are_dead(tasks: Tasks, small: Path) -> None:
-    """As nspawn has it for disk images: the cgroup has no device policy that would stop them."""
+    """As nspawn has it for disk images; even one of a device that the container may open elsewhere."""
     os.mknod(small / "opt-null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     (small / "opt-null").chmod(0o666)
     script = "(echo x > /opt-null) 2>/dev/null && echo opened || echo refused; echo y > /dev/null && echo real"

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Devices: which ones a container has, and that it cannot open any other, whatever nodes it comes by."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import driver
+from driver import DeviceRule
+from nomad_pb import driver_pb2
+from tests.agent import DriverError, launch_like_agent
+from tests.containers import Tasks, make_small_image, output
+
+root = pytest.mark.root
+
+
+# -- rendering -----------------------------------------------------------------------------------------------
+
+
+def allows(program: bytes, kind: str, major: int, minor: int, access: str) -> bool:
+    """Run a program as the kernel would; it stops at whatever the kernel does not have."""
+    context = {0: (1 if kind == "b" else 2) | sum({"m": 1, "r": 2, "w": 4}[x] for x in access) << 16}
+    context |= {4: major, 8: minor}
+    registers = [0] * 11
+    place = 0
+    while True:
+        code, pair = program[place * 8], program[place * 8 + 1]
+        skip = int.from_bytes(program[place * 8 + 2 : place * 8 + 4], "little", signed=True)
+        number = int.from_bytes(program[place * 8 + 4 : place * 8 + 8], "little", signed=True)
+        target, source = pair & 15, pair >> 4
+        place += 1
+        if code == 0x61:
+            assert source == 1, "the context"
+            registers[target] = context[skip]
+        elif code == 0xBF:
+            registers[target] = registers[source]
+        elif code == 0xB7:
+            registers[target] = number
+        elif code == 0x57:
+            registers[target] &= number
+        elif code == 0x77:
+            registers[target] >>= number
+        elif code == 0x55:
+            place += skip if registers[target] != number else 0
+        else:
+            assert code == 0x95
+            return bool(registers[0])
+
+
+def test_policy_allows_what_the_rules_say() -> None:
+    program = driver.render_policy(
+        [DeviceRule(False, 1, 3, "rw"), DeviceRule(True, 7, None, "r"), DeviceRule(False, 1, 5, "m"),
+         DeviceRule(False, 1, 5, "r")]
+    )  # fmt: skip
+    for access in ("r", "w", "rw"):
+        assert allows(program, "c", 1, 3, access)
+    assert allows(program, "b", 7, 0, "r") and allows(program, "b", 7, 1048575, "r")
+    assert allows(program, "c", 1, 5, "m") and allows(program, "c", 1, 5, "r")
+    for refused in (
+        ("c", 1, 3, "m"), ("c", 1, 3, "rwm"), ("b", 1, 3, "r"), ("c", 1, 4, "r"), ("c", 2, 3, "r"),
+        ("b", 7, 0, "w"), ("b", 7, 0, "rw"), ("c", 7, 0, "r"), ("c", 1, 5, "w"), ("c", 1, 5, "mr"),
+    ):  # fmt: skip
+        assert not allows(program, *refused), refused
+    assert not allows(driver.render_policy([]), "c", 1, 3, "r")
+
+
+# -- what a job says -----------------------------------------------------------------------------------------
+
+
+def test_what_a_block_means() -> None:
+    more = {"container_path": "/dev/cd", "cgroup_permissions": "r"}
+    raw = {"image": "debian", "devices": [{"host_path": "/dev/kvm"}, {"host_path": "/dev/sg0", **more}]}
+    assert list(driver.name_devices(driver.decode_options(driver.TASK_OPTIONS, raw))) == [
+        driver.Device("/dev/kvm", "/dev/kvm", "rwm"),
+        driver.Device("/dev/sg0", "/dev/cd", "r"),
+    ]
+
+
+def test_two_devices_at_one_path() -> None:
+    one, two = {"host_path": "/dev/a"}, {"host_path": "/dev/b", "container_path": "/dev//a"}
+    for blocks, is_wrong in (([one, two], True), ([one, {**two, "container_path": "/dev/c"}], False)):
+        values = driver.decode_options(driver.TASK_OPTIONS, {"image": "debian", "devices": blocks})
+        assert driver.have_one_path(values) is is_wrong
+
+
+# -- in containers -------------------------------------------------------------------------------------------
+
+USERS = pytest.mark.parametrize("namespaces", [True, False], ids=["user namespace", "host users"])
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "process_two": {"process_two": True},
+    "ephemeral": {"read_only": None, "ephemeral": True},
+    "booted": {"boot": True, "volatile": "overlay"},
+}
+LOOP_CONTROL = 10, 237  # a device that nothing but the devices of a job makes usable, and that all kernels have
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """A device of the host that only its owner can open, and a link to it."""
+    assert driver.read_host().has_device_policy, "this kernel takes no BPF program for the devices of a cgroup"
+    os.mknod(tmp_path / "control", stat.S_IFCHR | 0o600, os.makedev(*LOOP_CONTROL))
+    (tmp_path / "link").symlink_to("control")
+    return tmp_path / "link"
+
+
+def say(*paths: str) -> str:
+    """A script that says of each path how it can be opened."""
+    return f"""
+        for path in {" ".join(paths)}; do
+            echo $path $( (: <$path) 2>/dev/null && echo r ) $( (: >$path) 2>/dev/null && echo w )
+        done
+    """
+
+
+def inside(tasks: Tasks, script: str, **settings: Any) -> list[str]:
+    """The lines a script prints in a container, as its payload or as a further command."""
+    if not settings.get("boot"):
+        task, result = tasks.run(script, **settings)
+        assert result.successful, task.logmon.stderr
+        return output(task).splitlines()
+    task = tasks.start((), **settings)
+    text, result = task.exec(["/bin/sh", "-c", script])
+    assert result.successful
+    return text.decode().splitlines()
+
+
+@root
+@USERS
+@pytest.mark.parametrize("mode", MODES)
+def test_devices_of_a_job_work(tasks: Tasks, node: Path, namespaces: bool, mode: str) -> None:
+    """As the host has them: root's are root's in a user namespace, too, unless the kernel is old."""
+    devices = [
+        {"host_path": str(node), "container_path": "/dev/my/control"},
+        {"host_path": "/dev/zero", "container_path": "/dev/z", "cgroup_permissions": "r"},
+    ]
+    script = "stat -c '%a %u %g' /dev/my/control; head -c 2 /dev/z | od -An -tx1; echo x >/dev/null"
+    script += say("/dev/my/control", "/dev/null", "/dev/net/tun")
+    options = {"options": {"devices": devices}, "user_namespacing": namespaces, **MODES[mode]}
+    shown = ["600 0 0", " 00 00", "/dev/my/control r w", "/dev/null r w", "/dev/net/tun r w"]
+    if namespaces and driver.read_host().kernel < (6, 3):
+        shown[0], shown[2] = "600 65534 65534", "/dev/my/control"
+    assert inside(tasks, script, **options) == shown
+    assert os.stat(node).st_mode & 0o777 == 0o600
+
+
+@root
+def test_container_changes_only_its_own_node(tasks: Tasks, node: Path) -> None:
+    devices = [{"host_path": str(node), "container_path": "/dev/control", "cgroup_permissions": "r"}]
+    script = "chmod 666 /dev/control; chown daemon /dev/control; stat -c '%a %U' /dev/control; " + say(
+        "/dev/control"
+    )
+    lines = inside(tasks, script, options={"devices": devices}, user_namespacing=False)
+    assert lines == ["666 daemon", "/dev/control r"]
+    assert (os.stat(node).st_mode & 0o777, os.stat(node).st_uid) == (0o600, 0)
+
+
+@root
+@pytest.mark.parametrize("capability", [[], ["CAP_MKNOD"], ["all"]], ids=str)
+def test_nodes_of_an_image_are_dead(tasks: Tasks, image: Path, tmp_path: Path, capability: Sequence[str]) -> None:
+    """Without user namespaces a payload is root, and may get CAP_MKNOD: neither opens it the host's devices."""
+    small = tmp_path / "image"
+    make_small_image(image, small, ["dash", "mknod", "rm"])
+    for name, kind, number in (("disk", stat.S_IFBLK, (7, 0)), ("control", stat.S_IFCHR, LOOP_CONTROL)):
+        os.mknod(small / name, kind | 0o666, os.makedev(*number))
+    script = say("/disk", "/control", "/dev/null") + "rm -f /mnt/*; PATH=/usr/bin\n"
+    script += "for new in 'b 7 0' 'c 10 237' 'c 1 3'; do mknod /mnt/x $new && echo $new && rm /mnt/x; done; exit 0"
+    options = {"image": str(small), "read_only": None, "user_namespacing": False, "capability": list(capability)}
+    lines = inside(tasks, script, **options)
+    assert lines == ["/disk", "/control", "/dev/null r w", *(["c 1 3"] if capability else [])]
+
+
+@root
+def test_bound_devices_work(tasks: Tasks, node: Path) -> None:
+    """Read-only devices can be read only, which no mount sees to."""
+    place = Path(f"/dev/{node.parent.name}")  # elsewhere may be mounted nodev
+    os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(*LOOP_CONTROL))
+    try:
+        for option, access in (("bind", "r w"), ("bind_read_only", "r")):
+            bound = {option: [{str(place): "/dev/a"}]}
+            assert inside(tasks, say("/dev/a"), user_namespacing=False, **bound) == [f"/dev/a {access}"]
+    finally:
+        place.unlink()
+    folder = driver.open_source("bind", "/dev", "/dev")
+    assert DeviceRule(False, 1, 3, "r") in driver.read_rules(folder, "r")
+    os.close(folder.fd)
+
+
+@root
+@USERS
+def test_device_plugins(driver_file: Path, image: Path, node: Path, namespaces: bool) -> None:
+    """What the operator's device plugins give needs no gate, and is there for commands after a crash, too."""
+    config = 'allow = ["host_network", "host_users"]'
+    given = [driver_pb2.Device(host_path=str(node), task_path="/dev/gpu0", cgroup_permissions="rw")]
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
+        with pytest.raises(DriverError, match=r'allow = \["devices"\] in its plugin block'):
+            tasks.start("true", options={"devices": [{"host_path": str(node)}]})
+        task = tasks.start("sleep 60", devices=given, user_namespacing=namespaces)
+        with launch_like_agent(driver_file, config) as other:
+            plugin.kill_hard()
+            task.recover(other)
+            text, _ = task.exec(["/bin/sh", "-c", say("/dev/gpu0", "/dev/zero")])
+            assert text.decode() == "/dev/gpu0 r w\n/dev/zero r w\n"
+            tasks.plugin = other
+            tasks.close()
+
+
+@root
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/dev/nothing", 'devices.host_path = "/dev/nothing": cannot be used: No such file or directory'),
+        ("/dev", "must be a device node; name each node in a directory by itself"),
+        ("/etc/hostname", "must be a device node"),
+    ],
+)
+def test_not_a_device(tasks: Tasks, path: str, sentence: str) -> None:
+    with pytest.raises(DriverError) as caught:
+        tasks.start("true", options={"devices": [{"host_path": path}]})
+    assert sentence in str(caught.value)
