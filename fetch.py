@@ -8,6 +8,10 @@
     Saved       images of theirs in an archive
     Fetch       from a request to an image in the store
 
+skopeo and umoci would be five packages more on every client (23 MB on Debian 12), and spare the Registry section
+alone: umoci unpacks all layers of an image into one tree, so that images share none, and the rest is needed for
+archives and addresses anyway.
+
 Everything that comes from outside is a stranger's: addresses, redirects, sizes, names, links. A thing gets its
 name in the store when it is whole and its digest is right, never before.
 """
@@ -178,17 +182,21 @@ class Client:
         ):
             self.director.add_handler(handler)
 
-    def open(self, url: str, headers: Mapping[str, str] | None = None) -> Any:
-        """Return the response. Raises DriverError, and HTTPError for what the caller may know better."""
+    def open(self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None) -> Any:
+        """Return the response; a form is posted. Raises DriverError, and HTTPError for what the caller may know
+        better."""
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise DriverError(f"{redact(url)} is no http or https address")
-        request = urllib.request.Request(url, headers={"User-Agent": "nomad-driver-nspawn", **(headers or {})})
+        data = urllib.parse.urlencode(form).encode() if form else None
+        request = urllib.request.Request(url, data, {"User-Agent": "nomad-driver-nspawn", **headers})
         with explaining(url):
             return self.director.open(request, timeout=self.stall)
 
-    def read(self, url: str, headers: Mapping[str, str] | None = None) -> tuple[bytes, Any]:
+    def read(
+        self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None
+    ) -> tuple[bytes, Any]:
         """Return a short document and the response's headers."""
-        with self.open(url, headers) as response, explaining(url):
+        with self.open(url, headers, form) as response, explaining(url):
             data: bytes = response.read(MAX_DOCUMENT + 1)
             if len(data) > MAX_DOCUMENT:
                 raise DriverError(f"{redact(url)} is longer than the {MAX_DOCUMENT >> 20} MB a document may have")
@@ -506,25 +514,20 @@ class LayerEntry(Entry):
     needs_end = False
 
 
-@dataclass
-class Unpacked:
-    digest: str  # sha256 of the archive, decompressed
-    size: int = 0  # bytes of all files
-    devices: int = 0  # left out
-
-
 class Unpacker:
     """Makes the entries of an archive below `root`. With `is_layer`, whiteouts mean what OCI says."""
 
     def __init__(self, root: Path, limit: int, *, is_layer: bool) -> None:
         self.root, self.limit, self.is_layer = root, limit, is_layer
-        self.result = Unpacked("")
-        self.count = 0
+        self.count = 0  # entries
+        self.size = 0  # bytes of all files
+        self.devices = 0  # left out
         self.directories: dict[str, tarfile.TarInfo] = {}  # their modes and times are set when all is in them
         self.open_path: str | None = None
         self.open_fd = -1
 
-    def run(self, stream: IO[bytes]) -> Unpacked:
+    def run(self, stream: IO[bytes]) -> str:
+        """Return the sha256 of the archive, decompressed."""
         source: Any = Source(stream, 2 * self.limit, "unpacking")
         try:
             with tarfile.open(
@@ -546,13 +549,12 @@ class Unpacker:
             raise DriverError(f"the archive is damaged: {error}") from None
         finally:
             self.close_directory()
-        self.result.digest = source.digest.hexdigest()
-        return self.result
+        return str(source.digest.hexdigest())
 
     def make(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
         self.count += 1
-        self.result.size += entry.size if entry.isreg() else 0
-        if self.count > MAX_ENTRIES or self.result.size > self.limit:
+        self.size += entry.size if entry.isreg() else 0
+        if self.count > MAX_ENTRIES or self.size > self.limit:
             raise too_large("the image unpacks to more", self.limit)
         parts = split_name(entry.name)
         if not parts:
@@ -565,7 +567,7 @@ class Unpacker:
         elif entry.isdir():
             self.make_directory(where, name, "/".join(parts), entry)
         elif entry.ischr() or entry.isblk():
-            self.result.devices += 1
+            self.devices += 1
         else:
             self.remove(where, name, keep_whiteout=False)
             self.make_file(archive, where, name, entry)
@@ -576,20 +578,27 @@ class Unpacker:
         if self.open_path == path:
             return self.open_fd
         self.close_directory()
-        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for part in parts:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, 0o755, dir_fd=fd)
-                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-                os.close(fd)
-                fd = inner
+            self.open_fd = self.descend(parts, make=True)
         except OSError as error:
-            os.close(fd)
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise refused(path, "is not a directory but a link or a file, and has entries below it") from None
             raise
-        self.open_path, self.open_fd = path, fd
+        self.open_path = path
+        return self.open_fd
+
+    def descend(self, parts: Sequence[str], *, make: bool) -> int:
+        """Open a directory, one component after the other."""
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in parts:
+            try:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, 0o755, dir_fd=fd)
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            finally:
+                os.close(fd)
+            fd = inner
         return fd
 
     def close_directory(self) -> None:
@@ -644,7 +653,7 @@ class Unpacker:
         elif entry.issym():
             os.symlink(entry.linkname, name, dir_fd=where)
             os.chown(name, entry.uid, entry.gid, dir_fd=where, follow_symlinks=False)
-            set_times(name, entry, where)
+            os.utime(name, (entry.mtime, entry.mtime), dir_fd=where, follow_symlinks=False)
         elif entry.isfifo():
             os.mkfifo(name, 0o600, dir_fd=where)
             os.chown(name, entry.uid, entry.gid, dir_fd=where, follow_symlinks=False)
@@ -676,25 +685,15 @@ class Unpacker:
         """Give directories their owners, modes and times, the deepest first."""
         for path, entry in sorted(self.directories.items(), reverse=True):
             parts = [part for part in path.split("/") if part != "."]
-            with contextlib.suppress(FileNotFoundError):  # replaced by something else later on
-                fd = self.open_existing(parts)
-                try:
-                    set_owner(fd, entry)
-                    os.utime(fd, (entry.mtime, entry.mtime))
-                finally:
-                    os.close(fd)
-
-    def open_existing(self, parts: Sequence[str]) -> int:
-        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        for part in parts:
             try:
-                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            except OSError as error:
-                raise FileNotFoundError(part) from error
+                fd = self.descend(parts, make=False)
+            except OSError:  # replaced by something else later on
+                continue
+            try:
+                set_owner(fd, entry)
+                os.utime(fd, (entry.mtime, entry.mtime))
             finally:
                 os.close(fd)
-            fd = inner
-        return fd
 
 
 def split_name(name: str) -> list[str]:
@@ -710,10 +709,6 @@ def refused(name: str, why: str) -> DriverError:
 
 def is_whiteout(found: os.stat_result) -> bool:
     return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
-
-
-def set_times(name: str, entry: tarfile.TarInfo, where: int) -> None:
-    os.utime(name, (entry.mtime, entry.mtime), dir_fd=where, follow_symlinks=False)
 
 
 def set_owner(fd: int, entry: tarfile.TarInfo) -> None:
@@ -925,7 +920,7 @@ class Registry:
             if self.credentials.token:
                 form = {**query, "grant_type": "refresh_token", "refresh_token": self.credentials.token,
                         "client_id": "nomad-driver-nspawn"}  # fmt: skip
-                data = self.post(realm, form)
+                data, _ = self.client.read(realm, {}, form)
             else:
                 separator = "&" if "?" in realm else "?"
                 address = f"{realm}{separator}{urllib.parse.urlencode(query)}"
@@ -937,12 +932,6 @@ class Registry:
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
             raise DriverError(f"the registry {self.reference.host} gives no token")
         return token
-
-    def post(self, url: str, form: Mapping[str, str]) -> bytes:
-        request = urllib.request.Request(url, data=urllib.parse.urlencode(form).encode())
-        with explaining(url), self.client.director.open(request, timeout=self.client.stall) as response:
-            data: bytes = response.read(MAX_DOCUMENT)
-            return data
 
     def read_manifest(self, version: str) -> tuple[dict[str, Any], str]:
         """Return a manifest or an index, and its digest."""
@@ -1259,17 +1248,17 @@ class Fetch:
         """Unpack an archive to a new directory; return its contents' digest, which must be what is wanted."""
         tree.mkdir(mode=0o755)
         unpacker = Unpacker(tree, self.limit, is_layer=bool(wanted))
-        result = None
+        digest = ""
         # Outside, so that the tool ends; what has filled the memory is free afterwards.
         with contextlib.suppress(MemoryError), decompressed(path) as stream:
-            result = unpacker.run(stream)
-        if result is None:
+            digest = unpacker.run(stream)
+        if not digest:
             raise DriverError("the archive needs more memory to unpack than it may have")
-        if wanted and result.digest != wanted:
+        if wanted and digest != wanted:
             raise DriverError(f"a layer's contents are not what the image says they are (sha256:{wanted})")
-        if result.devices:
-            tell(note=f"{result.devices} device nodes of the archive were left out")
-        return result.digest
+        if unpacker.devices:
+            tell(note=f"{unpacker.devices} device nodes of the archive were left out")
+        return digest
 
     def convert(self, path: Path, work: Path) -> str:
         """Make a disk image out of a download: decompressed, from qcow2 to raw, with holes."""
