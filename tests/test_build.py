@@ -536,12 +536,12 @@ def test_six_starts_on_a_cold_cache(driver_file: Path, tmp_path: Path) -> None:
 
 def test_killed_while_unpacking(driver_file: Path, tmp_path: Path) -> None:
     interrupted = 0
-    for attempt in range(10):
+    for attempt in range(6):
         cache = tmp_path / f"cache{attempt}"
         with plugin(driver_file, SHIV_ROOT=str(cache)) as process:
             while not cache.exists() and process.poll() is None:
                 time.sleep(0.001)
-            time.sleep(attempt * random.uniform(0.01, 0.03))
+            time.sleep(attempt * random.uniform(0.015, 0.05))
             process.kill()
         interrupted += not list(cache.glob("*/site-packages/nomad_pb/stats_pb2.py"))  # among the last
         assert HANDSHAKE.fullmatch(handshake(driver_file, SHIV_ROOT=str(cache)))

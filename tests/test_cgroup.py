@@ -152,8 +152,6 @@ def read(task: Task, name: str) -> str:
 
 PATIENCE = 120  # seconds; a virtual machine is slow
 FOREVER = "echo ready; exec sleep 600"
-# Takes a MiB more and more quickly, in memory that counts.
-HOG = "head -c 300M /dev/zero | tail -c 200M >/dev/null"
 
 
 @needs_cgroup2

@@ -627,39 +627,29 @@ def services(plugin: Plugin) -> tuple[bool, bool]:
     return plugin.fingerprint.attributes[machined].bool_val, plugin.fingerprint.attributes[networkd].bool_val
 
 
-@pytest.fixture
-def can_stop() -> Iterator[bool]:
-    """Whether this is a host for tests; then machined and networkd run at first."""
-    is_host = "NSPAWN_TEST_HOST" in os.environ
-    if is_host:
-        systemctl("start", "systemd-networkd")
-    yield is_host
-    if is_host:
-        stop_networkd()
-        systemctl("unmask", "--runtime", "systemd-machined")
-
-
-def test_what_the_host_lacks_is_told(driver_file: Path, image: Path, can_stop: bool) -> None:
-    """Within half a minute: in the node's attributes, and in an event of a task that therefore has no address."""
-    with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
-        wanted = services(plugin)
-        if can_stop:
-            assert wanted == (True, True)
-            stop_networkd()
-            systemctl("mask", "--runtime", "systemd-machined")
-            wanted = (False, False)
-        task = tasks.start(FOREVER, network_veth=True)
-        told = eventually(lambda: [e.message for e in task.events if "no address after 30 s" in e.message], 60)
-        plugin.wait_for(lambda: services(plugin) == wanted)
-        why = "a command has no DHCP client" if wanted[1] else "systemctl enable --now systemd-networkd"
-        assert why in told[0]
-        assert len(plugin.fingerprints) == (2 if can_stop else 1), "told again though nothing has changed"
-
-
 NEEDS_HOST = pytest.mark.skipif(
     "NSPAWN_TEST_HOST" not in os.environ,
-    reason="needs a host whose systemd-networkd tests may start: not run here, but in the hosts of test_hosts.py",
+    reason="needs a host whose services tests may start and stop: not run here, but in the hosts of test_hosts.py",
 )
+
+
+@NEEDS_HOST
+def test_what_the_host_lacks_is_told(driver_file: Path, image: Path, networkd: None) -> None:
+    """Within half a minute: in the node's attributes, and in an event of a task that therefore has no address."""
+    with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
+        assert services(plugin) == (True, True)
+        stop_networkd()
+        systemctl("mask", "--runtime", "systemd-machined")
+        try:
+            task = tasks.start(FOREVER, network_veth=True)
+            told = eventually(lambda: [e.message for e in task.events if "no address after 30 s" in e.message], 60)
+            plugin.wait_for(lambda: services(plugin) == (False, False))
+        finally:
+            systemctl("unmask", "--runtime", "systemd-machined")
+        assert "systemctl enable --now systemd-networkd" in told[0]
+        assert len(plugin.fingerprints) == 2, "told again though nothing has changed"
+
+
 SERVER_UNIT = """\
 [Service]
 ExecStart=/usr/bin/perl /srv/server 80 systemd
