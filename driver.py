@@ -13,6 +13,7 @@ The module reads top to bottom as words, facts, plan, act, serve; a section uses
     Table        all options; schema, nspawn's arguments and the reference come from it
     Rules        what concerns two options, and what the operator has to allow
     Image        an image's name to a place on disk
+    Account      who the command of a fetched image runs as
     Sources      what of the host a job names, judged by what the operator allows
     Network      a task's network, ports and names: nspawn's arguments, and what has to be looked up for them
     Root         whether the container's root is the image, or one of its own over it
@@ -2158,6 +2159,16 @@ def open_in_image(image: Image, path: str, flags: int) -> int:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def open_directory(image: Image, path: str) -> Iterator[int]:
+    """Yield a directory of an image, open in the same way."""
+    fd = open_in_image(image, f"{path}/.", os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 MAX_TEXT = 256 << 10  # bytes of an image's /etc/hosts, passwd or group
 
 
@@ -2174,24 +2185,6 @@ def read_in_image(image: Image, values: Values, path: str) -> str:
         except OSError:
             break
     return ""
-
-
-def find_image_user(image: Image, values: Values) -> str | None:
-    """Return the user an image's command is to run as. Its groups are those of the image's own files: nspawn
-    sets no others, so an image that wants them is refused; and it sets all of them only for a user's name."""
-    name, _, group = image.config.user.partition(":")
-    if not name and not group:
-        return None
-    name = is_user("user of the image", name or "root")
-    users = [line.split(":") for line in read_in_image(image, values, "/etc/passwd").splitlines()]
-    groups = [line.split(":") for line in read_in_image(image, values, "/etc/group").splitlines()]
-    known = [(entry[0], entry[3]) for entry in users if len(entry) > 3 and name in (entry[0], entry[2])]
-    name, own = ("root", "0") if name in ("root", "0") else (*known, (name, ""))[0]
-    names = {entry[0] for entry in groups if len(entry) > 2 and entry[2] == own}
-    if group and own and group not in (own, *names):
-        rule = f"wants the group {group}, and systemd-nspawn gives a command its user's own one, {own}"
-        raise ConfigError("user of the image", image.config.user, rule, f'set user = "{name}" to run it with that')
-    return name
 
 
 @dataclass(frozen=True)
@@ -2478,6 +2471,101 @@ def is_foreign(path: Path) -> bool:
         return False
     machine = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
     return machine not in native and not list(BINFMT_MISC.glob("qemu-*"))
+
+
+# =====================================================================================================
+# Account
+#
+# Who the command of a fetched image runs as, as docker has it: USER or USER:GROUP, each a name or a number. nspawn
+# runs the image's `getent` to look a user up, which many images do not have (distroless, scratch) or only in a
+# form that is of no use for it (Alpine), and which knows no numbers without a name. So the root of the task gets a
+# getent of ours in front of the image's: it knows one answer, and gives it to nspawn alone.
+# =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Account:
+    """A user of a container."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]  # further ones
+    home: str
+
+    @property
+    def getent(self) -> bytes:
+        """What has to be executed in the container as `getent passwd NAME` and `getent initgroups NAME`."""
+        passwd = f"{self.name}:x:{self.uid}:{self.gid}::{self.home}:\n"
+        groups = " ".join(map(str, (self.name, self.gid, *self.groups))) + "\n"
+        return render_getent(os.uname().machine, passwd.encode(), groups.encode())
+
+
+def find_account(image: Image, values: Values) -> Account | None:
+    """Return the user for the command of an image in the store, None where nspawn has to know by itself."""
+    wanted = values["user"]
+    if not wanted or values["boot"] or not (image.key and image.is_directory):
+        return None
+    name, _, group = wanted.partition(":")
+    name = is_user("user", name or "root")
+    users = [line.split(":") for line in read_in_image(image, values, "/etc/passwd").splitlines()]
+    groups = [line.split(":") for line in read_in_image(image, values, "/etc/group").splitlines()]
+    numbers = {entry[0]: int(entry[2]) for entry in groups if len(entry) > 2 and is_id(entry[2])}
+    gid = numbers.get(group, int(group) if is_id(group) else None)
+    if group and gid is None:
+        raise ConfigError("user", wanted, f"the image has no group {cut(group)}", "give the group's number")
+    if name in ("root", "0"):
+        if gid:
+            raise ConfigError(
+                "user", wanted, "systemd-nspawn gives root no other group than its own", "leave it out"
+            )
+        return Account("root", 0, 0, (), "/root")
+    for entry in users:
+        if len(entry) > 5 and name in (entry[0], entry[2]) and is_id(entry[2]) and is_id(entry[3]):
+            user = is_user("user", entry[0])
+            further = [int(line[2]) for line in groups if len(line) > 3 and is_id(line[2])
+                       and user in line[3].split(",")] if gid is None else []  # fmt: skip
+            home = entry[5] if entry[5].startswith("/") else "/"
+            return Account(user, int(entry[2]), int(entry[3]) if gid is None else gid, tuple(further), home)
+    if not is_id(name):
+        raise ConfigError("user", wanted, "the image's /etc/passwd has no such user", "give the user's number")
+    return Account(name, int(name), gid or 0, (), "/")
+
+
+def is_id(text: str) -> bool:
+    return bool(re.fullmatch(r"\d{1,9}", text, re.ASCII))
+
+
+# By machine: its number in ELF, and the code. Five numbers follow it: address and length of both answers, and the
+# address of the path of the image's own program. With an empty environment (nspawn's) it writes the first answer
+# for a database that begins with "p", else the second; with any other it executes the image's own program, and
+# ends with 2 if there is none. tests/getent holds the sources.
+GETENT_CODE = {
+    "x86_64": (62,
+        "48837c242800753b488b442410488b3554000000488b1555000000803870740e488b3551000000488b1552000000bf01000000b80100"
+        "00000f0531ffb83c0000000f05488b3d3e000000488d742408488b0424488d54c410b83b0000000f05bf02000000ebd66690"),
+    "aarch64": (183,
+        "e91740f9e90100b5e90b40f929014039c1020058e20200583fc1017160000054c1020058e2020058200080d2080880d2010000d40000"
+        "80d2a80b80d2010000d440020058e1230091e20340f9220c028b42200091a81b80d2010000d4400080d2f6ffff171f2003d5"),
+}  # fmt: skip
+GETENT_ADDRESS = 0x400000
+GETENT_OF_IMAGE = "getent.image"  # in /usr/bin, beside ours
+
+
+def render_getent(machine: str, passwd: bytes, groups: bytes) -> bytes:
+    """Return a program, with ELF's two headers of 64 and 56 bytes."""
+    number, digits = GETENT_CODE[machine]
+    code = bytes.fromhex(digits)
+    texts = (passwd, groups, f"/usr/bin/{GETENT_OF_IMAGE}\0".encode())
+    first = GETENT_ADDRESS + 64 + 56 + len(code) + 5 * 8
+    places = [first, first + len(texts[0]), first + len(texts[0]) + len(texts[1])]
+    words = struct.pack("<5Q", places[0], len(texts[0]), places[1], len(texts[1]), places[2])
+    body = code + words + b"".join(texts)
+    size = 64 + 56 + len(body)
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, number, 1, GETENT_ADDRESS + 64 + 56, 64, 0, 0,
+                         64, 56, 1, 0, 0, 0)  # fmt: skip
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, GETENT_ADDRESS, GETENT_ADDRESS, size, size, 0x10000)
+    return header + segment + body
 
 
 # =====================================================================================================
@@ -3648,10 +3736,12 @@ class Inside:
     user: str = ""  # "": root
     directory: str = "/"
     variables: Mapping[str, str] = field(default_factory=dict)
+    account: Account | None = None  # where the task's own root has to tell nspawn of the user
 
 
-def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str]) -> Inside:
-    """Return the surroundings nspawn gives the payload; HOME and the like come from the container's own files."""
+def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str], account: Account | None) -> Inside:
+    """Return the surroundings nspawn gives the payload; without an account, user and home come from the
+    container's own files."""
     given = {
         "PATH": DEFAULT_PATH,
         "LANG": "C.UTF-8",
@@ -3659,7 +3749,7 @@ def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str]) 
         **({"container_uuid": task.alloc_id} if UUID.fullmatch(task.alloc_id) else {}),
         **{name: value for name, value in variables.items() if VARIABLE.fullmatch(name)},
     }
-    return Inside(values["user"] or "", values["working_directory"] or "/", given)
+    return Inside(values["user"] or "", values["working_directory"] or "/", given, account)
 
 
 @dataclass(frozen=True)
@@ -3723,6 +3813,7 @@ class Found:
     device_rules: tuple[DeviceRule, ...] = ()  # for the devices, and what else of /dev is mounted
     image_source: Source | None = None  # the image, if it can be exchanged by path
     ephemeral_dir: str = ""  # the operator's, "" for the task's own directory
+    account: Account | None = None
 
 
 def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Plan:
@@ -3772,7 +3863,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
         copying=root.copying,
-        inside=plan_inside(task, values, variables),
+        inside=plan_inside(task, values, variables, found.account if root.private else None),
         notes=(*environment.notes, *network.notes, *explain_limits(values, host)),
     )
 
@@ -3916,7 +4007,7 @@ def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
         changes["environment"] = {**known, **values["environment"]}
         changes["command"] = values["command"] or config.command
         changes["working_directory"] = values["working_directory"] or config.working_directory or None
-        changes["user"] = values["user"] or user or find_image_user(image, values)
+        changes["user"] = values["user"] or user or config.user or None
     return {**values, **changes}
 
 
@@ -4397,8 +4488,37 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
         mount_root(plan.private, base, directory)
     except OSError as error:
         raise explain_mount(plan, error) from None
-    prepare_image(plan, Image(directory / "root", is_directory=True))
+    made = Image(directory / "root", is_directory=True)
+    if plan.image.key:
+        complete_root(made, plan.inside.account)
+    prepare_image(plan, made)
     return arguments
+
+
+def complete_root(root: Image, account: Account | None) -> None:
+    """Make in a root of the task's own what nspawn needs and an image of a registry need not have."""
+    owner = os.stat(root.path)
+    for parent, name in (("/", "usr"), ("/usr", "bin")):
+        with contextlib.suppress(OSError), open_directory(root, parent) as fd:
+            os.mkdir(name, 0o755, dir_fd=fd)
+            os.chown(name, owner.st_uid, owner.st_gid, dir_fd=fd)
+    if account and account.uid:
+        install_getent(root, account, owner)
+
+
+def install_getent(root: Image, account: Account, owner: os.stat_result) -> None:
+    try:
+        with open_directory(root, "/usr/bin") as fd:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename("getent", GETENT_OF_IMAGE, src_dir_fd=fd, dst_dir_fd=fd)
+            file = os.open("getent", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o755, dir_fd=fd)
+            with open(file, "wb") as program:
+                program.write(account.getent)
+                os.fchown(file, owner.st_uid, owner.st_gid)
+                os.fchmod(file, 0o755)
+    except OSError as error:
+        rule = f"cannot be told to systemd-nspawn through the image's /usr/bin ({error.strerror})"
+        raise ConfigError("user", account.name, rule, 'set user = "root"') from None
 
 
 def prepare_image(plan: Plan, image: Image) -> None:
@@ -6127,6 +6247,8 @@ class Entry:
         if name in (b"", b"root", b"0"):
             self.plan["user"] = b"root"
             return 0, 0, [], b"/root"
+        if known := self.plan["account"]:
+            return known["uid"], known["gid"], known["groups"], known["home"].encode()
         for line in self.read(b"/etc/passwd").split(b"\n"):
             entry = line.split(b":")
             if len(entry) > 5 and name in (entry[0], entry[2]):
@@ -6435,6 +6557,7 @@ def plan_entry(status: Mapping[str, str], inside: Inside, command: Sequence[str]
         "no_new_privs": status["NoNewPrivs"] == "1",
         "has_seccomp": status["Seccomp"] == "2",
         "user": encode(inside.user),
+        "account": asdict(inside.account) if inside.account else None,
         "directory": encode(inside.directory),
         "env": {encode(name): encode(value) for name, value in inside.variables.items()},
         "argv": [encode(word) for word in command],
@@ -6773,7 +6896,9 @@ def read_inside(directory: Path) -> Inside:
     handle does not hold the job's own variables after a restart of the agent, and the payload can change what
     /proc shows of its own."""
     try:
-        return Inside(**json.loads((directory / "inside.json").read_text()))
+        values = json.loads((directory / "inside.json").read_text(), object_hook=tuples)
+        account = values.pop("account", None)
+        return Inside(**values, account=Account(**account) if account else None)
     except (OSError, ValueError, TypeError):
         return Inside(variables={"PATH": DEFAULT_PATH})
 
@@ -7182,6 +7307,8 @@ class DriverService:
         own = config.own_directories
         image = await self.find_image(config, values)
         values = apply_image(values, image, config.user)
+        if account := find_account(image, values):
+            values["user"] = account.name
         names = read_names(config.network, image, values)
         with (
             open_image(image, values["image"], own) as image_source,
@@ -7191,7 +7318,8 @@ class DriverService:
             credentials = read_credentials(values, sources)
             place = self.config["ephemeral_dir"] or ""
             rules = tuple(find_device_rules(config, values, sources, devices))
-            found = Found(image, read_mounts(), sources, credentials, names, devices, rules, image_source, place)
+            mounts = read_mounts()
+            found = Found(image, mounts, sources, credentials, names, devices, rules, image_source, place, account)
             plan = plan_task(config, values, host, found)
             check_init(plan)
             for note in (f"Starting the container {plan.machine} from {image.label or image.path}.", *plan.notes):
@@ -7218,7 +7346,7 @@ class DriverService:
         assert start
         start.add_done_callback(lambda _: os.close(kept))
         image = self.fetches.store.find(stored)
-        if not image.layers:
+        if not image.layers and stored.type != "docker":
             check_tree(image.path, values["image"], values)
         return image
 

@@ -576,30 +576,48 @@ def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -
 @pytest.mark.parametrize(
     ("user", "found"),
     [
-        ("", None), ("www", "www"), ("33", "www"), ("www:www", "www"), ("33:33", "www"), ("33:www", "www"),
-        ("www:33", "www"), ("0", "root"), ("root:0", "root"), ("0:root", "root"), (":0", "root"),
-        ("unknown:1", "unknown"),
-        ("www:0", "group 0, .* own one, 33"), ("www:staff", "group staff, .* own one, 33"),
-        ("www:unknown", "group unknown"), (":staff", "group staff, .* own one, 0"), ("-x", "must be the name"),
-        ("a b", "must be the name"),
+        ("www", ("www", 33, 34, (50,), "/srv")), ("33", ("www", 33, 34, (50,), "/srv")),
+        ("www:staff", ("www", 33, 50, (), "/srv")), ("33:7", ("www", 33, 7, (), "/srv")),
+        ("1000", ("1000", 1000, 0, (), "/")), ("1000:staff", ("1000", 1000, 50, (), "/")),
+        ("root", ("root", 0, 0, (), "/root")), ("0:root", ("root", 0, 0, (), "/root")),
+        (":0", ("root", 0, 0, (), "/root")),
+        ("bad", "no such user"), ("www:unknown", "no group unknown"), (":staff", "no other group"),
+        ("-x", "must be the name"), ("a b", "must be the name"), ("99999999999", "no such user"),
     ],
 )  # fmt: skip
-def test_user_and_group_of_an_image(tmp_path: Path, user: str, found: str | None) -> None:
-    """The group has to be the user's own one; files are looked for in the layers from the top."""
+def test_account(tmp_path: Path, user: str, found: tuple[object, ...] | str) -> None:
+    """Files are looked for in the layers from the top."""
     for name, file, text in (
         ("low", "passwd", "root:x:0:0::/:\n"),
-        ("low", "group", "root:x:0:\nwww:x:33:\nstaff:x:50:www\n"),
-        ("top", "passwd", "root:x:0:0::/:\nwww:x:33:33::/:\n"),
+        ("low", "group", "root:x:0:\nwww:x:34:\nstaff:x:50:www\nbad:x:y:www\n"),
+        ("top", "passwd", "root:x:0:0::/:\nbad:x:-1:0::/:\nbad:x:1\nwww:x:33:34::/srv:\n"),
     ):
         (tmp_path / name / "etc").mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "etc" / file).write_text(text)
-    layers = (tmp_path / "top", tmp_path / "low")
-    image = Image(layers[0], True, layers, config=driver.ImageConfig(user=user))
-    if found and " " in found:
+    image = Image(tmp_path / "top", True, (tmp_path / "top", tmp_path / "low"), key="k")
+    values: dict[str, Any] = {"user": user, "boot": False, "pivot_root": None}
+    if isinstance(found, str):
         with pytest.raises(ConfigError, match=found):
-            driver.find_image_user(image, {"pivot_root": None})
+            driver.find_account(image, values)
     else:
-        assert driver.find_image_user(image, {"pivot_root": None}) == found
+        assert driver.find_account(image, values) == driver.Account(*found)  # type: ignore[arg-type]
+    assert driver.find_account(image, {**values, "boot": True}) is None
+    assert driver.find_account(Image(tmp_path / "low", True), values) is None
+
+
+@pytest.mark.parametrize("machine", driver.GETENT_CODE)
+def test_code_of_getent(tmp_path: Path, machine: str) -> None:
+    prefix = "" if machine == os.uname().machine else f"{machine}-linux-gnu-"
+    if not shutil.which(f"{prefix}objcopy"):
+        pytest.skip(f"no assembler for {machine}: its code is compared where one is (binutils)")
+    source = Path(__file__).parent / f"getent/{machine}.s"
+    subprocess.run([f"{prefix}as", "-o", tmp_path / "object", source], check=True, timeout=30)
+    subprocess.run(
+        [f"{prefix}objcopy", "-O", "binary", "-j", ".text", tmp_path / "object", tmp_path / "code"],
+        check=True,
+        timeout=30,
+    )
+    assert (tmp_path / "code").read_bytes() == bytes.fromhex(driver.GETENT_CODE[machine][1]) + bytes(5 * 8)
 
 
 FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (22).to_bytes(2, "little")  # s390

@@ -151,15 +151,38 @@ def test_saved_image_and_its_user(tasks: Tasks, archive: bytes) -> None:
         task.start()
         return task
 
-    named_by_number = who.removesuffix(",701(other)")  # nspawn's way with a job's user
-    for user, job_user, expected in (("app:app", None, who), ("700:700", None, who), ("", "700", named_by_number)):
-        task = start(user, job_user)
+    users = {
+        "app": who, "700": who, "app:app": "uid=700(app) gid=700(app) groups=700(app)",
+        "app:other": "uid=700(app) gid=701(other) groups=701(other)", "700:9": "uid=700(app) gid=9 groups=9",
+        "1001": "uid=1001 gid=0(root) groups=0(root)", "0:0": "uid=0(root) gid=0(root) groups=0(root)",
+    }  # fmt: skip
+    for user, expected in (*users.items(), ("", who)):
+        task = start(user, None if user else "700")
         assert task.logmon.wait_for("\n").decode() == f"{expected}\n"
         assert task.exec(["id"])[0].decode() == f"{expected}\n"
-    with pytest.raises(DriverError, match=r'app:other": wants the group other, .* own one, 700; set user = "app"'):
-        start("app:other")
-    with pytest.raises(DriverError, match='no user "1001" in the container: it must be in its /etc/passwd'):
-        start("1001:0")
+        assert task.exec(["getent", "passwd", "root"])[0].decode() == "root:x:0:0::/:\n", "the image's own"
+    for user, why in (("x", "has no such user"), ("app:x", "has no group x"), (":other", "no other group")):
+        with pytest.raises(DriverError, match=f'user = "{user}": .*{why}'):
+            start(user)
+
+
+def test_user_of_an_image_without_a_system(tasks: Tasks, image: Path, tmp_path: Path) -> None:
+    """Nothing in it but a program and its libraries: no /usr, no /etc, no getent."""
+    make_small_image(image, tmp_path / "tree", ["dash", "id", "sleep"])
+    for name in ("bin", "lib", "lib64"):
+        (tmp_path / "tree" / name).unlink()
+        (tmp_path / "tree/usr" / name).rename(tmp_path / "tree" / name)
+    for name in ("sbin", "usr", "etc", "dev", "proc", "sys", "run", "var", "tmp", "mnt"):
+        path = tmp_path / "tree" / name
+        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+    parts = ImageParts.make([pack_tree(tmp_path / "tree")], User="65532:65533", Cmd=["id"])
+    (tmp_path / "app.tar").write_bytes(pack_files(parts.save()))
+    for more in ({}, {"user_namespacing": False}, {"read_only": True}, {"volatile": "overlay"}):
+        options = {"image": str(tmp_path / "app.tar"), "read_only": None, "command": None, **more}
+        task, result = tasks.run(**options)
+        assert output(task) == "uid=65532 gid=65533 groups=65533\n", (more, result, task.logmon.stderr)
+    task = tasks.start(**{**options, "command": ["sleep", "300"]})
+    assert task.exec(["id"])[0] == b"uid=65532 gid=65533 groups=65533\n"
 
 
 def test_stop_signal_of_the_image(tasks: Tasks, archive: bytes, tmp_path: Path) -> None:
