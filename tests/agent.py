@@ -899,6 +899,29 @@ class Plugin:
             self.kill()
 
 
+_TRIED: set[tuple[object, ...]] = set()
+
+
+def _try_like_agent(
+    path: str | Path,
+    plugin_config: Mapping[str, Any] | str | None,
+    args: Sequence[str],
+    env: Mapping[str, str] | None,
+) -> list[str]:
+    """The first two launches, of which nothing stays: what is it, and does the config fit? Returns violations."""
+    with Plugin(path, args=args, env=env) as probe:
+        info = call(probe.base.PluginInfo, base_pb2.PluginInfoRequest(), 30)
+        if info.type != base_pb2.DRIVER or API_VERSION not in info.plugin_api_versions or not info.name:
+            raise PluginError(f"an agent would not load this plugin: {info}")
+        has_schema = call(probe.base.ConfigSchema, base_pb2.ConfigSchemaRequest(), 30).HasField("spec")
+    if not has_schema:
+        return probe.violations
+    with Plugin(path, args=args, env=env) as validator:
+        validator.set_config(plugin_config, nomad=False)
+        validator.set_config(plugin_config, nomad=False)
+    return probe.violations + validator.violations
+
+
 def launch_like_agent(
     path: str | Path,
     plugin_config: Mapping[str, Any] | str | None = None,
@@ -908,19 +931,13 @@ def launch_like_agent(
 ) -> Plugin:
     """The three launches of an agent's start; returns the long-lived third with its streams open.
 
+    A start that has gone well before in this process is the third launch alone.
     Raises PluginError, ConfigError or DriverError where an agent would refuse to start.
     """
-    with Plugin(path, args=args, env=env) as probe:
-        info = call(probe.base.PluginInfo, base_pb2.PluginInfoRequest(), 30)
-        if info.type != base_pb2.DRIVER or API_VERSION not in info.plugin_api_versions or not info.name:
-            raise PluginError(f"an agent would not load this plugin: {info}")
-        has_schema = call(probe.base.ConfigSchema, base_pb2.ConfigSchemaRequest(), 30).HasField("spec")
-    violations = probe.violations
-    if has_schema:
-        with Plugin(path, args=args, env=env) as validator:
-            validator.set_config(plugin_config, nomad=False)
-            validator.set_config(plugin_config, nomad=False)
-        violations += validator.violations
+    start = (str(path), os.stat(path).st_mtime_ns, str(plugin_config), str(args), str(env))
+    violations = [] if start in _TRIED else _try_like_agent(path, plugin_config, args, env)
+    if not violations:
+        _TRIED.add(start)
     plugin = Plugin(path, args=args, env=env)
     plugin.violations += violations
     try:

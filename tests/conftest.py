@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.agent import Plugin, launch_like_agent
-from tests.containers import Tasks
+from tests.containers import Tasks, make_small_image
+from tests.servers import pack_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +51,14 @@ def image() -> Path:
     assert shutil.which("systemd-nspawn"), "systemd-nspawn is missing: install systemd-container"
     assert (path / "usr").is_dir(), f"{path} is not there: `sh build.sh test` makes it"
     return path
+
+
+@pytest.fixture(scope="session")
+def archive(image: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A tar archive of a small system: a shell and a few programs."""
+    tree = tmp_path_factory.mktemp("small") / "tree"
+    make_small_image(image, tree, ["dash", "cat", "sleep", "ls", "touch", "id", "getent"])
+    return pack_tree(tree)
 
 
 @pytest.fixture

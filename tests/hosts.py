@@ -639,12 +639,13 @@ def make_nginx_image() -> Path:
     return image
 
 
-def agent_binds() -> Iterator[str]:
-    """What tests under a real agent need and no host has."""
+def find_binds() -> Iterator[str]:
+    """What tests need and no host has: programs in Go, which run on every release, and an agent's image."""
     for tool in ("nomad", "docker-registry"):
         if path := shutil.which(tool):
             yield f"{os.path.realpath(path)}:/usr/local/bin/{tool}"
-    yield str(make_nginx_image())
+    if shutil.which("nomad"):
+        yield str(make_nginx_image())
 
 
 @contextlib.contextmanager
@@ -654,7 +655,7 @@ def open_host(kind: str, suite: str) -> Iterator[Host]:
         with Machine.restored(suite) as machine:
             yield machine
     else:
-        with Container(suite, list(agent_binds()) if shutil.which("nomad") else []) as host:
+        with Container(suite, list(find_binds())) as host:
             yield host
 
 

@@ -73,6 +73,8 @@ class FileServer:
                 with contextlib.suppress(ConnectionError):
                     outer.answer(self)
 
+            do_POST = do_GET
+
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
@@ -550,7 +552,10 @@ def stacked(layers: Sequence[Path], directory: Path) -> Iterator[Path]:
     for name in ("upper", "work", "merged"):
         (directory / name).mkdir(parents=True)
     options = f"lowerdir={':'.join(map(str, layers))},upperdir={directory}/upper,workdir={directory}/work"
-    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(directory / "merged")], check=True)
+    # util-linux 2.39 and later hands options over one by one, and none of more than 255 bytes.
+    environ = {**os.environ, "LIBMOUNT_FORCE_MOUNT2": "always"}
+    argv = ["mount", "-t", "overlay", "overlay", "-o", options, str(directory / "merged")]
+    subprocess.run(argv, env=environ, check=True)
     try:
         yield directory / "merged"
     finally:

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import shutil
+import struct
 import subprocess
 import threading
 import time
+import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import driver
 from tests.agent import Allocation, DriverError, Task, launch_like_agent
 from tests.containers import Tasks, leader, make_small_image, nspawn, output
 from tests.leftovers import STATE
+from tests.servers import FileServer
 
 pytestmark = pytest.mark.root
 
@@ -626,3 +631,42 @@ def test_udev_disk_image(tasks: Tasks, image: Path, tmp_path: Path) -> None:
     if driver.read_host().systemd >= 254:
         assert run(tasks, "cat /etc/secret", image_policy="root=unprotected", **settings) == "inside"
         assert "polic" in refusal(tasks, image_policy="root=verity", **settings)
+
+
+@needs_udev
+def test_udev_fetched_disk_image(tasks: Tasks, image: Path, tmp_path: Path) -> None:
+    """A disk with a partition, downloaded and booted, by two tasks at once; each writes to its own copy."""
+    tree, part = tmp_path / "tree", tmp_path / "part"
+    make_small_image(image, tree, ("dash", "cat", "touch", "ls", "sleep"))
+    init = tree / "usr/lib/systemd/systemd"
+    init.parent.mkdir()
+    init.write_text("#!/bin/sh\nls /srv; touch /srv/$container_uuid; echo booted; exec sleep 600\n")
+    init.chmod(0o755)
+    (tree / "srv").mkdir()
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, part, "24M"], check=True, timeout=120)
+    with FileServer() as server:
+        server.files["/disk.raw.gz"] = gzip.compress(make_gpt(part.read_bytes()), 1)
+        download = {"url": f"{server.url}/disk.raw.gz", "type": "raw"}
+        for name in ("one", "two"):
+            task = tasks.start(
+                name=name, image="disk", image_download=download, boot=True, command=None, console="pipe"
+            )
+            task.logmon.wait_for("booted", timeout=120)
+            assert task.logmon.stdout == b"booted\n"
+        assert len(server.seen) == 1
+
+
+def make_gpt(partition: bytes) -> bytes:
+    """A disk with one partition, for the root of an x86-64 system, and a table that says so."""
+    first, size = 2048, len(partition) // 512
+    kind, own = uuid.UUID("4f68bce3-e8cd-4db1-96e7-fbcaf984b709"), uuid.uuid4()
+    entry = struct.pack("<16s16sQQQ72s", kind.bytes_le, own.bytes_le, first, first + size - 1, 0, b"")
+    entries, last = entry.ljust(128 * 128, b"\0"), first + size + 33
+    about = (1, last, 34, last - 33, uuid.uuid4().bytes_le, 2, 128, 128, zlib.crc32(entries))
+
+    def header(checksum: int) -> bytes:
+        return struct.pack("<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, 92, checksum, 0, *about)
+
+    mbr = bytes(446) + struct.pack("<B3sB3sII", 0, b"\0\2\0", 0xEE, b"\xff\xff\xff", 1, last)
+    head = mbr.ljust(510, b"\0") + b"\x55\xaa" + header(zlib.crc32(header(0))).ljust(512, b"\0") + entries
+    return head.ljust(first * 512, b"\0") + partition + bytes(34 * 512)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+import lzma
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from tests.agent import (
     plugin_config,
     to_msgpack,
 )
+from tests.containers import Tasks, eventually
+from tests.servers import FileServer, ImageParts, Registry
 
 JOBS = [
     path for path in sorted((ROOT / "example").rglob("*.hcl")) if path.name not in ("config.hcl", "hardened.hcl")
@@ -70,9 +74,18 @@ def image_dir(image: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_example(name: str, driver_file: Path, image_dir: Path) -> Iterator[Task]:
+def run_example(
+    name: str, driver_file: Path, image_dir: Path, address: Mapping[str, str] | None = None
+) -> Iterator[Task]:
+    """Run the tasks of an example, one after the other; `address` says what stands for addresses in it."""
+    job = image_dir / "job.hcl"
+    text = (ROOT / "example" / name).read_text()
+    for old, new in (address or {}).items():
+        assert old in text
+        text = text.replace(old, new)
+    job.write_text(text)
     with launch_like_agent(driver_file, f'image_dir = "{image_dir}"') as plugin, Allocation() as allocation:
-        for group in parse_job(ROOT / "example" / name).groups:
+        for group in parse_job(job).groups:
             for spec in group.tasks:
                 task = Task(plugin, allocation, spec.name, spec.config, templates=spec.templates, kill_timeout=20)
                 with task:
@@ -94,3 +107,41 @@ def test_system_job_sees_the_host(driver_file: Path, image_dir: Path) -> None:
         task.logmon.wait_for("log files: ", timeout=30)
         time.sleep(0.1)
         assert "load " in task.logmon.stdout.decode()
+
+
+@pytest.mark.root
+def test_fetched_system_runs(driver_file: Path, image_dir: Path, archive: bytes) -> None:
+    with FileServer() as server:
+        server.files["/debian.tar.xz"] = lzma.compress(archive, preset=0)
+        for task in run_example("download.hcl", driver_file, image_dir, {"http://127.0.0.1:8000": server.url}):
+            task.logmon.wait_for("\nmine\n")
+            assert task.logmon.stdout.startswith(b"A root of my own\n")
+            assert task.wait(60).exit_code == 0
+
+
+@pytest.mark.root
+def test_image_of_a_registry_runs(driver_file: Path, image_dir: Path, archive: bytes, tmp_path: Path) -> None:
+    with Registry(tmp_path / "registry") as registry:
+        command = ["/bin/sh", "-c", "trap exit TERM; echo I serve $SITE; while :; do sleep 0.1; done"]
+        registry.push("library/nginx", ImageParts.make([archive], Env=["SITE=pages"], Cmd=command), "1.27")
+        for task in run_example("docker.hcl", driver_file, image_dir, {"docker.io": registry.host}):
+            task.logmon.wait_for("I serve pages")
+
+
+@pytest.mark.root
+def test_tasks_that_share_an_image_run(driver_file: Path, image_dir: Path, image: Path) -> None:
+    (group,) = parse_job(ROOT / "example/shared.hcl").groups
+    (spec,) = group.tasks
+    with launch_like_agent(driver_file, f'image_dir = "{image_dir}"') as plugin, Tasks(plugin, image) as tasks:
+        for index in range(5):
+            env = {"NOMAD_ALLOC_INDEX": str(index)}
+            tasks.made.append(Task(plugin, Allocation(), spec.name, spec.config, env=env))
+            tasks.made[-1].start()
+        for index, task in enumerate(tasks.made):
+            eventually(functools.partial(is_gone, task))
+            assert task.exec(["cat", "/etc/hostname"])[0] == b"%d\n" % index
+    assert (image / "usr/share/doc").is_dir()
+
+
+def is_gone(task: Task) -> bool:
+    return not task.exec(["ls", "/usr/share/doc"])[1].successful

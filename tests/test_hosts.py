@@ -42,6 +42,9 @@ class Part:
     timeout: float = 600
 
 
+# What depends on systemd, or on what Python makes of archives, addresses and certificates; no packages.
+IMAGES = "task or roots or user or harm or archive_may or stack or whiteout or tls or auth or taken_up"
+
 # The whole life of tasks on other systemds than this machine's; what systemd and its daemons have to do with them;
 # and in a machine of its own only what a container does not have.
 PARTS = (
@@ -61,6 +64,11 @@ PARTS = (
         timeout=900,
     ),
     Part("container", ("tests/test_reach.py",)),
+    Part(
+        "container",
+        ("tests/test_store.py", "tests/test_fetch.py", "tests/test_oci.py", "-k", IMAGES),
+        suites=("trixie", "sid"),
+    ),
 )
 
 

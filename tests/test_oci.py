@@ -11,6 +11,7 @@ import os
 import stat
 import subprocess
 import tarfile
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,41 @@ def test_token_auth(fetcher: Fetcher, tokened: Registry, tokens: TokenServer) ->
     tokens.given = 0
     fetcher.fetch(docker_origin(place, username="ci", password="secret"))
     assert tokens.given == 1
+
+
+@pytest.mark.parametrize("where", ["config", "helper"])
+def test_identity_token(fetcher: Fetcher, liar: Liar, tmp_path: Path, where: str) -> None:
+    """What some registries have in place of a password."""
+    liar.serve(ImageParts.make([BASE]))
+    forms: list[dict[str, list[str]]] = []
+
+    def give(request: Any) -> None:
+        form = request.rfile.read(int(request.headers["Content-Length"])).decode()
+        forms.append(urllib.parse.parse_qs(form))
+        right = request.command == "POST" and forms[-1].get("refresh_token") == ["identity"]
+        send(request, 200 if right else 401, b'{"access_token": "given"}')
+
+    def manifest(request: Any) -> None:
+        if request.headers.get("Authorization") == "Bearer given":
+            liar.send_file(request, liar.files["/v2/x/manifests/latest"])
+        else:
+            realm = f'Bearer realm="{liar.url}/token",service="x",scope="repository:x:pull"'
+            send(request, 401, b"", {"WWW-Authenticate": realm})
+
+    liar.answers |= {"/token": give, "/v2/x/manifests/latest": manifest}
+    config, helper = tmp_path / "config.json", Path("/usr/local/bin/docker-credential-nspawn-identity")
+    answer = json.dumps({"ServerURL": liar.host, "Username": "<token>", "Secret": "identity"})
+    known = {"auths": {liar.host: {"identitytoken": "identity"}}} if where == "config" else {}
+    config.write_text(json.dumps(known or {"credsStore": "nspawn-identity"}))
+    fetcher.settings["auth_config"] = str(config)
+    try:
+        helper.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        helper.chmod(0o755)
+        fetcher.fetch(liar.origin)
+    finally:
+        helper.unlink()
+    assert [form["grant_type"] for form in forms] == [["refresh_token"]]
+    assert forms[0]["scope"] == ["repository:x:pull"]
 
 
 def test_a_token_that_runs_out(fetcher: Fetcher, liar: Liar) -> None:

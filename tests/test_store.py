@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -23,7 +23,8 @@ import pytest
 import driver
 from nomad_pb import driver_pb2
 from tests.agent import AgentError, DriverError, Plugin, Task, driver_error, launch_like_agent
-from tests.containers import Tasks, eventually, is_alive, make_small_image, output
+from tests.containers import Tasks, eventually, is_alive, kill, make_small_image, output
+from tests.leftovers import processes
 from tests.servers import (
     Entry,
     Fetcher,
@@ -69,14 +70,6 @@ def tasks(plugin: Plugin, image: Path, store: driver.Store) -> Iterator[Tasks]:
 def server() -> Iterator[FileServer]:
     with FileServer() as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def archive(image: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small system: a shell and a few programs."""
-    tree = tmp_path_factory.mktemp("small") / "tree"
-    make_small_image(image, tree, ["dash", "cat", "sleep", "ls", "touch", "id", "getent"])
-    return pack_tree(tree)
 
 
 def download(url: str, **more: object) -> dict[str, Any]:
@@ -195,6 +188,30 @@ def test_stop_signal_of_the_image(tasks: Tasks, archive: bytes, tmp_path: Path) 
         assert task.wait(20).exit_code == 7
 
 
+def test_booted_system_and_other_roots(tasks: Tasks, image: Path, tmp_path: Path, store: driver.Store) -> None:
+    """An image of the store with everything that changes what the root is."""
+    (tmp_path / "debian.tar").write_bytes(pack_tree(image))
+    name = str(tmp_path / "debian.tar")
+    for volatile in (None, "state"):
+        task = tasks.start(image=name, boot=True, command=None, volatile=volatile)
+        task.logmon.wait_for("Reached target multi-user.target", timeout=60)
+        task.stop(20)
+        task.destroy()
+    for more, writable in (
+        ({"read_only": True}, "/dev"), ({"volatile": "state"}, "/var"), ({"volatile": "yes"}, "/ /etc /var"),
+        ({"volatile": "overlay"}, "/ /etc /usr /var"),
+    ):  # fmt: skip
+        script = "for place in / /etc /usr /var /dev; do touch $place/x 2>/dev/null && echo $place; done"
+        task, _ = tasks.run(script, image=name, **{"read_only": None, **more})
+        assert [*dict.fromkeys([*output(task).split(), "/dev"])] == [
+            *writable.split(),
+            *["/dev"] * (writable != "/dev"),
+        ]
+    assert len(store.read_all()) == 1
+    (layer,) = store.layers.iterdir()
+    assert not (layer / "x").exists() and not (layer / "var/x").exists()
+
+
 def test_boot_without_init(tasks: Tasks, server: FileServer, archive: bytes) -> None:
     server.files["/image"] = archive
     with pytest.raises(DriverError, match=r"boot = true: the image has no init .* set boot = false"):
@@ -285,14 +302,13 @@ class Starting:
     def end(self, way: str) -> None:
         {"cancel": self.call.cancel, "stop": self.task.stop, "destroy": self.task.destroy}[way]()
 
-    def join(self) -> BaseException:
-        """Return what the call has failed with."""
+    def join(self) -> BaseException | None:
+        """Return what the call has failed with, if it has."""
         try:
-            error = self.call.exception(timeout=20)
+            error = self.call.exception(timeout=60)
         except grpc.FutureCancelledError as cancelled:
             return cancelled
-        assert isinstance(error, grpc.RpcError)
-        return driver_error(error)
+        return driver_error(error) if isinstance(error, grpc.RpcError) else error
 
 
 def fetchers(plugin: int) -> list[int]:
@@ -378,6 +394,32 @@ def test_the_plugin_collects(driver_file: Path, image: Path, store: driver.Store
         eventually(lambda: not store.read_all() and not list(store.layers.iterdir()))
 
 
+def test_the_plugin_collects_without_any_task(
+    tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its looks at the host, which are half a minute apart."""
+    driver.load_protocol()
+    monkeypatch.setattr(driver, "FINGERPRINT_PERIOD", 0.1)
+    server.files["/image"] = make_tar([folder("usr")])
+    fetcher = Fetcher(tmp_path / "store")
+    fetcher.fetch(url_origin(f"{server.url}/image"))
+
+    async def look_at_host(service: driver.DriverService) -> None:
+        async for _ in service.Fingerprint(None, None):
+            pass
+
+    async def collect() -> None:
+        service = driver.DriverService()
+        service.fetches = driver.Fetches(fetcher.store)
+        service.config["image_gc_delay"] = 0.0
+        looking = asyncio.create_task(look_at_host(service))
+        while any(fetcher.store.images.iterdir()) or any(fetcher.store.layers.iterdir()):
+            await asyncio.sleep(0.02)
+        looking.cancel()
+
+    asyncio.run(asyncio.wait_for(collect(), 20))
+
+
 def test_images_for_people(tasks: Tasks, server: FileServer, archive: bytes, driver_file: Path) -> None:
     server.files["/image"] = archive
     task = tasks.start("sleep 300", **download(f"{server.url}/image"))
@@ -389,67 +431,41 @@ def test_images_for_people(tasks: Tasks, server: FileServer, archive: bytes, dri
     assert f"{server.url}/image" in line and task.allocation.id in line and "MB" in line and "ago" in line
 
 
-def test_kill_at_any_moment_of_a_fetch(server: FileServer, archive: bytes, tmp_path: Path) -> None:
-    """After 50 kills at random moments the store serves, and collection leaves nothing of them."""
-    server.files["/image"] = gzip.compress(archive, 1)
-    fetcher = Fetcher(tmp_path / "store")
-    origin = url_origin(f"{server.url}/image")
-    begun = time.monotonic()
-    fetcher.fetch(origin)
-    whole = time.monotonic() - begun
-    seed = random.randrange(1 << 32)
-    chance = random.Random(seed)
-    for _ in range(50):
-        request = {**fetcher.request(origin), "force": True}
-        if chance.random() < 0.5:
-            fetcher.collect(0)
-        process = fetcher.start(request)
-        time.sleep(chance.uniform(0, 1.2 * whole))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        image = fetcher.store.read(origin.key)
-        if image:
-            (name,) = image.layers
-            assert (fetcher.store.layer(name) / "usr/bin/dash").exists(), seed
-    image = fetcher.fetch(origin)
-    (name,) = image.layers
-    assert pack_tree(fetcher.store.layer(name)) == archive, seed
-    fetcher.collect(0)
-    for folder_ in (fetcher.store.images, fetcher.store.layers, fetcher.store.parts, fetcher.store.work):
-        assert not list(folder_.iterdir()), seed
-
-
-def test_kill_at_any_moment_of_a_start(
+def test_kill_at_any_moment_of_fetch_and_start(
     driver_file: Path, image: Path, store: driver.Store, server: FileServer, archive: bytes
 ) -> None:
-    """The plugin is killed while a task starts from a fetched image; then one works, and nothing is left."""
+    """SIGKILL, 51 times: to the plugin, or to all it has started for a task; all works then, nothing is left."""
     server.files["/image"] = gzip.compress(archive, 1)
     seed = random.randrange(1 << 32)
-    chance = random.Random(seed)
-    for number in range(8):
-        with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
-            task = tasks.make("sleep 300", **download(f"{server.url}/image", force=number % 2 == 0))
-
-            def start() -> None:
-                with contextlib.suppress(AgentError, TimeoutError):
-                    task.start()  # noqa: B023 - joined below
-
-            starting = threading.Thread(target=start)
-            starting.start()
-            time.sleep(chance.uniform(0, 1.5))
-            plugin.kill_hard()
-            starting.join()
-            with launch_like_agent(driver_file) as successor:
-                task.plugin = successor
-                task.destroy()
-                tasks.plugin = successor
-                again, result = tasks.run("echo hello", **download(f"{server.url}/image"))
-                assert result.exit_code == 0 and output(again) == "hello\n", seed
-                tasks.close()
-    assert store.read_uses() == [], seed
+    chance, whole = random.Random(seed), 0.0
+    mounts = Path("/proc/self/mountinfo").read_text()
+    plugin = launch_like_agent(driver_file)
+    with Tasks(plugin, image) as tasks:
+        for number in range(51):
+            begun = time.monotonic()
+            start = Starting(tasks.make("sleep 300", **download(f"{server.url}/image", force=number % 3 < 2)))
+            if number == 0:
+                assert start.join() is None
+                whole = time.monotonic() - begun
+            time.sleep(chance.uniform(0, whole))
+            if number % 4:
+                for pid in (*fetchers(plugin.pid), *(pid for pid, _ in processes(start.task.allocation.id))):
+                    kill(pid)
+                start.join()
+            else:
+                plugin.kill_hard()
+                start.join()
+                plugin = tasks.plugin = start.task.plugin = launch_like_agent(driver_file)
+            tasks.close()  # destroys it, and looks for leftovers
+        task, result = tasks.run("echo hello", **download(f"{server.url}/image"))
+        assert result.exit_code == 0 and output(task) == "hello\n", seed
+    plugin.kill()
+    (layer,) = store.layers.iterdir()
+    assert pack_tree(layer) == archive, seed
     Fetcher(store.root).collect(0)
     for place in (store.images, store.layers, store.parts, store.work, store.in_use):
         assert not list(place.iterdir()), seed
+    assert Path("/proc/self/mountinfo").read_text() == mounts
 
 
 # -- the records ---------------------------------------------------------------------------------------------
