@@ -522,39 +522,46 @@ USUAL_DEVICES = (
 )
 
 BPF_BITS = {"m": 1, "r": 2, "w": 4}  # BPF_DEVCG_ACC_*
-R_RESULT, R_CONTEXT, R_KIND, R_ACCESS, R_MAJOR, R_MINOR = range(6)  # registers
+R_RESULT, R_CONTEXT, R_KIND, R_ACCESS, R_MAJOR, R_NUMBER = range(6)  # registers
+
+
+def add_up(rules: Sequence[DeviceRule]) -> dict[tuple[bool, int, int | None], int]:
+    """Return what may be done with each device, those of any minor last."""
+    bits: dict[tuple[bool, int, int | None], int] = {}
+    for rule in sorted(rules, key=lambda rule: rule.minor is not None):
+        key, any_minor = (rule.is_block, rule.major, rule.minor), (rule.is_block, rule.major, None)
+        bits[key] = bits.get(key, bits.get(any_minor, 0)) | sum(BPF_BITS[letter] for letter in rule.permissions)
+    return dict(reversed(bits.items()))
 
 
 def render_policy(rules: Sequence[DeviceRule]) -> bytes:
-    """Return the BPF program that allows what one of the rules does, and nothing else."""
+    """Return the BPF program that allows what the rules for a device add up to, and nothing else."""
 
     def step(code: int, target: int = 0, source: int = 0, skip: int = 0, number: int = 0) -> bytes:
-        return struct.pack("=BBhi", code, target | source << 4, skip, number)
+        return struct.pack("=BBhI", code, target | source << 4, skip, number & 0xFFFFFFFF)
 
-    load, copy, put, mask, shift, skip_unless, leave = 0x61, 0xBF, 0xB7, 0x57, 0x77, 0x55, 0x95
+    load, copy, put, leave, skip, unless, unless_32 = 0x61, 0xBF, 0xB7, 0x95, 0x05, 0x55, 0x56  # since Linux 5.1
+    mask, mask_by, add_by, invert, left, right = 0x57, 0x5F, 0x4F, 0xA7, 0x67, 0x77
     # The context is a struct bpf_cgroup_dev_ctx: kind and access in one number, major, minor.
-    steps = [
-        step(load, R_KIND, R_CONTEXT, 0),
-        step(copy, R_ACCESS, R_KIND),
-        step(mask, R_KIND, number=0xFFFF),
-        step(shift, R_ACCESS, number=16),
-        step(load, R_MAJOR, R_CONTEXT, 4),
-        step(load, R_MINOR, R_CONTEXT, 8),
-    ]
-    for rule in dict.fromkeys(rules):
-        wanted = [(R_KIND, 1 if rule.is_block else 2), (R_MAJOR, rule.major)]
-        wanted += [] if rule.minor is None else [(R_MINOR, rule.minor)]
-        allow = [
-            step(copy, R_RESULT, R_ACCESS),
-            step(mask, R_RESULT, number=~sum(BPF_BITS[letter] for letter in rule.permissions)),
-            step(skip_unless, R_RESULT, skip=2),  # something else is asked for, too
-            step(put, R_RESULT, number=1),
-            step(leave),
-        ]
-        for left, (place, number) in zip(reversed(range(len(wanted))), wanted, strict=True):
-            steps.append(step(skip_unless, place, skip=left + len(allow), number=number))
-        steps += allow
-    return b"".join([*steps, step(put, R_RESULT), step(leave)])
+    start = [step(load, R_KIND, R_CONTEXT, 0), step(copy, R_ACCESS, R_KIND)]
+    start += [step(mask, R_KIND, number=0xFFFF), step(right, R_ACCESS, number=16)]
+    start += [step(load, R_MAJOR, R_CONTEXT, 4), step(load, R_NUMBER, R_CONTEXT, 8)]
+    start += [step(copy, R_RESULT, R_MAJOR), step(left, R_RESULT, number=20), step(add_by, R_NUMBER, R_RESULT)]
+    # The first row that is about the device tells what is allowed; then the rest is skipped. Rows that exit by
+    # themselves would take the kernel's verifier a hundred times as long.
+    rows: list[bytes | None] = [step(put, R_RESULT)]
+    devices = add_up(rules)
+    for kind, is_block in ((1, True), (2, False)):
+        same = [(key, bits) for key, bits in devices.items() if key[0] is is_block]
+        rows.append(step(unless, R_KIND, skip=3 * len(same), number=kind))
+        for (_, major, minor), bits in same:
+            place, number = (R_MAJOR, major) if minor is None else (R_NUMBER, major << 20 | minor)
+            rows += [step(unless_32, place, skip=2, number=number), step(put, R_RESULT, number=bits), None]
+    found = [row or step(skip, skip=len(rows) - at - 1) for at, row in enumerate(rows)]
+    # Allowed is what asks for nothing else.
+    end = [step(invert, R_RESULT, number=-1), step(mask_by, R_RESULT, R_ACCESS), step(unless, R_RESULT, skip=2)]
+    end += [step(put, R_RESULT, number=1), step(leave), step(put, R_RESULT), step(leave)]
+    return b"".join([*start, *found, *end])
 
 
 BPF_CALL = {"x86_64": 321, "aarch64": 280}  # the number of bpf(2)
@@ -2679,7 +2686,7 @@ def open_devices(devices: Iterable[Device]) -> Iterator[dict[Device, Source]]:
         yield found
 
 
-MAX_NODES = 4096  # in a directory
+MAX_NODES = 1024  # in a directory
 
 
 def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +38,46 @@ def allows(program: bytes, kind: str, major: int, minor: int, access: str) -> bo
         if code == 0x61:
             assert source == 1, "the context"
             registers[target] = context[skip]
-        elif code == 0xBF:
-            registers[target] = registers[source]
-        elif code == 0xB7:
-            registers[target] = number
-        elif code == 0x57:
-            registers[target] &= number
-        elif code == 0x77:
-            registers[target] >>= number
+        elif code in CALCULATIONS:
+            operand = registers[source] if code & 8 else number
+            registers[target] = CALCULATIONS[code](registers[target], operand)
+        elif code == 0x05:
+            place += skip
         elif code == 0x55:
             place += skip if registers[target] != number else 0
+        elif code == 0x56:
+            place += skip if (registers[target] - number) % (1 << 32) else 0
         else:
             assert code == 0x95
             return bool(registers[0])
 
 
+CALCULATIONS: dict[int, Callable[[int, int], int]] = {
+    0xBF: lambda a, b: b,
+    0xB7: lambda a, b: b,
+    0x57: int.__and__,
+    0x5F: int.__and__,
+    0x4F: int.__or__,
+    0xA7: int.__xor__,
+    0x67: int.__lshift__,
+    0x77: int.__rshift__,
+}
+
+
 def test_policy_allows_what_the_rules_say() -> None:
     program = driver.render_policy(
-        [DeviceRule(False, 1, 3, "rw"), DeviceRule(True, 7, None, "r"), DeviceRule(False, 1, 5, "m"),
-         DeviceRule(False, 1, 5, "r")]
+        [DeviceRule(False, 1, 3, "rw"), DeviceRule(True, 7, 5, "w"), DeviceRule(True, 7, None, "r"),
+         DeviceRule(False, 1, 5, "m"), DeviceRule(False, 1, 5, "r"), DeviceRule(True, 4095, 1048575, "r")]
     )  # fmt: skip
-    for access in ("r", "w", "rw"):
-        assert allows(program, "c", 1, 3, access)
-    assert allows(program, "b", 7, 0, "r") and allows(program, "b", 7, 1048575, "r")
-    assert allows(program, "c", 1, 5, "m") and allows(program, "c", 1, 5, "r")
+    for allowed in (
+        ("c", 1, 3, "r"), ("c", 1, 3, "w"), ("c", 1, 3, "rw"), ("b", 7, 0, "r"), ("b", 7, 1048575, "r"),
+        ("c", 1, 5, "m"), ("c", 1, 5, "mr"), ("b", 7, 5, "rw"), ("b", 4095, 1048575, "r"),
+    ):  # fmt: skip
+        assert allows(program, *allowed), allowed
     for refused in (
         ("c", 1, 3, "m"), ("c", 1, 3, "rwm"), ("b", 1, 3, "r"), ("c", 1, 4, "r"), ("c", 2, 3, "r"),
-        ("b", 7, 0, "w"), ("b", 7, 0, "rw"), ("c", 7, 0, "r"), ("c", 1, 5, "w"), ("c", 1, 5, "mr"),
+        ("b", 7, 0, "w"), ("b", 7, 0, "rw"), ("c", 7, 0, "r"), ("c", 1, 5, "w"), ("b", 7, 5, "m"),
+        ("c", 4095, 1048575, "r"), ("b", 4095, 1048574, "r"),
     ):  # fmt: skip
         assert not allows(program, *refused), refused
     assert not allows(driver.render_policy([]), "c", 1, 3, "r")
