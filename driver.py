@@ -2544,16 +2544,19 @@ def is_id(text: str) -> bool:
 
 
 # By machine: its number in ELF, and the code. Five numbers follow it: address and length of both answers, and the
-# address of the path of the image's own program. With an empty environment (nspawn's) it writes the first answer
-# for a database that begins with "p", else the second; with any other it executes the image's own program, and
-# ends with 2 if there is none. tests/getent holds the sources.
+# address of the path of the image's own program. With an empty environment, as nspawn gives it, or with our mark in
+# it (nspawn 262 passes its own environment on), it writes the first answer for a database that begins with "p", else
+# the second; otherwise it executes the image's own program, and ends with 2 if there is none. tests/getent holds the
+# sources.
 GETENT_CODE = {
     "x86_64": (62,
-        "48837c242800753b488b442410488b3554000000488b1555000000803870740e488b3551000000488b1552000000bf01000000b80100"
-        "00000f0531ffb83c0000000f05488b3d3e000000488d742408488b0424488d54c410b83b0000000f05bf02000000ebd66690"),
+        "48833c2403755e488d5c242848833b007418488b034885c0744b4883c308488b0d63000000483b0875e8488b442410488b355a000000"
+        "488b155b000000803870740e488b3557000000488b1558000000bf01000000b8010000000f0531ffb83c0000000f05488b3d44000000"
+        "488d742408488b0424488d54c410b83b0000000f05bf02000000ebd64e535041574e5f47"),
     "aarch64": (183,
-        "e91740f9e90100b5e90b40f929014039c1020058e20200583fc1017160000054c1020058e2020058200080d2080880d2010000d40000"
-        "80d2a80b80d2010000d440020058e1230091e20340f9220c028b42200091a81b80d2010000d4400080d2f6ffff171f2003d5"),
+        "e90340f93f0d00f101030054eaa30091490140f9e90000b4cb030058498540f8490200b42c0140f99f010beb81ffff54e90b40f92901"
+        "403901030058220300583fc10171600000540103005822030058200080d2080880d2010000d4000080d2a80b80d2010000d480020058"
+        "e1230091e20340f9220c028b42200091a81b80d2010000d4400080d2f6ffff171f2003d54e535041574e5f47"),
 }  # fmt: skip
 GETENT_ADDRESS = 0x400000
 GETENT_OF_IMAGE = "getent.image"  # in /usr/bin, beside ours
@@ -5128,6 +5131,7 @@ def start_shell(
         "PATH": SAFE_PATH,
         "LANG": "C.UTF-8",
         "NOTIFY_SOCKET": str(state_dir / "notify"),
+        "NSPAWN_GETENT": "1",  # see GETENT_CODE
     }
     argv = ["sh", "-c", KEEPER, "nomad-nspawn-keeper", str(state_dir), plan.cgroup]
     argv += ["filter" if plan.wants_filter else ""]

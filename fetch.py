@@ -1062,7 +1062,7 @@ def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
         env=tuple(item for item in words("Env") if "=" in item and "\0" not in item),
         command=tuple(word for word in (*words("Entrypoint"), *words("Cmd")) if "\0" not in word),
         user=text("User"),
-        working_directory=text("WorkingDir"),
+        working_directory=os.path.join("/", text("WorkingDir")) if text("WorkingDir") else "",
         stop_signal=text("StopSignal"),
     )
 

@@ -100,7 +100,7 @@ def liar() -> Iterator[Liar]:
 def test_layers_stack(fetcher: Fetcher, registry: Registry, tmp_path: Path) -> None:
     config: dict[str, Any] = {
         "Env": ["PATH=/usr/bin", "A=b=c", "broken"], "Entrypoint": ["/bin/entry"], "Cmd": ["-x", "a b"],
-        "User": "nobody:users", "WorkingDir": "/dir", "StopSignal": "SIGQUIT",
+        "User": "nobody:users", "WorkingDir": "dir", "StopSignal": "SIGQUIT",
     }  # fmt: skip
     digest = registry.push("a/b", ImageParts.make([BASE, TOP_LAYER], **config))
     image = fetcher.fetch(docker_origin(f"{registry.host}/a/b"))

@@ -1,8 +1,18 @@
 // SPDX-License-Identifier: MPL-2.0
 // getent of a container, see Account in driver.py: assembled by GNU as, its .text is GETENT_CODE and the five numbers.
-	ldr	x9, [sp, #40]
-	cbnz	x9, image
-	ldr	x9, [sp, #16]
+	ldr	x9, [sp]
+	cmp	x9, #3
+	b.ne	image
+	add	x10, sp, #40
+	ldr	x9, [x10]
+	cbz	x9, ours
+	ldr	x11, marker
+next:	ldr	x9, [x10], #8
+	cbz	x9, image
+	ldr	x12, [x9]
+	cmp	x12, x11
+	b.ne	next
+ours:	ldr	x9, [sp, #16]
 	ldrb	w9, [x9]
 	ldr	x1, passwd
 	ldr	x2, passwd_length
@@ -26,6 +36,7 @@ image:	ldr	x0, original
 	mov	x0, #2
 	b	leave
 	.balign	8
+marker: .ascii "NSPAWN_G"
 passwd: .quad 0
 passwd_length: .quad 0
 groups: .quad 0

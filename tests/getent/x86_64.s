@@ -1,8 +1,18 @@
 # SPDX-License-Identifier: MPL-2.0
 # getent of a container, see Account in driver.py: assembled by GNU as, its .text is GETENT_CODE and the five numbers.
-	cmpq	$0, 40(%rsp)
+	cmpq	$3, (%rsp)
 	jne	image
-	mov	16(%rsp), %rax
+	lea	40(%rsp), %rbx
+	cmpq	$0, (%rbx)
+	je	ours
+next:	mov	(%rbx), %rax
+	test	%rax, %rax
+	jz	image
+	add	$8, %rbx
+	mov	marker(%rip), %rcx
+	cmp	(%rax), %rcx
+	jne	next
+ours:	mov	16(%rsp), %rax
 	mov	passwd(%rip), %rsi
 	mov	passwd_length(%rip), %rdx
 	cmpb	$'p', (%rax)
@@ -24,6 +34,7 @@ image:	mov	original(%rip), %rdi
 	mov	$2, %edi
 	jmp	leave
 	.balign	8
+marker: .ascii "NSPAWN_G"
 passwd: .quad 0
 passwd_length: .quad 0
 groups: .quad 0
