@@ -2543,11 +2543,11 @@ def is_id(text: str) -> bool:
     return bool(re.fullmatch(r"\d{1,9}", text, re.ASCII))
 
 
-# By machine: its number in ELF, and the code. Five numbers follow it: address and length of both answers, and the
-# address of the path of the image's own program. With an empty environment, as nspawn gives it, or with our mark in
-# it (nspawn 262 passes its own environment on), it writes the first answer for a database that begins with "p", else
-# the second; otherwise it executes the image's own program, and ends with 2 if there is none. tests/getent holds the
-# sources.
+# By machine: its number in ELF, and the code. Five numbers follow it: address and length of both answers, and
+# the address of the path of the image's own program. With an empty environment, as nspawn gives it, or with our
+# mark in it (nspawn 262 passes its own environment on), it writes the first answer for a database that begins
+# with "p", else the second; otherwise it executes the image's own program, and ends with 2 if there is none.
+# tests/getent holds the sources.
 GETENT_CODE = {
     "x86_64": (62,
         "48833c2403755e488d5c242848833b007418488b034885c0744b4883c308488b0d63000000483b0875e8488b442410488b355a000000"
