@@ -2767,6 +2767,7 @@ def check_image(image: Image, name: str, own: Mapping[str, str], config: Values)
 # Where a container's network comes from, and what it finds in /etc/resolv.conf and /etc/hosts. The namespace of a
 # group (bridge, none, cni) is Nomad's: keeper and nspawn enter it, and nspawn is told of no network at all.
 # --network-namespace-path would do the same only without user namespaces, or on 262 and later (systemd#36363).
+# Disk images need it: nspawn mounts them in the host's network only, where it hears from udev.
 # What goes through a group's namespace (ports, Consul Connect) is Nomad's and CNI's business. All other networks
 # are nspawn's options. No rule of the host's firewall is ever the driver's: nspawn keeps its own for --port.
 # =====================================================================================================
@@ -2891,7 +2892,9 @@ class NetworkPlan:
         return [f"--bind-ro={directory}{path}:{path}" for path in self.files]
 
 
-def plan_network(group: GroupNetwork, values: Values, names: Names, machine: str) -> NetworkPlan:
+def plan_network(
+    group: GroupNetwork, values: Values, names: Names, machine: str, *, is_disk: bool = False
+) -> NetworkPlan:
     """Return the network of a task."""
     files = plan_name_files(group, values, names, machine)
     network = NetworkPlan(
@@ -2903,6 +2906,8 @@ def plan_network(group: GroupNetwork, values: Values, names: Names, machine: str
         mount_files=tuple(place_in_image(values, path) for path in files if is_read_only(values)),
         notes=tuple(explain_dns(group, values, files)),
     )
+    if group.namespace and is_disk:  # without user namespaces: see check_image_rules
+        return replace(network, argv=(f"--network-namespace-path={group.namespace}",))
     if group.namespace:
         set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if values["user_namespacing"] else ()
         entry = ("nsenter", f"--net={group.namespace}", "--", *set_up)
@@ -3829,13 +3834,13 @@ class Found:
 def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Plan:
     """Work out everything that is needed to start a task."""
     check_rules(values, host)
-    check_image_rules(values, found.image)
+    check_image_rules(values, found.image, task.network)
     state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
     place = plan_place(task.task_dir, found.ephemeral_dir, machine)
     root = plan_root(found.image, values, host, found.mounts, place)
     root, image_pins = pin_image(root, values, found, state)
-    mode, network = Mode.of(values), plan_network(task.network, values, found.names, machine)
-    values = {**values, **network.values, **plan_defaults(task, values, mode)}
+    network = plan_network(task.network, values, found.names, machine, is_disk=not found.image.is_directory)
+    values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values))}
     variables = {**values["environment"], **task.env, **network.environ}
     environment = plan_environment({**mode.environ, **variables})
     volumes = plan_volumes(task, values, host, found.mounts)
@@ -3924,7 +3929,10 @@ def plan_defaults(task: TaskConfig, values: Values, mode: Mode) -> dict[str, str
     return {"console": values["console"] or mode.console, "user": values["user"] or user}
 
 
-def check_image_rules(values: Values, image: Image) -> None:
+def check_image_rules(values: Values, image: Image, group: GroupNetwork) -> None:
+    if group.namespace and values["user_namespacing"] and not image.is_directory:
+        rule = "cannot be had by a task with a disk image in a group's network"
+        raise ConfigError("user_namespacing", True, rule, "set it to false, or use an image that is a directory")
     for option in ("image_policy", "root_hash"):
         if values[option] and image.is_directory:
             rule = f"is for disk images, and {image.path} is a directory"

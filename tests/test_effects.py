@@ -24,6 +24,7 @@ from tests.agent import Allocation, DriverError, Task, launch_like_agent
 from tests.containers import Tasks, leader, make_small_image, nspawn, output
 from tests.leftovers import STATE
 from tests.servers import FileServer
+from tests.test_reach import make_group
 
 pytestmark = pytest.mark.root
 
@@ -620,11 +621,16 @@ def test_udev_interfaces_of_the_host(tasks: Tasks, link: str) -> None:
 @needs_udev
 def test_udev_disk_image(tasks: Tasks, image: Path, tmp_path: Path) -> None:
     tree, disk = tmp_path / "tree", tmp_path / "disk.raw"
-    make_small_image(image, tree, ("dash", "cat", "touch"))
+    make_small_image(image, tree, ("dash", "cat", "touch", "readlink"))
     (tree / "etc/secret").write_text("inside")
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "64M"], check=True, timeout=120)
     settings = {"image": str(disk), "read_only": None, "user_namespacing": False}
     assert run(tasks, "cat /etc/secret; touch /etc/new", **settings) == "inside"
+    with make_group() as group, tasks:  # it ends them before the namespace goes
+        in_group = {**settings, "network": group.spec}
+        shown = run(tasks, "readlink /proc/self/ns/net", **in_group)
+        assert str(os.stat(group.path).st_ino) in shown
+        assert "user_namespacing = true: cannot be had" in refusal(tasks, **{**in_group, "user_namespacing": True})
     assert run(
         tasks, "cat /etc/new; touch /etc/x 2>/dev/null || echo refused", **{**settings, "read_only": True}
     ) == ("refused")

@@ -469,6 +469,11 @@ def test_image_file() -> None:
     argv = plan({}, image=image).argv
     assert "--image=/var/lib/machines/debian.raw" in argv
     assert not any(word.startswith("--directory") for word in argv)
+    task = replace(TASK, network=GroupNetwork(namespace="/var/run/netns/a"))
+    found = plan({"user_namespacing": False}, task, image=image)
+    assert "--network-namespace-path=/var/run/netns/a" in found.argv and not found.network.entry
+    with pytest.raises(ConfigError, match=r"^user_namespacing = true: cannot be had .* in a group's network"):
+        plan({}, task, image=image)
 
 
 @pytest.mark.parametrize(
