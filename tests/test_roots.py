@@ -701,7 +701,8 @@ def test_links_of_an_image_do_not_lead_out(tasks: Tasks, small: Path, tmp_path: 
 def test_trees_that_are_hard_to_remove(tasks: Tasks, image: Path) -> None:
     """Deeper than recursion goes, longer than a path may be, without any permission, immutable if that can be."""
     script = """
-        cd /; i=0; while [ $i -lt 3000 ]; do mkdir dddddddddddddddd; cd dddddddddddddddd; i=$((i+1)); done
+        some=; for i in $(seq 200); do some=${some}dddddddddddddddd/; done
+        cd /; for i in $(seq 15); do mkdir -p $some && cd -P $some || exit; done
         mkdir /closed; touch /closed/x; chmod 0 /closed
         touch /immutable; chattr +i /immutable; ln -s / /etc/all; echo made
         touch "/$(printf 'new\\nline')" /-rf
