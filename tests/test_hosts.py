@@ -45,7 +45,7 @@ class Part:
 # What depends on systemd, or on what Python makes of archives, addresses and certificates; no packages.
 IMAGES = "task or roots or user or harm or archive_may or stack or whiteout or tls or auth or taken_up"
 
-# One row: where everything takes ten times as long, each start of pytest and of a first plugin takes half a minute.
+# One row: everything takes ten times as long there, also each start of pytest and of a file's first plugin.
 IN_MACHINES = (
     "tests/test_effects.py", "tests/test_roots.py", "tests/test_cgroup.py", "tests/test_devices.py", "-k",
     "udev or test_cgroup or test_devices and (ephemeral or dead and not CAP)"
@@ -81,6 +81,17 @@ def rows(kind: str) -> list[object]:
     ]
 
 
+def check_host(host: Host, suite: str) -> None:
+    """A host is what it says it is."""
+    assert host.check("systemctl is-system-running").strip() == "running", host.check("systemctl --failed")
+    version = host.check("systemctl --version").split()[1]
+    assert SYSTEMD[suite] in (0, int(version.partition(".")[0]))
+    if isinstance(host, Machine):
+        controllers = host.check("cat /sys/fs/cgroup/cgroup.controllers").split()
+        assert {"cpu", "cpuset", "io", "memory", "pids"} <= set(controllers)
+    assert "tasks can run here" in host.check("/checkout/nomad-driver-nspawn check", 120)
+
+
 class Hosts:
     """Keeps one host at a time: the rows are sorted by release."""
 
@@ -94,6 +105,7 @@ class Hosts:
             self.context = open_host(self.kind, suite)
             self.host = self.context.__enter__()
             self.suite = suite
+            check_host(self.host, suite)
         return self.host
 
     def close(self) -> None:
@@ -174,21 +186,6 @@ def test_tasks_of_a_host_that_reboots(driver_file: Path, suite: str) -> None:
 
 
 # -- the hosts themselves ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["container", "machine"])
-@pytest.mark.parametrize("suite", SYSTEMD)
-def test_host_is_what_it_says(request: pytest.FixtureRequest, kind: str, suite: str) -> None:
-    want_image(suite, kind)
-    host: Host = request.getfixturevalue(f"{kind}s").get(suite)
-    assert isinstance(host, Container if kind == "container" else Machine)
-    assert host.check("systemctl is-system-running").strip() == "running", host.check("systemctl --failed")
-    version = host.check("systemctl --version").split()[1]
-    assert SYSTEMD[suite] in (0, int(version.partition(".")[0]))
-    controllers = host.check("cat /sys/fs/cgroup/cgroup.controllers").split()
-    if kind == "machine":
-        assert {"cpu", "cpuset", "io", "memory", "pids"} <= set(controllers)
-    assert "tasks can run here" in host.check("/checkout/nomad-driver-nspawn check")
 
 
 def test_output_and_exit_code_come_back(containers: Hosts) -> None:
