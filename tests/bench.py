@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 # A script has its own folder on sys.path, not the one above it: so the import comes after the line that adds it.
 from tests import hosts  # noqa: E402
 from tests.agent import Allocation, Plugin, Task, launch_like_agent  # noqa: E402
+from tests.containers import cpu_seconds  # noqa: E402
 
 DRIVER = Path(os.environ.get("NSPAWN_TEST_DRIVER", ROOT / "nomad-driver-nspawn"))
 IMAGE = Path(os.environ.get("NSPAWN_TEST_IMAGE", "/var/cache/nomad-driver-nspawn-tests/debian-bookworm"))
@@ -153,11 +154,6 @@ def memory(pid: int, name: str) -> int:
         match = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
         return int(match[1]) if match else 0
     return 0
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def cgroup_pids(task: Task, leaf: str) -> list[int]:

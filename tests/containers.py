@@ -147,6 +147,17 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+def zombies(pid: int) -> list[int]:
+    """Children that have ended and that nobody has waited for."""
+    return [child for child in driver.read_children(pid) if (driver.read_stat(child) or ["Z"])[0] == "Z"]
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def eventually(condition: Callable[[], T], timeout: float = 10, pause: float = 0.02) -> T:
     """What `condition` returns as soon as that is true."""
     deadline = time.monotonic() + timeout

@@ -199,6 +199,10 @@ def hard_link(name: str, target: str) -> Entry:
     return Entry(name, kind=tarfile.LNKTYPE, target=target)
 
 
+def zstd(data: bytes) -> bytes:
+    return subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE, check=True, timeout=60).stdout
+
+
 def make_tar(entries: Sequence[Entry]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:

@@ -27,7 +27,7 @@ import pytest
 import driver
 from nomad_pb import driver_pb2
 from tests.agent import DriverError, ExecSession, Plugin, Task, launch_like_agent
-from tests.containers import Tasks, eventually, is_alive, kill, leader
+from tests.containers import Tasks, eventually, is_alive, kill, leader, zombies
 
 pytestmark = pytest.mark.root
 
@@ -765,10 +765,6 @@ def test_client_that_goes_away_at_any_moment(task: Task, shared: Plugin) -> None
     assert run(task, "echo fine")[1] == "fine\n"
     eventually(lambda: not marked(mark))
     eventually(lambda: not zombies(shared.pid))
-
-
-def zombies(pid: int) -> list[int]:
-    return [child for child in driver.read_children(pid) if (driver.read_stat(child) or ["Z"])[0] == "Z"]
 
 
 def test_nothing_is_left_of_many(task: Task, shared: Plugin) -> None:

@@ -37,6 +37,7 @@ from tests.servers import (
     stall,
     status,
     url_origin,
+    zstd,
 )
 
 pytestmark = pytest.mark.root
@@ -58,10 +59,6 @@ def small_tree(*more: Entry) -> bytes:
 
 
 NOISE = os.urandom(3 << 20)  # does not compress
-
-
-def zstd(data: bytes) -> bytes:
-    return subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE, check=True, timeout=60).stdout
 
 
 # -- what is fetched -----------------------------------------------------------------------------------------

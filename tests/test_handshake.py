@@ -27,7 +27,7 @@ import pytest
 
 from nomad_pb import base_pb2, driver_pb2, grpc_plugin_pb2
 from tests.agent import PLUGIN_ENV, Allocation, DriverError, Plugin, Task, call, launch_like_agent
-from tests.containers import on_overlay
+from tests.containers import eventually, on_overlay
 
 COOKIE_NAME = "NOMAD_PLUGIN_MAGIC_COOKIE"
 HANDSHAKE = re.compile(rb"1\|2\|unix\|(/[^|\n]+)\|grpc\|\n")
@@ -193,13 +193,6 @@ def socket_directory(plugin: Plugin) -> Path:
     return Path(plugin.address.removeprefix("unix:")).parent
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not true within {timeout:g} s"
-        time.sleep(0.01)
-
-
 # === Handshake ===============================================================================================
 
 
@@ -234,7 +227,7 @@ def test_stdin_and_stdout_are_given_up_after_the_handshake(driver_file: Path) ->
     with started(driver_file) as run:
         run.handshake()
         assert not run.read(5)  # end of file: whatever is printed later cannot fill the agent's pipe
-        wait_until(lambda: {os.readlink(f"/proc/{run.pid}/fd/{fd}") for fd in (0, 1)} == {"/dev/null"})
+        eventually(lambda: {os.readlink(f"/proc/{run.pid}/fd/{fd}") for fd in (0, 1)} == {"/dev/null"})
 
 
 def test_stdin_of_the_agent_is_not_read(driver_file: Path) -> None:
@@ -513,7 +506,7 @@ def test_shutdown_during_a_start_leaves_nothing_of_the_task(driver_file: Path, t
         outliving(driver_file, plugin, slow, "true", **options) as task,
     ):
         start = in_background(task.start)
-        wait_until(lambda: list(slow.parent.glob(".#machine.*")))
+        eventually(lambda: list(slow.parent.glob(".#machine.*")))
         end_by_shutdown(plugin)
         start.join(10)
         assert not list(STATE_ROOT.glob(f"{task.allocation.id}*"))

@@ -42,6 +42,7 @@ from tests.servers import (
     send,
     stacked,
     status,
+    zstd,
 )
 
 pytestmark = pytest.mark.root
@@ -141,10 +142,6 @@ def test_a_whiteout_is_about_the_layers_below(
         found = read_tree(tree)
     assert found["dir/new"] == "top" and "dir/old" not in found
     assert found["type"] == "new file"
-
-
-def zstd(data: bytes) -> bytes:
-    return subprocess.run(["zstd", "-qc"], input=data, stdout=subprocess.PIPE, check=True, timeout=60).stdout
 
 
 def test_oci_media_types_and_zstd(fetcher: Fetcher, registry: Registry) -> None:

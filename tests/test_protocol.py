@@ -16,7 +16,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from tests.agent import (
     launch_like_agent,
     set_duration,
 )
+from tests.containers import eventually
 
 MIB = 1 << 20
 AT_ONCE = 1.0  # seconds; generous, for machines that do something else at the same time
@@ -201,13 +202,6 @@ def count_fds(pid: int) -> int:
 
 def count_threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
-
-
-def wait_until(condition: Callable[[], Any], timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not true within {timeout:g} s"
-        time.sleep(0.02)
 
 
 def plugin_info_seconds(plugin: Plugin) -> float:
@@ -512,7 +506,7 @@ def test_calls_end_with_their_client(shared: Plugin, running: Task) -> None:
     for _ in range(3):
         round_of_calls(False)
         round_of_calls(True)
-    wait_until(lambda: count_fds(shared.pid) <= fds)
+    eventually(lambda: count_fds(shared.pid) <= fds)
     assert count_threads(shared.pid) <= threads
     assert read_status(shared.pid, "VmRSS") - memory < 8 << 10  # KiB; 1500 calls that stay would be more
     assert plugin_info_seconds(shared) < AT_ONCE
@@ -526,7 +520,7 @@ def test_connections_that_come_and_go_leave_nothing(shared: Plugin) -> None:
         channel = open_channel(shared)
         call(base_pb2_grpc.BasePluginStub(channel).PluginInfo, base_pb2.PluginInfoRequest(), 5)
         channel.close()
-    wait_until(lambda: count_fds(shared.pid) <= before)
+    eventually(lambda: count_fds(shared.pid) <= before)
 
 
 # === Errors ==================================================================================================
@@ -826,9 +820,9 @@ def test_start_whose_agent_has_gone_leaves_nothing(shared: Plugin, image: Path) 
                 time.sleep(delay)
                 start.cancel()
             call(shared.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True), 30)
-            wait_until(lambda: not list(STATE_ROOT.glob(f"{allocation.id}*")))
+            eventually(lambda: not list(STATE_ROOT.glob(f"{allocation.id}*")))
             machine = f"--machine=task-{allocation.id}"
-            wait_until(
+            eventually(
                 lambda: subprocess.run(["pgrep", "-f", "--", machine], stdout=subprocess.DEVNULL).returncode
             )
         finally:

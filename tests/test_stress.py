@@ -6,12 +6,10 @@ NSPAWN_TEST_SEED repeats a run: the seed is part of what a failure prints.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.agent import ExitResult, Plugin, Task, launch_like_agent
-from tests.containers import Tasks, keeper, kill, leader, nspawn
+from tests.containers import Tasks, keeper, kill, leader, nspawn, zombies
 from tests.leftovers import leftovers
 
 pytestmark = pytest.mark.root
@@ -59,14 +57,6 @@ class Footprint:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         threads = len(os.listdir(f"/proc/{pid}/task"))
         return cls(len(os.listdir(f"/proc/{pid}/fd")), threads, pages * os.sysconf("SC_PAGE_SIZE"))
-
-
-def zombies(parent: int) -> Iterator[int]:
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, owner = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
-            if (state, owner) == ("Z", str(parent)):
-                yield int(entry.name)
 
 
 def plan(chance: random.Random) -> list[tuple[dict[str, Any], str]]:
@@ -149,7 +139,7 @@ def test_fifty_tasks_leave_nothing(driver_file: Path, image: Path, seed: int) ->
         assert after.descriptors <= before.descriptors + 2
         assert after.threads <= before.threads + 4
         assert after.memory <= before.memory + (16 << 20)
-        assert list(zombies(plugin.pid)) == []
+        assert zombies(plugin.pid) == []
     assert not plugin.violations
 
 

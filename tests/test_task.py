@@ -27,9 +27,10 @@ from typing import Any
 import pytest
 
 from nomad_pb import driver_pb2
-from tests.agent import Allocation, DriverError, Plugin, Task, Template, call, launch_like_agent
+from tests.agent import Allocation, DriverError, Task, Template, call, launch_like_agent
 from tests.containers import (
     Tasks,
+    cpu_seconds,
     escape,
     eventually,
     is_alive,
@@ -39,6 +40,7 @@ from tests.containers import (
     nspawn,
     on_overlay,
     output,
+    zombies,
 )
 from tests.leftovers import STATE, interface_indexes, leftovers, peer, processes, snapshots
 
@@ -856,7 +858,7 @@ def test_copy_of_an_interrupted_ephemeral_start_is_removed(tasks: Tasks, copied:
     task = tasks.make(FOREVER, image=str(copied), ephemeral=True)
     task.id = f"{task.allocation.id}/task/{os.urandom(4).hex()}"
     task.prestart()
-    doomed = configured(driver_file)
+    doomed = launch_like_agent(driver_file)
     pending: Any = doomed.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
     try:
         eventually(lambda: snapshots(copied), pause=0.001)
@@ -1062,11 +1064,6 @@ def test_stats_of_a_busy_task(tasks: Tasks) -> None:
     assert all(usage.total_ticks > 0 for usage in usages)
 
 
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def test_stats_of_a_task_with_memory(tasks: Tasks) -> None:
     """tail keeps a line of 100 MB and cannot get rid of it."""
     task = tasks.start("head -c 100000000 /dev/zero | tail | sleep 60")
@@ -1159,7 +1156,7 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     task.prestart()
     request = driver_pb2.StartTaskRequest(task=task.task_config())
     claims = set(UID_CLAIMS.glob("*"))
-    doomed = configured(driver_file)
+    doomed = launch_like_agent(driver_file)
     pending: Any = doomed.driver.StartTask.future(request)
     if attempt % 2:  # as soon as anything of it is there
         eventually(lambda: list(STATE.glob(f"{task.allocation.id}*")), pause=0)
@@ -1235,31 +1232,11 @@ def is_held(lock: Path) -> bool:
     return bool(struct.unpack("hhqqi4x", found)[0] != fcntl.F_UNLCK)
 
 
-def configured(driver_file: Path) -> Plugin:
-    """A plugin without the two that an agent starts before it only to look."""
-    plugin = Plugin(driver_file)
-    plugin.set_config()
-    return plugin
-
-
 def test_plugin_leaves_no_zombies(tasks: Tasks) -> None:
     for _ in range(5):
         task, _ = tasks.run("true")
         task.destroy()
-    zombies = [
-        fields[0]
-        for entry in Path("/proc").glob("[0-9]*/stat")
-        if (fields := stat_fields(entry))[1:3] == ["Z", str(tasks.plugin.pid)]
-    ]
-    assert zombies == []
-
-
-def stat_fields(path: Path) -> list[str]:
-    """pid, state and parent of a process."""
-    with contextlib.suppress(OSError):
-        text = path.read_text()
-        return [text.split(" ")[0], *text.rsplit(")", 1)[1].split()[:2]]
-    return ["", "", ""]
+    assert zombies(tasks.plugin.pid) == []
 
 
 def test_events_are_the_tasks_own(tasks: Tasks) -> None:
