@@ -58,6 +58,7 @@ from nomad_pb import (  # noqa: E402
     recoverable_error_pb2,
     rpc_status_pb2,
 )
+from tests.leftovers import leftovers  # noqa: E402
 
 T = TypeVar("T")
 MAX_INT32 = 2**31 - 1
@@ -1052,7 +1053,8 @@ _NOBODY = 65534
 class Allocation:
     """The directories of one allocation on the host, as the client lays them out for image isolation.
 
-    `violations`: what a driver left below them; as a context manager it raises AgentError for these at the end.
+    `violations`: what a driver left below them. As a context manager it raises AgentError for these and all other
+    that is left of the allocation on this machine.
     """
 
     def __init__(self, parent: str | Path | None = None) -> None:
@@ -1116,8 +1118,9 @@ class Allocation:
 
     def __exit__(self, kind: object, *exc: object) -> None:
         self.close()
-        if self.violations and kind is None:
-            raise AgentError("\n".join(self.violations))
+        left = [*self.violations, *leftovers(self.id)]
+        if left and kind is None:
+            raise AgentError("\n".join(left))
 
 
 def mount_points(below: Path) -> list[Path]:
