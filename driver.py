@@ -7214,6 +7214,7 @@ class DriverService:
                     last = current
                 self.tasks.remind_machined()
                 await asyncio.sleep(FINGERPRINT_PERIOD)
+                remove_stale_locks(None)  # a process may have held one a moment longer than its task was there
                 self.collect_images()
         finally:
             self.agents -= 1

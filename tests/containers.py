@@ -117,9 +117,15 @@ def output(task: Task) -> str:
 
 
 def nspawn(task: Task) -> int:
-    """The pid of the task's systemd-nspawn."""
-    for pid, command in processes(task.allocation.id):
-        if command.startswith("systemd-nspawn ") and f"--machine={task.name}-" in command:
+    """The pid of the task's systemd-nspawn. Until the payload has been executed its children look the same."""
+    found = {
+        pid
+        for pid, command in processes(task.allocation.id)
+        if command.startswith("systemd-nspawn ") and f"--machine={task.name}-" in command
+    }
+    for pid in found:
+        fields = driver.read_stat(pid)
+        if fields and int(fields[1]) not in found:
             return pid
     raise AssertionError(f"no systemd-nspawn of task {task.name}: {list(processes(task.allocation.id))}")
 
