@@ -785,6 +785,7 @@ def test_repeated_start_of_one_task(tasks: Tasks, small: Path) -> None:
         again.start()
         assert again.wait(30).successful
         assert output(again) == "over\n"
+        again.destroy()  # both have one cgroup
 
 
 def wait_clean(task: Task, image: Path) -> None:
