@@ -502,8 +502,8 @@ class Entry(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in typeshed
             raise
         except tarfile.HeaderError as error:
-            # Not in typeshed, too.
-            if isinstance(error, tarfile.EmptyHeaderError) and not cls.needs_end:  # type: ignore[attr-defined]
+            is_empty = isinstance(error, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]  # not in typeshed
+            if is_empty and not cls.needs_end:
                 raise
             raise tarfile.ReadError(f"it is damaged or cut off: {error}") from None
 

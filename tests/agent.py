@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a script: the generated modules stand beside tests/, not in it
     sys.path.insert(0, str(ROOT))
 
-from nomad_pb import (  # noqa: E402
+from nomad_pb import (  # noqa: E402 # only what stands above finds them
     base_pb2,
     base_pb2_grpc,
     driver_pb2,
@@ -58,7 +58,7 @@ from nomad_pb import (  # noqa: E402
     recoverable_error_pb2,
     rpc_status_pb2,
 )
-from tests.leftovers import leftovers  # noqa: E402
+from tests.leftovers import leftovers  # noqa: E402 # as above
 
 T = TypeVar("T")
 MAX_INT32 = 2**31 - 1

@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # A script has its own folder on sys.path, not the one above it: so the import comes after the line that adds it.
-from tests import hosts  # noqa: E402
-from tests.agent import Allocation, Plugin, Task, launch_like_agent  # noqa: E402
-from tests.containers import cpu_seconds  # noqa: E402
+from tests import hosts  # noqa: E402 # found by the line above
+from tests.agent import Allocation, Plugin, Task, launch_like_agent  # noqa: E402 # the same
+from tests.containers import cpu_seconds  # noqa: E402 # the same
 
 DRIVER = Path(os.environ.get("NSPAWN_TEST_DRIVER", ROOT / "nomad-driver-nspawn"))
 IMAGE = Path(os.environ.get("NSPAWN_TEST_IMAGE", "/var/cache/nomad-driver-nspawn-tests/debian-bookworm"))

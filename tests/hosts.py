@@ -16,6 +16,7 @@ its changes in memory, a machine is restored from a snapshot that was taken when
 
 from __future__ import annotations
 
+import abc
 import base64
 import contextlib
 import dataclasses
@@ -313,16 +314,16 @@ def sockets(folder: Path) -> tuple[Path, Path]:
 # === Hosts ===================================================================================================
 
 
-class Host:
+class Host(abc.ABC):
     """A running host. Root's commands run in it; it is gone without a trace after close()."""
 
     suite: str
 
-    def run(self, argv: Sequence[str], timeout: float = 60) -> Result:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def run(self, argv: Sequence[str], timeout: float = 60) -> Result: ...
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def close(self) -> None: ...
 
     def sh(self, script: str, timeout: float = 60) -> Result:
         return self.run(["/bin/sh", "-c", script], timeout)
