@@ -34,6 +34,7 @@ from tests.servers import (
     basic,
     basic_auth,
     folder,
+    link,
     make_tar,
     pack_files,
     pack_tree,
@@ -176,6 +177,18 @@ def test_user_of_an_image_without_a_system(tasks: Tasks, image: Path, tmp_path: 
         assert output(task) == "uid=65532 gid=65533 groups=65533\n", (more, result, task.logmon.stderr)
     task = tasks.start(**{**options, "command": ["sleep", "300"]})
     assert task.exec(["id"])[0] == b"uid=65532 gid=65533 groups=65533\n"
+
+
+def test_user_of_an_image_that_misleads(tasks: Tasks, archive: bytes, tmp_path: Path) -> None:
+    """Where getent would go there is a link out of the image: nothing is written, nothing is left."""
+    (tmp_path / "target").mkdir()
+    upper = make_tar([Entry("usr/.wh.bin"), link("usr/bin", str(tmp_path / "target"))])
+    (tmp_path / "app.tar").write_bytes(
+        pack_files(ImageParts.make([archive, upper], User="7777", Cmd=["/x"]).save())
+    )
+    with pytest.raises(DriverError, match=r'user = "7777": .*/usr/bin \(.*\); set user = "root"'):
+        tasks.start(image=str(tmp_path / "app.tar"), read_only=None, command=None)
+    assert list((tmp_path / "target").iterdir()) == []
 
 
 def test_stop_signal_of_the_image(tasks: Tasks, archive: bytes, tmp_path: Path) -> None:
