@@ -98,7 +98,6 @@ if TYPE_CHECKING:
         base_pb2_grpc,
         driver_pb2,
         driver_pb2_grpc,
-        grpc_plugin_old_pb2_grpc,
         grpc_plugin_pb2,
         grpc_plugin_pb2_grpc,
         hcl_spec_pb2,
@@ -6932,7 +6931,7 @@ def read_inside(directory: Path) -> Inside:
 
 def load_protocol() -> None:
     """Import gRPC and the protocol's modules as globals of this module."""
-    global grpc, attribute_pb2, base_pb2, base_pb2_grpc, driver_pb2, driver_pb2_grpc, grpc_plugin_old_pb2_grpc
+    global grpc, attribute_pb2, base_pb2, base_pb2_grpc, driver_pb2, driver_pb2_grpc
     global grpc_plugin_pb2, grpc_plugin_pb2_grpc, hcl_spec_pb2, health_pb2, health_pb2_grpc, recoverable_error_pb2
     global rpc_status_pb2
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # its fork handlers crash children (grpc#41768)
@@ -6946,7 +6945,6 @@ def load_protocol() -> None:
         base_pb2_grpc,
         driver_pb2,
         driver_pb2_grpc,
-        grpc_plugin_old_pb2_grpc,
         grpc_plugin_pb2,
         grpc_plugin_pb2_grpc,
         hcl_spec_pb2,
@@ -7163,6 +7161,7 @@ def read_cpu_mhz() -> float:
 
 
 COLLECTION_DELAY = 86400.0  # seconds
+FIRST_SAMPLE = 0.2  # seconds: the least time over which a use of CPU can be told
 
 
 class DriverService:
@@ -7261,6 +7260,8 @@ class DriverService:
         config = read_task_config(request.task)
         if config.id in self.tasks.known and not self.tasks.known[config.id].ended.is_set():
             raise DriverError(f"task {config.id} is running already")
+        if not self.config["enabled"]:
+            raise HostError("the driver is switched off on this client: its plugin block has enabled = false")
         host = read_host()
         if not host.is_healthy:
             raise HostError(host.sentence)
@@ -7423,10 +7424,11 @@ class DriverService:
         task = self.tasks.get(request.task_id)
         interval = max(request.collection_interval.ToNanoseconds() / 1e9, 0.1)
         before = task.read_usage()
-        while not await task.wait(interval):
+        pause = min(interval, FIRST_SAMPLE)  # Nomad's own drivers send the first one at once
+        while not await task.wait(pause):
             now = task.read_usage()
             yield self.render_stats(task, before, now)
-            before = now
+            before, pause = now, interval
 
     def render_stats(self, task: Task, before: Usage, now: Usage) -> driver_pb2.TaskStatsResponse:
         """Return a sample. TOTAL_TICKS is not among the measured fields: the CLI has a column title for it, but
@@ -7635,12 +7637,29 @@ def register(server: Any, driver: DriverService, stop: asyncio.Event) -> None:
         (grpc_plugin_pb2_grpc.add_GRPCControllerServicer_to_server, plugin),
         (grpc_plugin_pb2_grpc.add_GRPCBrokerServicer_to_server, plugin),
         (grpc_plugin_pb2_grpc.add_GRPCStdioServicer_to_server, plugin),
-        # the names of Nomad 0.10.0 and 0.10.1; the messages are the same on the wire
-        (grpc_plugin_old_pb2_grpc.add_GRPCControllerServicer_to_server, plugin),
-        (grpc_plugin_old_pb2_grpc.add_GRPCBrokerServicer_to_server, plugin),
     ]
     for add, service in services:
         add(service, server)
+    server.add_generic_rpc_handlers(render_old_services(plugin))
+
+
+def render_old_services(plugin: Any) -> list[grpc.GenericRpcHandler]:
+    """Return controller and broker under the names that Nomad 0.10.0 and 0.10.1 call them by. The messages are the
+    same on the wire."""
+    empty, connection = grpc_plugin_pb2.Empty, grpc_plugin_pb2.ConnInfo
+    methods: dict[str, dict[str, Any]] = {
+        "proto.GRPCController": {
+            "Shutdown": grpc.unary_unary_rpc_method_handler(
+                plugin.Shutdown, empty.FromString, empty.SerializeToString
+            )
+        },
+        "proto.GRPCBroker": {
+            "StartStream": grpc.stream_stream_rpc_method_handler(
+                plugin.StartStream, connection.FromString, connection.SerializeToString
+            )
+        },
+    }
+    return [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in methods.items()]
 
 
 MAX_SOCKET_PATH = 107  # bytes in a sockaddr_un, without the final NUL

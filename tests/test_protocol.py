@@ -30,7 +30,6 @@ from nomad_pb import (
     base_pb2_grpc,
     driver_pb2,
     driver_pb2_grpc,
-    grpc_plugin_old_pb2_grpc,
     grpc_plugin_pb2,
     grpc_plugin_pb2_grpc,
     health_pb2,
@@ -257,6 +256,13 @@ def test_set_config_may_be_called_again(fresh: Plugin) -> None:
     assert capabilities.mount_configs == driver_pb2.DriverCapabilities.NO_MOUNTS
 
 
+def test_disabled_driver_starts_nothing(fresh: Plugin) -> None:
+    fresh.set_config({"enabled": False})
+    with pytest.raises(DriverError, match="enabled = false") as caught:
+        call(fresh.driver.StartTask, driver_pb2.StartTaskRequest(task=driver_pb2.TaskConfig(id="a/b/c")), 10)
+    assert not caught.value.recoverable
+
+
 def test_disabled_driver_is_undetected_and_says_why(fresh: Plugin) -> None:
     response = fingerprint_with(fresh, packed({"enabled": False}))
     assert response.health == driver_pb2.FingerprintResponse.UNDETECTED
@@ -312,12 +318,17 @@ def test_names_of_nomad_0_10_0_work(driver_file: Path) -> None:
         end.wait()
         yield from ()
 
-    broker: Any = grpc_plugin_old_pb2_grpc.GRPCBrokerStub(plugin.channel).StartStream(silence())
+    connection, empty = grpc_plugin_pb2.ConnInfo, grpc_plugin_pb2.Empty
+    broker: Any = plugin.channel.stream_stream(
+        "/proto.GRPCBroker/StartStream", connection.SerializeToString, connection.FromString
+    )(silence())
     time.sleep(0.2)
     assert broker.is_active()
-    controller: Any = grpc_plugin_old_pb2_grpc.GRPCControllerStub(plugin.channel)
+    shutdown: Any = plugin.channel.unary_unary(
+        "/proto.GRPCController/Shutdown", empty.SerializeToString, empty.FromString
+    )
     plugin.closing = True
-    call(controller.Shutdown, grpc_plugin_pb2.Empty(), 2)
+    call(shutdown, empty(), 2)
     assert plugin.exited(2)
     end.set()
     plugin.kill_hard()

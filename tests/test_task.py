@@ -1064,6 +1064,14 @@ def test_stats_of_a_busy_task(tasks: Tasks) -> None:
     assert all(usage.total_ticks > 0 for usage in usages)
 
 
+def test_first_stats_come_before_the_interval_has_passed(tasks: Tasks) -> None:
+    """As Nomad's own drivers do it: `nomad alloc status -stats` has something to show at once."""
+    task = tasks.start("sleep 60")
+    stats = task.stats(3600)
+    assert next(stats).agg_resource_usage.memory.usage > 0
+    stats.close()  # type: ignore[attr-defined]
+
+
 def test_stats_of_a_task_with_memory(tasks: Tasks) -> None:
     """tail keeps a line of 100 MB and cannot get rid of it."""
     task = tasks.start("head -c 100000000 /dev/zero | tail | sleep 60")
