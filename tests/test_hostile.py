@@ -7,6 +7,8 @@ here, `NSPAWN_TEST_RACES=1000` for as often as one wants. Nothing in here may ev
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 
 import driver
-from tests.agent import DriverError, Plugin, Task, launch_like_agent
+from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, driver_state, leader, zombies
 
 pytestmark = pytest.mark.root
@@ -94,6 +96,25 @@ def test_no_process_of_the_host_is_taken_for_the_first_one(prisoners: Tasks, is_
             assert task.exec(["cat", "/proc/1/comm"])[0] == b"perl\n"
             task.stop(timeout=0.1)
             task.destroy()
+            assert victim.poll() is None
+        finally:
+            victim.kill()
+
+
+@pytest.mark.parametrize("role", ["leader", "keeper"])
+def test_no_stored_state_names_a_process_of_the_host(prisoners: Tasks, driver_file: Path, role: str) -> None:
+    task = imprison(prisoners, "sleep 1 while 1")
+    assert task.handle
+    with subprocess.Popen(["sleep", "600"]) as victim, launch_like_agent(driver_file) as second:
+        try:
+            genuine = task.handle.driver_state
+            forged = {**driver_state(task), role: dataclasses.asdict(driver.ProcessId.of_child(victim.pid))}
+            task.handle.driver_state = json.dumps(forged).encode()
+            with pytest.raises(DriverError, match=f"process {victim.pid} is not the (first|keeper) of"):
+                task.recover(second)
+            task.handle.driver_state = genuine
+            task.recover(second)
+            task.destroy()  # as an agent does where a task cannot be recovered
             assert victim.poll() is None
         finally:
             victim.kill()
@@ -206,6 +227,27 @@ def test_a_traced_command_stops_nobody_else(prisoners: Tasks) -> None:
 
 
 # -- options, permissions and names --------------------------------------------------------------------------
+
+
+def test_no_name_takes_the_machine_of_another_task(prisoners: Tasks) -> None:
+    """These two had one name with 24 bits of a digest: the second start removed the first task."""
+    allocation = Allocation()
+    first, second = (
+        imprison(prisoners, "sleep 1 while 1", name=name, allocation=allocation)
+        for name in ("a_!!_!b", "a.~!...b")
+    )
+    assert driver_state(first)["machine"] != driver_state(second)["machine"]
+    assert first.exec(["true"])[1].successful and second.exec(["true"])[1].successful
+
+
+def test_start_removes_no_task_of_another_name(prisoners: Tasks) -> None:
+    first = imprison(prisoners, "sleep 1 while 1", name="first")
+    path = driver.state_directory(first.id) / "state.json"
+    machine = driver.plan_machine("second", first.allocation.id)
+    path.write_text(json.dumps({**driver_state(first), "machine": machine}))
+    with pytest.raises(DriverError, match=f"the machine name {machine}, which is that of the task {first.id}"):
+        imprison(prisoners, "sleep 1 while 1", name="second", allocation=first.allocation)
+    assert first.exec(["true"])[1].successful
 
 
 # -- environment and users -----------------------------------------------------------------------------------
