@@ -3497,10 +3497,19 @@ def read_cgroup_pids(cgroup: str) -> list[int]:
     cgroups and processes: for `run_apart`."""
     if not cgroup:
         return []
-    texts = [read_text(Path(cgroup, "cgroup.procs"))]
-    for parent, name in walk_cgroup(cgroup):
-        texts.append(read_text(Path(f"/proc/self/fd/{parent}/{name}/cgroup.procs")))
-    return [int(pid) for text in texts for pid in text.split()]
+    places = (f"/proc/self/fd/{parent}/{name}" for parent, name in walk_cgroup(cgroup))
+    return [pid for place in itertools.chain([cgroup], places) for pid in read_members(place)]
+
+
+def read_members(cgroup: str) -> list[int]:
+    """Return the processes in a cgroup itself. Raises OSError when the host cannot tell."""
+    try:
+        return [int(pid) for pid in Path(cgroup, "cgroup.procs").read_bytes().split()]
+    except OSError as error:
+        # Removed; being removed; threads without processes, which are listed further up.
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+            return []
+        raise
 
 
 def read_cgroup_processes(cgroup: str) -> list[ProcessId]:
@@ -5302,13 +5311,14 @@ def start_shell(
 
 
 def read_record(state_dir: Path) -> Record | None:
-    """Return the exit record, None while the task runs (or when its keeper was killed)."""
+    """Return the exit record, None while the task runs (or when its keeper was killed). Raises OSError when the
+    host cannot tell."""
     path = state_dir / "exit"
     try:
         first, _, counters = path.read_text().partition("\n")
         status, _, populated = first.partition(" ")
         return Record(int(status), populated == "1", path.stat().st_mtime, Shortage.of(parse_counters(counters)))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -5402,9 +5412,11 @@ class State:
 
 
 def read_state(directory: Path) -> State | None:
+    """Return what is known of a task, None when there is no such file or it is damaged. Raises OSError when the
+    host cannot tell."""
     try:
         return State.parse((directory / "state.json").read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 
@@ -5722,6 +5734,7 @@ def remove_settings(machine: str) -> None:
 # =====================================================================================================
 
 ADDRESS_PATIENCE = 30.0  # seconds after which an event says that a container has no address: DHCP takes a few
+HOST_PATIENCE = 1.0  # seconds until a task is watched again after an error of the machine
 END_LIMIT = 15.0  # seconds for nspawn to clean up after its payload: it removes an ephemeral copy itself
 
 
@@ -5741,7 +5754,12 @@ class Task:
     async def watch(self) -> None:
         memory = asyncio.create_task(self.watch_memory())
         try:
-            self.exit = await self.wait_end()
+            while self.exit is None:
+                try:
+                    self.exit = await self.wait_end()
+                except OSError as error:  # no descriptors, no memory: that says nothing of the task
+                    self.log.warn("this machine keeps the task from being watched", error=error.strerror)
+                    await asyncio.sleep(HOST_PATIENCE)
         except Exception as error:  # whoever waits for the task must not wait for ever
             self.log.error("the task cannot be watched", error=repr(error))
             self.exit = Exit(1, error=f"the task was lost: {error}", at=time.time())
