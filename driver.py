@@ -443,13 +443,21 @@ async def run_apart(work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
+    def set_end(set_it: Callable[[Any], None], end: object) -> None:
+        if not done.done():  # by a cancellation
+            set_it(end)
+
+    def tell(set_it: Callable[[Any], None], end: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the plugin has ended
+            loop.call_soon_threadsafe(set_end, set_it, end)
+
     def run() -> None:
         try:
             result = work()
         except BaseException as error:
-            loop.call_soon_threadsafe(done.set_exception, error)
+            tell(done.set_exception, error)
         else:
-            loop.call_soon_threadsafe(done.set_result, result)
+            tell(done.set_result, result)
 
     threading.Thread(target=run, daemon=True).start()
     return await done
@@ -5684,6 +5692,7 @@ async def remove_leftovers(state: State) -> None:
     await remove_stale_locks(Path(state.image) if state.image else None)
     if state.cgroup:
         await run_apart(lambda: remove_cgroup(state.cgroup))
+    await remove_place(str(state.directory / "tmp"))  # what nspawn keeps of overlays, when it was killed
     remove_tree(state.directory)
     Store().release(state.directory.name)
 
@@ -6995,7 +7004,8 @@ class Exec:
         """Return when the container's first process is no more nspawn on its way to be confined: nspawn says READY
         before that (257 and later well before), and a command would get rights that the payload never has."""
         for _ in range(1000):
-            if is_confined(leader.pid, self.task.state.mode):
+            # Its program may lie on a file system of the container's own, which need not answer.
+            if await run_apart(lambda: is_confined(leader.pid, self.task.state.mode)):
                 with contextlib.suppress(OSError):  # it ends just now: the helper will tell
                     self.namespace = os.readlink(f"/proc/{leader.pid}/ns/pid")
                 return

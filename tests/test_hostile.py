@@ -164,6 +164,21 @@ def test_nested_cgroups_are_removed(prisoners: Tasks) -> None:
     task.destroy()  # `prisoners` looks for what is left
 
 
+def test_deep_directories_of_a_killed_nspawn_are_removed(prisoners: Tasks) -> None:
+    """It keeps in the state directory what a task has changed of an overlay."""
+    task = imprison(prisoners, "sleep 1 while 1")
+    task.stop(timeout=0)
+    here = os.open(driver.state_directory(task.id), os.O_RDONLY)
+    for name in ["tmp"] + ["a"] * 1200:
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    task.destroy()
+    assert not driver.state_directory(task.id).exists()
+
+
 # -- exec ----------------------------------------------------------------------------------------------------
 
 
