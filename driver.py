@@ -267,21 +267,32 @@ class ProcessId:
     def of(cls, pid: int) -> ProcessId | None:
         """Return the identity of a live process, None when there is none or it is a zombie."""
         fields = read_stat(pid)
-        if fields is None or fields[0] in ("Z", "X"):
-            return None
-        return cls(pid, int(fields[19]))
+        return None if fields is None or fields[0] in ("Z", "X") else cls(pid, int(fields[19]))
+
+    @classmethod
+    def of_child(cls, pid: int) -> ProcessId:
+        """Return the identity of a child that nobody has waited for, be it a zombie."""
+        fields = read_stat(pid)
+        return cls(pid, int(fields[19])) if fields else NO_PROCESS
 
     @property
     def is_alive(self) -> bool:
         return ProcessId.of(self.pid) == self
 
     def open(self) -> int | None:
-        """Return a pidfd, None when the process is gone."""
+        """Return a pidfd, None when the process is gone. Raises OSError when the host has no descriptor for it."""
+        if self.pid <= 0:
+            return None
         try:
             fd = os.pidfd_open(self.pid)
-        except (ProcessLookupError, OSError):
+        except ProcessLookupError:
             return None
-        if self.is_alive:
+        try:
+            is_alive = self.is_alive
+        except OSError:
+            os.close(fd)
+            raise
+        if is_alive:
             return fd
         os.close(fd)
         return None
@@ -307,7 +318,8 @@ class ProcessId:
                 await wait_readable(fd)
             finally:
                 os.close(fd)
-        if self.pid > 0:
+        fields = read_stat(self.pid)
+        if fields and int(fields[19]) == self.started:  # a zombie: no other process can have its number yet
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.pid, os.WNOHANG)
 
@@ -316,20 +328,50 @@ NO_PROCESS = ProcessId(0, 0)
 
 
 def read_stat(pid: int | str) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the state (field 3) on, None when there is no such process."""
+    """Return the fields of /proc/PID/stat from the state (field 3) on, None when there is no such process. Raises
+    OSError when the host cannot tell."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace")
-    except OSError:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
         return None
-    return text[text.rindex(")") + 2 :].split()  # the name in parentheses may hold anything
+    return parse_stat(text)
+
+
+def parse_stat(text: bytes) -> list[str]:
+    """Return the fields behind the name in parentheses, which may hold anything."""
+    return [field.decode("ascii") for field in text[text.rindex(b") ") + 2 :].split()]
 
 
 def read_children(pid: int) -> list[int]:
-    """Return the children of a process's main thread."""
+    """Return the children of a process's main thread. Their numbers may be others' by now: see find_children."""
+    return [int(child) for child in read_text(Path(f"/proc/{pid}/task/{pid}/children")).split()]
+
+
+def find_children(parent: ProcessId) -> list[ProcessId]:
+    """Return the live children of a process, none that only has got the number of one."""
+    found = []
+    for pid in read_children(parent.pid):
+        fields = read_stat(pid)
+        if fields and fields[0] not in ("Z", "X") and int(fields[1]) == parent.pid:
+            found.append(ProcessId(pid, int(fields[19])))
+    return found if parent.is_alive else []
+
+
+def parse_status(text: bytes) -> dict[str, str]:
+    """Return the lines of /proc/PID/status by their names. A process chooses its own name: the kernel escapes \\n
+    there, and nothing else that Python takes for the end of a line."""
+    lines = (line.partition(b":") for line in text.split(b"\n"))
+    return {
+        name.decode(errors="replace"): value.strip(b" \t").decode(errors="replace") for name, _, value in lines
+    }
+
+
+def read_status(pid: int) -> dict[str, str]:
+    """Return parse_status of a process, {} when it is gone."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+        return parse_status(Path(f"/proc/{pid}/status").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
 
 
 async def wait_readable(fd: int) -> None:
@@ -375,7 +417,7 @@ def start_process(
         start_new_session=True,
     )
     process.returncode = 0  # keeps subprocess from reaping it, too
-    return ProcessId.of(process.pid) or ProcessId(process.pid, 0)
+    return ProcessId.of_child(process.pid)
 
 
 def run(argv: Sequence[str], *, timeout: float) -> str:
@@ -400,13 +442,21 @@ async def run_apart(work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
+    def set_end(set_it: Callable[[Any], None], end: object) -> None:
+        if not done.done():  # by a cancellation
+            set_it(end)
+
+    def tell(set_it: Callable[[Any], None], end: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the plugin has ended
+            loop.call_soon_threadsafe(set_end, set_it, end)
+
     def run() -> None:
         try:
             result = work()
         except BaseException as error:
-            loop.call_soon_threadsafe(done.set_exception, error)
+            tell(done.set_exception, error)
         else:
-            loop.call_soon_threadsafe(done.set_result, result)
+            tell(done.set_result, result)
 
     threading.Thread(target=run, daemon=True).start()
     return await done
@@ -440,8 +490,10 @@ async def run_tool(argv: Sequence[str]) -> str:
 
 
 def read_text(path: Path) -> str:
+    """Return what a file holds, "" when it cannot be read. Line ends stay as they are: names that a job or a
+    container has chosen may hold a carriage return."""
     try:
-        return path.read_text(errors="replace")
+        return path.read_bytes().decode(errors="replace")
     except OSError:
         return ""
 
@@ -646,6 +698,7 @@ class Host:
     cpus: int = 1
     controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
     has_device_policy: bool = True  # whether tasks can be kept from devices that are not theirs
+    is_filtered: bool = False  # whether this process has seccomp filters itself: then it sees those of no other
 
     @property
     def is_healthy(self) -> bool:
@@ -671,6 +724,8 @@ class Host:
             yield "(tasks run without resource limits: they need cgroup v2)"
         if not self.has_device_policy:
             yield "(tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
+        if self.is_filtered:
+            yield "(no commands can be run in tasks: the agent has a seccomp filter, as of SystemCallFilter=)"
 
 
 TOOLS = {
@@ -747,6 +802,7 @@ def read_host() -> Host:
         cpus=os.cpu_count() or 1,
         controllers=frozenset(read_text(mode.root / "cgroup.controllers").split()) if mode.root else frozenset(),
         has_device_policy=mode.root is not None and can_restrict_devices(),
+        is_filtered=read_status(os.getpid()).get("Seccomp") not in (None, "0"),
     )
 
 
@@ -3030,14 +3086,14 @@ def render_resolv_conf(host: str, dns: Dns) -> str:
 def find_resolv_conf(text: str, name: str) -> list[str]:
     """Return the words of all lines of a resolv.conf that begin with `name`; of several search lines the last
     counts, as for the resolver."""
-    found = [line.split()[1:] for line in text.splitlines() if line.split()[:1] == [name]]
+    found = [line.split()[1:] for line in text.split("\n") if line.split()[:1] == [name]]
     return found[-1] if name == "search" and found else [word for words in found for word in words]
 
 
 def render_hosts(image: str, own: Sequence[str]) -> str:
     """Return the lines of the image's file but those for names in `own`, and the lines `own`."""
     names = {name for line in own for name in line.split()[1:]}
-    lines = [line for line in image.splitlines() if not names & set(line.split("#")[0].split()[1:])]
+    lines = [line for line in filter(None, image.split("\n")) if not names & set(line.split("#")[0].split()[1:])]
     if not any("localhost" in line.split("#")[0].split()[1:] for line in lines):
         lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback", *lines]
     return "".join(f"{line}\n" for line in (*lines, *own))
@@ -3079,8 +3135,9 @@ def read_resolv_conf(paths: Sequence[str] = RESOLV_CONF_PATHS) -> str:
 def parse_addresses(fib_trie: str, if_inet6: str) -> tuple[str, ...]:
     """Return the addresses of a network namespace that others can reach, IPv4 first, from files of /proc/net."""
     found = re.findall(r"\|-- ([\d.]+)\n\s+/32 host LOCAL", fib_trie)
-    for line in if_inet6.splitlines():
-        digits, _, _, scope, flags, _ = line.split()
+    for line in filter(None, if_inet6.split("\n")):
+        # The name of the interface comes last, and may hold what else Python takes for blanks and line ends.
+        digits, _, _, scope, flags = line.split(" ")[:5]
         if scope == "00" and not int(flags, 16) & IFA_F_TENTATIVE:
             found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
     return tuple(dict.fromkeys(address for address in found if not address.startswith(("127.", "169.254."))))
@@ -3098,9 +3155,8 @@ def read_group_addresses(namespace: str) -> tuple[str, ...]:
     """Return the addresses of a group's namespace. /proc/net is that of the process which reads it."""
     command = ["nsenter", f"--net={namespace}", "--", "cat", "/proc/net/fib_trie", "/proc/net/if_inet6"]
     text = run(command, timeout=10)
-    lines = text.splitlines(keepends=True)
-    inet6 = [line for line in lines if re.match(r"[0-9a-f]{32} ", line)]
-    return parse_addresses(text, "".join(inet6))
+    inet6 = [line for line in text.split("\n") if re.match(r"[0-9a-f]{32} ", line)]
+    return parse_addresses(text, "\n".join(inet6))
 
 
 def read_names(group: GroupNetwork, image: Image, values: Values) -> Names:
@@ -3354,6 +3410,11 @@ def plan_limits(resources: Resources, values: Values, cpus: int) -> dict[str, st
     return limits
 
 
+# What a container may nest and make: more than systemd and other containers inside need, and little enough for
+# whoever walks through it. The kernel counts from the task's cgroup on, where nobody inside can change it.
+CGROUP_BOUNDS = {"cgroup.max.depth": "64", "cgroup.max.descendants": "10000"}
+
+
 def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
     """Make a task's cgroup with its limits; return the controllers that cannot be had there.
 
@@ -3370,8 +3431,10 @@ def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
                 with contextlib.suppress(OSError):
                     write_control(parent / "cgroup.subtree_control", f"+{controller}")
     have = read_text(place / "cgroup.controllers").split()
-    for name, value in limits.items():
-        if name.split(".")[0] in have and not (name == "memory.swap.max" and not (place / name).exists()):
+    for name, value in {**CGROUP_BOUNDS, **limits}.items():
+        if name.split(".")[0] in ("cgroup", *have) and not (
+            name == "memory.swap.max" and not (place / name).exists()
+        ):
             try:
                 write_control(place / name, value)
             except OSError as error:
@@ -3390,13 +3453,75 @@ def write_control(path: Path, value: str) -> None:
         os.close(fd)
 
 
+def open_cgroup(path: str, parent: int | None = None) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+
+
+def walk_cgroup(cgroup: str) -> Iterator[tuple[int, str]]:
+    """Yield all cgroups below one, each after those below it, as its parent's descriptor and its name.
+
+    A container may nest them deeply, up to paths that are longer than the kernel takes: nothing here is recursive,
+    and there is one descriptor at a time. What is not there any more is left out.
+    """
+    try:
+        here = open_cgroup(cgroup)
+    except FileNotFoundError:
+        return
+    names: list[str] = []
+    waiting = [list_cgroups(here)]
+    try:
+        while waiting:
+            if waiting[-1]:
+                name = waiting[-1].pop()
+                try:
+                    below = open_cgroup(name, here)
+                except FileNotFoundError:
+                    continue
+                waiting.append(list_cgroups(below))
+                names.append(name)
+            elif names:  # back: the parent of a removed cgroup is still its parent
+                waiting.pop()
+                below = open_cgroup("..", here)
+                yield below, names.pop()
+            else:
+                return
+            os.close(here)
+            here = below
+    finally:
+        os.close(here)
+
+
+def list_cgroups(directory: int) -> list[str]:
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
 def read_cgroup_pids(cgroup: str) -> list[int]:
-    """Return all processes in a cgroup and below it, [] for the cgroup ""."""
-    pids: list[int] = []
-    for folder, _, _ in os.walk(cgroup) if cgroup else ():
-        with contextlib.suppress(OSError):
-            pids += map(int, Path(folder, "cgroup.procs").read_text().split())
-    return pids
+    """Return all processes in a cgroup and below it, [] for the cgroup "". Takes as long as the container has made
+    cgroups and processes: for `run_apart`."""
+    if not cgroup:
+        return []
+    places = (f"/proc/self/fd/{parent}/{name}" for parent, name in walk_cgroup(cgroup))
+    return [pid for place in itertools.chain([cgroup], places) for pid in read_members(place)]
+
+
+def read_members(cgroup: str) -> list[int]:
+    """Return the processes in a cgroup itself. Raises OSError when the host cannot tell."""
+    try:
+        return [int(pid) for pid in Path(cgroup, "cgroup.procs").read_bytes().split()]
+    except OSError as error:
+        # Removed; being removed; threads without processes, which are listed further up.
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+            return []
+        raise
+
+
+def read_cgroup_processes(cgroup: str) -> list[ProcessId]:
+    """As read_cgroup_pids, with identities."""
+    return [found for pid in read_cgroup_pids(cgroup) if (found := ProcessId.of(pid))]
 
 
 def read_counters(path: str) -> dict[str, int]:
@@ -3405,7 +3530,7 @@ def read_counters(path: str) -> dict[str, int]:
 
 
 def parse_counters(text: str) -> dict[str, int]:
-    lines = (line.partition(" ") for line in text.splitlines())
+    lines = (line.partition(" ") for line in text.split("\n"))
     return {name: int(number) for name, _, number in lines if number.isdigit()}
 
 
@@ -3493,9 +3618,12 @@ def kill_cgroup(cgroup: str) -> bool:
     return True
 
 
+SYSTEMD_HIERARCHY = "/sys/fs/cgroup/systemd"
+
+
 def find_mirrors(cgroup: str) -> list[str]:
     """Return a cgroup and, on hybrid hosts, its mirror in systemd's v1 hierarchy: nspawn keeps both in step."""
-    hybrid, other = f"{CgroupMode.HYBRID.root}/", "/sys/fs/cgroup/systemd"
+    hybrid, other = f"{CgroupMode.HYBRID.root}/", SYSTEMD_HIERARCHY
     is_mirrored = cgroup.startswith(hybrid) and os.path.isdir(other)
     return [cgroup, *([f"{other}/{cgroup[len(hybrid) :]}"] if is_mirrored else [])]
 
@@ -3503,9 +3631,41 @@ def find_mirrors(cgroup: str) -> list[str]:
 def remove_cgroup(cgroup: str) -> None:
     """Remove a cgroup and all below it, and its mirror; leave what has processes."""
     for root in find_mirrors(cgroup):
-        for folder, _, _ in os.walk(root, topdown=False):
+        for parent, name in walk_cgroup(root):
             with contextlib.suppress(OSError):
-                os.rmdir(folder)
+                os.rmdir(name, dir_fd=parent)
+        with contextlib.suppress(OSError):
+            os.rmdir(root)
+
+
+def parse_cgroups(text: bytes) -> dict[str, str]:
+    """Return a process's cgroups by their controllers, from /proc/PID/cgroup: "" is the v2 hierarchy. Lines end at
+    nothing but \\n, the one thing that the kernel allows in no name."""
+    lines = (line.split(b":", 2) for line in text.split(b"\n"))
+    return {os.fsdecode(line[1]): os.fsdecode(line[2]) for line in lines if len(line) == 3}
+
+
+def read_cgroups(pid: int) -> dict[str, str]:
+    """Return parse_cgroups of a process, {} when it is gone."""
+    try:
+        return parse_cgroups(Path(f"/proc/{pid}/cgroup").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+
+
+def find_cgroups(pid: int, cgroup: str) -> list[str]:
+    """Return where below a cgroup, and below its mirror, a process is; [] when it is elsewhere. A booted systemd
+    has moved from payload/ to init.scope: a cgroup with others below it may have no processes."""
+    roots = {"": str(read_cgroup_mode().root), "name=systemd": SYSTEMD_HIERARCHY}
+    paths = read_cgroups(pid)
+    found = []
+    for place, (controllers, root) in zip(find_mirrors(cgroup) if cgroup else (), roots.items(), strict=False):
+        path = f"{root}{paths.get(controllers, '')}"
+        if is_below(path, place) and ".." not in path.split("/"):  # the kernel's word for what it does not show
+            found.append(path)
+        elif not controllers:
+            return []
+    return found
 
 
 # =====================================================================================================
@@ -3617,14 +3777,15 @@ def render_signal(number: int) -> str:
 def plan_machine(task_name: str, alloc_id: str) -> str:
     """Return the machine's name, <task>-<allocation>, in nspawn's alphabet and 64 characters.
 
-    Two tasks of an allocation whose names differ only in what is not allowed get different names.
+    What differs from the task's name ends in 64 bits of a digest, and so does a name that looks like one of these:
+    no two tasks of an allocation have one name.
     """
     alloc = re.sub(r"[^A-Za-z0-9-]+", "-", alloc_id)[:36].strip("-") or "alloc"
     room = 64 - len(alloc) - 1
     name = re.sub(r"[^A-Za-z0-9-]+", "-", task_name).strip("-")
-    if name != task_name or len(name) > room:
-        digest = hashlib.sha256(task_name.encode()).hexdigest()[:6]
-        name = f"{name[: room - 7].strip('-')}-{digest}".lstrip("-")
+    if name != task_name or len(name) > room or re.fullmatch(r"(.*-)?[0-9a-f]{16}", name):
+        digest = hashlib.sha256(task_name.encode()).hexdigest()[:16]
+        name = f"{name[: room - 17].strip('-')}-{digest}".lstrip("-")
     return f"{name}-{alloc}"
 
 
@@ -3793,6 +3954,7 @@ class Plan:
     credentials: Mapping[str, bytes]  # by their names
     copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
     inside: Inside
+    has_other_users: bool  # than the host's
     notes: tuple[str, ...]  # sentences for the task's events
 
     def mounted_image(self, state_dir: Path) -> Image:
@@ -3836,8 +3998,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     check_image_rules(values, found.image, task.network)
     state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
     place = plan_place(task.task_dir, found.ephemeral_dir, machine)
-    root = plan_root(found.image, values, host, found.mounts, place)
-    root, image_pins = pin_image(root, values, found, state)
+    root, image_pins = pin_image(plan_root(found.image, values, host, found.mounts, place), values, found, state)
     network = plan_network(task.network, values, found.names, machine, is_disk=not found.image.is_directory)
     values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values))}
     variables = {**values["environment"], **task.env, **network.environ}
@@ -3877,6 +4038,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
         copying=root.copying,
+        has_other_users=have_other_users(values),
         inside=plan_inside(task, values, variables, found.account if root.private else None),
         notes=(*environment.notes, *network.notes, *explain_limits(values, host)),
     )
@@ -4197,7 +4359,7 @@ NOISE = re.compile(r"Attempted to remove disk file system under|Child died too e
 
 def parse_nspawn_log(text: str) -> list[str]:
     """Return nspawn's messages from the lines it writes for /dev/kmsg: `<27>systemd-nspawn[123]: message`."""
-    lines = [re.sub(r"^<\d+>\S*?\[\d+\]: ", "", line).strip() for line in text.splitlines()]
+    lines = [re.sub(r"^<\d+>\S*?\[\d+\]: ", "", line).strip() for line in text.split("\n")]
     return [line for line in lines if line and not NOISE.search(line)]
 
 
@@ -5156,13 +5318,14 @@ def start_shell(
 
 
 def read_record(state_dir: Path) -> Record | None:
-    """Return the exit record, None while the task runs (or when its keeper was killed)."""
+    """Return the exit record, None while the task runs (or when its keeper was killed). Raises OSError when the
+    host cannot tell."""
     path = state_dir / "exit"
     try:
         first, _, counters = path.read_text().partition("\n")
         status, _, populated = first.partition(" ")
         return Record(int(status), populated == "1", path.stat().st_mtime, Shortage.of(parse_counters(counters)))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -5197,6 +5360,7 @@ class State:
     zone: str = ""  # nspawn's bridge vz-<zone>
     ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
     stop_signal: str = ""  # the image's own wish, for jobs without a kill_signal
+    users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
 
     @property
     def directory(self) -> Path:
@@ -5220,19 +5384,46 @@ class State:
                     "command": tuple(values["command"]),
                     "roots": tuple(values.get("roots", ())),
                     "ports": tuple((host, inside) for host, inside in values.get("ports", ())),
+                    "users": tuple((begin, count) for begin, count in values.get("users", ())),
                 }
                 known = {name.name for name in fields(cls)}  # a later release may have written more
-                return cls(**{name: value for name, value in {**values, **changes}.items() if name in known})
+                state = cls(**{name: value for name, value in {**values, **changes}.items() if name in known})
+                state.check()
+                return state
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError("the task's stored state cannot be read: it is damaged") from None
         rule = f"it is of version {version!r}, this plugin knows version {STATE_VERSION}"
         raise ValueError(f"the task's stored state cannot be read: {rule}")
 
+    def check(self) -> None:
+        """Raise ValueError when a field cannot be what `render` has written: what is named here is killed and
+        removed."""
+        processes = [self.keeper, *([self.leader] if self.leader else [])]
+        numbers = [number for process in processes for number in (process.pid, process.started)]
+        numbers += [number for pair in (*self.ports, *self.users) for number in pair]
+        texts = [getattr(self, name.name) for name in fields(self) if name.type == "str"]
+        texts += [*self.command, *self.roots, *self.mounts, *self.mounts.values()]
+        removed = [path for path in (self.cgroup, self.place) if path]
+        if not (
+            all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and type(self.started_at) in (int, float)
+            and re.fullmatch(r"[A-Za-z0-9-]{1,64}", self.machine)
+            and all(path.startswith("/") and ".." not in path.split("/") for path in removed)
+            and (not self.cgroup or self.cgroup.startswith("/sys/fs/cgroup/"))
+            and self.cgroup != str(CgroupMode.HYBRID.root)
+            and (not self.place or self.place.endswith(PLACE_NAME))
+            and "/" not in self.zone
+        ):
+            raise ValueError
+
 
 def read_state(directory: Path) -> State | None:
+    """Return what is known of a task, None when there is no such file or it is damaged. Raises OSError when the
+    host cannot tell."""
     try:
-        return State.parse((directory / "state.json").read_text())
-    except (OSError, ValueError):
+        return State.parse((directory / "state.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 
@@ -5417,7 +5608,7 @@ async def wait_processes(state: State) -> None:
     while inside:
         for process in inside:
             await process.wait()
-        inside = [found for pid in read_cgroup_pids(state.cgroup) if (found := ProcessId.of(pid))]
+        inside = await run_apart(lambda: read_cgroup_processes(state.cgroup))
 
 
 async def remove_network(state: State) -> None:
@@ -5497,16 +5688,17 @@ async def remove_leftovers(state: State) -> None:
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
             (SETTINGS_ROOT / place).rmdir()
-    remove_stale_locks(Path(state.image) if state.image else None)
+    await remove_stale_locks(Path(state.image) if state.image else None)
     if state.cgroup:
-        remove_cgroup(state.cgroup)
+        await run_apart(lambda: remove_cgroup(state.cgroup))
+    await remove_place(str(state.directory / "tmp"))  # what nspawn keeps of overlays, when it was killed
     remove_tree(state.directory)
     Store().release(state.directory.name)
 
 
 async def remove_place(place: str) -> None:
-    """Remove what a task has changed of its image. Not by Python: a task makes trees as deep and as large as it
-    likes, and files nobody else should follow or wait for."""
+    """Remove what a task has changed of its image, or nspawn's copy of that. Not by Python: a task makes trees as
+    deep and as large as it likes, and files nobody else should follow or wait for."""
     if not place or not os.path.lexists(place):
         return
     argv = ["rm", "-rf", "--one-file-system", "--", place]
@@ -5518,7 +5710,7 @@ async def remove_place(place: str) -> None:
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
-def remove_stale_locks(image: Path | None) -> None:
+async def remove_stale_locks(image: Path | None) -> None:
     """Remove lock files that no process holds: an nspawn that was killed leaves them, for its range of ids and its
     image, and beside an ephemeral copy's the copy. Who makes a lock looks whether its file is still there."""
     places = [UID_LOCKS.glob("*"), (SETTINGS_ROOT / "locks").glob("*")]
@@ -5533,7 +5725,7 @@ def remove_stale_locks(image: Path | None) -> None:
         with contextlib.suppress(OSError), open(path, "r+b") as file:
             fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
             if path.name.startswith(".#.#"):
-                remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
+                await remove_place(str(path.with_name(path.name[len(".#") : -len(".lck")])))
             path.unlink()
 
 
@@ -5550,6 +5742,7 @@ def remove_settings(machine: str) -> None:
 # =====================================================================================================
 
 ADDRESS_PATIENCE = 30.0  # seconds after which an event says that a container has no address: DHCP takes a few
+HOST_PATIENCE = 1.0  # seconds until a task is watched again after an error of the machine
 END_LIMIT = 15.0  # seconds for nspawn to clean up after its payload: it removes an ephemeral copy itself
 
 
@@ -5569,7 +5762,12 @@ class Task:
     async def watch(self) -> None:
         memory = asyncio.create_task(self.watch_memory())
         try:
-            self.exit = await self.wait_end()
+            while self.exit is None:
+                try:
+                    self.exit = await self.wait_end()
+                except OSError as error:  # no descriptors, no memory: that says nothing of the task
+                    self.log.warn("this machine keeps the task from being watched", error=error.strerror)
+                    await asyncio.sleep(HOST_PATIENCE)
         except Exception as error:  # whoever waits for the task must not wait for ever
             self.log.error("the task cannot be watched", error=repr(error))
             self.exit = Exit(1, error=f"the task was lost: {error}", at=time.time())
@@ -5645,9 +5843,7 @@ class Task:
         if not is_confined(leader.pid, self.state.mode):  # what looks up its user is a child, too
             return None
         # Later children are orphans the stub has inherited. It is not always 2: to look a user up takes processes.
-        children = [
-            (read_inner_pid(pid), process) for pid in read_children(leader.pid) if (process := ProcessId.of(pid))
-        ]
+        children = [(read_inner_pid(process.pid), process) for process in find_children(leader)]
         return min(children, key=lambda child: child[0])[1] if children else None
 
     async def send(self, number: int) -> None:
@@ -5721,7 +5917,7 @@ class Task:
         deadline, pause = time.monotonic() + limit, 0.02
         while self.state.leader and not self.ended.is_set():
             addresses = read_addresses(self.state.leader.pid)
-            if addresses:
+            if addresses and self.state.leader.is_alive:
                 return addresses[0]
             if time.monotonic() + pause > deadline:
                 break
@@ -5737,6 +5933,10 @@ class Task:
         elif not self.ended.is_set():
             why = explain_no_address(mode, self.state.mode is Mode.BOOT, have_networkd())
             self.events.emit(self.state, NO_ADDRESS.format(limit=ADDRESS_PATIENCE) + why)
+
+    async def find_usage(self) -> Usage:
+        """Return what the task uses; where the cgroup has no numbers, its processes take a while to read."""
+        return await run_apart(self.read_usage)
 
     def read_usage(self) -> Usage:
         usage = read_cgroup_usage(self.state.cgroup) if self.state.cgroup else None
@@ -5767,8 +5967,7 @@ def is_confined(leader: int, mode: Mode) -> bool:
 
 def read_inner_pid(pid: int) -> int:
     """Return a process's number inside its own namespace, 0 when it is gone."""
-    match = re.search(r"^NSpid:.*\s(\d+)$", read_text(Path(f"/proc/{pid}/status")), re.MULTILINE)
-    return int(match[1]) if match else 0
+    return int(read_status(pid).get("NSpid", "0").split()[-1])
 
 
 # =====================================================================================================
@@ -5850,9 +6049,9 @@ class Start:
                 stack.callback(os.close, may_go)
                 await self.start_keeper(go)
                 os.write(may_go, b"go\n")
-                leader = await self.wait_ready(notify)
-                self.save(leader=leader)
-                give_logs(self.logs, read_uid_base(leader.pid))
+                leader, users = await self.wait_ready(notify)
+                self.save(leader=leader, users=users)
+                give_logs(self.logs, users)
         except BaseException:
             await self.abandon()
             raise
@@ -5906,32 +6105,38 @@ class Start:
     def listen(self) -> Iterator[socket.socket]:
         kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         with socket.socket(socket.AF_UNIX, kind) as notify:
+            notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             notify.bind(str(self.directory / "notify"))  # in a directory of root's alone: no one else can send
             try:
                 yield notify
             finally:
                 (self.directory / "notify").unlink(missing_ok=True)
 
-    async def wait_ready(self, notify: socket.socket) -> ProcessId:
-        """Return the leader when nspawn says READY; raise what went wrong when it ends before that."""
+    async def wait_ready(self, notify: socket.socket) -> tuple[ProcessId, tuple[tuple[int, int], ...]]:
+        """Return the leader and its ranges of ids when nspawn says READY; raise what went wrong when it has ended
+        instead."""
         ended = asyncio.create_task(self.state.keeper.wait())
         try:
-            leader = await asyncio.wait_for(self.read_ready(notify, ended), START_LIMIT)
+            claim = await asyncio.wait_for(self.read_ready(notify, ended), START_LIMIT)
         except asyncio.TimeoutError:
             raise TransientError(f"the container was not up within {START_LIMIT:g} s") from None
         finally:
             ended.cancel()
-        if leader is None:
+        if claim is None:
             record = read_record(self.directory)
             raise explain_failure(read_nspawn_log(self.directory), record.status if record else -1)
-        process = ProcessId.of(leader)
-        return process or ProcessId(leader, 0)  # it has ended already: the exit record tells how
+        leader = ProcessId.of(claim.leader)
+        if leader is None:  # it has ended already: the exit record tells how
+            return NO_PROCESS, ()
+        users = read_ranges(leader.pid)
+        check_leader(leader, replace(self.state, users=users), self.plan.has_other_users, claim.sender)
+        return leader, users
 
-    async def read_ready(self, notify: socket.socket, ended: asyncio.Task[None]) -> int | None:
-        """Return the leader's pid, None when the keeper ended without READY. Messages are read by lines:
-        where one datagram ends is nspawn's business."""
+    async def read_ready(self, notify: socket.socket, ended: asyncio.Task[None]) -> Claim | None:
+        """Return whom nspawn names as the leader, None when the keeper ended without READY. Messages are read by
+        lines: where one datagram ends is nspawn's business."""
         loop = asyncio.get_running_loop()
-        wake, leader = asyncio.Event(), None
+        wake, claim = asyncio.Event(), None
         loop.add_reader(notify.fileno(), wake.set)
         ended.add_done_callback(lambda _: wake.set())
         slow = loop.call_later(SLOW_START, self.tell_slow)
@@ -5939,12 +6144,10 @@ class Start:
             while True:
                 is_over = ended.done()  # asked before reading: what nspawn said before its end is not missed
                 wake.clear()
-                for line in read_notifications(notify):
-                    name, _, value = line.partition("=")
-                    if name == "X_NSPAWN_LEADER_PID":
-                        leader = int(value)
-                    elif line == "READY=1" and leader is not None:
-                        return leader
+                for sender, line in read_notifications(notify):
+                    claim = claim or parse_claim(sender, line)
+                    if line == b"READY=1" and claim:
+                        return claim
                 if is_over:
                     return None
                 await wake.wait()
@@ -6013,24 +6216,92 @@ def write_secret(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def read_notifications(notify: socket.socket) -> Iterator[str]:
-    """Yield the lines that wait in a notify socket."""
+def read_notifications(notify: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that wait in a notify socket, each with its sender, whom the kernel attests."""
     with contextlib.suppress(BlockingIOError):
         while True:
-            yield from notify.recv(65536).decode(errors="replace").splitlines()
+            data, ancillary, _, _ = notify.recvmsg(65536, socket.CMSG_SPACE(CREDENTIALS.size))
+            senders = [packed for _, kind, packed in ancillary if kind == socket.SCM_CREDENTIALS]
+            sender = CREDENTIALS.unpack(senders[0])[0] if senders else 0
+            yield from ((sender, line) for line in split_notification(data))
 
 
-def give_logs(logs: Sequence[int], uid_base: int) -> None:
+CREDENTIALS = struct.Struct("iii")  # pid, uid and gid
+
+
+def split_notification(data: bytes) -> list[bytes]:
+    """Return the lines of a datagram, which end at \\n alone: nspawn passes the STATUS of its payload on, with all
+    else that Python takes for the end of a line."""
+    return data.split(b"\n")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whom a message names as the container's first process; nothing of it is believed before check_leader."""
+
+    sender: int
+    leader: int
+
+
+def parse_claim(sender: int, line: bytes) -> Claim | None:
+    match = re.fullmatch(rb"X_NSPAWN_LEADER_PID=([0-9]{1,9})", line)
+    return Claim(sender, int(match[1])) if match else None
+
+
+def read_ranges(pid: int) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of the host's ids that a process's user namespace maps."""
+    lines = read_text(Path(f"/proc/{pid}/uid_map")).split("\n")
+    return tuple((int(line.split()[1]), int(line.split()[2])) for line in lines if line)
+
+
+def check_leader(leader: ProcessId, state: State, has_other_users: bool, nspawn: int = 0) -> None:
+    """Raise HostError unless the kernel agrees that a process is the first of a task's container: a child of the
+    systemd-nspawn below our keeper, in the payload's cgroup, the first of a process namespace, and one of the
+    task's users. `nspawn` is who named it; 0 after a restart of the plugin, when the parent may be gone."""
+    why = find_objection(leader, state, has_other_users, nspawn)
+    if why and leader.is_alive:  # else what was read may be another's: nothing is done with a dead one
+        raise HostError(f"process {leader.pid} is not the first of the container {state.machine}: {why}")
+
+
+def find_objection(leader: ProcessId, state: State, has_other_users: bool, nspawn: int) -> str:
+    """Say why a process cannot be a task's leader, "" when it can."""
+    status = read_status(leader.pid)
+    if nspawn and (status.get("PPid") != str(nspawn) or not has_ancestor(nspawn, state.keeper)):
+        return "it is no child of the task's systemd-nspawn"
+    if state.cgroup and not find_cgroups(leader.pid, f"{state.cgroup}/payload"):
+        return f"it is not in {state.cgroup}/payload"
+    if status.get("NSpid", "").split()[1:] != ["1"]:
+        return "it is not the first of a process namespace"
+    ids = [int(uid) for uid in status.get("Uid", "").split()]
+    ranges = [range(begin, begin + count) for begin, count in state.users]
+    if ranges and not all(any(uid in ids for ids in ranges) for uid in ids):
+        return "it is no user of the container's"
+    if has_other_users and (not ranges or any(0 in ids for ids in ranges)):
+        return "it has no user namespace with ids of its own"
+    return ""
+
+
+def has_ancestor(pid: int, ancestor: ProcessId, most: int = 4) -> bool:
+    """Whether a process is one or is below it: the keeper's shells are between it and nspawn."""
+    for _ in range(most):
+        if pid == ancestor.pid:
+            return ancestor.is_alive
+        pid = int(read_status(pid).get("PPid", "0"))
+    return False
+
+
+def check_keeper(state: State) -> None:
+    """Raise HostError when the process of a stored state is not the task's keeper."""
+    path = f"{state.cgroup}/keeper"
+    if state.cgroup and not find_cgroups(state.keeper.pid, path) and state.keeper.is_alive:
+        raise HostError(f"process {state.keeper.pid} is not the keeper of {state.machine}: it is not in {path}")
+
+
+def give_logs(logs: Sequence[int], users: Sequence[tuple[int, int]]) -> None:
     """Make the container's root the owner of its log FIFOs, so that programs may open /dev/stdout anew."""
     for fd in logs:
-        if uid_base and stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.fchown(fd, uid_base, -1)
-
-
-def read_uid_base(pid: int) -> int:
-    """Return where a process's user namespace begins on the host, 0 without one of its own."""
-    fields = read_text(Path(f"/proc/{pid}/uid_map")).split()
-    return int(fields[1]) if len(fields) >= 3 and fields[0] == "0" else 0
+        if users and users[0][0] and stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, users[0][0], -1)
 
 
 class Tasks:
@@ -6073,6 +6344,9 @@ class Tasks:
         id, and it never runs two of one task at once."""
         for state in (*read_states(split_id(plan.task_id)[0]), *self.lost.values()):
             if state.task_id == plan.task_id or state.machine == plan.machine:
+                if split_id(state.task_id) != split_id(plan.task_id):
+                    rule = f"gives the machine name {plan.machine}, which is that of the task {state.task_id}"
+                    raise ConfigError("task", split_id(plan.task_id)[1], rule, "give the task another name")
                 log.warn("removing a left-over of an earlier start", task=state.task_id)
                 await self.destroy(state.task_id)
         await self.destroy(plan.task_id)
@@ -6095,6 +6369,9 @@ class Tasks:
             or not (is_running or read_record(state.directory))
         ):
             raise TaskNotFound(task_id)
+        check_keeper(state)
+        if state.leader:
+            check_leader(state.leader, state, has_other_users=False)  # their ranges are known
         self.adopt(Task(state, self.events))
 
     async def destroy(self, task_id: str) -> None:
@@ -6139,6 +6416,8 @@ class Entry:
     PR_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
     CAP_SYS_ADMIN = 1 << 21
     TIOCSPTLCK, TIOCGPTPEER = 0x40045431, 0x5441
+    WALL = 0x40000000  # __WALL
+    PATIENCE = 2  # seconds for others to let go of a process
     MAX_FILE = 16 << 20  # bytes of a container's passwd or group that are read
 
     def __init__(self) -> None:
@@ -6151,6 +6430,7 @@ class Entry:
         self.libc.syscall.argtypes = [ctypes.c_long] * 6
         calls = {"x86_64": {"clone": 56, "keyctl": 250}, "aarch64": {"clone": 220, "keyctl": 219}}
         self.calls = calls[os.uname().machine]
+        self.obstacle = ""
         for number in range(1, signal.NSIG):
             try:
                 signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE, and that would be inherited
@@ -6177,6 +6457,7 @@ class Entry:
         """Take connections from standard input until it ends. What commands are about never gets here: the next
         one's container might read it."""
         server = socket.socket(fileno=0)
+        self.obstacle = self.find_obstacle()
         while True:
             _, descriptors = self.receive(server, 1)
             if not descriptors:
@@ -6225,40 +6506,73 @@ class Entry:
             self.say(f"error the command could not be started: {error}")
         os._exit(status)
 
-    def read_filters(self, pid: int) -> list[bytes]:
-        """Return the seccomp filters of a process, the oldest first (measured; ptrace(2) says the opposite). Stops
-        it for some microseconds."""
+    def find_obstacle(self) -> str:
+        """Say why filters cannot be read on this host, "" when they can. Asked before a container has a say: of a
+        process of ours, which has none that its parent does not have."""
+        pid = self.check(self.libc.fork(), "fork")
+        if pid == 0:
+            self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
+            while True:
+                signal.pause()
+        try:
+            self.attach(pid, time.monotonic() + 10)
+            self.libc.ptrace(self.PTRACE_GET_FILTER, pid, 0, None)
+            reason = self.get_errno()
+            return (
+                ""
+                if reason in (errno.EINVAL, errno.ENOENT)
+                else f"PTRACE_SECCOMP_GET_FILTER: {os.strerror(reason)}"
+            )
+        except OSError as error:
+            return f"ptrace: {error.strerror}"
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def get_errno(self) -> int:
         import ctypes
 
-        if not self.trace(pid):
-            self.say("note ptrace is not allowed on this host")
-            return []
+        return ctypes.get_errno()
+
+    def read_filters(self, pid: int) -> list[bytes]:
+        """Return the seccomp filters of a process, the oldest first (measured; ptrace(2) says the opposite). Stops
+        it for some microseconds. A command has all of them, or there is none: whatever goes wrong is said."""
+        import ctypes
+
+        if self.obstacle:
+            raise SystemExit(f"the seccomp filters of the payload cannot be read on this host: {self.obstacle}")
         filters: list[bytes] = []
         try:
-            self.check(self.libc.ptrace(self.PTRACE_INTERRUPT, pid, None, None), "ptrace")
-            os.waitpid(pid, 0x40000000)  # __WALL
+            self.attach(pid, time.monotonic() + self.PATIENCE)
             while (length := self.libc.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), None)) > 0:
                 buffer = ctypes.create_string_buffer(8 * length)
                 self.check(self.libc.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), ctypes.addressof(buffer)),
                            "ptrace")  # fmt: skip
                 filters.append(buffer.raw)
-            reason = ctypes.get_errno()
+            if (
+                self.get_errno() != errno.ENOENT or not filters
+            ):  # ENOENT is what the kernel says after the last one
+                raise OSError(self.get_errno(), os.strerror(self.get_errno()))
+        except OSError as error:
+            raise SystemExit(f"the seccomp filters of the payload cannot be read: {error.strerror}") from None
         finally:
             self.libc.ptrace(self.PTRACE_DETACH, pid, None, None)
-        if not filters:
-            self.say(f"note the kernel does not give them: {os.strerror(reason)}")
         return filters
 
-    def trace(self, pid: int) -> bool:
-        """Begin to trace; False when it is not allowed at all. There can be one tracer: another command's entry
-        soon gives way; one inside might want to bring about a command without filters."""
-        for _ in range(400):
-            if self.libc.ptrace(self.PTRACE_SEIZE, pid, None, None) == 0:
-                return True
-            if b"\nTracerPid:\t0\n" in self.read(b"/proc/%d/status" % pid):
-                return False
+    def attach(self, pid: int, deadline: float) -> None:
+        """Trace a process and wait until it has stopped. There can be one tracer: another command's entry soon
+        gives way; one inside might want a command without filters, or that this waits for ever."""
+        while self.libc.ptrace(self.PTRACE_SEIZE, pid, None, None) < 0:
+            if self.get_errno() != errno.EPERM:
+                raise OSError(self.get_errno(), os.strerror(self.get_errno()))
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "another process is tracing the container's first one")
             time.sleep(0.005)
-        raise SystemExit("the container's first process is being traced, so its seccomp filters cannot be read")
+        self.check(self.libc.ptrace(self.PTRACE_INTERRUPT, pid, None, None), "ptrace")
+        while os.waitpid(pid, self.WALL | os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, "the container's first process does not stop for it")
+            time.sleep(0.0002)
 
     def find_user(self, name: bytes) -> tuple[int, int, list[int], bytes]:
         """Return ids, further groups and home of a user by the container's own files."""
@@ -6442,7 +6756,6 @@ class Helper:
         self.errors = -1  # what it writes to stderr
         self.timer: asyncio.TimerHandle | None = None
         self.background: set[asyncio.Task[Any]] = set()
-        self.has_warned = False
         self.entering: list[Exec] = []
         self.commands: set[int] = set()  # the children that are waited for
 
@@ -6498,12 +6811,6 @@ class Helper:
         os.close(entry)
         self.run(process.wait())
 
-    def warn(self, reason: str) -> None:
-        """Say once that filters cannot be copied."""
-        if not self.has_warned:
-            log.warn("commands run in containers without the payload's seccomp filters", reason=reason)
-        self.has_warned = True
-
     def read_errors(self) -> str:
         return os.pread(self.errors, 1000, 0).decode(errors="replace").strip() if self.errors >= 0 else ""
 
@@ -6557,11 +6864,6 @@ NAMESPACES = {
 }
 
 
-def parse_status(text: str) -> dict[str, str]:
-    """Return the lines of /proc/PID/status by their names."""
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
-
-
 def plan_entry(status: Mapping[str, str], inside: Inside, command: Sequence[str]) -> dict[str, Any]:
     """Return what Entry makes of itself: what the container's first process is, and the task's surroundings."""
 
@@ -6591,46 +6893,43 @@ def find_namespaces(pid: int) -> int:
     return sum(flag for name, flag in NAMESPACES.items() if differs(name))
 
 
-def find_cgroups(pid: int) -> list[str]:
-    """Return where a process is in the v2 hierarchy and in systemd's v1 one: in a booted container it has moved
-    from payload/ to init.scope, because a cgroup with others below it may have no processes."""
-    roots = {"": read_cgroup_mode().root, "name=systemd": Path("/sys/fs/cgroup/systemd")}
-    found = []
-    for line in read_text(Path(f"/proc/{pid}/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
-        root = roots.get(controllers)
-        # Inside another container the kernel lists hierarchies that are mounted nowhere.
-        if root and ".." not in path.split("/") and (root / "cgroup.procs").exists():
-            found.append(f"{root}{path}")
-    return found
-
-
 def parse_limits(text: str) -> list[tuple[int, int]]:
     """Return the soft and hard limits in /proc/PID/limits, which are in the order of their numbers. To ask the
     kernel for them would need CAP_SYS_RESOURCE."""
-    columns = [(line[26:46].strip(), line[47:67].strip()) for line in text.splitlines()[1:]]
+    columns = [(line[26:46].strip(), line[47:67].strip()) for line in text.rstrip("\n").split("\n")[1:]]
     values = [[resource.RLIM_INFINITY if limit == "unlimited" else int(limit) for limit in row] for row in columns]
     return [(soft, hard) for soft, hard in values]
 
 
-def place_like(pid: int, leader: int) -> None:
-    """Give a process the cgroups and the limits of the container's first one."""
-    for cgroup in find_cgroups(leader):
-        Path(cgroup, "cgroup.procs").write_text(str(pid))
+def place_like(pid: int, leader: int, cgroup: str) -> None:
+    """Give a process the cgroups and the limits of the container's first one. Raises HostError when that one is
+    not in `cgroup`: the command would run without the task's limits."""
+    places = find_cgroups(leader, cgroup)
+    if cgroup and not places:
+        raise HostError(f"the container's first process is not in {cgroup}, where a command has to be")
+    for place in places:
+        write_control(Path(place, "cgroup.procs"), str(pid))
     for number, limits in enumerate(parse_limits(read_text(Path(f"/proc/{leader}/limits")))):
         resource.prlimit(pid, number, limits)
     Path(f"/proc/{pid}/oom_score_adj").write_text(read_text(Path(f"/proc/{leader}/oom_score_adj")))
 
 
-def find_session(root: int, pids: Sequence[int]) -> list[int]:
+def find_session(root: int, pids: Sequence[int]) -> list[ProcessId]:
     """Return those processes that descend from `root` or are in the session it leads."""
     stats = {pid: fields for pid in pids if (fields := read_stat(pid)) and fields[0] not in ("Z", "X")}
     found = {pid for pid, fields in stats.items() if root in (pid, int(fields[3]))}
     while more := {pid for pid, fields in stats.items() if int(fields[1]) in found} - found:
         found |= more
-    return sorted(found)
+    return [ProcessId(pid, int(stats[pid][19])) for pid in sorted(found)]
 
 
+def is_zombie(pid: int) -> bool:
+    fields = read_stat(pid)
+    return fields is not None and fields[0] == "Z"
+
+
+TRACER_PATIENCE = 2.0  # seconds that a tracer has to take notice of the end of a command
+TRACED = "the command has ended, but a process in the container traces it and does not say so"
 CHUNK = 64 << 10  # bytes: what a pipe holds
 MAX_REST = 256 << 10  # bytes read after the command's end: more than its pipe or terminal may hold by then
 
@@ -6704,7 +7003,8 @@ class Exec:
         """Return when the container's first process is no more nspawn on its way to be confined: nspawn says READY
         before that (257 and later well before), and a command would get rights that the payload never has."""
         for _ in range(1000):
-            if is_confined(leader.pid, self.task.state.mode):
+            # Its program may lie on a file system of the container's own, which need not answer.
+            if await run_apart(lambda: is_confined(leader.pid, self.task.state.mode)):
                 with contextlib.suppress(OSError):  # it ends just now: the helper will tell
                     self.namespace = os.readlink(f"/proc/{leader.pid}/ns/pid")
                 return
@@ -6717,8 +7017,6 @@ class Exec:
         """Act on a message of the helper."""
         if kind == "stdio":
             self.take_stdio(descriptors)
-        elif kind == "note":
-            self.helper.warn(text)
         else:
             raise DriverError(text)
 
@@ -6733,9 +7031,10 @@ class Exec:
         assert self.control
         if self.is_given_up:
             raise self.explain_silence()
-        status = parse_status(read_text(Path(f"/proc/{leader}/status")))
+        cgroup = self.task.state.cgroup
         try:
-            place_like(pid, leader)
+            status = read_status(leader)
+            place_like(pid, leader, f"{cgroup}/payload" if cgroup else "")
             plan = {
                 **plan_entry(status, read_inside(self.task.state.directory), self.command),
                 "leader": leader,
@@ -6752,7 +7051,7 @@ class Exec:
             await send_fds(self.control, b"plan", [file.fileno(), process])
 
     def reap_helper(self, pid: int) -> None:
-        self.entering = ProcessId.of(pid) or ProcessId(pid, 0)
+        self.entering = ProcessId.of_child(pid)
         self.helper.run(self.entering.wait())
 
     def take_stdio(self, descriptors: Sequence[int]) -> None:
@@ -6780,21 +7079,40 @@ class Exec:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             raise self.explain_silence() from None
+        if read_inner_pid(pid) == pid:  # a child, but none in a container
+            raise self.explain_silence()
         self.pid = pid
         self.helper.commands.add(pid)
         self.helper.run(self.reap(pid))
         self.started.set()
 
     async def reap(self, pid: int) -> None:
-        process = os.pidfd_open(pid)
+        """Wait for the command. Its end is told to a tracer first, which may be inside and never take notice: that
+        must not keep the plugin waiting."""
+        pause, waited = 0.001, 0.0
         try:
-            await wait_readable(process)
-            self.status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            process = os.pidfd_open(pid)
+            try:
+                await wait_readable(process)
+            finally:
+                os.close(process)
+        except OSError as error:
+            log.warn("the end of a command is noticed later than usual", error=error.strerror)
+        try:
+            while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+                if waited > TRACER_PATIENCE and is_zombie(pid) and not self.over.is_set():
+                    self.error = TRACED
+                    self.tell_over()
+                await asyncio.sleep(pause)
+                waited, pause = waited + pause, min(2 * pause, 1.0)
+            self.status = os.waitstatus_to_exitcode(ended[1])
         finally:
-            os.close(process)
             self.helper.commands.discard(pid)
-            for event in (self.over, *self.waits):
-                event.set()
+            self.tell_over()
+
+    def tell_over(self) -> None:
+        for event in (self.over, *self.waits):
+            event.set()
 
     async def reap_lost(self) -> None:
         """Reap a command that was killed with its task before it could say a word."""
@@ -6858,6 +7176,8 @@ class Exec:
     async def wait(self) -> int:
         """Return the exit code, or minus the signal's number, after the command's end."""
         await self.over.wait()
+        if self.error:
+            raise DriverError(self.error)
         assert self.control
         with contextlib.suppress(OSError):
             self.error = self.control.recv(4096).decode(errors="replace").partition(" ")[2]
@@ -6879,11 +7199,11 @@ class Exec:
 
     async def kill(self) -> None:
         """End the command and all it has started: a hang-up, and soon after SIGKILL."""
-        self.send(signal.SIGHUP)
+        await run_apart(lambda: self.send(signal.SIGHUP))  # a container may have any number of processes
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.over.wait(), HANG_UP)
         for _ in range(10):  # what was just being forked is found the next time
-            if not self.send(signal.SIGKILL):
+            if not await run_apart(lambda: self.send(signal.SIGKILL)):
                 break
             await asyncio.sleep(0.01)
 
@@ -6894,9 +7214,7 @@ class Exec:
         found = read_cgroup_pids(f"{state.cgroup}/payload") if state.cgroup else read_descendants(leader)
         if not self.over.is_set():
             found += read_descendants(self.pid)
-        return any(
-            [process.send(number) for pid in find_session(self.pid, found) if (process := ProcessId.of(pid))]
-        )
+        return any([process.send(number) for process in find_session(self.pid, found)])
 
 
 HANG_UP = 0.3  # seconds from SIGHUP to SIGKILL
@@ -7213,7 +7531,9 @@ class DriverService:
                     last = current
                 self.tasks.remind_machined()
                 await asyncio.sleep(FINGERPRINT_PERIOD)
-                remove_stale_locks(None)  # a process may have held one a moment longer than its task was there
+                await remove_stale_locks(
+                    None
+                )  # a process may have held one a moment longer than its task was there
                 self.collect_images()
         finally:
             self.agents -= 1
@@ -7423,10 +7743,10 @@ class DriverService:
     async def TaskStats(self, request: driver_pb2.TaskStatsRequest) -> AsyncIterator[driver_pb2.TaskStatsResponse]:
         task = self.tasks.get(request.task_id)
         interval = max(request.collection_interval.ToNanoseconds() / 1e9, 0.1)
-        before = task.read_usage()
+        before = await task.find_usage()
         pause = min(interval, FIRST_SAMPLE)  # Nomad's own drivers send the first one at once
         while not await task.wait(pause):
-            now = task.read_usage()
+            now = await task.find_usage()
             yield self.render_stats(task, before, now)
             before, pause = now, interval
 

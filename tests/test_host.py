@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import driver
 from driver import CgroupMode, Host, Mounts
@@ -111,11 +114,96 @@ def test_cgroup_pids(cgroup: Path) -> None:
     assert driver.read_cgroup_pids(str(cgroup / "gone")) == []
 
 
+LONG = "x" * 255
+
+
+@pytest.mark.root
+def test_cgroups_nested_deeply_are_removed() -> None:
+    """With a path that is longer than the kernel takes, and more of them than Python's stack holds."""
+    root = driver.read_cgroup_mode().root
+    assert root
+    cgroup = root / f"deep-{os.getpid()}"
+    cgroup.mkdir()
+    here = os.open(cgroup, os.O_RDONLY)
+    try:
+        for name in [*["a"] * 1200, *[LONG] * 20]:
+            os.mkdir(name, dir_fd=here)
+            below = os.open(name, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        sleeper = subprocess.Popen(["sleep", "60"])
+        file = os.open("cgroup.procs", os.O_WRONLY, dir_fd=here)
+        os.write(file, str(sleeper.pid).encode())
+        os.close(file)
+        assert driver.read_cgroup_pids(str(cgroup)) == [sleeper.pid]
+        driver.remove_cgroup(str(cgroup))
+        assert cgroup.exists()  # what has processes is left
+        sleeper.kill()
+        sleeper.wait()
+    finally:
+        os.close(here)
+        driver.remove_cgroup(str(cgroup))
+    assert not cgroup.exists()
+
+
 @pytest.mark.parametrize(("text", "number"), [("12\n", 12), ("max\n", 0), ("", 0)])
 def test_number_of_a_cgroup_file(tmp_path: Path, text: str, number: int) -> None:
     (tmp_path / "x").write_text(text)
     assert driver.read_number(str(tmp_path / "x")) == number
     assert driver.read_number(str(tmp_path / "gone")) == 0
+
+
+# -- what processes say of themselves ------------------------------------------------------------------------
+
+odd = st.binary(max_size=15).map(lambda name: name.replace(b"\0", b"").replace(b"\n", b""))
+
+
+@given(odd)
+@example(b") R 1 1 (")
+@example(b"a\rSeccomp:\t0")
+@example(b"\x85\xe2\x80\xa8\x0b\xff")
+def test_any_name_of_a_process(name: bytes) -> None:
+    """It may hold whatever Python takes for the end of a line; the kernel writes \\n in another way."""
+    numbers = [str(number).encode() for number in range(1, 50)]
+    assert driver.parse_stat(b"7 (" + name + b") S " + b" ".join(numbers) + b"\n") == [
+        "S",
+        *(number.decode() for number in numbers),
+    ]
+    status = driver.parse_status(b"Name:\t" + name + b"\nSeccomp:\t2\nUid:\t5\t5\t5\t5\n")
+    assert status.keys() - {""} == {"Name", "Seccomp", "Uid"}
+    assert (status["Seccomp"], status["Uid"]) == ("2", "5\t5\t5\t5")
+
+
+@given(odd)
+@example(b"a\r0::")
+@example(b"a\x0b0::")
+@example("a\u20280::".encode())
+@example(b"\x850:name=systemd:")
+def test_any_name_of_a_cgroup(name: bytes) -> None:
+    text = b"9:name=systemd:/t/payload\n8:cpu,cpuacct:/\n0::/t/payload/" + name + b"/x\n"
+    assert driver.parse_cgroups(text) == {
+        "name=systemd": "/t/payload",
+        "cpu,cpuacct": "/",
+        "": f"/t/payload/{os.fsdecode(name)}/x",
+    }
+
+
+@given(odd.filter(lambda name: b" " not in name))
+@example("\u2028\u3000\x1c\x85".encode())
+def test_any_name_of_an_interface(name: bytes) -> None:
+    """The kernel refuses blanks as C knows them."""
+    line = b"20010db8000000000000000000000001 02 40 00 80 " + name.rjust(8) + b"\n"
+    assert driver.parse_addresses("", (line * 2).decode(errors="replace")) == ("2001:db8::1",)
+
+
+@given(st.binary(max_size=200))
+@example(b"0::")
+@example(b"::\n:\n")
+def test_any_text_of_the_kernel_is_read_or_refused(text: bytes) -> None:
+    driver.parse_status(text)
+    driver.parse_cgroups(text)
+    with contextlib.suppress(ValueError):
+        driver.parse_stat(text)
 
 
 # -- mounts --------------------------------------------------------------------------------------------------

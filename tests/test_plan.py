@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -739,11 +741,11 @@ task_names = st.text(st.characters(exclude_characters="/\\\0", exclude_categorie
     [
         ("web", ALLOC, f"web-{ALLOC}"),
         ("a" * 27, ALLOC, f"{'a' * 27}-{ALLOC}"),
-        ("a" * 28, ALLOC, f"{'a' * 20}-9c547c-{ALLOC}"),
-        ("web_1", ALLOC, f"web-1-c703c3-{ALLOC}"),
+        ("a" * 28, ALLOC, f"{'a' * 10}-9c547cb8115a4488-{ALLOC}"),
+        ("web_1", ALLOC, f"web-1-c703c3ba9dda9d34-{ALLOC}"),
         ("web-1", ALLOC, f"web-1-{ALLOC}"),
-        ("web.1", ALLOC, f"web-1-f20595-{ALLOC}"),
-        ("-", ALLOC, f"3973e0-{ALLOC}"),
+        ("web.1", ALLOC, f"web-1-f2059589cb873f97-{ALLOC}"),
+        ("-", ALLOC, f"3973e022e93220f9-{ALLOC}"),
         ("web", "", "web-alloc"),
         ("web", "../../x", "web-x"),
     ],
@@ -766,6 +768,9 @@ def test_any_task_has_a_valid_machine_name(name: str, alloc_id: str) -> None:
 @example({"web_1", "web-1", "web.1", "web 1", "web--1"})
 @example({"a" * 27, "a" * 28, "a" * 29})
 @example({"-", "_", ".", "--"})
+@example({"a_!!_!b", "a.~!...b"})  # one name with 24 bits of a digest
+@example({"web_1", "web-1-c703c3ba9dda9d34"})
+@example({"-", "3973e022e93220f9"})
 def test_tasks_of_an_allocation_have_different_machine_names(distinct: set[str]) -> None:
     machines = {driver.plan_machine(name, ALLOC) for name in distinct}
     assert len(machines) == len(distinct)
@@ -1594,22 +1599,24 @@ def test_state_directories_are_distinct(ids: set[str]) -> None:
 
 
 processes = st.builds(ProcessId, st.integers(1, 1 << 22), st.integers(0, 1 << 62))
+words = st.text(st.characters(exclude_characters="/\0"), min_size=1).filter(lambda word: word not in (".", ".."))
 states = st.builds(
     State,
     task_id=st.text(),
-    machine=st.text(),
+    machine=st.from_regex(r"[A-Za-z0-9-]{1,64}", fullmatch=True),
     mode=st.sampled_from(Mode),
-    cgroup=st.text(),
+    cgroup=st.just("") | words.map("/sys/fs/cgroup/x.slice/{}".format),
     boot_id=st.text(),
     keeper=processes,
     leader=st.none() | processes,
     started_at=st.floats(0, 1e11),
     search_path=st.text(),
     command=st.lists(st.text(), max_size=3).map(tuple),
-    image=st.text(),
+    image=st.just("") | words.map("/images/{}".format),
     mounts=st.dictionaries(st.text(), st.text(), max_size=3),
     roots=st.lists(st.text(), max_size=3).map(tuple),
-    place=st.text(),
+    place=st.just("") | words.map("/allocs/{}/.nspawn-root".format),
+    users=st.lists(st.tuples(st.integers(0, 1 << 32), st.integers(0, 1 << 32)), max_size=3).map(tuple),
 )
 STATE = State(
     task_id=TASK.id,
@@ -1625,8 +1632,32 @@ STATE = State(
     image="/i",
     mounts={"/a": "/b"},
     roots=("/i",),
-    place="/p",
+    place="/p/.nspawn-root",
 )
+
+
+# What would be killed or removed is never anything else of the machine, whoever has written the state.
+UNSAFE: list[dict[str, Any]] = [
+    {"cgroup": "/sys/fs/cgroup"},
+    {"cgroup": "/sys/fs/cgroup/unified"},
+    {"cgroup": "/sys/fs/cgroup/../../../etc"},
+    {"cgroup": "/etc"},
+    {"cgroup": 5},
+    {"place": "/"},
+    {"place": "/home"},
+    {"place": "/x/../.nspawn-root/../home"},
+    {"machine": "../../etc"},
+    {"machine": ""},
+    {"zone": "../x"},
+    {"place": "x/.nspawn-root"},
+    {"keeper": ProcessId(-1, 0)},
+    {"leader": ProcessId("1", 0)},  # type: ignore[arg-type]
+    {"ports": ((1, "x"),)},
+    {"users": ((1, 2.5),)},
+    {"command": (1,)},
+    {"mounts": {"/a": None}},
+    {"started_at": "now"},
+]
 
 
 @given(states)
@@ -1657,6 +1688,7 @@ def test_state_directory_of_a_state() -> None:
         (STATE.render().replace('"machine"', '"maschine"'), "it is damaged"),
         (STATE.render().replace('"pid"', '"dip"'), "it is damaged"),
         (STATE.render()[:-1], "it is damaged"),
+        *((replace(STATE, **change).render(), "it is damaged") for change in UNSAFE),
     ],
 )
 def test_state_that_cannot_be_read(text: str | bytes, why: str) -> None:
@@ -1667,6 +1699,25 @@ def test_state_that_cannot_be_read(text: str | bytes, why: str) -> None:
 def test_state_of_a_later_release_is_read() -> None:
     """After a downgrade tasks are still found: a field this release does not know is no reason to lose one."""
     assert State.parse(STATE.render().replace("{", '{"of_tomorrow": [1], ', 1)) == STATE
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(-1e9, 1e9) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(sorted(json.loads(STATE.render()))), json_values)
+@example("keeper", {"pid": 1, "started": True})
+@example("mounts", {"a": ["b"]})
+@example("version", [])
+def test_any_field_may_be_garbage(name: str, value: Any) -> None:
+    """It is a state as others are, or there is a sentence."""
+    with contextlib.suppress(ValueError):
+        state = State.parse(json.dumps({**json.loads(STATE.render()), name: value}))
+        assert State.parse(state.render()) == state
+        assert state.cgroup == "" or state.cgroup.startswith("/sys/fs/cgroup/")
 
 
 @given(st.text() | st.binary())
@@ -1681,6 +1732,35 @@ def test_garbage_is_no_state(text: str | bytes) -> None:
 )
 def test_event_names_its_task(task_id: str, alloc_id: str, name: str) -> None:
     assert driver.split_id(task_id) == (alloc_id, name)
+
+
+# --- what a container says to its notify socket ---
+
+texts = st.binary(max_size=200).map(lambda text: text.replace(b"\n", b""))
+
+
+@given(texts)
+@example(b"hello\vX_NSPAWN_LEADER_PID=1\vREADY=1")
+@example("hello\u2028X_NSPAWN_LEADER_PID=1\x85READY=1".encode())
+@example(b"\rX_NSPAWN_LEADER_PID=1\r\0READY=1\0")
+def test_status_of_a_payload_is_one_line(text: bytes) -> None:
+    lines = driver.split_notification(b"STATUS=Container running: " + text)
+    assert len(lines) == 1
+    assert driver.parse_claim(5, lines[0]) is None
+
+
+@given(st.binary(max_size=300) | st.from_regex(rb"(X_NSPAWN_LEADER_PID=.*\n?)*"))
+@example(b"X_NSPAWN_LEADER_PID=")
+@example("X_NSPAWN_LEADER_PID=\u0661".encode())
+@example(b"X_NSPAWN_LEADER_PID=" + b"9" * 5000)
+def test_any_datagram_can_be_read(data: bytes) -> None:
+    for claim in (driver.parse_claim(5, line) for line in driver.split_notification(data)):
+        assert claim is None or (claim.sender == 5 and 0 <= claim.leader < 10**9)
+
+
+def test_leader_is_in_nspawns_own_message() -> None:
+    lines = driver.split_notification(b"STATUS=Container running.\nX_NSPAWN_LEADER_PID=4711")
+    assert [driver.parse_claim(5, line) for line in lines] == [None, driver.Claim(5, 4711)]
 
 
 # --- directories ---

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +165,21 @@ def test_task_that_ended_meanwhile_keeps_its_exit_code(tasks: Tasks, launch: Lau
     assert (result.exit_code, result.signal, result.err) == (23, 0, "")
     assert task.inspect().task.state == driver_pb2.EXITED
     assert "last words\n" in task.logmon.stdout.decode()
+
+
+def test_machine_without_descriptors_costs_no_exit_code(tasks: Tasks) -> None:
+    """That a file cannot be opened does not mean that it is gone."""
+    task = tasks.start("until [ -e /local/go ]; do sleep 0.05; done; exit 23")
+    limits = resource.prlimit(tasks.plugin.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(tasks.plugin.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
+    try:
+        Path(task.allocation.dir, task.name, "local/go").touch()
+        eventually(lambda: not is_alive(keeper(task)))
+        time.sleep(0.5)  # the plugin has noticed
+    finally:
+        resource.prlimit(tasks.plugin.pid, resource.RLIMIT_NOFILE, limits)
+    result = task.wait(PATIENCE)
+    assert (result.exit_code, result.err) == (23, "")
 
 
 def test_reason_of_a_kill_survives(tasks: Tasks, launch: Launch) -> None:
