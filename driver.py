@@ -87,7 +87,7 @@ from collections.abc import (
 )
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import grpc
@@ -459,8 +459,155 @@ def write_file(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path, onerror=lambda _, name, why: log.warn("cannot remove", path=name, error=str(why[1])))
+    """Remove a file, or a directory and all that is in it. Never follows a link below `path.parent`, never enters
+    another mount. What cannot be removed is logged, and all else goes. Blocks for as long as it takes: call it in
+    the event loop only for what no job has made."""
+    remover = TreeRemover()
+    try:
+        remover.run(path)
+    except OSError as error:
+        remover.errors.append(error)
+    finally:
+        remover.close()
+    if remover.errors:
+        shown = "; ".join(map(str, remover.errors[:5]))
+        log.warn("cannot remove all of a tree", path=str(path), errors=len(remover.errors), first=shown)
+
+
+@dataclass
+class TreeLevel:
+    """A directory that is being emptied."""
+
+    name: str  # in the directory above it
+    above: tuple[int, int]  # device and inode of that directory
+    pending: list[str] = field(default_factory=list)  # directories in it that are emptied next
+    stuck: set[str] = field(default_factory=set)  # what cannot be removed
+
+
+class TreeRemover:
+    """Empties directories of any depth, with two descriptors and no recursion: shutil.rmtree needs a descriptor and
+    a frame of Python a level (until 3.13), and paths end at 4,096 bytes. It goes down by names and up by "..",
+    which must be the directory that it came from."""
+
+    BATCH = 1000  # names kept at a time: a directory may hold millions
+
+    def __init__(self) -> None:
+        self.here = -1
+        self.errors: list[OSError] = []
+
+    def run(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.here = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            levels = [TreeLevel("", (0, 0), [path.name])]
+            while levels[0].pending or levels[1:]:
+                level = levels[-1]
+                if level.pending:
+                    levels += self.enter(level.pending.pop(), level)
+                elif len(levels) > 1 and not self.empty(level):
+                    levels.pop()
+                    self.leave(level, levels[-1])
+
+    def close(self) -> None:
+        if self.here >= 0:
+            os.close(self.here)
+
+    def enter(self, name: str, level: TreeLevel) -> list[TreeLevel]:
+        """Go into a directory and return its level; anything else is removed."""
+        try:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.here)
+        except NotADirectoryError:
+            self.remove(os.unlink, name, level)
+            return []
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self.errors.append(error)
+            level.stuck.add(name)
+            return []
+        if is_other_mount(inner, self.here):
+            os.close(inner)
+            self.errors.append(OSError(errno.EXDEV, "another file system is mounted there", name))
+            level.stuck.add(name)
+            return []
+        outer, self.here = self.here, inner
+        above = os.fstat(outer)
+        os.close(outer)
+        return [TreeLevel(name, (above.st_dev, above.st_ino))]
+
+    def empty(self, level: TreeLevel) -> list[str]:
+        """Remove the files of a directory, and note some of the directories in it: none when it is done."""
+        with os.scandir(self.here) as entries:
+            for entry in entries:
+                if entry.name in level.stuck:
+                    continue
+                if not entry.is_dir(follow_symlinks=False):
+                    self.remove(os.unlink, entry.name, level)
+                else:
+                    level.pending.append(entry.name)
+                    if len(level.pending) == self.BATCH:
+                        break
+        return level.pending
+
+    def leave(self, level: TreeLevel, above: TreeLevel) -> None:
+        """Go up, and remove the directory that has been left."""
+        outer = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.here)
+        os.close(self.here)
+        self.here = outer
+        found = os.fstat(outer)
+        if (found.st_dev, found.st_ino) != level.above:
+            raise OSError(errno.ESTALE, "was moved while it was being removed", level.name)
+        if level.stuck:
+            above.stuck.add(level.name)
+        else:
+            self.remove(os.rmdir, level.name, above)
+
+    def remove(self, how: Callable[..., None], name: str, level: TreeLevel) -> None:
+        try:
+            try:
+                how(name, dir_fd=self.here)
+            except PermissionError:  # root may do all, but for what `chattr` has set
+                unseal(self.here, name)
+                how(name, dir_fd=self.here)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.errors.append(error)
+            level.stuck.add(name)
+
+
+def is_other_mount(inner: int, outer: int) -> bool:
+    """Tell whether something is mounted on a directory. A subvolume of btrfs has a device of its own, too, but is
+    no mount."""
+    if os.fstat(inner).st_dev == os.fstat(outer).st_dev:
+        return False
+    texts = (read_text(Path(f"/proc/self/fdinfo/{fd}")) for fd in (inner, outer))
+    first, second = (re.findall(r"^mnt_id:.*", text, re.MULTILINE) for text in texts)
+    return first != second
+
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_SEALS = 0x10 | 0x20  # immutable, append-only
+
+
+def unseal(directory: int, name: str) -> None:
+    """Take off what keeps even root from removing a file: a container without a user namespace may set it."""
+    with contextlib.suppress(OSError):
+        clear_seals(directory)
+        kind = os.lstat(name, dir_fd=directory).st_mode
+        if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                clear_seals(fd)
+            finally:
+                os.close(fd)
+
+
+def clear_seals(fd: int) -> None:
+    flags = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+    number = struct.unpack("=Q", flags)[0]
+    if number & FS_SEALS:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", number & ~FS_SEALS))
 
 
 @functools.lru_cache(maxsize=1)
@@ -5498,7 +5645,8 @@ async def remove_leftovers(state: State) -> None:
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
             (SETTINGS_ROOT / place).rmdir()
-    remove_stale_locks(Path(state.image) if state.image else None)
+    image = Path(state.image) if state.image else None
+    await run_apart(lambda: remove_stale_locks(image))  # with them go copies of whole images
     if state.cgroup:
         remove_cgroup(state.cgroup)
     remove_tree(state.directory)
@@ -5506,14 +5654,9 @@ async def remove_leftovers(state: State) -> None:
 
 
 async def remove_place(place: str) -> None:
-    """Remove what a task has changed of its image. Not by Python: a task makes trees as deep and as large as it
-    likes, and files nobody else should follow or wait for."""
-    if not place or not os.path.lexists(place):
-        return
-    argv = ["rm", "-rf", "--one-file-system", "--", place]
-    await start_process(argv, environ={"PATH": SAFE_PATH}).wait()
-    if os.path.lexists(place):
-        log.warn("cannot remove what a task has changed of its image", path=place)
+    """Remove what a task has changed of its image. In a thread: a task makes trees as large as it likes."""
+    if place:
+        await run_apart(lambda: remove_tree(Path(place)))
 
 
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -5531,11 +5674,22 @@ def remove_stale_locks(image: Path | None) -> None:
             image.parent.glob(f".#.#snapshot.{name}{'[0-9a-f]' * 16}.lck"),  # systemd 262
         ]
     for path in itertools.chain(*places):
-        with contextlib.suppress(OSError), open(path, "r+b") as file:
+        with contextlib.suppress(OSError), open_lock(path) as file:
             fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
             if path.name.startswith(".#.#"):
                 remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
             path.unlink()
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open the file of a lock. It may lie in a task's directory, where a task can put a link or a device there."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is no lock", str(path))
+        return open(f"/proc/self/fd/{fd}", "r+b")
+    finally:
+        os.close(fd)
 
 
 def remove_settings(machine: str) -> None:
