@@ -485,8 +485,8 @@ class TreeLevel:
 
 
 class TreeRemover:
-    """Empties directories of any depth, with two descriptors and no recursion: shutil.rmtree needs a descriptor and
-    a frame of Python a level (until 3.13), and paths end at 4,096 bytes. It goes down by names and up by "..",
+    """Empties directories of any depth, with two descriptors and no recursion: shutil.rmtree needs a descriptor
+    and a frame of Python a level (until 3.13), and paths end at 4,096 bytes. It goes down by names and up by "..",
     which must be the directory that it came from."""
 
     BATCH = 1000  # names kept at a time: a directory may hold millions
@@ -4708,11 +4708,16 @@ def explain_mount(plan: Plan, error: OSError) -> DriverError:
 #
 # Fetched images, by content, under /var/lib: root's alone, so that no set-uid program in them is in anybody's
 # reach. An image is a record that names its layers; a layer is a directory, or the file of a disk image. Nothing
-# has a name here before it is whole. Locks (flock) end with their holders, whoever kills them; a task's use stands
-# in a file that counts as long as the task's state directory is there. So nothing needs repair after a crash.
+# has a name here before it is whole, and no name in here is a stranger's: all are digests. Locks (flock) end with
+# their holders, whoever kills them; a task's use stands in a file that counts as long as the task's state
+# directory is there. So nothing needs repair after a crash. Who fetches an image holds its lock alone, and shares
+# those of its layers with others, so that nobody waits for another's download; who collects takes what is free.
 # =====================================================================================================
 
 STORE_ROOT = Path("/var/lib/nomad-driver-nspawn")
+
+# The same archive makes different trees as an image and as a layer, where some names mean whiteouts.
+LAYER_NAME = re.compile(r"(tar|layer)-[0-9a-f]{64}|[0-9a-f]{64}\.raw|skeleton-1")
 
 
 @dataclass(frozen=True)
@@ -4734,7 +4739,10 @@ class StoredImage:
         """Raise ValueError on what this version cannot read."""
         try:
             values = json.loads(text, object_hook=tuples)
-            return cls(**{**values, "config": ImageConfig(**values["config"])})
+            image = cls(**{**values, "config": ImageConfig(**values["config"])})
+            if not image.layers or not all(map(LAYER_NAME.fullmatch, image.layers)):
+                raise ValueError("a record without layers")
+            return image
         except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"a damaged record: {error}") from None
 
@@ -4764,28 +4772,33 @@ class Store:
         self.root = root
         self.images, self.layers, self.parts = root / "images", root / "layers", root / "parts"
         self.work, self.locks, self.in_use = root / "work", root / "locks", root / "uses"
+        self.proofs = (
+            root / "proofs"
+        )  # empty files: that a registry has sent a layer, see `find_proof` of fetch.py
+        self.trash = self.work / "trash"
 
     def prepare(self) -> None:
-        for path in (self.root, self.images, self.layers, self.parts, self.work, self.locks, self.in_use):
+        for path in (
+            self.root,
+            self.images,
+            self.layers,
+            self.parts,
+            self.work,
+            self.locks,
+            self.in_use,
+            self.proofs,
+        ):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def layer(self, name: str) -> Path:
         return self.layers / name
 
     def part(self, name: str) -> Path:
-        """Return where a download grows; whoever holds the lock of the name may write to it."""
+        """Return where a download grows. Up to a dot the name is the key of its image: whoever holds that lock may
+        write to it."""
         return self.parts / name
 
     # Locks
-
-    @contextlib.contextmanager
-    def hold(self, name: str, *, alone: bool = False) -> Iterator[None]:
-        """Hold a lock, waiting for it."""
-        fd = self.lock(name, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        try:
-            yield
-        finally:
-            os.close(fd)
 
     def lock(self, name: str, how: int) -> int:
         """Return a descriptor that holds a lock. Who removes a lock's file holds it alone: one got on a removed
@@ -4815,7 +4828,7 @@ class Store:
         """Return an image if all of it is there."""
         with contextlib.suppress(OSError, ValueError):
             image = StoredImage.parse((self.images / f"{key}.json").read_text())
-            if image.layers and all(self.layer(name).exists() for name in image.layers):
+            if all(self.layer(name).exists() for name in image.layers):
                 return image
         return None
 
@@ -4853,18 +4866,17 @@ class Store:
 
     def release(self, name: str) -> None:
         path = self.in_use / name
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            key = json.loads(path.read_text())["key"]
+        with contextlib.suppress(OSError):
+            use = read_use(path)
             path.unlink()
-            self.touch(key)
+            if use:
+                self.touch(use.key)
 
     def read_uses(self) -> list[Use]:
         uses = []
-        for path in sorted(self.in_use.iterdir()) if self.in_use.is_dir() else ():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                if not path.name.startswith(".") and (STATE_ROOT / path.name).is_dir():
-                    values = json.loads(path.read_text())
-                    uses.append(Use(values["task_id"], values["key"], tuple(values["layers"])))
+        for path in sorted(list_directory(self.in_use)):
+            use = None if path.name.startswith(".") or not (STATE_ROOT / path.name).is_dir() else read_use(path)
+            uses += [use] if use else []
         return uses
 
     # Collection
@@ -4872,70 +4884,90 @@ class Store:
     def find_garbage(self, delay: float, is_free: Callable[[str], bool] = lambda key: True) -> list[Path]:
         """Return what can go: images and layers that no task uses, for `delay` seconds now, and half things as
         old. `is_free` tells whether nobody is about to use an image."""
-        if not self.images.is_dir():
-            return []
         oldest = time.time() - delay
         uses = self.read_uses()
         keys = {use.key for use in uses}
-        kept, garbage = [], []
-        for path in self.images.glob("*.json"):
-            image = self.read(path.stem)
+        kept: list[StoredImage] = []
+        records = []
+        for path in list_directory(self.images):
+            image = self.read(path.stem) if path.suffix == ".json" else None
             if image and (image.key in keys or self.last_use(image) > oldest or not is_free(image.key)):
                 kept.append(image)
-            else:
-                garbage.append(path)
-        needed = {
-            name for layers in [thing.layers for thing in kept] + [use.layers for use in uses] for name in layers
-        }
-        garbage += [path for path in self.layers.iterdir() if self.is_garbage(path, needed, oldest)]
-        for folder in (self.parts, self.work, self.in_use):
-            garbage += [
-                path
-                for path in folder.iterdir()
-                if path.lstat().st_ctime <= oldest
-                and not (folder is self.in_use and (STATE_ROOT / path.name).is_dir())
-            ]
-        return garbage
-
-    def is_garbage(self, path: Path, needed: set[str], oldest: float) -> bool:
-        """Tell whether something among the layers belongs to nothing; nspawn keeps locks and copies there, too."""
-        owner = re.sub(r"^\.#(\.#machine\.)?|^\.#machine\.|\.lck$", "", path.name)
-        return not any(owner.startswith(name) for name in needed) and path.lstat().st_ctime <= oldest
+            elif path.suffix == ".json" or is_old(path, oldest):
+                records.append(path)
+        needed = {name for image in kept for name in image.layers} | {name for use in uses for name in use.layers}
+        things = [path for folder in (self.layers, self.proofs) for path in list_directory(folder)
+                  if find_owner(path) not in needed]  # fmt: skip
+        things += [*list_directory(self.parts), *list_directory(self.work)]
+        things += [path for path in list_directory(self.in_use) if not (STATE_ROOT / path.name).is_dir()]
+        return records + [path for path in things if is_old(path, oldest)]
 
     def collect(self, delay: float) -> int:
-        """Remove garbage; return how many things that were. Does nothing while anything is being fetched."""
-        whole = self.try_lock("store", alone=True)
-        if whole is None:
+        """Remove garbage; return how many things that were. What others hold the locks of stays: it is being
+        fetched, or a task is being started from it."""
+        collecting = self.try_lock("trash", alone=True)
+        if collecting is None:  # another process is at it
             return 0
-        held: list[int] = []
-
-        def is_free(key: str) -> bool:
-            fd = self.try_lock(key, alone=True)
-            held.extend([] if fd is None else [fd])
-            return fd is not None
-
-        trash = self.work / f"trash-{os.getpid()}"
+        held: dict[str, int] = {}
         try:
-            garbage = self.find_garbage(delay, is_free)
-            trash.mkdir(mode=0o700, exist_ok=True)
-            for number, path in enumerate(garbage):
+            # In two looks: with the locks held nobody can have come to want what the second one finds.
+            for name in sorted({find_owner(path) for path in self.find_garbage(delay)} - {"trash"})[
+                :MAX_COLLECTED
+            ]:
+                fd = self.try_lock(name, alone=True)
+                if fd is not None:
+                    held[name] = fd
+            garbage = [path for path in self.find_garbage(delay, held.__contains__) if find_owner(path) in held]
+            self.trash.mkdir(mode=0o700, exist_ok=True)
+            for path in garbage:
                 with contextlib.suppress(OSError):
-                    path.rename(trash / str(number))
+                    path.rename(self.trash / os.urandom(8).hex())
             self.remove_locks()
         finally:
-            for fd in (*held, whole):
+            for fd in held.values():
                 os.close(fd)
-        remove_tree(trash)  # may take long: nobody has to wait for it
+        remove_tree(self.trash)  # may take long: nobody has to wait for it
+        os.close(collecting)
         return len(garbage)
 
     def remove_locks(self) -> None:
         """Remove the files of locks that nobody has held for a day."""
-        for path in self.locks.iterdir():
-            if path.name != "store" and path.stat().st_mtime < time.time() - 86400:
+        for path in list_directory(self.locks):
+            if is_old(path, time.time() - 86400):
                 fd = self.try_lock(path.name, alone=True)
                 if fd is not None:
                     path.unlink()
                     os.close(fd)
+
+
+MAX_COLLECTED = 500  # locks held at a time, a descriptor each: the rest goes with the next collection
+
+
+def list_directory(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
+
+
+def is_old(path: Path, oldest: float) -> bool:
+    """Tell whether something has not changed since a time; not if it is gone."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_ctime <= oldest
+    return False
+
+
+def find_owner(path: Path) -> str:
+    """Return the name of the lock that is held for something in the store. Beside a layer nspawn keeps locks and
+    copies, with its name in theirs; an earlier version had names without a kind."""
+    layer = re.search(r"((tar|layer)-)?[0-9a-f]{64}(\.raw)?|skeleton-1", path.name)
+    if path.parent.name in ("layers", "proofs") and layer:
+        return layer[0]
+    return path.name.lstrip(".").partition(".")[0] or "trash"
+
+
+def read_use(path: Path) -> Use | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        values = json.loads(path.read_text())
+        return Use(values["task_id"], values["key"], tuple(map(str, values["layers"])))
+    return None
 
 
 # =====================================================================================================
@@ -4991,7 +5023,7 @@ class Fetching:
         async with contextlib.aclosing(talk_to_fetcher(self.request, self.silence)) as lines:
             async for line in lines:
                 message = parse_message(line)
-                if "error" in message:
+                if "kind" in message:
                     kind = FETCH_ERRORS.get(message["kind"], DriverError)
                     raise kind(f"image {self.name}: {message['error']}")
                 if "note" in message:
@@ -5142,7 +5174,8 @@ class Fetches:
         try:
             async with contextlib.aclosing(talk_to_fetcher(request, 3600)) as lines:
                 async for line in lines:
-                    log.info("images collected", count=parse_message(line).get("collected", line))
+                    if "collected" in (message := parse_message(line)):
+                        log.info("images collected", count=message["collected"])
         except DriverError as error:
             log.warn("images cannot be collected", error=str(error))
 

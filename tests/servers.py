@@ -484,6 +484,16 @@ def encode_part(data: bytes) -> bytes:
 # -- the process that fetches --------------------------------------------------------------------------------
 
 
+def tar_name(data: bytes) -> str:
+    """The name in the store of what an archive unpacks to."""
+    return f"tar-{hashlib.sha256(data).hexdigest()}"
+
+
+def layer_name(data: bytes) -> str:
+    """The same for a layer of an image."""
+    return f"layer-{hashlib.sha256(data).hexdigest()}"
+
+
 class Fetcher:
     """Runs the process that fetches images as the plugin does, on a store of the test's own."""
 

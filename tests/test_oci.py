@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import hashlib
 import json
 import os
 import stat
@@ -34,6 +33,7 @@ from tests.servers import (
     docker_origin,
     folder,
     hard_link,
+    layer_name,
     link,
     make_tar,
     native,
@@ -106,7 +106,7 @@ def test_layers_stack(fetcher: Fetcher, registry: Registry, tmp_path: Path) -> N
     digest = registry.push("a/b", ImageParts.make([BASE, TOP_LAYER], **config))
     image = fetcher.fetch(docker_origin(f"{registry.host}/a/b"))
     assert image.digest == digest
-    assert image.layers == (hashlib.sha256(TOP_LAYER).hexdigest(), hashlib.sha256(BASE).hexdigest(), "skeleton-1")
+    assert image.layers == (layer_name(TOP_LAYER), layer_name(BASE), "skeleton-1")
     assert image.config.env == ("PATH=/usr/bin", "A=b=c")
     assert image.config.command == ("/bin/entry", "-x", "a b")
     assert (image.config.user, image.config.working_directory) == ("nobody:users", "/dir")
@@ -158,7 +158,7 @@ def test_layers_are_shared(fetcher: Fetcher, registry: Registry) -> None:
     registry.push("one", ImageParts.make([BASE]))
     registry.push("two", ImageParts.make([BASE, TOP_LAYER]))
     fetcher.fetch(docker_origin(f"{registry.host}/one"))
-    layer = fetcher.store.layer(hashlib.sha256(BASE).hexdigest())
+    layer = fetcher.store.layer(layer_name(BASE))
     before = layer.stat().st_ctime_ns
     fetcher.fetch(docker_origin(f"{registry.host}/two"))
     assert layer.stat().st_ctime_ns == before
@@ -169,7 +169,7 @@ def test_tags_and_digests(fetcher: Fetcher, registry: Registry) -> None:
     first = registry.push("tags", ImageParts.make([BASE]), "v1")
     registry.push("tags", ImageParts.make([TOP_LAYER]), "v2")
     by_digest = fetcher.fetch(docker_origin(f"{registry.host}/tags@{first}"))
-    assert by_digest.layers[0] == hashlib.sha256(BASE).hexdigest()
+    assert by_digest.layers[0] == layer_name(BASE)
     both = fetcher.fetch(docker_origin(f"{registry.host}/tags:v2@{first}"))
     assert both.layers == by_digest.layers
     text, kind = Fetcher(fetcher.store.root / "other").refuse(docker_origin(f"{registry.host}/tags:v3"))
@@ -197,7 +197,7 @@ def test_platform(fetcher: Fetcher, registry: Registry) -> None:
     for platform in ("", *tars):
         image = fetcher.fetch(docker_origin(place, platform=platform))
         tar = tars[platform or f"linux/{native()}"]
-        assert image.layers[0] == hashlib.sha256(tar).hexdigest()
+        assert image.layers[0] == layer_name(tar)
     text, kind = Fetcher(fetcher.store.root / "x").refuse(docker_origin(place, platform="linux/riscv64"))
     assert f"is there for linux/{native()}, linux/mips/v2, linux/s390x, not for linux/riscv64" in text
     assert kind == "DriverError"
@@ -218,7 +218,7 @@ def test_latest_is_asked_for_again(fetcher: Fetcher, registry: Registry) -> None
     first = fetcher.fetch(origin)
     registry.push("moving", ImageParts.make([TOP_LAYER]))
     second = fetcher.fetch(origin)
-    assert second.layers[0] == hashlib.sha256(TOP_LAYER).hexdigest() != first.layers[0]
+    assert second.layers[0] == layer_name(TOP_LAYER) != first.layers[0]
     third = fetcher.fetch(origin)
     assert third.layers == second.layers and third.fetched_at == second.fetched_at
     assert third.checked_at > second.checked_at
@@ -679,7 +679,7 @@ def test_saved_image(fetcher: Fetcher, tmp_path: Path, form: str) -> None:
     """Is what a registry would give."""
     parts = ImageParts.make([BASE, TOP_LAYER], Cmd=["/bin/x"])
     image = fetcher.fetch(saved(tmp_path, getattr(parts, form)()))
-    assert image.layers == (hashlib.sha256(TOP_LAYER).hexdigest(), hashlib.sha256(BASE).hexdigest(), "skeleton-1")
+    assert image.layers == (layer_name(TOP_LAYER), layer_name(BASE), "skeleton-1")
     assert image.config.command == ("/bin/x",)
     assert not list(fetcher.store.work.iterdir())
 
