@@ -1503,18 +1503,19 @@ class Fetch:
         must give it to this job, too; any other server must send all of it. So must one that is spoken to without
         encryption: who answers there is not known.
         """
-        self.keep(name)
         digest = want_digest(descriptor)
         proof = find_proof(self.store, name, registry.server, digest)
-        is_known = registry.server.startswith("https://") and proof.exists()
-        if is_known and self.store.layer(name).exists():
-            registry.check_access(descriptor)
-            self.room.take(measure(self.store.layer(name)))
-            return
+        if proof.exists() and registry.server.startswith("https://"):
+            self.keep(name)
+            if self.store.layer(name).exists():
+                registry.check_access(descriptor)
+                self.room.take(measure(self.store.layer(name)))
+                return
         # The part is this image's own: what another has begun may be another's secret, or nonsense.
         part = self.store.part(f"{self.key}.{digest.partition(':')[2]}")
         registry.download(descriptor, part, self.limit)
         try:
+            self.keep(name)
             self.bring_layer(part, name)
         finally:
             discard(part)

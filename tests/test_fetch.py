@@ -44,17 +44,6 @@ from tests.servers import (
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with FileServer() as running:
-        yield running
-
-
-@pytest.fixture
-def fetcher(tmp_path: Path) -> Fetcher:
-    return Fetcher(tmp_path / "store")
-
-
 def small_tree(*more: Entry) -> bytes:
     return make_tar([folder("./"), folder("./usr"), Entry("./usr/file", b"contents"), *more])
 

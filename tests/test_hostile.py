@@ -7,14 +7,43 @@ here, `NSPAWN_TEST_RACES=1000` for as often as one wants. Nothing in here may ev
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
+import signal
+import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.agent import Plugin, launch_like_agent
-from tests.containers import Tasks
+import driver
+import fetch
+from tests.agent import DriverError, Plugin, launch_like_agent
+from tests.containers import Tasks, eventually
+from tests.servers import (
+    Answer,
+    Blob,
+    Entry,
+    Fetcher,
+    FileServer,
+    ImageParts,
+    Liar,
+    Registry,
+    basic,
+    docker_origin,
+    folder,
+    layer_name,
+    make_deep,
+    make_tar,
+    pack_files,
+    redirect,
+    send,
+    stall,
+    url_origin,
+)
 
 pytestmark = pytest.mark.root
 
@@ -48,6 +77,241 @@ def hostile(strict: Plugin, image: Path) -> Iterator[Tasks]:
 
 
 # -- registries, archives and addresses ----------------------------------------------------------------------
+
+
+SECRET = b"of another job " + os.urandom(8).hex().encode()
+
+
+@pytest.fixture
+def private(fetcher: Fetcher, liar: Liar) -> Iterator[ImageParts]:
+    """An image that another job has fetched with its credentials, which the registry wants to see."""
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/secret", SECRET)])])
+    with Liar() as registry:
+        registry.serve(image)
+        registry.authorization = basic("ci", "secret")
+        registry.answers["/v2/x/manifests/latest"] = ask_for_credentials(registry)
+        fetcher.fetch(docker_origin(f"{registry.host}/x", username="ci", password="secret"))
+        assert "needs credentials" in fetcher.talk(fetcher.request(registry.origin))[-1]["error"]
+    yield image
+    assert fetcher.store.layer(layer_name(gzip.decompress(image.layers[0].data))).is_dir()
+
+
+def ask_for_credentials(registry: Liar) -> Answer:
+    def answer(request: Any) -> None:
+        if request.headers.get("Authorization") == registry.authorization:
+            registry.send_file(request, registry.files[request.path])
+        else:
+            send(request, 401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
+
+    return answer
+
+
+def see(fetcher: Fetcher, origin: driver.Origin) -> str:
+    """Return what the process that fetches says; nothing of the secret may be in the image."""
+    last = fetcher.talk(fetcher.request(origin))[-1]
+    image = fetcher.store.read(origin.key)
+    for layer in image.layers if image else ():
+        assert not (fetcher.store.layer(layer) / "usr/secret").exists()
+    return str(last.get("error"))
+
+
+@pytest.mark.parametrize("answer", ["nothing", "a byte", "another blob"])
+def test_layers_of_others(fetcher: Fetcher, liar: Liar, private: ImageParts, answer: str) -> None:
+    """Who knows the digests of a private image, and has a registry of their own, gets nothing of it."""
+    liar.serve(private)
+    path = f"/v2/x/blobs/{private.layers[0].digest}"
+    del liar.files[path]
+    if answer == "a byte":  # which is what it would be asked for, were it known to have the layer
+        liar.answers[path] = lambda request: send(request, 206, b"\x1f", {"Content-Range": "bytes 0-0/9999"})
+    if answer == "another blob":
+        liar.files[path] = gzip.compress(make_tar([folder("usr")]))
+    assert "a layer has another digest" in (said := see(fetcher, liar.origin)) or "is not there" in said
+
+
+def test_layers_of_others_by_another_digest(fetcher: Fetcher, liar: Liar, private: ImageParts) -> None:
+    mine = ImageParts.make([make_tar([folder("usr")])])
+    mine.config["rootfs"] = private.config["rootfs"]
+    mine.describe()
+    liar.serve(mine)
+    assert "contents are not what the image says" in see(fetcher, liar.origin)
+
+
+def test_layers_of_others_in_an_archive(fetcher: Fetcher, private: ImageParts, tmp_path: Path) -> None:
+    files = {**private.save(), "0/layer.tar": Blob(gzip.compress(make_tar([folder("usr")])))}
+    (tmp_path / "mine.tar").write_bytes(pack_files(files))
+    origin = driver.Origin("archive", str(tmp_path / "mine.tar"), "mine")
+    assert "contents are not what the image says" in see(fetcher, origin)
+
+
+def test_layers_of_others_at_the_same_registry(fetcher: Fetcher, tmp_path: Path) -> None:
+    """Which shows whether this job may have them; it is asked for one byte, not for all of it."""
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/secret", SECRET)])])
+    with Registry(tmp_path / "registry", tls=True) as registry:
+        fetcher.environ["SSL_CERT_FILE"] = str(registry.certificate)
+        registry.push("theirs", image)
+        registry.push("also-theirs", image)
+        fetcher.fetch(docker_origin(f"{registry.host}/theirs"))
+        registry.damage(image.layers[0].digest, b"x")  # so that it cannot be fetched again
+        fetcher.fetch(docker_origin(f"{registry.host}/also-theirs"))
+        registry.push("mine", image)  # it takes no manifest of layers that it has not got
+        shutil.rmtree(next(registry.directory.glob(f"data/**/mine/_layers/sha256/{image.layers[0].digest[7:]}")))
+        origin = docker_origin(f"{registry.host}/mine")
+        assert "is not there" in see(fetcher, origin)
+
+
+def test_an_archive_is_no_layer(fetcher: Fetcher, server: FileServer, liar: Liar) -> None:
+    """Only in a layer does .wh.x hide what is below: one must not stand for the other."""
+    upper = make_tar([folder("usr"), Entry("usr/.wh.gone")])
+    server.files["/image"] = upper
+    (tree,) = fetcher.fetch(url_origin(f"{server.url}/image")).layers
+    assert (fetcher.store.layer(tree) / "usr/.wh.gone").is_file()
+    liar.serve(ImageParts.make([upper]))
+    layer, _ = fetcher.fetch(liar.origin).layers
+    assert stat.S_ISCHR((fetcher.store.layer(layer) / "usr/gone").lstat().st_mode)
+
+
+def test_half_a_download_of_another_image(fetcher: Fetcher, liar: Liar) -> None:
+    """Rubbish in the place of a layer that somebody else will want spoils nothing for them."""
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/x", os.urandom(100000))])])
+    liar.serve(image)
+    fetcher.store.prepare()
+    with Liar() as other:
+        other.serve(image)
+        other.answers[f"/v2/x/blobs/{image.layers[0].digest}"] = stall(bytes(len(image.layers[0].data)), 5000)
+        process = fetcher.start(fetcher.request(other.origin))
+        eventually(lambda: any(path.stat().st_size for path in fetcher.store.parts.iterdir()))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    fetcher.fetch(liar.origin)
+    assert all("Range" not in seen.headers for seen in liar.seen)
+
+
+def test_a_trickle_holds_nobody_up(fetcher: Fetcher, liar: Liar, server: FileServer) -> None:
+    """Not who wants the same layer from elsewhere, and not those who remove what is unused."""
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/x", os.urandom(100000))])])
+    liar.serve(image)
+    server.files["/image"] = make_tar([folder("usr")])
+    fetcher.fetch(url_origin(f"{server.url}/image"))
+    with Liar() as other:
+        other.serve(image)
+        other.answers[f"/v2/x/blobs/{image.layers[0].digest}"] = stall(image.layers[0].data, 5000)
+        fetcher.settings["stall"] = 1000.0
+        process = fetcher.start(fetcher.request(other.origin))
+        try:
+            eventually(lambda: list(fetcher.store.parts.iterdir()))
+            fetcher.fetch(liar.origin)
+            assert fetcher.collect() > 0
+            assert not list(fetcher.store.images.iterdir()) and not list(fetcher.store.layers.iterdir())
+            assert len([path for path in fetcher.store.parts.iterdir() if path.suffix != ".etag"]) == 1
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def test_the_limit_is_for_the_whole_image(fetcher: Fetcher, liar: Liar) -> None:
+    fetcher.settings["limit"] = 50 << 20
+    layers = [make_tar([folder("usr"), Entry(f"usr/{name}", os.urandom(20 << 20))]) for name in "abc"]
+    liar.serve(ImageParts.make(layers[:2]))
+    fetcher.fetch(liar.origin)
+    liar.serve(ImageParts.make(layers), tag="more")
+    said = see(fetcher, docker_origin(f"{liar.host}/x:more"))
+    assert "has layers of 6" in said and "more than the 50 MB that image_size_limit" in said
+    liar.serve(ImageParts.make([make_tar([Entry(name, bytes(20 << 20))]) for name in "abc"]), tag="zeros")
+    said = see(fetcher, docker_origin(f"{liar.host}/x:zeros"))
+    assert "unpacks to more" in said and "more than the 50 MB that image_size_limit" in said
+
+
+@pytest.mark.parametrize("name", ["d/" * 3000 + "x", "/".join(["d" * 250] * 20)])
+def test_deep_archives(hostile: Tasks, name: str) -> None:
+    task = hostile.make("true", image="local/deep.tar", read_only=None, network_veth=True)
+    task.prestart()
+    place = Path(task.task_config().alloc_dir, task.name, "local/deep.tar")
+    place.write_bytes(make_tar([folder("usr"), Entry(name)]))
+    with pytest.raises(DriverError, match=r"the archive is refused: .* is too deep or too long"):
+        task.start()
+
+
+def test_deep_trees_are_collected(fetcher: Fetcher) -> None:
+    """Nothing in the store keeps all else from being removed."""
+    fetcher.store.prepare()
+    make_deep(fetcher.store.work / "half", 1200)
+    (fetcher.store.layers / f"tar-{'0' * 64}").mkdir()
+    assert fetcher.collect() == 2
+    assert not list(fetcher.store.layers.iterdir()) and not list(fetcher.store.work.iterdir())
+
+
+def test_a_disk_image_that_grows(fetcher: Fetcher, server: FileServer, tmp_path: Path) -> None:
+    """A qcow2 image may name one cluster again and again."""
+    make = ["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "disk"), "1T"]
+    subprocess.run(make, check=True, timeout=60)
+    fetcher.settings["limit"] = 50 << 20
+    server.files["/disk"] = (tmp_path / "disk").read_bytes()
+    text, _ = fetcher.refuse(url_origin(f"{server.url}/disk", "raw"))
+    assert "the disk image has 1099511627776 bytes" in text
+
+
+SECRETS_OF_CLOUDS = [
+    "169.254.99.1",
+    "100.100.100.200",
+    "168.63.129.16",
+    "192.0.0.192",
+    "fd00:ec2::254",
+    "fd20:ce::254",
+]
+
+
+@pytest.mark.parametrize("address", SECRETS_OF_CLOUDS)
+def test_addresses_of_clouds(fetcher: Fetcher, server: FileServer, address: str) -> None:
+    """Where they tell a machine its secrets; also behind a redirect, and in the forms that IPv6 has for them."""
+    host, add = (f"[{address}]", ["-6"]) if ":" in address else (address, ["-4"])
+    subprocess.run(["ip", *add, "address", "add", address, "dev", "lo", *["nodad"] * (":" in address)], check=True)
+    try:
+        with FileServer(address) as cloud:
+            cloud.files["/latest"] = make_tar([folder("usr"), Entry("usr/secret")])
+            there = f"http://{host}:{cloud.port}/latest"
+            server.answers["/image"] = redirect(there)
+            mapped = [f"http://[::ffff:{address}]:{cloud.port}/latest"] if "." in address else []
+            for url in (there, f"{server.url}/image", *mapped):
+                text, kind = fetcher.refuse(url_origin(url))
+                assert "images are not fetched from there" in text and kind == "DriverError"
+            assert cloud.seen == []
+    finally:
+        subprocess.run(["ip", *add, "address", "del", address, "dev", "lo"], check=True)
+
+
+@pytest.mark.parametrize("address", [
+    "fe80::1", "::ffff:169.254.169.254", "::169.254.169.254", "::ffff:0:169.254.169.254", "64:ff9b::a9fe:a9fe",
+    "64:ff9b:1:a9fe:a9:fe00::", "64:ff9b:1:a9:fe:a9fe::", "64:ff9b:1::a9:fea9:fe00:0", "64:ff9b:1::a9fe:a9fe",
+    "2002:a9fe:a9fe::1", "2002:a83f:8110::", "64:ff9b::a83f:8110", "2001:0:a9fe:a9fe::1",
+    "2001:0:102:304:0:0:5601:5601",
+])  # fmt: skip
+def test_addresses_in_other_forms(address: str) -> None:
+    with pytest.raises(driver.DriverError, match="images are not fetched from there"):
+        fetch.check_address(address)
+    for other in ("127.0.0.1", "::1", "192.0.2.7", "2001:db8::a9fe:a9fe", "64:ff9b::c000:207", "fd00:ec3::1"):
+        fetch.check_address(other)
+
+
+@pytest.mark.parametrize(
+    "host", ["169.254.169.254", "2852039166", "0xa9fea9fe", "169.254.169.254.", "[::ffff:a9fe:a9fe]"]
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_addresses_of_clouds_through_a_proxy(fetcher: Fetcher, server: FileServer, scheme: str, host: str) -> None:
+    fetcher.environ[f"{scheme}_proxy"] = server.url
+    text, _ = fetcher.refuse(url_origin(f"{scheme}://{host}/latest"))
+    assert "images are not fetched from there" in text
+    assert server.seen == []
+
+
+def test_a_redirect_past_the_proxy(fetcher: Fetcher, server: FileServer) -> None:
+    """The proxy's password is for the proxy."""
+    with FileServer() as proxy:
+        server.files["/image"] = make_tar([folder("usr")])
+        proxy.answers["http://images.example/image"] = redirect(f"{server.url}/image")
+        fetcher.environ |= {"http_proxy": f"http://user:pass@localhost:{proxy.port}", "no_proxy": "127.0.0.1"}
+        fetcher.fetch(url_origin("http://images.example/image"))
+        assert "Proxy-Authorization" in {key.title() for key in proxy.seen[0].headers}
+        assert "Proxy-Authorization" not in {key.title() for key in server.seen[0].headers}
 
 
 # -- options, permissions and names --------------------------------------------------------------------------

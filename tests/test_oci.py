@@ -26,6 +26,7 @@ from tests.servers import (
     Fetcher,
     FileServer,
     ImageParts,
+    Liar,
     Registry,
     TokenServer,
     basic,
@@ -54,11 +55,6 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
         yield running
 
 
-@pytest.fixture
-def fetcher(tmp_path: Path) -> Fetcher:
-    return Fetcher(tmp_path / "store")
-
-
 BASE = make_tar([
     folder("usr"), Entry("usr/kept", b"base"), Entry("usr/changed", b"base"), Entry("usr/gone", b"base"),
     folder("dir"), Entry("dir/old", b"base"), folder("hidden"), Entry("hidden/old", b"base"),
@@ -70,29 +66,6 @@ TOP_LAYER = make_tar([
     Entry(".wh.whole"), Entry(".wh.type"), folder("type"), Entry("type/inside", b"top"),
     Entry("hard", b"linked"), hard_link("dir/hard", "hard"), link("soft", "/usr/kept"),
 ])  # fmt: skip
-
-
-class Liar(FileServer):
-    """A registry of files: every manifest, blob and header is the test's."""
-
-    @property
-    def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def serve(self, image: ImageParts, name: str = "x", tag: str = "latest") -> None:
-        self.files[f"/v2/{name}/manifests/{tag}"] = json.dumps(image.manifest).encode()
-        for blob in (*image.layers, image.config_blob):
-            self.files[f"/v2/{name}/blobs/{blob.digest}"] = blob.data
-
-    @property
-    def origin(self) -> Any:
-        return docker_origin(f"{self.host}/x")
-
-
-@pytest.fixture
-def liar() -> Iterator[Liar]:
-    with Liar() as running:
-        yield running  # type: ignore[misc]
 
 
 # -- what is pulled ------------------------------------------------------------------------------------------

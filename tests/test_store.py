@@ -35,6 +35,7 @@ from tests.servers import (
     basic_auth,
     folder,
     link,
+    make_deep,
     make_tar,
     pack_files,
     pack_tree,
@@ -65,12 +66,6 @@ def empty(store: driver.Store) -> Iterator[driver.Store]:
 def tasks(plugin: Plugin, image: Path, store: driver.Store) -> Iterator[Tasks]:
     with Tasks(plugin, image) as made:
         yield made
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with FileServer() as running:
-        yield running
 
 
 def download(url: str, **more: object) -> dict[str, Any]:
@@ -484,21 +479,8 @@ def test_kill_at_any_moment_of_fetch_and_start(
 # -- removal -------------------------------------------------------------------------------------------------
 
 
-def make_deep(top: Path, levels: int) -> None:
-    """Make a directory of so many levels, with a file in each."""
-    here = os.open(top, os.O_RDONLY)
-    for _ in range(levels):
-        os.mkdir("d" * 100, dir_fd=here)
-        os.close(os.open("file", os.O_CREAT, dir_fd=here))
-        inner = os.open("d" * 100, os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = inner
-    os.close(here)
-
-
 def test_trees_of_any_depth_are_removed(tmp_path: Path) -> None:
     """Deeper than Python's stack, than paths may be long, and than there may be open files."""
-    (tmp_path / "tree").mkdir()
     make_deep(tmp_path / "tree", 5000)
     driver.remove_tree(tmp_path / "tree")
     assert list(tmp_path.iterdir()) == []
