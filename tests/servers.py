@@ -594,6 +594,12 @@ def docker_origin(reference: str, **more: Any) -> driver.Origin:
     return driver.Origin("docker", reference, f"docker://{reference}", **more)
 
 
+def layer_of(fetcher: Fetcher, server: FileServer, entries: Sequence[Entry]) -> Path:
+    server.files["/image"] = make_tar([folder("usr"), *entries])
+    (name,) = fetcher.fetch(url_origin(f"{server.url}/image")).layers
+    return fetcher.store.layer(name)
+
+
 @contextlib.contextmanager
 def stacked(layers: Sequence[Path], directory: Path) -> Iterator[Path]:
     """Mount layers, topmost first, over each other."""

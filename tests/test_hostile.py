@@ -8,11 +8,13 @@ here, `NSPAWN_TEST_RACES=1000` for as often as one wants. Nothing in here may ev
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import signal
 import stat
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,10 @@ from tests.servers import (
     basic,
     docker_origin,
     folder,
+    hard_link,
     layer_name,
+    layer_of,
+    link,
     make_deep,
     make_tar,
     pack_files,
@@ -312,6 +317,174 @@ def test_a_redirect_past_the_proxy(fetcher: Fetcher, server: FileServer) -> None
         fetcher.fetch(url_origin("http://images.example/image"))
         assert "Proxy-Authorization" in {key.title() for key in proxy.seen[0].headers}
         assert "Proxy-Authorization" not in {key.title() for key in server.seen[0].headers}
+
+
+@pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x"])
+def test_redirects_to_other_schemes(fetcher: Fetcher, server: FileServer, to: str) -> None:
+    server.answers["/image"] = redirect(to)
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "which is not followed" in text or "is not allowed" in text
+    assert kind == "DriverError"
+
+
+def test_credentials_do_not_go_to_another_host(fetcher: Fetcher, server: FileServer) -> None:
+    with FileServer() as other:
+        other.files["/image"] = make_tar([folder("usr")])
+        server.answers["/image"] = redirect(f"{other.url}/image")
+        fetcher.fetch(url_origin(f"{server.url}/image", username="ci", password="secret"))
+        assert server.seen[0].headers["Authorization"] == "Basic Y2k6c2VjcmV0"
+        assert "Authorization" not in other.seen[0].headers
+
+
+def test_who_has_no_credentials_does_not_get_what_others_have_fetched(
+    fetcher: Fetcher, server: FileServer
+) -> None:
+    server.authorization = "Basic Y2k6c2VjcmV0"
+    server.files["/image"] = make_tar([folder("usr")])
+    fetcher.fetch(url_origin(f"{server.url}/image", username="ci", password="secret"))
+    messages = fetcher.talk(fetcher.request(url_origin(f"{server.url}/image")))
+    assert "is denied" in messages[-1]["error"]
+
+
+def test_authorization_does_not_go_to_another_host(fetcher: Fetcher, liar: Liar) -> None:
+    image = ImageParts.make([make_tar([folder("usr")])])
+    with FileServer() as other:
+        liar.serve(image)
+        path = f"/v2/x/blobs/{image.layers[0].digest}"
+        other.files[path] = liar.files.pop(path)
+        seen_by_liar: list[str] = []
+
+        def blob(request: Any) -> None:
+            seen_by_liar.append(request.headers.get("Authorization", ""))
+            redirect(f"{other.url}{path}")(request)
+
+        def manifest(request: Any) -> None:
+            if "Authorization" in request.headers:
+                send(request, 200, json.dumps(image.manifest).encode())
+            else:
+                send(request, 401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
+
+        liar.answers |= {path: blob, "/v2/x/manifests/latest": manifest}
+        fetcher.fetch(docker_origin(f"{liar.host}/x", username="ci", password="secret"))
+        assert seen_by_liar == [basic("ci", "secret")]
+        assert [seen.headers.get("Authorization") for seen in other.seen] == [None]
+
+
+def test_credentials_stay_on_encrypted_ways(fetcher: Fetcher, tmp_path: Path) -> None:
+    """A registry with TLS whose challenge names a token server without."""
+    client = fetch.Client(5)
+    reference = fetch.Reference.parse("docker://registry.example/x")
+    registry = fetch.Registry(client, reference, fetch.Credentials("ci", "secret"), is_plain=False)
+    with FileServer() as server:
+        with pytest.raises(driver.DriverError, match="without encryption"):
+            registry.authorize([f'Bearer realm="{server.url}/token",service="x"'])
+        assert server.seen == []
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Path]:
+    """A file beside the store that no archive may change, read from or link to."""
+    path = tmp_path / "victim"
+    path.write_text("secret")
+    before = path.stat()
+    yield path
+    after = path.stat()
+    assert path.read_text() == "secret"
+    assert (before.st_mode, before.st_uid, before.st_nlink) == (after.st_mode, after.st_uid, after.st_nlink)
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["store", "victim"]
+
+
+UP = "../" * 12
+
+HARM = {
+    "dots": [Entry(f"usr/{UP}tmp/x")],
+    "dots at the start": [Entry("../x")],
+    "dots as a directory": [folder("usr/.."), folder("..")],
+    "through a link": [link("usr/out", "@"), Entry("usr/out/x", b"harm")],
+    "over a link's target": [link("out", "@"), folder("out/x")],
+    "a link to a link": [link("a", "b"), link("b", "@"), Entry("a/x", b"harm")],
+    "hard link to the host": [hard_link("x", "@/victim")],
+    "hard link by dots": [hard_link("x", f"{UP}etc/passwd")],
+    "hard link through a link": [link("out", "@"), hard_link("x", "out/victim")],
+    "hard link to nothing": [hard_link("x", "not/there")],
+    "a file's child": [Entry("file", b"x"), Entry("file/child", b"x")],
+    "overlay attributes": [folder("x", pax={"SCHILY.xattr.trusted.overlay.redirect": "/etc"})],
+    "overlay attributes of users": [Entry("x", pax={"SCHILY.xattr.user.overlay.opaque": "y"})],
+    "NUL": [Entry("x", pax={"path": "a\0b"})],
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_harm_is_refused(fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path, name: str) -> None:
+    for entry in HARM[name]:
+        entry.target = entry.target.replace("@", str(tmp_path))
+    server.files["/image"] = make_tar([folder("usr"), *HARM[name]])
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "the archive is refused: its entry" in text or "damaged" in text
+    assert kind == "DriverError"
+
+
+def test_absolute_names_stay_inside(fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path) -> None:
+    tree = layer_of(fetcher, server, [Entry(f"{tmp_path}/victim", b"harm"), Entry("//etc//passwd", b"x")])
+    assert (tree / str(victim)[1:]).read_text() == "harm"
+    assert (tree / "etc/passwd").read_text() == "x"
+
+
+def test_a_link_is_replaced_not_followed(
+    fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path
+) -> None:
+    for later in (Entry("x", b"new"), folder("x", 0o777), link("x", "other"), hard_link("x", "usr/file")):
+        entries = [Entry("usr/file", b"f"), link("x", str(victim)), later]
+        tree = layer_of(fetcher, server, entries)
+        assert os.readlink(tree / "x") != str(victim) if (tree / "x").is_symlink() else True
+
+
+def test_devices_are_left_out(fetcher: Fetcher, server: FileServer) -> None:
+    entries = [
+        Entry("dev/sda", kind=tarfile.BLKTYPE, device=(254, 0), mode=0o666),
+        Entry("dev/mem", kind=tarfile.CHRTYPE, device=(1, 1)),
+        Entry("usr/hidden", kind=tarfile.CHRTYPE, device=(0, 0)),  # a whiteout to overlayfs
+        Entry("pipe", kind=tarfile.FIFOTYPE, mode=0o622, uid=7),
+    ]
+    server.files["/image"] = make_tar([folder("usr"), *entries])
+    messages = fetcher.talk(fetcher.request(url_origin(f"{server.url}/image")))
+    assert {"note": "3 device nodes of the archive were left out"} in messages
+    (layer,) = fetcher.store.layers.iterdir()
+    assert list((layer / "dev").iterdir()) == [] and list((layer / "usr").iterdir()) == []
+    pipe = (layer / "pipe").lstat()
+    assert stat.S_ISFIFO(pipe.st_mode) and stat.S_IMODE(pipe.st_mode) == 0o622 and pipe.st_uid == 7
+
+
+def test_devices_and_attributes_in_layers(fetcher: Fetcher, liar: Liar) -> None:
+    entries = [folder("usr"), Entry("usr/x", kind=tarfile.CHRTYPE), Entry("dev/sda", kind=tarfile.BLKTYPE)]
+    liar.serve(ImageParts.make([make_tar(entries)]))
+    layer, _ = fetcher.fetch(liar.origin).layers
+    assert list((fetcher.store.layer(layer) / "usr").iterdir()) == []
+    for name in ("trusted.overlay.opaque", "user.overlay.opaque"):
+        liar.serve(ImageParts.make([make_tar([folder("usr", pax={f"SCHILY.xattr.{name}": "y"})])]), tag=name)
+        assert f"has the attribute {name}" in see(fetcher, docker_origin(f"{liar.host}/x:{name}"))
+
+
+def test_a_bomb(fetcher: Fetcher, server: FileServer) -> None:
+    """A gigabyte in a megabyte, and a file that says it has a terabyte."""
+    fetcher.settings["limit"] = 50 << 20
+    server.files["/image"] = gzip.compress(make_tar([folder("usr"), Entry("usr/zeros", bytes(200 << 20))]), 1)
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "more than the 50 MB that image_size_limit" in text
+    assert kind == "DriverError"
+    assert sum(path.lstat().st_size for path in fetcher.store.root.rglob("*")) < 10 << 20
+
+
+def test_a_bomb_for_memory(fetcher: Fetcher, server: FileServer) -> None:
+    """A header for a long name that says the name has three gigabytes."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
+    fetcher.settings["limit"] = 8 << 30
+    zeros = gzip.compress(bytes(12_000_000), 1) * 100
+    server.files["/image"] = gzip.compress(header.tobuf(tarfile.GNU_FORMAT)) + zeros
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "memory" in text
+    assert kind == "DriverError"
 
 
 # -- options, permissions and names --------------------------------------------------------------------------

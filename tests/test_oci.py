@@ -9,7 +9,6 @@ import json
 import os
 import stat
 import subprocess
-import tarfile
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,7 +38,6 @@ from tests.servers import (
     make_tar,
     native,
     pack_files,
-    redirect,
     send,
     stacked,
     status,
@@ -580,60 +578,12 @@ def test_an_index_that_lies(fetcher: Fetcher, liar: Liar) -> None:
     assert "is there for no platform" in fetcher.refuse(liar.origin)[0]
 
 
-def test_authorization_does_not_go_to_another_host(fetcher: Fetcher, liar: Liar) -> None:
-    image = ImageParts.make([BASE])
-    with FileServer() as other:
-        liar.serve(image)
-        path = f"/v2/x/blobs/{image.layers[0].digest}"
-        other.files[path] = liar.files.pop(path)
-        seen_by_liar: list[str] = []
-
-        def blob(request: Any) -> None:
-            seen_by_liar.append(request.headers.get("Authorization", ""))
-            redirect(f"{other.url}{path}")(request)
-
-        def manifest(request: Any) -> None:
-            if "Authorization" in request.headers:
-                send(request, 200, json.dumps(image.manifest).encode())
-            else:
-                send(request, 401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
-
-        liar.answers |= {path: blob, "/v2/x/manifests/latest": manifest}
-        fetcher.fetch(docker_origin(f"{liar.host}/x", username="ci", password="secret"))
-        assert seen_by_liar == [basic("ci", "secret")]
-        assert [seen.headers.get("Authorization") for seen in other.seen] == [None]
-
-
-def test_credentials_stay_on_encrypted_ways(fetcher: Fetcher, tmp_path: Path) -> None:
-    """A registry with TLS whose challenge names a token server without."""
-    client = fetch.Client(5)
-    reference = fetch.Reference.parse("docker://registry.example/x")
-    registry = fetch.Registry(client, reference, fetch.Credentials("ci", "secret"), is_plain=False)
-    with FileServer() as server:
-        with pytest.raises(DriverError, match="without encryption"):
-            registry.authorize([f'Bearer realm="{server.url}/token",service="x"'])
-        assert server.seen == []
-
-
 @pytest.mark.parametrize("code", [404, 429, 500])
 def test_status(fetcher: Fetcher, liar: Liar, code: int) -> None:
     liar.answers["/v2/x/manifests/latest"] = status(code)
     text, kind = fetcher.refuse(liar.origin)
     assert f"HTTP {code}" in text
     assert kind == ("DriverError" if code == 404 else "TransientError")
-
-
-def test_devices_and_attributes_in_layers(fetcher: Fetcher, registry: Registry) -> None:
-    registry.push("devices", ImageParts.make([
-        make_tar([folder("usr"), Entry("usr/x", kind=tarfile.CHRTYPE), Entry("dev/sda", kind=tarfile.BLKTYPE)])
-    ]))  # fmt: skip
-    image = fetcher.fetch(docker_origin(f"{registry.host}/devices"))
-    assert list((fetcher.store.layer(image.layers[0]) / "usr").iterdir()) == []
-    for name in ("trusted.overlay.opaque", "user.overlay.opaque"):
-        bad = make_tar([folder("usr", pax={f"SCHILY.xattr.{name}": "y"})])
-        registry.push("attributes", ImageParts.make([bad]))
-        text, _ = Fetcher(fetcher.store.root / name).refuse(docker_origin(f"{registry.host}/attributes"))
-        assert f"has the attribute {name}" in text
 
 
 def test_a_layer_without_an_end(fetcher: Fetcher, registry: Registry) -> None:
