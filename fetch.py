@@ -623,9 +623,9 @@ class Unpacker:
             with telling():
                 self.finish()
         except tarfile.TarError as error:
-            raise DriverError(f"this is no tar archive that can be unpacked: {error}") from None
+            raise DriverError(f"this is no tar archive that can be unpacked: {cut(str(error))}") from None
         except (ValueError, OverflowError, UnicodeError) as error:  # NUL in a name, a time beyond all clocks
-            raise DriverError(f"the archive is damaged: {error}") from None
+            raise DriverError(f"the archive is damaged: {cut(str(error))}") from None
         finally:
             self.close_directory()
         return str(source.digest.hexdigest())
