@@ -5067,21 +5067,23 @@ async def talk_to_fetcher(request: Mapping[str, object], silence: float) -> Asyn
     environ = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
     environ |= {"PATH": SAFE_PATH, "LANG": "C.UTF-8", "HOME": "/root"}
     argv = ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-IS", "-X", "utf8", "-c", FETCH]
-    ask, request_fd = os.pipe2(os.O_CLOEXEC)[::-1]
+    ask = os.memfd_create("request")  # and no pipe: a job's request may be larger than one takes without waiting
     answer_fd, answer = os.pipe2(os.O_CLOEXEC)
     process = NO_PROCESS
     try:
+        with open(ask, "wb", closefd=False) as file:
+            file.write(json.dumps(request).encode() + b"\n")
+        os.lseek(ask, 0, os.SEEK_SET)
         process = start_process(
-            [*argv, str(Path(__file__).parent)], environ=environ, stdin=request_fd, stdout=answer, stderr=answer
+            [*argv, str(Path(__file__).parent)], environ=environ, stdin=ask, stdout=answer, stderr=answer
         )
         os.close(answer)
         answer = -1
-        os.write(ask, json.dumps(request).encode() + b"\n")
         os.set_blocking(answer_fd, False)
         async for line in read_lines(answer_fd, silence):
             yield line
     finally:
-        for fd in (ask, request_fd, answer_fd, answer):
+        for fd in (ask, answer_fd, answer):
             if fd >= 0:
                 os.close(fd)
         with contextlib.suppress(ProcessLookupError):

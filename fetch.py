@@ -247,7 +247,8 @@ class Client:
         better."""
         data = urllib.parse.urlencode(form).encode() if form else None
         with explaining(url):
-            if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or parts.port == 0:  # raises ValueError for one beyond 65535
                 raise DriverError(f"{redact(url)} is no http or https address")
             request = urllib.request.Request(url, data, {"User-Agent": "nomad-driver-nspawn", **headers})
             return self.director.open(request, timeout=self.stall)
@@ -622,6 +623,8 @@ class Unpacker:
             source.drain()
             with telling():
                 self.finish()
+        except RecursionError:  # tarfile's, at headers that are about headers that are about headers
+            raise DriverError("the archive is refused: it has too many headers for one entry") from None
         except tarfile.TarError as error:
             raise DriverError(f"this is no tar archive that can be unpacked: {cut(str(error))}") from None
         except (ValueError, OverflowError, UnicodeError) as error:  # NUL in a name, a time beyond all clocks
@@ -1358,7 +1361,8 @@ class Fetch:
 
     def download(self) -> Path:
         """Fetch and check what an address holds."""
-        parts = urllib.parse.urlsplit(self.values["place"])
+        with explaining(self.values["place"]):
+            parts = urllib.parse.urlsplit(self.values["place"])
         credentials = Credentials(self.values.get("username") or "", self.values.get("password") or "")
         if "@" in parts.netloc and not credentials.header:
             names = [urllib.parse.unquote(part or "") for part in (parts.username, parts.password)]
@@ -1394,8 +1398,8 @@ class Fetch:
 
     def stack(self, layers: Sequence[str], config: Mapping[str, Any], digest: str = "") -> StoredImage:
         """Return an image of layers, the lowest first, and its maker's configuration."""
-        names = (*reversed(layers), self.make_skeleton())
-        return self.image(names, digest=digest, config=read_image_config(config))
+        names = dict.fromkeys((*reversed(layers), self.make_skeleton()))  # overlayfs takes none twice
+        return self.image(tuple(names), digest=digest, config=read_image_config(config))
 
     def unpack(self, path: Path, tree: Path, room: Room, wanted: str = "") -> str:
         """Unpack an archive to a new directory; return its contents' digest, which must be what is wanted."""
@@ -1602,7 +1606,7 @@ def main() -> None:
             return
         image = Fetch(store, request).run()
     except DriverError as error:
-        tell(error=str(error), kind=type(error).__name__)
+        tell(error=cut(str(error), 2000), kind=type(error).__name__)
     except MemoryError:
         tell(error="the image needs more memory to unpack than it may have", kind="DriverError")
     except OSError as error:

@@ -307,6 +307,13 @@ def test_progress_is_told(fetcher: Fetcher, server: FileServer) -> None:
 # -- where it may come from, and who gets what ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("url", ["http://[/x", "http://127.0.0.1:99999/", "http://a b/", "http://127.0.0.1:x/"])
+def test_broken_addresses(fetcher: Fetcher, url: str) -> None:
+    text, kind = fetcher.refuse(url_origin(url))
+    assert "is no address" in text
+    assert kind == "DriverError"
+
+
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "/etc/passwd"])
 def test_other_schemes(fetcher: Fetcher, url: str) -> None:
     text, kind = fetcher.refuse(url_origin(url))

@@ -475,6 +475,16 @@ def test_a_bomb(fetcher: Fetcher, server: FileServer) -> None:
     assert sum(path.lstat().st_size for path in fetcher.store.root.rglob("*")) < 10 << 20
 
 
+def test_a_bomb_for_the_stack(fetcher: Fetcher, server: FileServer) -> None:
+    """Headers about headers about headers, each of which tarfile reads inside of the one before."""
+    about = tarfile.TarInfo("x")
+    about.type = tarfile.XHDTYPE
+    server.files["/image"] = about.tobuf(tarfile.USTAR_FORMAT) * 2000 + make_tar([folder("usr")])
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "too many headers for one entry" in text
+    assert kind == "DriverError"
+
+
 def test_a_bomb_for_memory(fetcher: Fetcher, server: FileServer) -> None:
     """A header for a long name that says the name has three gigabytes."""
     header = tarfile.TarInfo("x")

@@ -136,6 +136,15 @@ def test_layers_are_shared(fetcher: Fetcher, registry: Registry) -> None:
     assert len(list(fetcher.store.layers.iterdir())) == 3
 
 
+def test_a_layer_that_is_there_twice(fetcher: Fetcher, registry: Registry, tmp_path: Path) -> None:
+    """As in images that several empty steps have made: overlayfs refuses to stack a directory twice."""
+    registry.push("twice", ImageParts.make([BASE, TOP_LAYER, BASE]))
+    image = fetcher.fetch(docker_origin(f"{registry.host}/twice"))
+    with stacked([fetcher.store.layer(name) for name in image.layers], tmp_path / "overlay") as tree:
+        found = read_tree(tree)
+    assert found["usr/changed"] == found["usr/gone"] == "base" and found["dir/new"] == "top"
+
+
 def test_tags_and_digests(fetcher: Fetcher, registry: Registry) -> None:
     first = registry.push("tags", ImageParts.make([BASE]), "v1")
     registry.push("tags", ImageParts.make([TOP_LAYER]), "v2")
