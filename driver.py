@@ -4893,14 +4893,14 @@ class Store:
             image = self.read(path.stem) if path.suffix == ".json" else None
             if image and (image.key in keys or self.last_use(image) > oldest or not is_free(image.key)):
                 kept.append(image)
-            elif path.suffix == ".json" or is_old(path, oldest):
+            elif path.suffix == ".json" or has_aged(path, oldest):
                 records.append(path)
         needed = {name for image in kept for name in image.layers} | {name for use in uses for name in use.layers}
         things = [path for folder in (self.layers, self.proofs) for path in list_directory(folder)
                   if find_owner(path) not in needed]  # fmt: skip
         things += [*list_directory(self.parts), *list_directory(self.work)]
         things += [path for path in list_directory(self.in_use) if not (STATE_ROOT / path.name).is_dir()]
-        return records + [path for path in things if is_old(path, oldest)]
+        return records + [path for path in things if has_aged(path, oldest)]
 
     def collect(self, delay: float) -> int:
         """Remove garbage; return how many things that were. What others hold the locks of stays: it is being
@@ -4933,7 +4933,7 @@ class Store:
     def remove_locks(self) -> None:
         """Remove the files of locks that nobody has held for a day."""
         for path in list_directory(self.locks):
-            if is_old(path, time.time() - 86400):
+            if has_aged(path, time.time() - 86400):
                 fd = self.try_lock(path.name, alone=True)
                 if fd is not None:
                     path.unlink()
@@ -4947,7 +4947,7 @@ def list_directory(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else []
 
 
-def is_old(path: Path, oldest: float) -> bool:
+def has_aged(path: Path, oldest: float) -> bool:
     """Tell whether something has not changed since a time; not if it is gone."""
     with contextlib.suppress(OSError):
         return path.lstat().st_ctime <= oldest
