@@ -87,7 +87,7 @@ from collections.abc import (
 )
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import grpc
@@ -510,8 +510,155 @@ def write_file(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path, onerror=lambda _, name, why: log.warn("cannot remove", path=name, error=str(why[1])))
+    """Remove a file, or a directory and all that is in it. Never follows a link below `path.parent`, never enters
+    another mount. What cannot be removed is logged, and all else goes. Blocks for as long as it takes: call it in
+    the event loop only for what no job has made."""
+    remover = TreeRemover()
+    try:
+        remover.run(path)
+    except OSError as error:
+        remover.errors.append(error)
+    finally:
+        remover.close()
+    if remover.errors:
+        shown = "; ".join(map(str, remover.errors[:5]))
+        log.warn("cannot remove all of a tree", path=str(path), errors=len(remover.errors), first=shown)
+
+
+@dataclass
+class TreeLevel:
+    """A directory that is being emptied."""
+
+    name: str  # in the directory above it
+    above: tuple[int, int]  # device and inode of that directory
+    pending: list[str] = field(default_factory=list)  # directories in it that are emptied next
+    stuck: set[str] = field(default_factory=set)  # what cannot be removed
+
+
+class TreeRemover:
+    """Empties directories of any depth, with two descriptors and no recursion: shutil.rmtree needs a descriptor
+    and a frame of Python a level (until 3.13), and paths end at 4,096 bytes. It goes down by names and up by "..",
+    which must be the directory that it came from."""
+
+    BATCH = 1000  # names kept at a time: a directory may hold millions
+
+    def __init__(self) -> None:
+        self.here = -1
+        self.errors: list[OSError] = []
+
+    def run(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.here = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            levels = [TreeLevel("", (0, 0), [path.name])]
+            while levels[0].pending or levels[1:]:
+                level = levels[-1]
+                if level.pending:
+                    levels += self.enter(level.pending.pop(), level)
+                elif len(levels) > 1 and not self.empty(level):
+                    levels.pop()
+                    self.leave(level, levels[-1])
+
+    def close(self) -> None:
+        if self.here >= 0:
+            os.close(self.here)
+
+    def enter(self, name: str, level: TreeLevel) -> list[TreeLevel]:
+        """Go into a directory and return its level; anything else is removed."""
+        try:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.here)
+        except NotADirectoryError:
+            self.remove(os.unlink, name, level)
+            return []
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self.errors.append(error)
+            level.stuck.add(name)
+            return []
+        if is_other_mount(inner, self.here):
+            os.close(inner)
+            self.errors.append(OSError(errno.EXDEV, "another file system is mounted there", name))
+            level.stuck.add(name)
+            return []
+        outer, self.here = self.here, inner
+        above = os.fstat(outer)
+        os.close(outer)
+        return [TreeLevel(name, (above.st_dev, above.st_ino))]
+
+    def empty(self, level: TreeLevel) -> list[str]:
+        """Remove the files of a directory, and note some of the directories in it: none when it is done."""
+        with os.scandir(self.here) as entries:
+            for entry in entries:
+                if entry.name in level.stuck:
+                    continue
+                if not entry.is_dir(follow_symlinks=False):
+                    self.remove(os.unlink, entry.name, level)
+                else:
+                    level.pending.append(entry.name)
+                    if len(level.pending) == self.BATCH:
+                        break
+        return level.pending
+
+    def leave(self, level: TreeLevel, above: TreeLevel) -> None:
+        """Go up, and remove the directory that has been left."""
+        outer = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.here)
+        os.close(self.here)
+        self.here = outer
+        found = os.fstat(outer)
+        if (found.st_dev, found.st_ino) != level.above:
+            raise OSError(errno.ESTALE, "was moved while it was being removed", level.name)
+        if level.stuck:
+            above.stuck.add(level.name)
+        else:
+            self.remove(os.rmdir, level.name, above)
+
+    def remove(self, how: Callable[..., None], name: str, level: TreeLevel) -> None:
+        try:
+            try:
+                how(name, dir_fd=self.here)
+            except PermissionError:  # root may do all, but for what `chattr` has set
+                unseal(self.here, name)
+                how(name, dir_fd=self.here)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.errors.append(error)
+            level.stuck.add(name)
+
+
+def is_other_mount(inner: int, outer: int) -> bool:
+    """Tell whether something is mounted on a directory. A subvolume of btrfs has a device of its own, too, but is
+    no mount."""
+    if os.fstat(inner).st_dev == os.fstat(outer).st_dev:
+        return False
+    texts = (read_text(Path(f"/proc/self/fdinfo/{fd}")) for fd in (inner, outer))
+    first, second = (re.findall(r"^mnt_id:.*", text, re.MULTILINE) for text in texts)
+    return first != second
+
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_SEALS = 0x10 | 0x20  # immutable, append-only
+
+
+def unseal(directory: int, name: str) -> None:
+    """Take off what keeps even root from removing a file: a container without a user namespace may set it."""
+    with contextlib.suppress(OSError):
+        clear_seals(directory)
+        kind = os.lstat(name, dir_fd=directory).st_mode
+        if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                clear_seals(fd)
+            finally:
+                os.close(fd)
+
+
+def clear_seals(fd: int) -> None:
+    flags = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+    number = struct.unpack("=Q", flags)[0]
+    if number & FS_SEALS:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", number & ~FS_SEALS))
 
 
 @functools.lru_cache(maxsize=1)
@@ -4722,11 +4869,16 @@ def explain_mount(plan: Plan, error: OSError) -> DriverError:
 #
 # Fetched images, by content, under /var/lib: root's alone, so that no set-uid program in them is in anybody's
 # reach. An image is a record that names its layers; a layer is a directory, or the file of a disk image. Nothing
-# has a name here before it is whole. Locks (flock) end with their holders, whoever kills them; a task's use stands
-# in a file that counts as long as the task's state directory is there. So nothing needs repair after a crash.
+# has a name here before it is whole, and no name in here is a stranger's: all are digests. Locks (flock) end with
+# their holders, whoever kills them; a task's use stands in a file that counts as long as the task's state
+# directory is there. So nothing needs repair after a crash. Who fetches an image holds its lock alone, and shares
+# those of its layers with others, so that nobody waits for another's download; who collects takes what is free.
 # =====================================================================================================
 
 STORE_ROOT = Path("/var/lib/nomad-driver-nspawn")
+
+# The same archive makes different trees as an image and as a layer, where some names mean whiteouts.
+LAYER_NAME = re.compile(r"(tar|layer)-[0-9a-f]{64}|[0-9a-f]{64}\.raw|skeleton-1")
 
 
 @dataclass(frozen=True)
@@ -4748,7 +4900,10 @@ class StoredImage:
         """Raise ValueError on what this version cannot read."""
         try:
             values = json.loads(text, object_hook=tuples)
-            return cls(**{**values, "config": ImageConfig(**values["config"])})
+            image = cls(**{**values, "config": ImageConfig(**values["config"])})
+            if not image.layers or not all(map(LAYER_NAME.fullmatch, image.layers)):
+                raise ValueError("a record without layers")
+            return image
         except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"a damaged record: {error}") from None
 
@@ -4778,28 +4933,33 @@ class Store:
         self.root = root
         self.images, self.layers, self.parts = root / "images", root / "layers", root / "parts"
         self.work, self.locks, self.in_use = root / "work", root / "locks", root / "uses"
+        self.proofs = (
+            root / "proofs"
+        )  # empty files: that a registry has sent a layer, see `find_proof` of fetch.py
+        self.trash = self.work / "trash"
 
     def prepare(self) -> None:
-        for path in (self.root, self.images, self.layers, self.parts, self.work, self.locks, self.in_use):
+        for path in (
+            self.root,
+            self.images,
+            self.layers,
+            self.parts,
+            self.work,
+            self.locks,
+            self.in_use,
+            self.proofs,
+        ):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def layer(self, name: str) -> Path:
         return self.layers / name
 
     def part(self, name: str) -> Path:
-        """Return where a download grows; whoever holds the lock of the name may write to it."""
+        """Return where a download grows. Up to a dot the name is the key of its image: whoever holds that lock may
+        write to it."""
         return self.parts / name
 
     # Locks
-
-    @contextlib.contextmanager
-    def hold(self, name: str, *, alone: bool = False) -> Iterator[None]:
-        """Hold a lock, waiting for it."""
-        fd = self.lock(name, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        try:
-            yield
-        finally:
-            os.close(fd)
 
     def lock(self, name: str, how: int) -> int:
         """Return a descriptor that holds a lock. Who removes a lock's file holds it alone: one got on a removed
@@ -4829,7 +4989,7 @@ class Store:
         """Return an image if all of it is there."""
         with contextlib.suppress(OSError, ValueError):
             image = StoredImage.parse((self.images / f"{key}.json").read_text())
-            if image.layers and all(self.layer(name).exists() for name in image.layers):
+            if all(self.layer(name).exists() for name in image.layers):
                 return image
         return None
 
@@ -4867,18 +5027,17 @@ class Store:
 
     def release(self, name: str) -> None:
         path = self.in_use / name
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            key = json.loads(path.read_text())["key"]
+        with contextlib.suppress(OSError):
+            use = read_use(path)
             path.unlink()
-            self.touch(key)
+            if use:
+                self.touch(use.key)
 
     def read_uses(self) -> list[Use]:
         uses = []
-        for path in sorted(self.in_use.iterdir()) if self.in_use.is_dir() else ():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                if not path.name.startswith(".") and (STATE_ROOT / path.name).is_dir():
-                    values = json.loads(path.read_text())
-                    uses.append(Use(values["task_id"], values["key"], tuple(values["layers"])))
+        for path in sorted(list_directory(self.in_use)):
+            use = None if path.name.startswith(".") or not (STATE_ROOT / path.name).is_dir() else read_use(path)
+            uses += [use] if use else []
         return uses
 
     # Collection
@@ -4886,70 +5045,90 @@ class Store:
     def find_garbage(self, delay: float, is_free: Callable[[str], bool] = lambda key: True) -> list[Path]:
         """Return what can go: images and layers that no task uses, for `delay` seconds now, and half things as
         old. `is_free` tells whether nobody is about to use an image."""
-        if not self.images.is_dir():
-            return []
         oldest = time.time() - delay
         uses = self.read_uses()
         keys = {use.key for use in uses}
-        kept, garbage = [], []
-        for path in self.images.glob("*.json"):
-            image = self.read(path.stem)
+        kept: list[StoredImage] = []
+        records = []
+        for path in list_directory(self.images):
+            image = self.read(path.stem) if path.suffix == ".json" else None
             if image and (image.key in keys or self.last_use(image) > oldest or not is_free(image.key)):
                 kept.append(image)
-            else:
-                garbage.append(path)
-        needed = {
-            name for layers in [thing.layers for thing in kept] + [use.layers for use in uses] for name in layers
-        }
-        garbage += [path for path in self.layers.iterdir() if self.is_garbage(path, needed, oldest)]
-        for folder in (self.parts, self.work, self.in_use):
-            garbage += [
-                path
-                for path in folder.iterdir()
-                if path.lstat().st_ctime <= oldest
-                and not (folder is self.in_use and (STATE_ROOT / path.name).is_dir())
-            ]
-        return garbage
-
-    def is_garbage(self, path: Path, needed: set[str], oldest: float) -> bool:
-        """Tell whether something among the layers belongs to nothing; nspawn keeps locks and copies there, too."""
-        owner = re.sub(r"^\.#(\.#machine\.)?|^\.#machine\.|\.lck$", "", path.name)
-        return not any(owner.startswith(name) for name in needed) and path.lstat().st_ctime <= oldest
+            elif path.suffix == ".json" or is_old(path, oldest):
+                records.append(path)
+        needed = {name for image in kept for name in image.layers} | {name for use in uses for name in use.layers}
+        things = [path for folder in (self.layers, self.proofs) for path in list_directory(folder)
+                  if find_owner(path) not in needed]  # fmt: skip
+        things += [*list_directory(self.parts), *list_directory(self.work)]
+        things += [path for path in list_directory(self.in_use) if not (STATE_ROOT / path.name).is_dir()]
+        return records + [path for path in things if is_old(path, oldest)]
 
     def collect(self, delay: float) -> int:
-        """Remove garbage; return how many things that were. Does nothing while anything is being fetched."""
-        whole = self.try_lock("store", alone=True)
-        if whole is None:
+        """Remove garbage; return how many things that were. What others hold the locks of stays: it is being
+        fetched, or a task is being started from it."""
+        collecting = self.try_lock("trash", alone=True)
+        if collecting is None:  # another process is at it
             return 0
-        held: list[int] = []
-
-        def is_free(key: str) -> bool:
-            fd = self.try_lock(key, alone=True)
-            held.extend([] if fd is None else [fd])
-            return fd is not None
-
-        trash = self.work / f"trash-{os.getpid()}"
+        held: dict[str, int] = {}
         try:
-            garbage = self.find_garbage(delay, is_free)
-            trash.mkdir(mode=0o700, exist_ok=True)
-            for number, path in enumerate(garbage):
+            # In two looks: with the locks held nobody can have come to want what the second one finds.
+            for name in sorted({find_owner(path) for path in self.find_garbage(delay)} - {"trash"})[
+                :MAX_COLLECTED
+            ]:
+                fd = self.try_lock(name, alone=True)
+                if fd is not None:
+                    held[name] = fd
+            garbage = [path for path in self.find_garbage(delay, held.__contains__) if find_owner(path) in held]
+            self.trash.mkdir(mode=0o700, exist_ok=True)
+            for path in garbage:
                 with contextlib.suppress(OSError):
-                    path.rename(trash / str(number))
+                    path.rename(self.trash / os.urandom(8).hex())
             self.remove_locks()
         finally:
-            for fd in (*held, whole):
+            for fd in held.values():
                 os.close(fd)
-        remove_tree(trash)  # may take long: nobody has to wait for it
+        remove_tree(self.trash)  # may take long: nobody has to wait for it
+        os.close(collecting)
         return len(garbage)
 
     def remove_locks(self) -> None:
         """Remove the files of locks that nobody has held for a day."""
-        for path in self.locks.iterdir():
-            if path.name != "store" and path.stat().st_mtime < time.time() - 86400:
+        for path in list_directory(self.locks):
+            if is_old(path, time.time() - 86400):
                 fd = self.try_lock(path.name, alone=True)
                 if fd is not None:
                     path.unlink()
                     os.close(fd)
+
+
+MAX_COLLECTED = 500  # locks held at a time, a descriptor each: the rest goes with the next collection
+
+
+def list_directory(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
+
+
+def is_old(path: Path, oldest: float) -> bool:
+    """Tell whether something has not changed since a time; not if it is gone."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_ctime <= oldest
+    return False
+
+
+def find_owner(path: Path) -> str:
+    """Return the name of the lock that is held for something in the store. Beside a layer nspawn keeps locks and
+    copies, with its name in theirs; an earlier version had names without a kind."""
+    layer = re.search(r"((tar|layer)-)?[0-9a-f]{64}(\.raw)?|skeleton-1", path.name)
+    if path.parent.name in ("layers", "proofs") and layer:
+        return layer[0]
+    return path.name.lstrip(".").partition(".")[0] or "trash"
+
+
+def read_use(path: Path) -> Use | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        values = json.loads(path.read_text())
+        return Use(values["task_id"], values["key"], tuple(map(str, values["layers"])))
+    return None
 
 
 # =====================================================================================================
@@ -5005,7 +5184,7 @@ class Fetching:
         async with contextlib.aclosing(talk_to_fetcher(self.request, self.silence)) as lines:
             async for line in lines:
                 message = parse_message(line)
-                if "error" in message:
+                if "kind" in message:
                     kind = FETCH_ERRORS.get(message["kind"], DriverError)
                     raise kind(f"image {self.name}: {message['error']}")
                 if "note" in message:
@@ -5049,21 +5228,23 @@ async def talk_to_fetcher(request: Mapping[str, object], silence: float) -> Asyn
     environ = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
     environ |= {"PATH": SAFE_PATH, "LANG": "C.UTF-8", "HOME": "/root"}
     argv = ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-IS", "-X", "utf8", "-c", FETCH]
-    ask, request_fd = os.pipe2(os.O_CLOEXEC)[::-1]
+    ask = os.memfd_create("request")  # and no pipe: a job's request may be larger than one takes without waiting
     answer_fd, answer = os.pipe2(os.O_CLOEXEC)
     process = NO_PROCESS
     try:
+        with open(ask, "wb", closefd=False) as file:
+            file.write(json.dumps(request).encode() + b"\n")
+        os.lseek(ask, 0, os.SEEK_SET)
         process = start_process(
-            [*argv, str(Path(__file__).parent)], environ=environ, stdin=request_fd, stdout=answer, stderr=answer
+            [*argv, str(Path(__file__).parent)], environ=environ, stdin=ask, stdout=answer, stderr=answer
         )
         os.close(answer)
         answer = -1
-        os.write(ask, json.dumps(request).encode() + b"\n")
         os.set_blocking(answer_fd, False)
         async for line in read_lines(answer_fd, silence):
             yield line
     finally:
-        for fd in (ask, request_fd, answer_fd, answer):
+        for fd in (ask, answer_fd, answer):
             if fd >= 0:
                 os.close(fd)
         with contextlib.suppress(ProcessLookupError):
@@ -5156,7 +5337,8 @@ class Fetches:
         try:
             async with contextlib.aclosing(talk_to_fetcher(request, 3600)) as lines:
                 async for line in lines:
-                    log.info("images collected", count=parse_message(line).get("collected", line))
+                    if "collected" in (message := parse_message(line)):
+                        log.info("images collected", count=message["collected"])
         except DriverError as error:
             log.warn("images cannot be collected", error=str(error))
 
@@ -5688,7 +5870,8 @@ async def remove_leftovers(state: State) -> None:
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
             (SETTINGS_ROOT / place).rmdir()
-    await remove_stale_locks(Path(state.image) if state.image else None)
+    image = Path(state.image) if state.image else None
+    await run_apart(lambda: remove_stale_locks(image))  # with them go copies of whole images
     if state.cgroup:
         await run_apart(lambda: remove_cgroup(state.cgroup))
     await remove_place(str(state.directory / "tmp"))  # what nspawn keeps of overlays, when it was killed
@@ -5697,20 +5880,15 @@ async def remove_leftovers(state: State) -> None:
 
 
 async def remove_place(place: str) -> None:
-    """Remove what a task has changed of its image, or nspawn's copy of that. Not by Python: a task makes trees as
-    deep and as large as it likes, and files nobody else should follow or wait for."""
-    if not place or not os.path.lexists(place):
-        return
-    argv = ["rm", "-rf", "--one-file-system", "--", place]
-    await start_process(argv, environ={"PATH": SAFE_PATH}).wait()
-    if os.path.lexists(place):
-        log.warn("cannot remove what a task has changed of its image", path=place)
+    """Remove what a task has changed of its image. In a thread: a task makes trees as large as it likes."""
+    if place:
+        await run_apart(lambda: remove_tree(Path(place)))
 
 
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
-async def remove_stale_locks(image: Path | None) -> None:
+def remove_stale_locks(image: Path | None) -> None:
     """Remove lock files that no process holds: an nspawn that was killed leaves them, for its range of ids and its
     image, and beside an ephemeral copy's the copy. Who makes a lock looks whether its file is still there."""
     places = [UID_LOCKS.glob("*"), (SETTINGS_ROOT / "locks").glob("*")]
@@ -5722,11 +5900,22 @@ async def remove_stale_locks(image: Path | None) -> None:
             image.parent.glob(f".#.#snapshot.{name}{'[0-9a-f]' * 16}.lck"),  # systemd 262
         ]
     for path in itertools.chain(*places):
-        with contextlib.suppress(OSError), open(path, "r+b") as file:
+        with contextlib.suppress(OSError), open_lock(path) as file:
             fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
             if path.name.startswith(".#.#"):
-                await remove_place(str(path.with_name(path.name[len(".#") : -len(".lck")])))
+                remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
             path.unlink()
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open the file of a lock. It may lie in a task's directory, where a task can put a link or a device there."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is no lock", str(path))
+        return open(f"/proc/self/fd/{fd}", "r+b")
+    finally:
+        os.close(fd)
 
 
 def remove_settings(machine: str) -> None:
@@ -7531,9 +7720,8 @@ class DriverService:
                     last = current
                 self.tasks.remind_machined()
                 await asyncio.sleep(FINGERPRINT_PERIOD)
-                await remove_stale_locks(
-                    None
-                )  # a process may have held one a moment longer than its task was there
+                # A process may have held one a moment longer than its task was there.
+                await run_apart(lambda: remove_stale_locks(None))
                 self.collect_images()
         finally:
             self.agents -= 1

@@ -29,13 +29,13 @@ import json
 import os
 import re
 import resource
-import shutil
 import socket
 import ssl
 import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -63,7 +63,9 @@ from driver import (
 CHUNK = 1 << 20
 MAX_DOCUMENT = 4 << 20  # bytes of a manifest, a configuration, a list of checksums
 MAX_LAYERS = 400  # the kernel stacks 500
-MAX_ENTRIES = 5_000_000
+MAX_ENTRIES = 5_000_000  # of an image
+MAX_DEPTH = 256  # directories in each other, of an archive
+MAX_PATH = 4095  # bytes of a name in an archive: what the kernel takes at once
 MAX_MEMORY = 1 << 30  # bytes of address space: headers and dictionaries of archives can ask for any amount
 
 
@@ -78,6 +80,24 @@ def tell(**values: object) -> None:
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(json.dumps(values) + "\n")
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Give a sign of life every second, during work that can say nothing of its own and waits for no stranger."""
+    done = threading.Event()
+
+    def go_on() -> None:
+        while not done.wait(1):
+            tell()
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class Meter:
@@ -100,35 +120,72 @@ class Meter:
 # Download
 #
 # urllib with what a root process on a client's network needs: http and https only, also after a redirect, never
-# from https to http; no credentials to another host than they are for; no link-local addresses, where clouds keep
-# secrets of the machine. Proxies are those of the agent's environment.
+# from https to http; no credentials to another host than they are for; no addresses at which clouds tell a machine
+# its secrets. Proxies are those of the agent's environment.
 # =====================================================================================================
 
-METADATA = {ipaddress.ip_address(address) for address in ("100.100.100.200", "fd00:ec2::254")}
+# Where clouds serve their machines: Alibaba, Azure, Oracle, AWS, Google. All others use link-local addresses.
+METADATA = tuple(
+    map(
+        ipaddress.ip_network,
+        ("100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32", "fd00:ec2::/32", "fd20:ce::254/128"),
+    )
+)
+# IPv6 addresses with an IPv4 address at their end: mapped, compatible, translated (RFC 6052).
+IPV4_AT_END = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "::ffff:0:0:0/96", "::/96", "64:ff9b::/96")))
+LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215: who runs it chooses the length of the prefix
 
 
-def check_peer(peer: socket.socket) -> None:
-    address = ipaddress.ip_address(peer.getpeername()[0].partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address.is_link_local or address in METADATA:
-        raise DriverError(f"{address} is a link-local address; images are not fetched from there")
+def check_address(text: str) -> None:
+    """Refuse an address at which there may be secrets of this machine, in whatever form it comes."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    for form in (address, *find_ipv4(address)):
+        if form.is_link_local or any(form in network for network in METADATA):
+            rule = "is a link-local address, or one where a cloud serves its machines"
+            raise DriverError(f"{address} {rule}; images are not fetched from there")
+
+
+def find_ipv4(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """Return the IPv4 addresses that an IPv6 address may lead to."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return []
+    data = address.packed
+    found = [address.sixtofour, *(address.teredo or ())]
+    if any(address in network for network in IPV4_AT_END):
+        found.append(ipaddress.IPv4Address(data[12:]))
+    if address in LOCAL_NAT64:
+        bits = data[:8] + data[9:]  # RFC 6052 leaves the ninth byte out
+        found += [ipaddress.IPv4Address(bits[start : start + 4]) for start in (6, 7, 8, 11)]
+    return [form for form in found if form]
 
 
 class PlainConnection(http.client.HTTPConnection):
+    """Looks at where it has been led before it says anything there, be it TLS's greeting."""
+
     def connect(self) -> None:
         super().connect()
-        check_peer(self.sock)
+        check_address(self.sock.getpeername()[0])
 
 
-class SecureConnection(http.client.HTTPSConnection):
-    def connect(self) -> None:
-        super().connect()
-        check_peer(self.sock)
+class SecureConnection(http.client.HTTPSConnection, PlainConnection):
+    pass
+
+
+def is_proxied(request: urllib.request.Request) -> bool:
+    """Tell whether a request goes to a proxy, which is the operator's choice and may have any address. What it is
+    asked for is looked up here, too, and judged; a name that is not known here is the proxy's to judge."""
+    if not (request.has_proxy() or getattr(request, "_tunnel_host", None)):
+        return False
+    host = urllib.parse.unquote(urllib.parse.urlsplit(request.full_url).hostname or "").rstrip(".")
+    with contextlib.suppress(socket.gaierror):
+        for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            check_address(str(entry[4][0]))
+    return True
 
 
 class PlainHandler(urllib.request.HTTPHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(PlainConnection, request)
+        return self.do_open(http.client.HTTPConnection if is_proxied(request) else PlainConnection, request)
 
 
 class SecureHandler(urllib.request.HTTPSHandler):
@@ -137,7 +194,8 @@ class SecureHandler(urllib.request.HTTPSHandler):
         self.own_context = context
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(SecureConnection, request, context=self.own_context)
+        kind = http.client.HTTPSConnection if is_proxied(request) else SecureConnection
+        return self.do_open(kind, request, context=self.own_context)
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
@@ -151,10 +209,12 @@ class RedirectHandler(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         before, after = origin(req.full_url), origin(newurl)
         if after[0] not in ("http", "https") or (before[0] == "https" and after[0] == "http"):
-            raise DriverError(f"{redact(req.full_url)} redirects to {redact(newurl)}, which is not followed")
+            raise DriverError(f"{redact(req.full_url)} redirects to {cut(redact(newurl))}, which is not followed")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request and before != after:
-            request.remove_header("Authorization")
+        if request:
+            request.remove_header("Proxy-authorization")  # comes back if the proxy is asked again
+            if before != after:
+                request.remove_header("Authorization")
         return request
 
 
@@ -185,11 +245,12 @@ class Client:
     def open(self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None) -> Any:
         """Return the response; a form is posted. Raises DriverError, and HTTPError for what the caller may know
         better."""
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise DriverError(f"{redact(url)} is no http or https address")
         data = urllib.parse.urlencode(form).encode() if form else None
-        request = urllib.request.Request(url, data, {"User-Agent": "nomad-driver-nspawn", **headers})
         with explaining(url):
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or parts.port == 0:  # raises ValueError for one beyond 65535
+                raise DriverError(f"{redact(url)} is no http or https address")
+            request = urllib.request.Request(url, data, {"User-Agent": "nomad-driver-nspawn", **headers})
             return self.director.open(request, timeout=self.stall)
 
     def read(
@@ -206,7 +267,7 @@ class Client:
 @contextlib.contextmanager
 def explaining(url: str) -> Iterator[None]:
     """Turn the many ways in which a transfer can fail into sentences."""
-    where = redact(url)
+    where = cut(redact(url))
     try:
         yield
     except urllib.error.HTTPError:
@@ -219,13 +280,15 @@ def explaining(url: str) -> Iterator[None]:
     except TimeoutError:
         raise TransientError(f"{where} has stalled") from None
     except http.client.InvalidURL as error:
-        raise DriverError(f"{where} is no address: {error}") from None
+        raise DriverError(f"{where} is no address: {cut(str(error))}") from None
     except http.client.HTTPException as error:
-        raise TransientError(f"the transfer from {where} broke off: {error!r}") from None
+        raise TransientError(f"the transfer from {where} broke off: {cut(str(error)) or 'no answer'}") from None
     except ssl.SSLError as error:
         raise TransientError(f"the transfer from {where} broke off: {error.reason}") from None
     except ConnectionError as error:
         raise TransientError(f"the transfer from {where} broke off: {explain_os(error)}") from None
+    except (ValueError, OverflowError) as error:  # a port beyond 65535, brackets without an IPv6 address, ...
+        raise DriverError(f"{where} or where it leads to is no address: {cut(str(error))}") from None
 
 
 def explain_os(reason: object) -> str:
@@ -304,16 +367,16 @@ class Download:
             raise
         with response:
             start = have if response.status == 206 and extra else 0
-            given = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            given = re.match(r"bytes ([0-9]{1,18})-", response.headers.get("Content-Range", ""))
             if start and (not given or int(given[1]) != start):
                 raise DriverError(f"{redact(self.url)}: the server sends another part than was asked for")
             etag = response.headers.get("ETag", "")
-            self.tag.write_text(etag if not etag.startswith("W/") else "")
+            self.tag.write_text(etag if re.fullmatch(r'"[!#-~]{0,200}"', etag) else "")
             self.receive(response, start)
 
     def receive(self, response: Any, start: int) -> None:
         length = response.headers.get("Content-Length", "")
-        self.total = start + int(length) if length.isdecimal() else None
+        self.total = start + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
         if (self.total or 0) > self.limit:
             raise too_large(f"{redact(self.url)} has {self.total} bytes", self.limit)
         meter = Meter("downloading", self.total or 0)
@@ -434,9 +497,9 @@ def start_tool(argv: Sequence[str], package: str, **streams: Any) -> subprocess.
 # Unpack
 #
 # tarfile reads, nothing of it writes: every entry is made here, below a directory of root's alone, one path
-# component after the other and never through a symbolic link, whoever made it. Refused: ".." in a name, hard links
-# out of the archive, attributes that mean something to overlayfs. Left out: devices (nspawn makes its own) and
-# sockets. Whiteouts become overlayfs's own, so that layers can be stacked.
+# component after the other and never through a symbolic link, whoever made it. Refused: ".." in a name, names that
+# are absurdly deep or long, hard links out of the archive, attributes that mean something to overlayfs. Left out:
+# devices (nspawn makes its own) and sockets. Whiteouts become overlayfs's own, so that layers can be stacked.
 # =====================================================================================================
 
 COMPRESSIONS = (  # magic, the tool, its package
@@ -490,6 +553,23 @@ class Source:
             pass
 
 
+@dataclass
+class Room:
+    """What an image may have unpacked, all its layers together."""
+
+    limit: int  # bytes
+    size: int = 0
+    entries: int = 0
+
+    def take(self, size: int, entries: int = 0) -> None:
+        self.size += size
+        self.entries += entries
+        if self.size > self.limit:
+            raise too_large("the image unpacks to more", self.limit)
+        if self.entries > MAX_ENTRIES:
+            raise DriverError(f"the image has more than the {MAX_ENTRIES} files and directories that it may have")
+
+
 class Entry(tarfile.TarInfo):
     """tarfile takes a damaged header in the middle for the archive's end; this does not."""
 
@@ -517,10 +597,8 @@ class LayerEntry(Entry):
 class Unpacker:
     """Makes the entries of an archive below `root`. With `is_layer`, whiteouts mean what OCI says."""
 
-    def __init__(self, root: Path, limit: int, *, is_layer: bool) -> None:
-        self.root, self.limit, self.is_layer = root, limit, is_layer
-        self.count = 0  # entries
-        self.size = 0  # bytes of all files
+    def __init__(self, root: Path, room: Room, *, is_layer: bool) -> None:
+        self.root, self.room, self.is_layer = root, room, is_layer
         self.devices = 0  # left out
         self.directories: dict[str, tarfile.TarInfo] = {}  # their modes and times are set when all is in them
         self.open_path: str | None = None
@@ -528,7 +606,7 @@ class Unpacker:
 
     def run(self, stream: IO[bytes]) -> str:
         """Return the sha256 of the archive, decompressed."""
-        source: Any = Source(stream, 2 * self.limit, "unpacking")
+        source: Any = Source(stream, 2 * self.room.limit, "unpacking")
         try:
             with tarfile.open(
                 fileobj=source,
@@ -540,22 +618,25 @@ class Unpacker:
             ) as archive:
                 while (entry := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # or all would stay in memory
-                    self.make(archive, entry)
+                    with refusing(entry.name):
+                        self.make(archive, entry)
             source.drain()
-            self.finish()
+            with telling():
+                self.finish()
+        except RecursionError:  # tarfile's, at headers that are about headers that are about headers
+            raise DriverError("the archive is refused: it has too many headers for one entry") from None
         except tarfile.TarError as error:
-            raise DriverError(f"this is no tar archive that can be unpacked: {error}") from None
+            raise DriverError(f"this is no tar archive that can be unpacked: {cut(str(error))}") from None
         except (ValueError, OverflowError, UnicodeError) as error:  # NUL in a name, a time beyond all clocks
-            raise DriverError(f"the archive is damaged: {error}") from None
+            raise DriverError(f"the archive is damaged: {cut(str(error))}") from None
         finally:
             self.close_directory()
         return str(source.digest.hexdigest())
 
     def make(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
-        self.count += 1
-        self.size += entry.size if entry.isreg() else 0
-        if self.count > MAX_ENTRIES or self.size > self.limit:
-            raise too_large("the image unpacks to more", self.limit)
+        if entry.size < 0:
+            raise refused(entry.name, f"says that it has {entry.size} bytes")
+        self.room.take(entry.size if entry.isreg() else 0, 1)
         parts = split_name(entry.name)
         if not parts:
             if entry.isdir():
@@ -595,6 +676,7 @@ class Unpacker:
                 if make:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(part, 0o755, dir_fd=fd)
+                        self.room.take(0, 1)
                 inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             finally:
                 os.close(fd)
@@ -613,7 +695,8 @@ class Unpacker:
         except FileNotFoundError:
             return
         if stat.S_ISDIR(found.st_mode):
-            shutil.rmtree(f"/proc/self/fd/{where}/{name}")
+            with telling():
+                remove_tree(Path(f"/proc/self/fd/{where}/{name}"))
         elif not (keep_whiteout and is_whiteout(found)):
             os.unlink(name, dir_fd=where)
 
@@ -674,7 +757,7 @@ class Unpacker:
             source = self.open_directory(parts[:-1])
             os.link(parts[-1], name, src_dir_fd=source, dst_dir_fd=where, follow_symlinks=False)
         except (OSError, IndexError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if isinstance(error, OSError) and error.errno in HOST_TROUBLE:
                 raise
             why = f"is a hard link to {cut(entry.linkname)!r}, and the archive has no such file before it"
             raise refused(entry.name, why) from None
@@ -687,7 +770,7 @@ class Unpacker:
             parts = [part for part in path.split("/") if part != "."]
             try:
                 fd = self.descend(parts, make=False)
-            except OSError:  # replaced by something else later on
+            except (FileNotFoundError, NotADirectoryError):  # replaced by something else later on
                 continue
             try:
                 set_owner(fd, entry)
@@ -700,7 +783,26 @@ def split_name(name: str) -> list[str]:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise refused(name, 'leads out of the image by ".."')
+    if len(parts) > MAX_DEPTH or len(name.encode("utf-8", "surrogateescape")) > MAX_PATH:
+        rule = f"{MAX_DEPTH} directories and {MAX_PATH} bytes are the most that are unpacked"
+        raise refused(name, f"is too deep or too long: {rule}")
     return parts
+
+
+HOST_TROUBLE = frozenset((
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,
+))  # fmt: skip
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn what the kernel does not want to make into a refusal of the archive, unless the host is the reason."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in HOST_TROUBLE:
+            raise
+        raise refused(name, f"cannot be made: {error.strerror}") from None
 
 
 def refused(name: str, why: str) -> DriverError:
@@ -779,7 +881,7 @@ class Reference:
             re.fullmatch(rf"{component}(?:/{component})*", name)
             and (not colon or re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII))
             and (not digest or DIGEST.fullmatch(digest))
-            and re.fullmatch(r"[A-Za-z0-9.-]+(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?", host)
+            and re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?", host)
         ):
             raise DriverError(
                 "this is no name of an image: it is docker://HOST/NAME:TAG or docker://HOST/NAME@sha256:..."
@@ -875,8 +977,12 @@ class Registry:
         self.schemes = ["http"] if is_plain else ["https", *(["http"] if is_loopback(reference.host) else [])]
         self.authorization: dict[str, str] = {}
 
+    @property
+    def server(self) -> str:
+        return f"{self.schemes[0]}://{self.reference.server}"
+
     def url(self, path: str) -> str:
-        return f"{self.schemes[0]}://{self.reference.server}/v2/{self.reference.name}/{path}"
+        return f"{self.server}/v2/{self.reference.name}/{path}"
 
     def retrying(self, act: Callable[[], Any]) -> Any:
         """Do something that may need authorization first, or the plain http of a registry on this machine."""
@@ -901,7 +1007,7 @@ class Registry:
     def authorize(self, challenges: Sequence[str]) -> None:
         for challenge in challenges:
             scheme, _, rest = challenge.partition(" ")
-            values = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+            values = dict(re.findall(r'\b(\w{1,50})="([^"]*)"', rest[:8192]))
             if scheme.lower() == "bearer" and values.get("realm"):
                 self.authorization = {"Authorization": f"Bearer {self.fetch_token(values)}"}
                 return
@@ -912,7 +1018,7 @@ class Registry:
 
     def fetch_token(self, challenge: Mapping[str, str]) -> str:
         realm = challenge["realm"]
-        if self.schemes[0] == "https" and urllib.parse.urlsplit(realm).scheme != "https":
+        if self.schemes[0] == "https" and not realm.lower().startswith("https://"):
             raise DriverError(f"the registry {self.reference.host} asks to send credentials without encryption")
         query = {key: challenge[key] for key in ("service", "scope") if challenge.get(key)}
         query.setdefault("scope", f"repository:{self.reference.name}:pull")
@@ -958,11 +1064,15 @@ class Registry:
             raise DriverError(f"{self.shown}: the image's configuration has another digest than its manifest says")
         return parse_json(data, "the image's configuration")
 
+    def check_access(self, descriptor: Mapping[str, Any]) -> None:
+        """Raise unless the registry gives a layer to this job: its first byte is asked for, as a server to which
+        it redirects may allow nothing but GET."""
+        url = self.url(f"blobs/{want_digest(descriptor)}")
+        self.retrying(lambda: self.client.open(url, {"Range": "bytes=0-0", **self.authorization}).close())
+
     def download(self, descriptor: Mapping[str, Any], part: Path, limit: int) -> None:
         """Fetch a layer as the manifest describes it."""
-        digest, size = want_digest(descriptor), descriptor.get("size")
-        if not isinstance(size, int) or not 0 <= size <= limit:
-            raise too_large(f"a layer has {size} bytes", limit)
+        digest, size = want_digest(descriptor), want_size(descriptor, limit)
         blob = Download(self.client, self.url(f"blobs/{digest}"), part, limit=size, is_fixed=True)
         self.retrying(lambda: blob.run(lambda: self.authorization))
         if blob.size != size or "sha256:" + hash_file(part, "sha256") != digest:
@@ -987,6 +1097,13 @@ def want_digest(descriptor: object) -> str:
     if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
         raise DriverError(f"the manifest has a digest that is none: {cut(repr(digest))}")
     return digest
+
+
+def want_size(descriptor: Mapping[str, Any], limit: int) -> int:
+    size = descriptor.get("size")
+    if not isinstance(size, int) or not 0 <= size <= limit:
+        raise too_large(f"a layer has {cut(str(size))} bytes", limit)
+    return size
 
 
 @dataclass(frozen=True)
@@ -1019,7 +1136,8 @@ class Platform:
 
 
 def choose_manifest(index: Mapping[str, Any], wanted: Platform, shown: str) -> str:
-    entries = [entry for entry in index["manifests"] if isinstance(entry, dict)]
+    manifests = index["manifests"]
+    entries = [entry for entry in manifests if isinstance(entry, dict)] if isinstance(manifests, list) else []
     platforms = [(Platform.read(entry.get("platform")), entry) for entry in entries]
     for platform, entry in platforms:
         if platform.fits(wanted):
@@ -1031,7 +1149,7 @@ def choose_manifest(index: Mapping[str, Any], wanted: Platform, shown: str) -> s
 def check_platform(config: Mapping[str, Any], wanted: Platform, shown: str) -> None:
     platform = Platform.read(config)
     if platform.architecture and not platform.fits(wanted):
-        raise DriverError(f"{shown} is there for {platform}, not for {wanted}")
+        raise DriverError(f"{shown} is there for {cut(str(platform))}, not for {wanted}")
 
 
 def read_layer_names(config: Mapping[str, Any], count: int, shown: str) -> list[str]:
@@ -1042,7 +1160,12 @@ def read_layer_names(config: Mapping[str, Any], count: int, shown: str) -> list[
         raise DriverError(f"{shown} is no image of file system layers")
     if count > MAX_LAYERS:
         raise DriverError(f"{shown} has {count} layers; {MAX_LAYERS} can be stacked")
-    return [want_digest({"digest": diff_id}).partition(":")[2] for diff_id in ids]
+    return ["layer-" + want_digest({"digest": diff_id}).partition(":")[2] for diff_id in ids]
+
+
+def clean(value: object) -> str:
+    """Return a text that a program can be given, "" for all else: JSON may hold NUL and halves of characters."""
+    return value if isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value) else ""
 
 
 def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
@@ -1050,17 +1173,17 @@ def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
     inner = config.get("config")
     inner = inner if isinstance(inner, dict) else {}
 
+    def text(name: str) -> str:
+        return clean(inner.get(name))
+
     def words(name: str) -> tuple[str, ...]:
         value = inner.get(name)
-        return tuple(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else ()
-
-    def text(name: str) -> str:
-        value = inner.get(name)
-        return value if isinstance(value, str) and "\0" not in value else ""
+        is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return tuple(item for item in value or () if item == clean(item)) if is_list else ()
 
     return ImageConfig(
-        env=tuple(item for item in words("Env") if "=" in item and "\0" not in item),
-        command=tuple(word for word in (*words("Entrypoint"), *words("Cmd")) if "\0" not in word),
+        env=tuple(item for item in words("Env") if "=" in item),
+        command=(*words("Entrypoint"), *words("Cmd")),
         user=text("User"),
         working_directory=os.path.join("/", text("WorkingDir")) if text("WorkingDir") else "",
         stop_signal=text("StopSignal"),
@@ -1133,8 +1256,21 @@ def blob_path(descriptor: object) -> str:
 # Fetch
 #
 # A request to an image in the store. The lock of the image's key is held all along: who asks for the same image
-# meanwhile waits, and finds it there. The lock of the store is shared: nothing is collected meanwhile.
+# meanwhile waits, and finds it there. The locks of its layers are shared: no layer is collected meanwhile, and
+# nobody waits for another image's download, which a stranger can make last for ever.
 # =====================================================================================================
+
+
+@contextlib.contextmanager
+def hold(store: Store, name: str, *, alone: bool = False) -> Iterator[None]:
+    """Hold a lock, waiting for it."""
+    with telling():
+        while (fd := store.try_lock(name, alone=alone)) is None:
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 @dataclass
@@ -1145,55 +1281,75 @@ class Fetch:
     values: Mapping[str, Any]
     limit: int = 0
     client: Client = field(init=False)
+    work: Path = field(init=False)
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    room: Room = field(init=False)
 
     def __post_init__(self) -> None:
         self.limit = int(self.values["limit"])
+        self.room = Room(self.limit)
         self.client = Client(float(self.values["stall"]))
+        self.work = self.store.work / self.key
 
     @property
     def key(self) -> str:
         return str(self.values["key"])
 
+    def keep(self, name: str, *, alone: bool = False) -> None:
+        """Hold a lock until the image is in the store."""
+        self.held.enter_context(hold(self.store, name, alone=alone))
+
     def run(self) -> StoredImage:
         self.store.prepare()
-        with self.store.hold("store"), self.store.hold(self.key, alone=True):
+        with self.held:
+            self.keep(self.key, alone=True)
             found = self.store.read(self.key)
             if found and not self.is_old(found):
                 return found
-            work = make_work(self.store, self.key)
+            self.remove_work()
             try:
-                image = self.fetch(found, work)
+                self.work.mkdir(mode=0o700)
+                image = self.fetch(found)
             except TransientError as error:
                 if not found or self.values["force"]:
                     raise
                 tell(note=f"{error}; the copy of {found.name} that is here already is used")
                 image = found
             except DriverError:
-                discard(self.store.part(self.key))  # what is wrong is not gone on with
+                self.discard_parts()  # what is wrong is not gone on with
                 raise
             finally:
-                shutil.rmtree(work, ignore_errors=True)
+                self.remove_work()
             self.store.write(image)
             return image
+
+    def remove_work(self) -> None:
+        with telling():
+            remove_tree(self.work)
+
+    def discard_parts(self) -> None:
+        for path in self.store.parts.glob(f"{self.key}*"):
+            path.unlink()
 
     def is_old(self, found: StoredImage) -> bool:
         """Tell whether to ask again where the image comes from; not if somebody has while this waited."""
         return bool(self.values["force"] or self.values["refresh"]) and found.checked_at < self.values["asked_at"]
 
-    def fetch(self, found: StoredImage | None, work: Path) -> StoredImage:
+    def fetch(self, found: StoredImage | None) -> StoredImage:
         kind = self.values["type"]
         if kind == "docker":
             return self.fetch_docker(found)
-        path = Path(self.values["place"]) if kind == "archive" else self.download(work)
+        path = Path(self.values["place"]) if kind == "archive" else self.download()
         if kind == "archive":
             path = self.pin(path)
-        image = self.image((self.convert(path, work),)) if kind == "raw" else self.load(path, work / "tree")
-        discard(self.store.part(self.key))
+        image = self.image((self.convert(path),)) if kind == "raw" else self.load(path)
+        self.discard_parts()
         return image
 
     def image(self, layers: tuple[str, ...], **more: Any) -> StoredImage:
         now = time.time()
-        sizes = tuple(measure(self.store.layer(name)) for name in layers)
+        with telling():
+            sizes = tuple(measure(self.store.layer(name)) for name in layers)
         return StoredImage(self.key, self.values["name"], self.values["type"], layers, sizes, now, now, **more)
 
     def pin(self, path: Path) -> Path:
@@ -1203,9 +1359,10 @@ class Fetch:
             raise DriverError(f"{path} has become something else meanwhile")
         return Path(f"/proc/self/fd/{fd}")
 
-    def download(self, work: Path) -> Path:
+    def download(self) -> Path:
         """Fetch and check what an address holds."""
-        parts = urllib.parse.urlsplit(self.values["place"])
+        with explaining(self.values["place"]):
+            parts = urllib.parse.urlsplit(self.values["place"])
         credentials = Credentials(self.values.get("username") or "", self.values.get("password") or "")
         if "@" in parts.netloc and not credentials.header:
             names = [urllib.parse.unquote(part or "") for part in (parts.username, parts.password)]
@@ -1220,63 +1377,79 @@ class Fetch:
         if self.values["checksum"]:
             check_checksum(part, self.values["checksum"])
         if self.values["verify"] != "no":
-            check_published(self.client, url, credentials.header, part, self.values["verify"], work)
+            check_published(self.client, url, credentials.header, part, self.values["verify"], self.work)
         return part
 
-    def load(self, path: Path, tree: Path) -> StoredImage:
+    def load(self, path: Path) -> StoredImage:
         """Bring what an archive holds into the store: the tree of a system, or an image of layers."""
-        name = self.unpack(path, tree)
+        tree = self.work / "tree"
+        name = "tar-" + self.unpack(path, tree, Room(self.limit))
         saved = Saved(tree, self.values["name"])
         if not saved.is_there:
-            commit(self.store, tree, name)
+            self.commit(tree, name)
             return self.image((name,))
         config, blobs = saved.parts()
         check_platform(config, Platform.parse(""), saved.shown)
         layers = read_layer_names(config, len(blobs), saved.shown)
         for blob, layer in zip(blobs, layers, strict=True):
-            with self.store.hold(layer, alone=True):
-                if not self.store.layer(layer).exists():
-                    self.unpack_layer(blob, layer)
+            self.keep(layer)
+            self.bring_layer(blob, layer)
         return self.stack(layers, config)
 
     def stack(self, layers: Sequence[str], config: Mapping[str, Any], digest: str = "") -> StoredImage:
         """Return an image of layers, the lowest first, and its maker's configuration."""
-        names = (*reversed(layers), self.make_skeleton())
-        return self.image(names, digest=digest, config=read_image_config(config))
+        names = dict.fromkeys((*reversed(layers), self.make_skeleton()))  # overlayfs takes none twice
+        return self.image(tuple(names), digest=digest, config=read_image_config(config))
 
-    def unpack(self, path: Path, tree: Path, wanted: str = "") -> str:
+    def unpack(self, path: Path, tree: Path, room: Room, wanted: str = "") -> str:
         """Unpack an archive to a new directory; return its contents' digest, which must be what is wanted."""
         tree.mkdir(mode=0o755)
-        unpacker = Unpacker(tree, self.limit, is_layer=bool(wanted))
+        unpacker = Unpacker(tree, room, is_layer=bool(wanted))
         digest = ""
         # Outside, so that the tool ends; what has filled the memory is free afterwards.
         with contextlib.suppress(MemoryError), decompressed(path) as stream:
             digest = unpacker.run(stream)
         if not digest:
             raise DriverError("the archive needs more memory to unpack than it may have")
-        if wanted and digest != wanted:
-            raise DriverError(f"a layer's contents are not what the image says they are (sha256:{wanted})")
+        if wanted:
+            check_contents(digest, wanted)
         if unpacker.devices:
             tell(note=f"{unpacker.devices} device nodes of the archive were left out")
         return digest
 
-    def convert(self, path: Path, work: Path) -> str:
+    def convert(self, path: Path) -> str:
         """Make a disk image out of a download: decompressed, from qcow2 to raw, with holes."""
         name = f"{hash_file(path, 'sha256')}.raw"
-        disk = work / "disk.raw"
+        disk = self.work / "disk.raw"
         with decompressed(path) as stream, open(disk, "wb") as target:
             source = Source(stream, self.limit, "unpacking")
             copy_sparse(source, target)
         with open(disk, "rb") as file:
-            magic = file.read(4)
-        if magic == b"QFI\xfb":
-            disk = convert_qcow2(disk, work)
+            head = file.read(32)
+        if head.startswith(b"QFI\xfb"):
+            size = int.from_bytes(head[24:32], "big")  # clusters may be named again and again: not the file's
+            if size > self.limit:
+                raise too_large(f"the disk image has {size} bytes", self.limit)
+            disk = convert_qcow2(disk, self.work)
         if disk.stat().st_size > self.limit:
             raise too_large(f"the disk image has {disk.stat().st_size} bytes", self.limit)
         check_disk(disk)
         disk.chmod(0o600)
-        commit(self.store, disk, name)
+        self.commit(disk, name)
         return name
+
+    def commit(self, made: Path, name: str) -> None:
+        """Give something whole its name in the store. What is there already is the same: names are digests."""
+        self.keep(name)
+        with telling():  # without the sync a power failure might leave the name alone
+            run(["sync", "--file-system", str(made)], timeout=600)
+        target = self.store.layer(name)
+        try:
+            if not target.exists():
+                made.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
 
     def fetch_docker(self, found: StoredImage | None) -> StoredImage:
         reference = Reference.parse(self.values["place"])
@@ -1298,14 +1471,13 @@ class Fetch:
 
     def make_skeleton(self) -> str:
         """Make what nspawn wants of every tree, as the lowest layer: an image may hold one program and no more."""
-        with self.store.hold(SKELETON, alone=True):
-            if not self.store.layer(SKELETON).exists():
-                work = make_work(self.store, SKELETON)
-                for name in ("alloc", "dev", "etc", "local", "proc", "run", "secrets", "sys", "tmp", "usr", "var"):
-                    (work / "tree" / name).mkdir(parents=True)
-                (work / "tree/tmp").chmod(0o1777)
-                commit(self.store, work / "tree", SKELETON)
-                work.rmdir()
+        self.keep(SKELETON)
+        if not self.store.layer(SKELETON).exists():
+            tree = self.work / "skeleton"
+            for name in ("alloc", "dev", "etc", "local", "proc", "run", "secrets", "sys", "tmp", "usr", "var"):
+                (tree / name).mkdir(parents=True)
+            (tree / "tmp").chmod(0o1777)
+            self.commit(tree, SKELETON)
         return SKELETON
 
     def fetch_layers(
@@ -1316,54 +1488,69 @@ class Fetch:
         if not isinstance(descriptors, list):
             raise DriverError(f"{registry.shown} is no image of file system layers")
         layers = read_layer_names(config, len(descriptors), registry.shown)
-        for descriptor, name in zip(descriptors, layers, strict=True):
+        for descriptor in descriptors:
             want_digest(descriptor)
             if not LAYERS.fullmatch(str(descriptor.get("mediaType"))) or descriptor.get("urls"):
                 kind = cut(str(descriptor.get("mediaType")))
                 raise DriverError(f"{registry.shown} has a layer of a kind that is not fetched ({kind})")
+        total = sum(want_size(descriptor, self.limit) for descriptor in descriptors)
+        if total > self.limit:
+            raise too_large(f"{registry.shown} has layers of {total} bytes", self.limit)
+        for descriptor, name in zip(descriptors, layers, strict=True):
             self.fetch_layer(registry, descriptor, name)
         return layers
 
     def fetch_layer(self, registry: Registry, descriptor: Mapping[str, Any], name: str) -> None:
-        """Bring one layer into the store unless it is there. Other images may want it at the same time."""
-        with self.store.hold(name, alone=True):
+        """Bring one layer into the store.
+
+        What is there already may be another job's secret, and its digest is none. So the server that has sent it
+        must give it to this job, too; any other server must send all of it. So must one that is spoken to without
+        encryption: who answers there is not known.
+        """
+        digest = want_digest(descriptor)
+        proof = find_proof(self.store, name, registry.server, digest)
+        if proof.exists() and registry.server.startswith("https://"):
+            self.keep(name)
             if self.store.layer(name).exists():
+                registry.check_access(descriptor)
+                self.room.take(measure(self.store.layer(name)))
                 return
-            part = self.store.part(name)
-            registry.download(descriptor, part, self.limit)
-            try:
-                self.unpack_layer(part, name)
-            finally:
-                discard(part)
-
-    def unpack_layer(self, path: Path, name: str) -> None:
-        """Unpack a layer into the store, under the lock of its name."""
-        work = make_work(self.store, name)
+        # The part is this image's own: what another has begun may be another's secret, or nonsense.
+        part = self.store.part(f"{self.key}.{digest.partition(':')[2]}")
+        registry.download(descriptor, part, self.limit)
         try:
-            self.unpack(path, work / "tree", wanted=name)
-            commit(self.store, work / "tree", name)
+            self.keep(name)
+            self.bring_layer(part, name)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            discard(part)
+        proof.touch(mode=0o600)
+
+    def bring_layer(self, path: Path, name: str) -> None:
+        """Unpack a layer into the store. If it is there already, see to it that the job has what it names."""
+        wanted = name.partition("-")[2]
+        if self.store.layer(name).exists():
+            with decompressed(path) as stream:
+                source = Source(stream, 2 * self.limit, "checking")
+                source.drain()
+            check_contents(source.digest.hexdigest(), wanted)
+            self.room.take(measure(self.store.layer(name)))
+            return
+        tree = self.work / "layer"
+        self.unpack(path, tree, self.room, wanted)
+        self.commit(tree, name)
+        with telling():
+            remove_tree(tree)  # if another was faster
 
 
-def make_work(store: Store, name: str) -> Path:
-    """Make an empty directory for half things; whoever holds the lock of the name may have it."""
-    path = store.work / name
-    remove_tree(path)
-    path.mkdir(mode=0o700)
-    return path
+def find_proof(store: Store, layer: str, server: str, digest: str) -> Path:
+    """Return the file that says that a server has sent a blob of this digest, and that it unpacks to the layer."""
+    mark = hashlib.sha256(json.dumps([server, digest]).encode()).hexdigest()[:32]
+    return store.proofs / f"{layer}.{mark}"
 
 
-def commit(store: Store, made: Path, name: str) -> None:
-    """Give something whole its name in the store. What is there already is the same: names are digests."""
-    run(["sync", "--file-system", str(made)], timeout=600)  # or a power failure would leave the name alone
-    target = store.layer(name)
-    try:
-        if not target.exists():
-            made.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
+def check_contents(digest: str, wanted: str) -> None:
+    if digest != wanted:
+        raise DriverError(f"a layer's contents are not what the image says they are (sha256:{wanted})")
 
 
 SKELETON = "skeleton-1"
@@ -1372,8 +1559,10 @@ CERTIFICATES = Path("/etc/docker/certs.d")  # docker's own place for those of si
 
 def measure(path: Path) -> int:
     """Return the bytes that a layer takes on disk."""
-    files = [Path(folder, name) for folder, folders, names in os.walk(path) for name in (*folders, *names)]
-    return sum(file.lstat().st_blocks * 512 for file in (path, *files))
+    size = path.lstat().st_blocks
+    for _, folders, names, fd in os.fwalk(path):  # not by paths, which may be too long from here
+        size += sum(os.lstat(name, dir_fd=fd).st_blocks for name in (*folders, *names))
+    return size * 512
 
 
 def convert_qcow2(disk: Path, work: Path) -> Path:
@@ -1386,12 +1575,8 @@ def convert_qcow2(disk: Path, work: Path) -> Path:
             "--roothash=no", "--roothash-signature=no", "--verity=no", "--sync=no",
             f"file://{source}", "-"]  # fmt: skip
     tool = start_tool(argv, "systemd-container", stdout=subprocess.DEVNULL)
-    meter = Meter("converting")
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = tool.wait(1)
-            break
-        meter.add(1)
+    with telling():
+        status = tool.wait()
     made = list(root.glob(".raw-*.raw"))
     if status or len(made) != 1:
         raise DriverError("the qcow2 image cannot be converted: it is damaged, or needs another file")
@@ -1421,7 +1606,7 @@ def main() -> None:
             return
         image = Fetch(store, request).run()
     except DriverError as error:
-        tell(error=str(error), kind=type(error).__name__)
+        tell(error=cut(str(error), 2000), kind=type(error).__name__)
     except MemoryError:
         tell(error="the image needs more memory to unpack than it may have", kind="DriverError")
     except OSError as error:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.agent import Plugin, launch_like_agent
 from tests.containers import Tasks, make_small_image
-from tests.servers import pack_tree
+from tests.servers import Fetcher, FileServer, Liar, pack_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,3 +85,21 @@ def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
         yield made
     violations, shared.violations = shared.violations, []
     assert not violations
+
+
+@pytest.fixture
+def fetcher(tmp_path: Path) -> Fetcher:
+    """Fetches images as the plugin does, into a store of its own."""
+    return Fetcher(tmp_path / "store")
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with FileServer() as running:
+        yield running
+
+
+@pytest.fixture
+def liar() -> Iterator[Liar]:
+    with Liar() as running:
+        yield running

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import driver
 
@@ -53,12 +53,13 @@ class Seen:
 
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
+Server = TypeVar("Server", bound="FileServer")
 
 
 class FileServer:
     """Serves bytes by path, with ranges and ETags. `answers` stand above them, for all that can go wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1") -> None:
         self.files: dict[str, bytes] = {}
         self.answers: dict[str, Answer] = {}
         self.seen: list[Seen] = []
@@ -78,10 +79,13 @@ class FileServer:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        class Listener(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            daemon_threads = True
+
+        self.server = Listener((address, 0), Handler)
         self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://[{address}]:{self.port}" if ":" in address else f"http://{address}:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
@@ -108,7 +112,7 @@ class FileServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def __enter__(self) -> FileServer:
+    def __enter__(self: Server) -> Server:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -236,6 +240,19 @@ def pack_tree(tree: Path) -> bytes:
     return done.stdout
 
 
+def make_deep(top: Path, levels: int) -> None:
+    """Make a directory with so many levels below it, and a file in each."""
+    top.mkdir(parents=True)
+    here = os.open(top, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d" * 100, dir_fd=here)
+        os.close(os.open("file", os.O_CREAT, dir_fd=here))
+        inner = os.open("d" * 100, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+
+
 # -- a registry ----------------------------------------------------------------------------------------------
 
 
@@ -310,6 +327,23 @@ class ImageParts:
     @property
     def config_blob(self) -> Blob:
         return Blob(json.dumps(self.config).encode(), DOCKER_CONFIG)
+
+
+class Liar(FileServer):
+    """A registry of files: every manifest, blob and header is the test's."""
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def serve(self, image: ImageParts, name: str = "x", tag: str = "latest") -> None:
+        self.files[f"/v2/{name}/manifests/{tag}"] = json.dumps(image.manifest).encode()
+        for blob in (*image.layers, image.config_blob):
+            self.files[f"/v2/{name}/blobs/{blob.digest}"] = blob.data
+
+    @property
+    def origin(self) -> driver.Origin:
+        return docker_origin(f"{self.host}/x")
 
 
 def native() -> str:
@@ -484,6 +518,16 @@ def encode_part(data: bytes) -> bytes:
 # -- the process that fetches --------------------------------------------------------------------------------
 
 
+def tar_name(data: bytes) -> str:
+    """The name in the store of what an archive unpacks to."""
+    return f"tar-{hashlib.sha256(data).hexdigest()}"
+
+
+def layer_name(data: bytes) -> str:
+    """The same for a layer of an image."""
+    return f"layer-{hashlib.sha256(data).hexdigest()}"
+
+
 class Fetcher:
     """Runs the process that fetches images as the plugin does, on a store of the test's own."""
 
@@ -548,6 +592,12 @@ def url_origin(url: str, type: str = "tar", **more: Any) -> driver.Origin:
 
 def docker_origin(reference: str, **more: Any) -> driver.Origin:
     return driver.Origin("docker", reference, f"docker://{reference}", **more)
+
+
+def layer_of(fetcher: Fetcher, server: FileServer, entries: Sequence[Entry]) -> Path:
+    server.files["/image"] = make_tar([folder("usr"), *entries])
+    (name,) = fetcher.fetch(url_origin(f"{server.url}/image")).layers
+    return fetcher.store.layer(name)
 
 
 @contextlib.contextmanager

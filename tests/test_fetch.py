@@ -12,9 +12,8 @@ import shutil
 import signal
 import stat
 import subprocess
-import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +29,19 @@ from tests.servers import (
     folder,
     free_port,
     hard_link,
+    layer_of,
     link,
     make_tar,
     redirect,
     send,
     stall,
     status,
+    tar_name,
     url_origin,
     zstd,
 )
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with FileServer() as running:
-        yield running
-
-
-@pytest.fixture
-def fetcher(tmp_path: Path) -> Fetcher:
-    return Fetcher(tmp_path / "store")
 
 
 def small_tree(*more: Entry) -> bytes:
@@ -71,7 +61,7 @@ def test_tar(fetcher: Fetcher, server: FileServer, compress: Callable[[bytes], b
     server.files["/image"] = compress(small_tree())
     image = fetcher.fetch(url_origin(f"{server.url}/image"))
     (name,) = image.layers
-    assert name == hashlib.sha256(small_tree()).hexdigest()
+    assert name == tar_name(small_tree())
     assert (fetcher.store.layer(name) / "usr/file").read_bytes() == b"contents"
     assert image.size > 0
     assert not list(fetcher.store.parts.glob("*"))
@@ -212,7 +202,7 @@ def test_what_has_changed_meanwhile_is_begun_anew(fetcher: Fetcher, server: File
 
     server.answers["/image"] = answer
     (name,) = fetcher.fetch(url_origin(f"{server.url}/image")).layers
-    assert name == hashlib.sha256(new).hexdigest()
+    assert name == tar_name(new)
     assert server.seen[1].headers["If-Range"] == '"t"'
 
 
@@ -317,6 +307,13 @@ def test_progress_is_told(fetcher: Fetcher, server: FileServer) -> None:
 # -- where it may come from, and who gets what ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("url", ["http://[/x", "http://127.0.0.1:99999/", "http://a b/", "http://127.0.0.1:x/"])
+def test_broken_addresses(fetcher: Fetcher, url: str) -> None:
+    text, kind = fetcher.refuse(url_origin(url))
+    assert "is no address" in text
+    assert kind == "DriverError"
+
+
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "/etc/passwd"])
 def test_other_schemes(fetcher: Fetcher, url: str) -> None:
     text, kind = fetcher.refuse(url_origin(url))
@@ -324,47 +321,10 @@ def test_other_schemes(fetcher: Fetcher, url: str) -> None:
     assert kind == "DriverError"
 
 
-@pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x"])
-def test_redirects_to_other_schemes(fetcher: Fetcher, server: FileServer, to: str) -> None:
-    server.answers["/image"] = redirect(to)
-    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
-    assert "which is not followed" in text or "is not allowed" in text
-    assert kind == "DriverError"
-
-
 def test_redirects_without_end(fetcher: Fetcher, server: FileServer) -> None:
     server.answers["/image"] = redirect(f"{server.url}/image")
     text, _ = fetcher.refuse(url_origin(f"{server.url}/image"))
     assert "HTTP 302" in text
-
-
-def test_link_local_addresses(fetcher: Fetcher, server: FileServer) -> None:
-    """Where clouds keep the machine's credentials; also behind a redirect."""
-    subprocess.run(["ip", "address", "add", "169.254.99.1/32", "dev", "lo"], check=True)
-    try:
-        server.answers["/image"] = redirect(f"http://169.254.99.1:{free_port()}/")
-        with FileServer() as other:
-            other.server.socket.close()
-        import http.server
-        import threading
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                seen.append(self.path)
-
-        seen: list[str] = []
-        metadata = http.server.HTTPServer(("169.254.99.1", 0), Handler)
-        threading.Thread(target=metadata.serve_forever, daemon=True).start()
-        there = f"http://169.254.99.1:{metadata.server_port}/latest"
-        server.answers["/image"] = redirect(there)
-        for url in (there, f"{server.url}/image"):
-            text, kind = fetcher.refuse(url_origin(url))
-            assert "169.254.99.1 is a link-local address" in text
-            assert kind == "DriverError"
-        assert seen == []
-        metadata.shutdown()
-    finally:
-        subprocess.run(["ip", "address", "del", "169.254.99.1/32", "dev", "lo"], check=True)
 
 
 @pytest.mark.parametrize("way", ["auth", "address"])
@@ -379,25 +339,6 @@ def test_credentials(fetcher: Fetcher, server: FileServer, way: str) -> None:
     assert "secret" not in image.name
     for path in (fetcher.store.root / "images").iterdir():
         assert "secret" not in path.read_text()
-
-
-def test_credentials_do_not_go_to_another_host(fetcher: Fetcher, server: FileServer) -> None:
-    with FileServer() as other:
-        other.files["/image"] = small_tree()
-        server.answers["/image"] = redirect(f"{other.url}/image")
-        fetcher.fetch(url_origin(f"{server.url}/image", username="ci", password="secret"))
-        assert server.seen[0].headers["Authorization"] == "Basic Y2k6c2VjcmV0"
-        assert "Authorization" not in other.seen[0].headers
-
-
-def test_who_has_no_credentials_does_not_get_what_others_have_fetched(
-    fetcher: Fetcher, server: FileServer
-) -> None:
-    server.authorization = "Basic Y2k6c2VjcmV0"
-    server.files["/image"] = small_tree()
-    fetcher.fetch(url_origin(f"{server.url}/image", username="ci", password="secret"))
-    messages = fetcher.talk(fetcher.request(url_origin(f"{server.url}/image")))
-    assert "is denied" in messages[-1]["error"]
 
 
 def test_proxy(fetcher: Fetcher, server: FileServer) -> None:
@@ -497,87 +438,7 @@ class mounted:
         subprocess.run(["umount", str(self.target)], check=True)
 
 
-# -- archives that mean harm ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> Iterator[Path]:
-    """A file beside the store that no archive may change, read from or link to."""
-    path = tmp_path / "victim"
-    path.write_text("secret")
-    before = path.stat()
-    yield path
-    after = path.stat()
-    assert path.read_text() == "secret"
-    assert (before.st_mode, before.st_uid, before.st_nlink) == (after.st_mode, after.st_uid, after.st_nlink)
-    assert sorted(child.name for child in tmp_path.iterdir()) == ["store", "victim"]
-
-
-UP = "../" * 12
-
-HARM = {
-    "dots": [Entry(f"usr/{UP}tmp/x")],
-    "dots at the start": [Entry("../x")],
-    "dots as a directory": [folder("usr/.."), folder("..")],
-    "through a link": [link("usr/out", "@"), Entry("usr/out/x", b"harm")],
-    "over a link's target": [link("out", "@"), folder("out/x")],
-    "a link to a link": [link("a", "b"), link("b", "@"), Entry("a/x", b"harm")],
-    "hard link to the host": [hard_link("x", "@/victim")],
-    "hard link by dots": [hard_link("x", f"{UP}etc/passwd")],
-    "hard link through a link": [link("out", "@"), hard_link("x", "out/victim")],
-    "hard link to nothing": [hard_link("x", "not/there")],
-    "a file's child": [Entry("file", b"x"), Entry("file/child", b"x")],
-    "overlay attributes": [folder("x", pax={"SCHILY.xattr.trusted.overlay.redirect": "/etc"})],
-    "overlay attributes of users": [Entry("x", pax={"SCHILY.xattr.user.overlay.opaque": "y"})],
-    "NUL": [Entry("x", pax={"path": "a\0b"})],
-}
-
-
-@pytest.mark.parametrize("name", HARM)
-def test_harm_is_refused(fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path, name: str) -> None:
-    for entry in HARM[name]:
-        entry.target = entry.target.replace("@", str(tmp_path))
-    server.files["/image"] = make_tar([folder("usr"), *HARM[name]])
-    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
-    assert "the archive is refused: its entry" in text or "damaged" in text
-    assert kind == "DriverError"
-
-
-def layer_of(fetcher: Fetcher, server: FileServer, entries: Sequence[Entry]) -> Path:
-    server.files["/image"] = make_tar([folder("usr"), *entries])
-    (name,) = fetcher.fetch(url_origin(f"{server.url}/image")).layers
-    return fetcher.store.layer(name)
-
-
-def test_absolute_names_stay_inside(fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path) -> None:
-    tree = layer_of(fetcher, server, [Entry(f"{tmp_path}/victim", b"harm"), Entry("//etc//passwd", b"x")])
-    assert (tree / str(victim)[1:]).read_text() == "harm"
-    assert (tree / "etc/passwd").read_text() == "x"
-
-
-def test_a_link_is_replaced_not_followed(
-    fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path
-) -> None:
-    for later in (Entry("x", b"new"), folder("x", 0o777), link("x", "other"), hard_link("x", "usr/file")):
-        entries = [Entry("usr/file", b"f"), link("x", str(victim)), later]
-        tree = layer_of(fetcher, server, entries)
-        assert os.readlink(tree / "x") != str(victim) if (tree / "x").is_symlink() else True
-
-
-def test_devices_are_left_out(fetcher: Fetcher, server: FileServer) -> None:
-    entries = [
-        Entry("dev/sda", kind=tarfile.BLKTYPE, device=(254, 0), mode=0o666),
-        Entry("dev/mem", kind=tarfile.CHRTYPE, device=(1, 1)),
-        Entry("usr/hidden", kind=tarfile.CHRTYPE, device=(0, 0)),  # a whiteout to overlayfs
-        Entry("pipe", kind=tarfile.FIFOTYPE, mode=0o622, uid=7),
-    ]
-    server.files["/image"] = make_tar([folder("usr"), *entries])
-    messages = fetcher.talk(fetcher.request(url_origin(f"{server.url}/image")))
-    assert {"note": "3 device nodes of the archive were left out"} in messages
-    (layer,) = fetcher.store.layers.iterdir()
-    assert list((layer / "dev").iterdir()) == [] and list((layer / "usr").iterdir()) == []
-    pipe = (layer / "pipe").lstat()
-    assert stat.S_ISFIFO(pipe.st_mode) and stat.S_IMODE(pipe.st_mode) == 0o622 and pipe.st_uid == 7
+# -- archives ------------------------------------------------------------------------------------------------
 
 
 def test_what_an_archive_may_have(fetcher: Fetcher, server: FileServer) -> None:
@@ -625,28 +486,6 @@ def test_of_two_entries_the_later_counts(fetcher: Fetcher, server: FileServer) -
 def test_whiteouts_of_plain_archives_are_names(fetcher: Fetcher, server: FileServer) -> None:
     tree = layer_of(fetcher, server, [Entry("usr/.wh.x", b"file")])
     assert (tree / "usr/.wh.x").read_bytes() == b"file"
-
-
-def test_a_bomb(fetcher: Fetcher, server: FileServer) -> None:
-    """A gigabyte in a megabyte, and a file that says it has a terabyte."""
-    fetcher.settings["limit"] = 50 << 20
-    server.files["/image"] = gzip.compress(make_tar([folder("usr"), Entry("usr/zeros", bytes(200 << 20))]), 1)
-    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
-    assert "more than the 50 MB that image_size_limit" in text
-    assert kind == "DriverError"
-    assert sum(path.lstat().st_size for path in fetcher.store.root.rglob("*")) < 10 << 20
-
-
-def test_a_bomb_for_memory(fetcher: Fetcher, server: FileServer) -> None:
-    """A header for a long name that says the name has three gigabytes."""
-    header = tarfile.TarInfo("x")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
-    fetcher.settings["limit"] = 8 << 30
-    zeros = gzip.compress(bytes(12_000_000), 1) * 100
-    server.files["/image"] = gzip.compress(header.tobuf(tarfile.GNU_FORMAT)) + zeros
-    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
-    assert "memory" in text
-    assert kind == "DriverError"
 
 
 def test_a_huge_sparse_file_is_not_written(fetcher: Fetcher, server: FileServer, tmp_path: Path) -> None:
@@ -718,7 +557,7 @@ def test_archive(fetcher: Fetcher, tmp_path: Path, compress: Callable[[bytes], b
     path = tmp_path / "image.tar"
     path.write_bytes(compress(small_tree()))
     (name,) = fetcher.fetch(archive_origin(path)).layers
-    assert name == hashlib.sha256(small_tree()).hexdigest()
+    assert name == tar_name(small_tree())
     assert path.exists()
 
 

@@ -8,10 +8,14 @@ here, `NSPAWN_TEST_RACES=1000` for as often as one wants. Nothing in here may ev
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
+import shutil
 import signal
+import stat
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,33 @@ from typing import Any
 import pytest
 
 import driver
+import fetch
 from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
-from tests.containers import Tasks, driver_state, leader, zombies
+from tests.containers import Tasks, driver_state, eventually, leader, zombies
+from tests.servers import (
+    Answer,
+    Blob,
+    Entry,
+    Fetcher,
+    FileServer,
+    ImageParts,
+    Liar,
+    Registry,
+    basic,
+    docker_origin,
+    folder,
+    hard_link,
+    layer_name,
+    layer_of,
+    link,
+    make_deep,
+    make_tar,
+    pack_files,
+    redirect,
+    send,
+    stall,
+    url_origin,
+)
 
 pytestmark = pytest.mark.root
 
@@ -239,6 +268,419 @@ def test_a_traced_command_stops_nobody_else(prisoners: Tasks) -> None:
 
 
 # -- registries, archives and addresses ----------------------------------------------------------------------
+
+
+SECRET = b"of another job " + os.urandom(8).hex().encode()
+
+
+@pytest.fixture
+def private(fetcher: Fetcher, liar: Liar) -> Iterator[ImageParts]:
+    """An image that another job has fetched with its credentials, which the registry wants to see."""
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/secret", SECRET)])])
+    with Liar() as registry:
+        registry.serve(image)
+        registry.authorization = basic("ci", "secret")
+        registry.answers["/v2/x/manifests/latest"] = ask_for_credentials(registry)
+        fetcher.fetch(docker_origin(f"{registry.host}/x", username="ci", password="secret"))
+        assert "needs credentials" in fetcher.talk(fetcher.request(registry.origin))[-1]["error"]
+    yield image
+    assert fetcher.store.layer(layer_name(gzip.decompress(image.layers[0].data))).is_dir()
+
+
+def ask_for_credentials(registry: Liar) -> Answer:
+    def answer(request: Any) -> None:
+        if request.headers.get("Authorization") == registry.authorization:
+            registry.send_file(request, registry.files[request.path])
+        else:
+            send(request, 401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
+
+    return answer
+
+
+def see(fetcher: Fetcher, origin: driver.Origin) -> str:
+    """Return what the process that fetches says; nothing of the secret may be in the image."""
+    last = fetcher.talk(fetcher.request(origin))[-1]
+    image = fetcher.store.read(origin.key)
+    for layer in image.layers if image else ():
+        assert not (fetcher.store.layer(layer) / "usr/secret").exists()
+    return str(last.get("error"))
+
+
+@pytest.mark.parametrize("answer", ["nothing", "a byte", "another blob"])
+def test_layers_of_others(fetcher: Fetcher, liar: Liar, private: ImageParts, answer: str) -> None:
+    """Who knows the digests of a private image, and has a registry of their own, gets nothing of it."""
+    liar.serve(private)
+    path = f"/v2/x/blobs/{private.layers[0].digest}"
+    del liar.files[path]
+    if answer == "a byte":  # which is what it would be asked for, were it known to have the layer
+        liar.answers[path] = lambda request: send(request, 206, b"\x1f", {"Content-Range": "bytes 0-0/9999"})
+    if answer == "another blob":
+        liar.files[path] = gzip.compress(make_tar([folder("usr")]))
+    assert "a layer has another digest" in (said := see(fetcher, liar.origin)) or "is not there" in said
+
+
+def test_layers_of_others_by_another_digest(fetcher: Fetcher, liar: Liar, private: ImageParts) -> None:
+    mine = ImageParts.make([make_tar([folder("usr")])])
+    mine.config["rootfs"] = private.config["rootfs"]
+    mine.describe()
+    liar.serve(mine)
+    assert "contents are not what the image says" in see(fetcher, liar.origin)
+
+
+def test_layers_of_others_in_an_archive(fetcher: Fetcher, private: ImageParts, tmp_path: Path) -> None:
+    files = {**private.save(), "0/layer.tar": Blob(gzip.compress(make_tar([folder("usr")])))}
+    (tmp_path / "mine.tar").write_bytes(pack_files(files))
+    origin = driver.Origin("archive", str(tmp_path / "mine.tar"), "mine")
+    assert "contents are not what the image says" in see(fetcher, origin)
+
+
+def test_layers_of_others_at_the_same_registry(fetcher: Fetcher, tmp_path: Path) -> None:
+    """Which shows whether this job may have them; it is asked for one byte, not for all of it."""
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/secret", SECRET)])])
+    with Registry(tmp_path / "registry", tls=True) as registry:
+        fetcher.environ["SSL_CERT_FILE"] = str(registry.certificate)
+        registry.push("theirs", image)
+        registry.push("also-theirs", image)
+        fetcher.fetch(docker_origin(f"{registry.host}/theirs"))
+        registry.damage(image.layers[0].digest, b"x")  # so that it cannot be fetched again
+        fetcher.fetch(docker_origin(f"{registry.host}/also-theirs"))
+        registry.push("mine", image)  # it takes no manifest of layers that it has not got
+        shutil.rmtree(next(registry.directory.glob(f"data/**/mine/_layers/sha256/{image.layers[0].digest[7:]}")))
+        origin = docker_origin(f"{registry.host}/mine")
+        assert "is not there" in see(fetcher, origin)
+
+
+def test_an_archive_is_no_layer(fetcher: Fetcher, server: FileServer, liar: Liar) -> None:
+    """Only in a layer does .wh.x hide what is below: one must not stand for the other."""
+    upper = make_tar([folder("usr"), Entry("usr/.wh.gone")])
+    server.files["/image"] = upper
+    (tree,) = fetcher.fetch(url_origin(f"{server.url}/image")).layers
+    assert (fetcher.store.layer(tree) / "usr/.wh.gone").is_file()
+    liar.serve(ImageParts.make([upper]))
+    layer, _ = fetcher.fetch(liar.origin).layers
+    assert stat.S_ISCHR((fetcher.store.layer(layer) / "usr/gone").lstat().st_mode)
+
+
+def test_half_a_download_of_another_image(fetcher: Fetcher, liar: Liar) -> None:
+    """Rubbish in the place of a layer that somebody else will want spoils nothing for them."""
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/x", os.urandom(100000))])])
+    liar.serve(image)
+    fetcher.store.prepare()
+    with Liar() as other:
+        other.serve(image)
+        other.answers[f"/v2/x/blobs/{image.layers[0].digest}"] = stall(bytes(len(image.layers[0].data)), 5000)
+        process = fetcher.start(fetcher.request(other.origin))
+        eventually(lambda: any(path.stat().st_size for path in fetcher.store.parts.iterdir()))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    fetcher.fetch(liar.origin)
+    assert all("Range" not in seen.headers for seen in liar.seen)
+
+
+def test_a_trickle_holds_nobody_up(fetcher: Fetcher, liar: Liar, server: FileServer) -> None:
+    """Not who wants the same layer from elsewhere, and not those who remove what is unused."""
+    image = ImageParts.make([make_tar([folder("usr"), Entry("usr/x", os.urandom(100000))])])
+    liar.serve(image)
+    server.files["/image"] = make_tar([folder("usr")])
+    fetcher.fetch(url_origin(f"{server.url}/image"))
+    with Liar() as other:
+        other.serve(image)
+        other.answers[f"/v2/x/blobs/{image.layers[0].digest}"] = stall(image.layers[0].data, 5000)
+        fetcher.settings["stall"] = 1000.0
+        process = fetcher.start(fetcher.request(other.origin))
+        try:
+            eventually(lambda: list(fetcher.store.parts.iterdir()))
+            fetcher.fetch(liar.origin)
+            assert fetcher.collect() > 0
+            assert not list(fetcher.store.images.iterdir()) and not list(fetcher.store.layers.iterdir())
+            assert len([path for path in fetcher.store.parts.iterdir() if path.suffix != ".etag"]) == 1
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def test_the_limit_is_for_the_whole_image(fetcher: Fetcher, liar: Liar) -> None:
+    fetcher.settings["limit"] = 50 << 20
+    layers = [make_tar([folder("usr"), Entry(f"usr/{name}", os.urandom(20 << 20))]) for name in "abc"]
+    liar.serve(ImageParts.make(layers[:2]))
+    fetcher.fetch(liar.origin)
+    liar.serve(ImageParts.make(layers), tag="more")
+    said = see(fetcher, docker_origin(f"{liar.host}/x:more"))
+    assert "has layers of 6" in said and "more than the 50 MB that image_size_limit" in said
+    liar.serve(ImageParts.make([make_tar([Entry(name, bytes(20 << 20))]) for name in "abc"]), tag="zeros")
+    said = see(fetcher, docker_origin(f"{liar.host}/x:zeros"))
+    assert "unpacks to more" in said and "more than the 50 MB that image_size_limit" in said
+
+
+@pytest.mark.parametrize("name", ["d/" * 3000 + "x", "/".join(["d" * 250] * 20)])
+def test_deep_archives(hostile: Tasks, name: str) -> None:
+    task = hostile.make("true", image="local/deep.tar", read_only=None, network_veth=True)
+    task.prestart()
+    place = Path(task.task_config().alloc_dir, task.name, "local/deep.tar")
+    place.write_bytes(make_tar([folder("usr"), Entry(name)]))
+    with pytest.raises(DriverError, match=r"the archive is refused: .* is too deep or too long"):
+        task.start()
+
+
+def test_deep_trees_are_collected(fetcher: Fetcher) -> None:
+    """Nothing in the store keeps all else from being removed."""
+    fetcher.store.prepare()
+    make_deep(fetcher.store.work / "half", 1200)
+    (fetcher.store.layers / f"tar-{'0' * 64}").mkdir()
+    assert fetcher.collect() == 2
+    assert not list(fetcher.store.layers.iterdir()) and not list(fetcher.store.work.iterdir())
+
+
+def test_a_disk_image_that_grows(fetcher: Fetcher, server: FileServer, tmp_path: Path) -> None:
+    """A qcow2 image may name one cluster again and again."""
+    make = ["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "disk"), "1T"]
+    subprocess.run(make, check=True, timeout=60)
+    fetcher.settings["limit"] = 50 << 20
+    server.files["/disk"] = (tmp_path / "disk").read_bytes()
+    text, _ = fetcher.refuse(url_origin(f"{server.url}/disk", "raw"))
+    assert "the disk image has 1099511627776 bytes" in text
+
+
+SECRETS_OF_CLOUDS = [
+    "169.254.99.1",
+    "100.100.100.200",
+    "168.63.129.16",
+    "192.0.0.192",
+    "fd00:ec2::254",
+    "fd20:ce::254",
+]
+
+
+@pytest.mark.parametrize("address", SECRETS_OF_CLOUDS)
+def test_addresses_of_clouds(fetcher: Fetcher, server: FileServer, address: str) -> None:
+    """Where they tell a machine its secrets; also behind a redirect, and in the forms that IPv6 has for them."""
+    host, add = (f"[{address}]", ["-6"]) if ":" in address else (address, ["-4"])
+    subprocess.run(["ip", *add, "address", "add", address, "dev", "lo", *["nodad"] * (":" in address)], check=True)
+    try:
+        with FileServer(address) as cloud:
+            cloud.files["/latest"] = make_tar([folder("usr"), Entry("usr/secret")])
+            there = f"http://{host}:{cloud.port}/latest"
+            server.answers["/image"] = redirect(there)
+            mapped = [f"http://[::ffff:{address}]:{cloud.port}/latest"] if "." in address else []
+            for url in (there, f"{server.url}/image", *mapped):
+                text, kind = fetcher.refuse(url_origin(url))
+                assert "images are not fetched from there" in text and kind == "DriverError"
+            assert cloud.seen == []
+    finally:
+        subprocess.run(["ip", *add, "address", "del", address, "dev", "lo"], check=True)
+
+
+@pytest.mark.parametrize("address", [
+    "fe80::1", "::ffff:169.254.169.254", "::169.254.169.254", "::ffff:0:169.254.169.254", "64:ff9b::a9fe:a9fe",
+    "64:ff9b:1:a9fe:a9:fe00::", "64:ff9b:1:a9:fe:a9fe::", "64:ff9b:1::a9:fea9:fe00:0", "64:ff9b:1::a9fe:a9fe",
+    "2002:a9fe:a9fe::1", "2002:a83f:8110::", "64:ff9b::a83f:8110", "2001:0:a9fe:a9fe::1",
+    "2001:0:102:304:0:0:5601:5601",
+])  # fmt: skip
+def test_addresses_in_other_forms(address: str) -> None:
+    with pytest.raises(driver.DriverError, match="images are not fetched from there"):
+        fetch.check_address(address)
+    for other in ("127.0.0.1", "::1", "192.0.2.7", "2001:db8::a9fe:a9fe", "64:ff9b::c000:207", "fd00:ec3::1"):
+        fetch.check_address(other)
+
+
+@pytest.mark.parametrize(
+    "host", ["169.254.169.254", "2852039166", "0xa9fea9fe", "169.254.169.254.", "[::ffff:a9fe:a9fe]"]
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_addresses_of_clouds_through_a_proxy(fetcher: Fetcher, server: FileServer, scheme: str, host: str) -> None:
+    fetcher.environ[f"{scheme}_proxy"] = server.url
+    text, _ = fetcher.refuse(url_origin(f"{scheme}://{host}/latest"))
+    assert "images are not fetched from there" in text
+    assert server.seen == []
+
+
+def test_a_redirect_past_the_proxy(fetcher: Fetcher, server: FileServer) -> None:
+    """The proxy's password is for the proxy."""
+    with FileServer() as proxy:
+        server.files["/image"] = make_tar([folder("usr")])
+        proxy.answers["http://images.example/image"] = redirect(f"{server.url}/image")
+        fetcher.environ |= {"http_proxy": f"http://user:pass@localhost:{proxy.port}", "no_proxy": "127.0.0.1"}
+        fetcher.fetch(url_origin("http://images.example/image"))
+        assert "Proxy-Authorization" in {key.title() for key in proxy.seen[0].headers}
+        assert "Proxy-Authorization" not in {key.title() for key in server.seen[0].headers}
+
+
+@pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x"])
+def test_redirects_to_other_schemes(fetcher: Fetcher, server: FileServer, to: str) -> None:
+    server.answers["/image"] = redirect(to)
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "which is not followed" in text or "is not allowed" in text
+    assert kind == "DriverError"
+
+
+def test_credentials_do_not_go_to_another_host(fetcher: Fetcher, server: FileServer) -> None:
+    with FileServer() as other:
+        other.files["/image"] = make_tar([folder("usr")])
+        server.answers["/image"] = redirect(f"{other.url}/image")
+        fetcher.fetch(url_origin(f"{server.url}/image", username="ci", password="secret"))
+        assert server.seen[0].headers["Authorization"] == "Basic Y2k6c2VjcmV0"
+        assert "Authorization" not in other.seen[0].headers
+
+
+def test_who_has_no_credentials_does_not_get_what_others_have_fetched(
+    fetcher: Fetcher, server: FileServer
+) -> None:
+    server.authorization = "Basic Y2k6c2VjcmV0"
+    server.files["/image"] = make_tar([folder("usr")])
+    fetcher.fetch(url_origin(f"{server.url}/image", username="ci", password="secret"))
+    messages = fetcher.talk(fetcher.request(url_origin(f"{server.url}/image")))
+    assert "is denied" in messages[-1]["error"]
+
+
+def test_authorization_does_not_go_to_another_host(fetcher: Fetcher, liar: Liar) -> None:
+    image = ImageParts.make([make_tar([folder("usr")])])
+    with FileServer() as other:
+        liar.serve(image)
+        path = f"/v2/x/blobs/{image.layers[0].digest}"
+        other.files[path] = liar.files.pop(path)
+        seen_by_liar: list[str] = []
+
+        def blob(request: Any) -> None:
+            seen_by_liar.append(request.headers.get("Authorization", ""))
+            redirect(f"{other.url}{path}")(request)
+
+        def manifest(request: Any) -> None:
+            if "Authorization" in request.headers:
+                send(request, 200, json.dumps(image.manifest).encode())
+            else:
+                send(request, 401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
+
+        liar.answers |= {path: blob, "/v2/x/manifests/latest": manifest}
+        fetcher.fetch(docker_origin(f"{liar.host}/x", username="ci", password="secret"))
+        assert seen_by_liar == [basic("ci", "secret")]
+        assert [seen.headers.get("Authorization") for seen in other.seen] == [None]
+
+
+def test_credentials_stay_on_encrypted_ways(fetcher: Fetcher, tmp_path: Path) -> None:
+    """A registry with TLS whose challenge names a token server without."""
+    client = fetch.Client(5)
+    reference = fetch.Reference.parse("docker://registry.example/x")
+    registry = fetch.Registry(client, reference, fetch.Credentials("ci", "secret"), is_plain=False)
+    with FileServer() as server:
+        with pytest.raises(driver.DriverError, match="without encryption"):
+            registry.authorize([f'Bearer realm="{server.url}/token",service="x"'])
+        assert server.seen == []
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Path]:
+    """A file beside the store that no archive may change, read from or link to."""
+    path = tmp_path / "victim"
+    path.write_text("secret")
+    before = path.stat()
+    yield path
+    after = path.stat()
+    assert path.read_text() == "secret"
+    assert (before.st_mode, before.st_uid, before.st_nlink) == (after.st_mode, after.st_uid, after.st_nlink)
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["store", "victim"]
+
+
+UP = "../" * 12
+
+HARM = {
+    "dots": [Entry(f"usr/{UP}tmp/x")],
+    "dots at the start": [Entry("../x")],
+    "dots as a directory": [folder("usr/.."), folder("..")],
+    "through a link": [link("usr/out", "@"), Entry("usr/out/x", b"harm")],
+    "over a link's target": [link("out", "@"), folder("out/x")],
+    "a link to a link": [link("a", "b"), link("b", "@"), Entry("a/x", b"harm")],
+    "hard link to the host": [hard_link("x", "@/victim")],
+    "hard link by dots": [hard_link("x", f"{UP}etc/passwd")],
+    "hard link through a link": [link("out", "@"), hard_link("x", "out/victim")],
+    "hard link to nothing": [hard_link("x", "not/there")],
+    "a file's child": [Entry("file", b"x"), Entry("file/child", b"x")],
+    "overlay attributes": [folder("x", pax={"SCHILY.xattr.trusted.overlay.redirect": "/etc"})],
+    "overlay attributes of users": [Entry("x", pax={"SCHILY.xattr.user.overlay.opaque": "y"})],
+    "NUL": [Entry("x", pax={"path": "a\0b"})],
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_harm_is_refused(fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path, name: str) -> None:
+    for entry in HARM[name]:
+        entry.target = entry.target.replace("@", str(tmp_path))
+    server.files["/image"] = make_tar([folder("usr"), *HARM[name]])
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "the archive is refused: its entry" in text or "damaged" in text
+    assert kind == "DriverError"
+
+
+def test_absolute_names_stay_inside(fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path) -> None:
+    tree = layer_of(fetcher, server, [Entry(f"{tmp_path}/victim", b"harm"), Entry("//etc//passwd", b"x")])
+    assert (tree / str(victim)[1:]).read_text() == "harm"
+    assert (tree / "etc/passwd").read_text() == "x"
+
+
+def test_a_link_is_replaced_not_followed(
+    fetcher: Fetcher, server: FileServer, tmp_path: Path, victim: Path
+) -> None:
+    for later in (Entry("x", b"new"), folder("x", 0o777), link("x", "other"), hard_link("x", "usr/file")):
+        entries = [Entry("usr/file", b"f"), link("x", str(victim)), later]
+        tree = layer_of(fetcher, server, entries)
+        assert os.readlink(tree / "x") != str(victim) if (tree / "x").is_symlink() else True
+
+
+def test_devices_are_left_out(fetcher: Fetcher, server: FileServer) -> None:
+    entries = [
+        Entry("dev/sda", kind=tarfile.BLKTYPE, device=(254, 0), mode=0o666),
+        Entry("dev/mem", kind=tarfile.CHRTYPE, device=(1, 1)),
+        Entry("usr/hidden", kind=tarfile.CHRTYPE, device=(0, 0)),  # a whiteout to overlayfs
+        Entry("pipe", kind=tarfile.FIFOTYPE, mode=0o622, uid=7),
+    ]
+    server.files["/image"] = make_tar([folder("usr"), *entries])
+    messages = fetcher.talk(fetcher.request(url_origin(f"{server.url}/image")))
+    assert {"note": "3 device nodes of the archive were left out"} in messages
+    (layer,) = fetcher.store.layers.iterdir()
+    assert list((layer / "dev").iterdir()) == [] and list((layer / "usr").iterdir()) == []
+    pipe = (layer / "pipe").lstat()
+    assert stat.S_ISFIFO(pipe.st_mode) and stat.S_IMODE(pipe.st_mode) == 0o622 and pipe.st_uid == 7
+
+
+def test_devices_and_attributes_in_layers(fetcher: Fetcher, liar: Liar) -> None:
+    entries = [folder("usr"), Entry("usr/x", kind=tarfile.CHRTYPE), Entry("dev/sda", kind=tarfile.BLKTYPE)]
+    liar.serve(ImageParts.make([make_tar(entries)]))
+    layer, _ = fetcher.fetch(liar.origin).layers
+    assert list((fetcher.store.layer(layer) / "usr").iterdir()) == []
+    for name in ("trusted.overlay.opaque", "user.overlay.opaque"):
+        liar.serve(ImageParts.make([make_tar([folder("usr", pax={f"SCHILY.xattr.{name}": "y"})])]), tag=name)
+        assert f"has the attribute {name}" in see(fetcher, docker_origin(f"{liar.host}/x:{name}"))
+
+
+def test_a_bomb(fetcher: Fetcher, server: FileServer) -> None:
+    """A gigabyte in a megabyte, and a file that says it has a terabyte."""
+    fetcher.settings["limit"] = 50 << 20
+    server.files["/image"] = gzip.compress(make_tar([folder("usr"), Entry("usr/zeros", bytes(200 << 20))]), 1)
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "more than the 50 MB that image_size_limit" in text
+    assert kind == "DriverError"
+    assert sum(path.lstat().st_size for path in fetcher.store.root.rglob("*")) < 10 << 20
+
+
+def test_a_bomb_for_the_stack(fetcher: Fetcher, server: FileServer) -> None:
+    """Headers about headers about headers, each of which tarfile reads inside of the one before."""
+    about = tarfile.TarInfo("x")
+    about.type = tarfile.XHDTYPE
+    server.files["/image"] = about.tobuf(tarfile.USTAR_FORMAT) * 2000 + make_tar([folder("usr")])
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "too many headers for one entry" in text
+    assert kind == "DriverError"
+
+
+def test_a_bomb_for_memory(fetcher: Fetcher, server: FileServer) -> None:
+    """A header for a long name that says the name has three gigabytes."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
+    fetcher.settings["limit"] = 8 << 30
+    zeros = gzip.compress(bytes(12_000_000), 1) * 100
+    server.files["/image"] = gzip.compress(header.tobuf(tarfile.GNU_FORMAT)) + zeros
+    text, kind = fetcher.refuse(url_origin(f"{server.url}/image"))
+    assert "memory" in text
+    assert kind == "DriverError"
 
 
 # -- options, permissions and names --------------------------------------------------------------------------

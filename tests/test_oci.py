@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import base64
 import gzip
-import hashlib
 import json
 import os
 import stat
 import subprocess
-import tarfile
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +25,7 @@ from tests.servers import (
     Fetcher,
     FileServer,
     ImageParts,
+    Liar,
     Registry,
     TokenServer,
     basic,
@@ -34,11 +33,11 @@ from tests.servers import (
     docker_origin,
     folder,
     hard_link,
+    layer_name,
     link,
     make_tar,
     native,
     pack_files,
-    redirect,
     send,
     stacked,
     status,
@@ -54,11 +53,6 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
         yield running
 
 
-@pytest.fixture
-def fetcher(tmp_path: Path) -> Fetcher:
-    return Fetcher(tmp_path / "store")
-
-
 BASE = make_tar([
     folder("usr"), Entry("usr/kept", b"base"), Entry("usr/changed", b"base"), Entry("usr/gone", b"base"),
     folder("dir"), Entry("dir/old", b"base"), folder("hidden"), Entry("hidden/old", b"base"),
@@ -72,29 +66,6 @@ TOP_LAYER = make_tar([
 ])  # fmt: skip
 
 
-class Liar(FileServer):
-    """A registry of files: every manifest, blob and header is the test's."""
-
-    @property
-    def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def serve(self, image: ImageParts, name: str = "x", tag: str = "latest") -> None:
-        self.files[f"/v2/{name}/manifests/{tag}"] = json.dumps(image.manifest).encode()
-        for blob in (*image.layers, image.config_blob):
-            self.files[f"/v2/{name}/blobs/{blob.digest}"] = blob.data
-
-    @property
-    def origin(self) -> Any:
-        return docker_origin(f"{self.host}/x")
-
-
-@pytest.fixture
-def liar() -> Iterator[Liar]:
-    with Liar() as running:
-        yield running  # type: ignore[misc]
-
-
 # -- what is pulled ------------------------------------------------------------------------------------------
 
 
@@ -106,7 +77,7 @@ def test_layers_stack(fetcher: Fetcher, registry: Registry, tmp_path: Path) -> N
     digest = registry.push("a/b", ImageParts.make([BASE, TOP_LAYER], **config))
     image = fetcher.fetch(docker_origin(f"{registry.host}/a/b"))
     assert image.digest == digest
-    assert image.layers == (hashlib.sha256(TOP_LAYER).hexdigest(), hashlib.sha256(BASE).hexdigest(), "skeleton-1")
+    assert image.layers == (layer_name(TOP_LAYER), layer_name(BASE), "skeleton-1")
     assert image.config.env == ("PATH=/usr/bin", "A=b=c")
     assert image.config.command == ("/bin/entry", "-x", "a b")
     assert (image.config.user, image.config.working_directory) == ("nobody:users", "/dir")
@@ -158,18 +129,27 @@ def test_layers_are_shared(fetcher: Fetcher, registry: Registry) -> None:
     registry.push("one", ImageParts.make([BASE]))
     registry.push("two", ImageParts.make([BASE, TOP_LAYER]))
     fetcher.fetch(docker_origin(f"{registry.host}/one"))
-    layer = fetcher.store.layer(hashlib.sha256(BASE).hexdigest())
+    layer = fetcher.store.layer(layer_name(BASE))
     before = layer.stat().st_ctime_ns
     fetcher.fetch(docker_origin(f"{registry.host}/two"))
     assert layer.stat().st_ctime_ns == before
     assert len(list(fetcher.store.layers.iterdir())) == 3
 
 
+def test_a_layer_that_is_there_twice(fetcher: Fetcher, registry: Registry, tmp_path: Path) -> None:
+    """As in images that several empty steps have made: overlayfs refuses to stack a directory twice."""
+    registry.push("twice", ImageParts.make([BASE, TOP_LAYER, BASE]))
+    image = fetcher.fetch(docker_origin(f"{registry.host}/twice"))
+    with stacked([fetcher.store.layer(name) for name in image.layers], tmp_path / "overlay") as tree:
+        found = read_tree(tree)
+    assert found["usr/changed"] == found["usr/gone"] == "base" and found["dir/new"] == "top"
+
+
 def test_tags_and_digests(fetcher: Fetcher, registry: Registry) -> None:
     first = registry.push("tags", ImageParts.make([BASE]), "v1")
     registry.push("tags", ImageParts.make([TOP_LAYER]), "v2")
     by_digest = fetcher.fetch(docker_origin(f"{registry.host}/tags@{first}"))
-    assert by_digest.layers[0] == hashlib.sha256(BASE).hexdigest()
+    assert by_digest.layers[0] == layer_name(BASE)
     both = fetcher.fetch(docker_origin(f"{registry.host}/tags:v2@{first}"))
     assert both.layers == by_digest.layers
     text, kind = Fetcher(fetcher.store.root / "other").refuse(docker_origin(f"{registry.host}/tags:v3"))
@@ -197,7 +177,7 @@ def test_platform(fetcher: Fetcher, registry: Registry) -> None:
     for platform in ("", *tars):
         image = fetcher.fetch(docker_origin(place, platform=platform))
         tar = tars[platform or f"linux/{native()}"]
-        assert image.layers[0] == hashlib.sha256(tar).hexdigest()
+        assert image.layers[0] == layer_name(tar)
     text, kind = Fetcher(fetcher.store.root / "x").refuse(docker_origin(place, platform="linux/riscv64"))
     assert f"is there for linux/{native()}, linux/mips/v2, linux/s390x, not for linux/riscv64" in text
     assert kind == "DriverError"
@@ -218,7 +198,7 @@ def test_latest_is_asked_for_again(fetcher: Fetcher, registry: Registry) -> None
     first = fetcher.fetch(origin)
     registry.push("moving", ImageParts.make([TOP_LAYER]))
     second = fetcher.fetch(origin)
-    assert second.layers[0] == hashlib.sha256(TOP_LAYER).hexdigest() != first.layers[0]
+    assert second.layers[0] == layer_name(TOP_LAYER) != first.layers[0]
     third = fetcher.fetch(origin)
     assert third.layers == second.layers and third.fetched_at == second.fetched_at
     assert third.checked_at > second.checked_at
@@ -607,60 +587,12 @@ def test_an_index_that_lies(fetcher: Fetcher, liar: Liar) -> None:
     assert "is there for no platform" in fetcher.refuse(liar.origin)[0]
 
 
-def test_authorization_does_not_go_to_another_host(fetcher: Fetcher, liar: Liar) -> None:
-    image = ImageParts.make([BASE])
-    with FileServer() as other:
-        liar.serve(image)
-        path = f"/v2/x/blobs/{image.layers[0].digest}"
-        other.files[path] = liar.files.pop(path)
-        seen_by_liar: list[str] = []
-
-        def blob(request: Any) -> None:
-            seen_by_liar.append(request.headers.get("Authorization", ""))
-            redirect(f"{other.url}{path}")(request)
-
-        def manifest(request: Any) -> None:
-            if "Authorization" in request.headers:
-                send(request, 200, json.dumps(image.manifest).encode())
-            else:
-                send(request, 401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
-
-        liar.answers |= {path: blob, "/v2/x/manifests/latest": manifest}
-        fetcher.fetch(docker_origin(f"{liar.host}/x", username="ci", password="secret"))
-        assert seen_by_liar == [basic("ci", "secret")]
-        assert [seen.headers.get("Authorization") for seen in other.seen] == [None]
-
-
-def test_credentials_stay_on_encrypted_ways(fetcher: Fetcher, tmp_path: Path) -> None:
-    """A registry with TLS whose challenge names a token server without."""
-    client = fetch.Client(5)
-    reference = fetch.Reference.parse("docker://registry.example/x")
-    registry = fetch.Registry(client, reference, fetch.Credentials("ci", "secret"), is_plain=False)
-    with FileServer() as server:
-        with pytest.raises(DriverError, match="without encryption"):
-            registry.authorize([f'Bearer realm="{server.url}/token",service="x"'])
-        assert server.seen == []
-
-
 @pytest.mark.parametrize("code", [404, 429, 500])
 def test_status(fetcher: Fetcher, liar: Liar, code: int) -> None:
     liar.answers["/v2/x/manifests/latest"] = status(code)
     text, kind = fetcher.refuse(liar.origin)
     assert f"HTTP {code}" in text
     assert kind == ("DriverError" if code == 404 else "TransientError")
-
-
-def test_devices_and_attributes_in_layers(fetcher: Fetcher, registry: Registry) -> None:
-    registry.push("devices", ImageParts.make([
-        make_tar([folder("usr"), Entry("usr/x", kind=tarfile.CHRTYPE), Entry("dev/sda", kind=tarfile.BLKTYPE)])
-    ]))  # fmt: skip
-    image = fetcher.fetch(docker_origin(f"{registry.host}/devices"))
-    assert list((fetcher.store.layer(image.layers[0]) / "usr").iterdir()) == []
-    for name in ("trusted.overlay.opaque", "user.overlay.opaque"):
-        bad = make_tar([folder("usr", pax={f"SCHILY.xattr.{name}": "y"})])
-        registry.push("attributes", ImageParts.make([bad]))
-        text, _ = Fetcher(fetcher.store.root / name).refuse(docker_origin(f"{registry.host}/attributes"))
-        assert f"has the attribute {name}" in text
 
 
 def test_a_layer_without_an_end(fetcher: Fetcher, registry: Registry) -> None:
@@ -679,7 +611,7 @@ def test_saved_image(fetcher: Fetcher, tmp_path: Path, form: str) -> None:
     """Is what a registry would give."""
     parts = ImageParts.make([BASE, TOP_LAYER], Cmd=["/bin/x"])
     image = fetcher.fetch(saved(tmp_path, getattr(parts, form)()))
-    assert image.layers == (hashlib.sha256(TOP_LAYER).hexdigest(), hashlib.sha256(BASE).hexdigest(), "skeleton-1")
+    assert image.layers == (layer_name(TOP_LAYER), layer_name(BASE), "skeleton-1")
     assert image.config.command == ("/bin/x",)
     assert not list(fetcher.store.work.iterdir())
 

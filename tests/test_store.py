@@ -35,6 +35,7 @@ from tests.servers import (
     basic_auth,
     folder,
     link,
+    make_deep,
     make_tar,
     pack_files,
     pack_tree,
@@ -65,12 +66,6 @@ def empty(store: driver.Store) -> Iterator[driver.Store]:
 def tasks(plugin: Plugin, image: Path, store: driver.Store) -> Iterator[Tasks]:
     with Tasks(plugin, image) as made:
         yield made
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with FileServer() as running:
-        yield running
 
 
 def download(url: str, **more: object) -> dict[str, Any]:
@@ -479,6 +474,56 @@ def test_kill_at_any_moment_of_fetch_and_start(
     for place in (store.images, store.layers, store.parts, store.work, store.in_use):
         assert not list(place.iterdir()), seed
     assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+# -- removal -------------------------------------------------------------------------------------------------
+
+
+def test_trees_of_any_depth_are_removed(tmp_path: Path) -> None:
+    """Deeper than Python's stack, than paths may be long, and than there may be open files."""
+    make_deep(tmp_path / "tree", 5000)
+    driver.remove_tree(tmp_path / "tree")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_directories_are_removed(tmp_path: Path) -> None:
+    for number in range(2500):
+        (tmp_path / f"tree/{number}/inner").mkdir(parents=True)
+        (tmp_path / f"tree/{number}.txt").touch()
+    driver.remove_tree(tmp_path / "tree")
+    driver.remove_tree(tmp_path / "tree")  # again: there is nothing
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_removal_leaves_what_links_and_mounts_lead_to(tmp_path: Path) -> None:
+    for name in ("tree/inner", "kept", "tree/mounted"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "kept/file").touch()
+    (tmp_path / "tree/inner/link").symlink_to(tmp_path / "kept")
+    (tmp_path / "tree/link").symlink_to(tmp_path / "kept/file")
+    os.mkfifo(tmp_path / "tree/pipe")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "tree/mounted")], check=True)
+    try:
+        (tmp_path / "tree/mounted/file").touch()
+        driver.remove_tree(tmp_path / "tree")
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+            "kept", "kept/file", "tree", "tree/mounted", "tree/mounted/file",
+        ]  # fmt: skip
+    finally:
+        subprocess.run(["umount", str(tmp_path / "tree/mounted")], check=True)
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    driver.remove_tree(tmp_path / "link")
+    assert (tmp_path / "kept/file").exists() and not (tmp_path / "link").is_symlink()
+
+
+def test_what_a_container_has_sealed_is_removed(tmp_path: Path) -> None:
+    """Root may not remove a file with the attribute `i`, nor one of a directory with `a`."""
+    (tmp_path / "tree/sealed/inner").mkdir(parents=True)
+    (tmp_path / "tree/file").touch()
+    for flag, name in (("+i", "file"), ("+i", "sealed/inner"), ("+a", "sealed")):
+        subprocess.run(["chattr", flag, str(tmp_path / "tree" / name)], check=True)
+    driver.remove_tree(tmp_path / "tree")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- the records ---------------------------------------------------------------------------------------------
