@@ -3686,8 +3686,7 @@ def explain_variables(variables: Mapping[str, str]) -> Iterator[str]:
 
 
 def render_bundle(variables: Mapping[str, str], account: Account | None) -> str:
-    """Return a bundle's config.json, in ASCII. What it does not speak of is what the command line says, but for
-    BUNDLE_SWITCHES."""
+    """Return a bundle's config.json, in ASCII. All else is on the command line: nspawn takes both together."""
     process: dict[str, object] = {"env": [f"{name}={value}" for name, value in sorted(variables.items())]}
     if account:
         process["user"] = {"uid": account.uid, "gid": account.gid, "additionalGids": account.groups}
@@ -3809,8 +3808,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     root, image_pins = pin_image(root, values, found, state)
     network = plan_network(task.network, values, found.names, machine, is_disk=not found.image.is_directory)
     mode, account = Mode.of(values), found.account
-    values = {**values, **network.values}
-    values = {**values, **plan_defaults(task, values, mode, account)}
+    values = {**values, **network.values, **plan_defaults(task, values, mode, account)}
     given = {**values["environment"], **task.env, **network.environ}
     variables = select_variables(given)
     bundled = {**mode.environ, **(account.variables if account else {}), **variables}
@@ -3825,7 +3823,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         *network.argv,
         *itertools.chain(*(volume.argv for volume in volumes)),
         *network.render_files(state),
-        f"--oci-bundle={state / BUNDLE_PLACE}",
+        *render_bundle_options(values, state),
     ]
     return Plan(
         task_id=task.id,
@@ -3894,9 +3892,6 @@ def plan_prefix(values: Values) -> tuple[str, ...]:
     return () if score is None else ("choom", "-n", str(score), "--")
 
 
-BUNDLE_SWITCHES = ("timezone", "resolv_conf", "link_journal")  # a bundle makes "off" of nspawn's own default
-
-
 def plan_defaults(task: TaskConfig, values: Values, mode: Mode, account: Account | None) -> dict[str, str]:
     """Return the options whose default depends on others."""
     # A booted system's init is root's, whatever the job says.
@@ -3904,7 +3899,6 @@ def plan_defaults(task: TaskConfig, values: Values, mode: Mode, account: Account
     return {
         "console": values["console"] or mode.console,
         "user": "" if account else values["user"] or user,  # an account is in the bundle
-        **{name: values[name] or "auto" for name in BUNDLE_SWITCHES},
     }
 
 
@@ -3976,6 +3970,14 @@ def plan_credentials(credentials: Mapping[str, bytes], state: Path) -> dict[str,
 
 def render_credentials(places: Mapping[str, str]) -> list[str]:
     return [f"--load-credential={escape_field(key)}:{place}" for key, place in places.items()]
+
+
+def render_bundle_options(values: Values, state: Path) -> Iterator[str]:
+    """With a bundle these three would be off where nothing is said of them (252, 257, 262)."""
+    for option in ("timezone", "resolv_conf", "link_journal"):
+        if not values[option]:
+            yield f"--{option.replace('_', '-')}=auto"
+    yield f"--oci-bundle={state / BUNDLE_PLACE}"
 
 
 def plan_environ(host: Host) -> dict[str, str]:
@@ -4124,6 +4126,9 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
     (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container: it must be in '
      "its /etc/passwd, and the program getent in its /usr/bin", False),
+    (r"(?:setres[ug]id\(\) failed|Failed to set auxiliary groups): Invalid argument",
+     "user: its number, or a group's, is not in the container's range of user ids; there are 65536 unless "
+     "private_users says more", False),
     (r"Failed to change to specified working directory ([^:]+)",
      "working_directory: there is no directory {0} in the container", False),
     (r"Failed to (?:stat|clone) (/[^:]*): No such file", "bind: there is no {0} on the host", False),

@@ -167,7 +167,7 @@ def test_image_with_a_passwd_that_misleads(guests: Tasks, machines: Path, tmp_pa
         os.truncate(passwd, 1 << 30)
     elif kind == "odd lines":
         odd = ("victim", "victim:x:", "victim:x:-1:0::/:", "victim:x:0x0:0::/:", "victim:x:4294967296:0::/:",
-               "victim:x:65535:65535::/:", f"a\x0b{root[:-1]}", f"a\x85{root[:-1]}", f"\u2028{root[:-1]}")  # fmt: skip
+               "victim:x:65535:65535::/:", f"a\x0b{root}", f"a\x85{root}", f"\u2028{root}")  # fmt: skip
         passwd.write_text("\n".join(odd))
     else:
         passwd.mkdir()
