@@ -621,11 +621,15 @@ def test_udev_interfaces_of_the_host(tasks: Tasks, link: str) -> None:
 @needs_udev
 def test_udev_disk_image(tasks: Tasks, image: Path, tmp_path: Path) -> None:
     tree, disk = tmp_path / "tree", tmp_path / "disk.raw"
-    make_small_image(image, tree, ("dash", "cat", "touch", "readlink"))
+    make_small_image(image, tree, ("dash", "cat", "touch", "readlink", "id", "getent"))
     (tree / "etc/secret").write_text("inside")
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "64M"], check=True, timeout=120)
     settings = {"image": str(disk), "read_only": None, "user_namespacing": False}
     assert run(tasks, "cat /etc/secret; touch /etc/new", **settings) == "inside"
+    script = 'echo "$LD_PRELOAD|$LINES|$HOME $USER $LOGNAME"; id -un; id -g'
+    env = {"LD_PRELOAD": "/no/such.so", "LINES": "a\r\nb"}
+    shown = run(tasks, script, **settings, env=env, user="daemon")
+    assert shown == "/no/such.so|a\r\nb|/usr/sbin daemon daemon\ndaemon\n1"
     with make_group() as group, tasks:  # it ends them before the namespace goes
         in_group = {**settings, "network": group.spec}
         shown = run(tasks, "readlink /proc/self/ns/net", **in_group)
