@@ -3686,7 +3686,10 @@ def explain_variables(variables: Mapping[str, str]) -> Iterator[str]:
 
 
 def render_bundle(variables: Mapping[str, str], account: Account | None) -> str:
-    """Return a bundle's config.json, in ASCII. All else is on the command line: nspawn takes both together."""
+    """Return a bundle's config.json, in ASCII. All else is on the command line: nspawn takes both together. Raises
+    ConfigError for what does not fit into a payload's environment."""
+    variables = {**(account.variables if account else {}), **variables}
+    check_environment(variables)
     process: dict[str, object] = {"env": [f"{name}={value}" for name, value in sorted(variables.items())]}
     if account:
         process["user"] = {"uid": account.uid, "gid": account.gid, "additionalGids": account.groups}
@@ -3807,12 +3810,9 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     root = plan_root(found.image, values, host, found.mounts, place)
     root, image_pins = pin_image(root, values, found, state)
     network = plan_network(task.network, values, found.names, machine, is_disk=not found.image.is_directory)
-    mode, account = Mode.of(values), found.account
-    values = {**values, **network.values, **plan_defaults(task, values, mode, account)}
+    values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values), found.account)}
     given = {**values["environment"], **task.env, **network.environ}
     variables = select_variables(given)
-    bundled = {**mode.environ, **(account.variables if account else {}), **variables}
-    check_environment(bundled)
     volumes = plan_volumes(task, values, host, found.mounts)
     pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
     arguments = [
@@ -3832,7 +3832,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         network=network,
         argv=plan_argv(task, values, host, (*root.argv, *arguments)),
         environ=plan_environ(host),
-        bundle=render_bundle(bundled, account),
+        bundle=render_bundle({**mode.environ, **variables}, found.account),
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         limits=plan_limits(task.resources, values, host.cpus),
         stdout_path=task.stdout_path,
@@ -3848,7 +3848,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
         copying=root.copying,
-        inside=plan_inside(task, values, variables, account),
+        inside=plan_inside(task, values, variables, found.account),
         notes=(*explain_variables(given), *network.notes, *explain_limits(values, host)),
     )
 
@@ -4126,7 +4126,7 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
     (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container: it must be in '
      "its /etc/passwd, and the program getent in its /usr/bin", False),
-    (r"(?:setres[ug]id\(\) failed|Failed to set auxiliary groups): Invalid argument",
+    (r"(?:setres[ug]id\(\)|Changing privileges) failed: Invalid arg|set auxiliary groups: Invalid arg",
      "user: its number, or a group's, is not in the container's range of user ids; there are 65536 unless "
      "private_users says more", False),
     (r"Failed to change to specified working directory ([^:]+)",

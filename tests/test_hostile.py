@@ -178,8 +178,8 @@ def test_image_with_a_passwd_that_misleads(guests: Tasks, machines: Path, tmp_pa
         return re.findall(r"^[UG]id:\t(\d+)", output(task), re.MULTILINE)
 
     assert ids("1234") == ["1234", "0"]
-    with pytest.raises(DriverError, match="user: there is no user"):
-        ids("victim")
+    with contextlib.suppress(DriverError):  # systemd 257 and later fail when the container is up
+        assert ids("victim") == []
     if kind == "huge":
         assert ids("first") == ["7", "8"]
 

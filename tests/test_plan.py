@@ -829,8 +829,8 @@ def test_bundle_keeps_every_byte(value: str) -> None:
 
 def test_bundle() -> None:
     account = driver.Account("www", 33, 34, (50, 7), "/srv")
-    assert driver.render_bundle({"B": "2", "A": "ü"}, account) == (
-        '{"ociVersion": "1.0.0", "process": {"env": ["A=\\u00fc", "B=2"], '
+    assert driver.render_bundle({"HOME": "ü", "A": "b"}, account) == (
+        '{"ociVersion": "1.0.0", "process": {"env": ["A=b", "HOME=\\u00fc", "LOGNAME=www", "USER=www"], '
         '"user": {"uid": 33, "gid": 34, "additionalGids": [50, 7]}}}'
     )
     assert driver.render_bundle({}, None) == '{"ociVersion": "1.0.0", "process": {"env": []}}'
@@ -1349,6 +1349,12 @@ EXPLAINED: list[tuple[str, str, bool]] = [
         "Failed to resolve user nouser.",
         'user: there is no user "nouser" in the container: it must be in its '
         "/etc/passwd, and the program getent in its /usr/bin",
+        False,
+    ),
+    (
+        "Changing privileges failed: Invalid argument",  # systemd 257
+        "user: its number, or a group's, is not in the container's range of user ids; there are 65536 unless "
+        "private_users says more",
         False,
     ),
     (
