@@ -13,13 +13,13 @@ The module reads top to bottom as words, facts, plan, act, serve; a section uses
     Table        all options; schema, nspawn's arguments and the reference come from it
     Rules        what concerns two options, and what the operator has to allow
     Image        an image's name to a place on disk
-    Account      who the command of a fetched image runs as
+    Account      who a command runs as
     Sources      what of the host a job names, judged by what the operator allows
     Network      a task's network, ports and names: nspawn's arguments, and what has to be looked up for them
     Root         whether the container's root is the image, or one of its own over it
     Cgroup       where a task's processes live, and what they use
     Job          what Nomad says of a task
-    Environment  how a task's variables reach the payload
+    Environment  how variables and user reach the payload
     Plan         all of that to everything needed to start a task; pure
     Outcome      what nspawn's messages and exit codes mean
     Mounting     private roots: ranges of users, locks, mounts
@@ -401,13 +401,16 @@ async def run_apart(work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
+    def finish(action: Callable[[], None]) -> None:
+        if not done.cancelled():  # nobody waits any more
+            action()
+
     def run() -> None:
         try:
-            result = work()
+            action = functools.partial(done.set_result, work())
         except BaseException as error:
-            loop.call_soon_threadsafe(done.set_exception, error)
-        else:
-            loop.call_soon_threadsafe(done.set_result, result)
+            action = functools.partial(done.set_exception, error)
+        loop.call_soon_threadsafe(finish, action)
 
     threading.Thread(target=run, daemon=True).start()
     return await done
