@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -630,6 +631,30 @@ def test_user_that_only_the_container_knows(tmp_path: Path, more: dict[str, Any]
     volumes = more.pop("volumes", [])
     assert driver.find_account(Image(tmp_path, True), {**values, **more}, volumes) is None
     assert driver.find_account(Image(tmp_path, False), values) is None
+
+
+LINES = st.text(st.sampled_from("root:x0123456789\n\r\0\x0b\x85,/-+ é\u2028"), max_size=60) | st.text(max_size=30)
+
+
+@given(LINES, LINES, st.text(st.sampled_from("root:0123456789x²٣ \n"), max_size=12) | LINES)
+@settings(deadline=None)
+def test_any_passwd_and_user(passwd: str, group: str, user: str) -> None:
+    """There is a user with numbers that nspawn takes, or a sentence."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "etc").mkdir()
+        for name, text in (("passwd", passwd), ("group", group)):
+            (Path(folder) / "etc" / name).write_bytes(text.encode(errors="surrogatepass"))
+        values = {"user": user, "boot": False, "pivot_root": None}
+        try:
+            found = driver.find_account(Image(Path(folder), True, key="k"), values)
+        except ConfigError as error:
+            assert error.option == "user"
+            return
+    assert found is not None or not user
+    if found:
+        assert all(0 <= number < 10**9 and number != 65535 for number in (found.uid, found.gid, *found.groups))
+        driver.render_bundle({}, found)
+        assert found.uid or user.partition(":")[0].strip("0") in ("", "root") or ":0:" in passwd or ":00" in passwd
 
 
 def test_end_of_a_long_passwd_is_no_line(tmp_path: Path) -> None:
