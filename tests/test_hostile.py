@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.agent import DriverError, Plugin, launch_like_agent
-from tests.containers import Tasks, leader, make_small_image, output
+from tests.containers import Tasks, eventually, leader, make_small_image, output
 
 pytestmark = pytest.mark.root
 
@@ -125,7 +125,8 @@ def test_no_value_reaches_a_process_of_root(guests: Tasks, end: str) -> None:
     with watch_host(secret) as seen:
         for _ in range(max(RACES // 10, 1)):
             task = guests.start(["/bin/sleep", "600"], env=variables, process_two=True, **APART)
-            assert f"LD_PRELOAD=/{secret}{end}\0".encode() in task.exec(["/bin/cat", "/proc/2/environ"])[0]
+            given = f"LD_PRELOAD=/{secret}{end}\0".encode()
+            eventually(lambda: given in task.exec(["/bin/cat", "/proc/2/environ"])[0])  # noqa: B023 # at once
             assert secret.encode() not in Path(f"/proc/{leader(task)}/environ").read_bytes(), "nspawn's stub"
             task.destroy()
     assert not seen
