@@ -13,13 +13,13 @@ The module reads top to bottom as words, facts, plan, act, serve; a section uses
     Table        all options; schema, nspawn's arguments and the reference come from it
     Rules        what concerns two options, and what the operator has to allow
     Image        an image's name to a place on disk
-    Account      who the command of a fetched image runs as
+    Account      who a command runs as
     Sources      what of the host a job names, judged by what the operator allows
     Network      a task's network, ports and names: nspawn's arguments, and what has to be looked up for them
     Root         whether the container's root is the image, or one of its own over it
     Cgroup       where a task's processes live, and what they use
     Job          what Nomad says of a task
-    Environment  how a task's variables reach the payload
+    Environment  how variables and user reach the payload
     Plan         all of that to everything needed to start a task; pure
     Outcome      what nspawn's messages and exit codes mean
     Mounting     private roots: ranges of users, locks, mounts
@@ -442,21 +442,17 @@ async def run_apart(work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
-    def set_end(set_it: Callable[[Any], None], end: object) -> None:
-        if not done.done():  # by a cancellation
-            set_it(end)
-
-    def tell(set_it: Callable[[Any], None], end: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the plugin has ended
-            loop.call_soon_threadsafe(set_end, set_it, end)
+    def finish(action: Callable[[], None]) -> None:
+        if not done.cancelled():  # nobody waits any more
+            action()
 
     def run() -> None:
         try:
-            result = work()
+            action = functools.partial(done.set_result, work())
         except BaseException as error:
-            tell(done.set_exception, error)
-        else:
-            tell(done.set_result, result)
+            action = functools.partial(done.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the plugin has ended
+            loop.call_soon_threadsafe(finish, action)
 
     threading.Thread(target=run, daemon=True).start()
     return await done
@@ -1366,6 +1362,9 @@ def are_variables(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
 
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # nspawn refuses others: "Cannot assign environment variable"
+# What systemd refuses in a text beside the NUL: surrogates and the code points that are never characters.
+NEVER_CHARACTERS = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+NO_TEXT = re.compile(f"[\\0\ud800-\udfff\ufdd0-\ufdef{NEVER_CHARACTERS}]")
 
 CAPABILITIES = tuple(
     """
@@ -1954,13 +1953,13 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
 # Options of nspawn that jobs do not have, each with the reason.
 NOT_OFFERED: Mapping[str, str] = {
     "--quiet": "always set; its messages are in the task's events",
-    "--settings": "always decided by the driver: settings beside an image must not count",
+    "--settings": "settings files are never read: those beside an image come with the image",
     "--cleanup": "the driver cleans up itself",
     "--directory": "`image`",
     "--image": "`image`",
     "--template": "`ephemeral` gives each task its own root without a copy",
     "--mstack": "`image_download` brings images of several layers",
-    "--oci-bundle": "a bundle's own configuration would go past what the operator allows",
+    "--oci-bundle": "the driver's own, for environment and user; images in this form come from a registry",
     "--verity-data": "put the hash partition into the disk image",
     "--setenv": "`environment`, and Nomad's `env` block",
     "--kill-signal": "Nomad's `kill_signal`, sent to the payload itself",
@@ -2685,10 +2684,9 @@ def is_foreign(path: Path) -> bool:
 # =====================================================================================================
 # Account
 #
-# Who the command of a fetched image runs as, as docker has it: USER or USER:GROUP, each a name or a number. nspawn
-# runs the image's `getent` to look a user up, which many images do not have (distroless, scratch) or only in a
-# form that is of no use for it (Alpine), and which knows no numbers without a name. So the root of the task gets a
-# getent of ours in front of the image's: it knows one answer, and gives it to nspawn alone.
+# Who a command runs as: USER or, in a registry's image, USER:GROUP, each a name or a number, as docker has it. The
+# driver looks them up in the image's own files and tells nspawn numbers. By itself nspawn runs the image's
+# `getent`, which many images do not have (distroless, scratch) or only in a form that it cannot use (Alpine).
 # =====================================================================================================
 
 
@@ -2703,81 +2701,83 @@ class Account:
     home: str
 
     @property
-    def getent(self) -> bytes:
-        """What has to be executed in the container as `getent passwd NAME` and `getent initgroups NAME`."""
-        passwd = f"{self.name}:x:{self.uid}:{self.gid}::{self.home}:\n"
-        groups = " ".join(map(str, (self.name, self.gid, *self.groups))) + "\n"
-        return render_getent(os.uname().machine, passwd.encode(), groups.encode())
+    def variables(self) -> dict[str, str]:
+        """What nspawn sets for a user by name, and does not for one by number."""
+        return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
 
 
-def find_account(image: Image, values: Values) -> Account | None:
-    """Return the user for the command of an image in the store, None where nspawn has to know by itself."""
+def find_account(image: Image, values: Values, volumes: Iterable[str] = ()) -> Account | None:
+    """Return the user for the command. None: nspawn has to look it up in the container. That is so for a disk
+    image, where the job mounts files over the image's, and for a name that is not in /etc/passwd, because systemd
+    knows further ones (`bind_user`). `volumes` are the targets of Nomad's mounts."""
     wanted = values["user"]
-    if not wanted or values["boot"] or not (image.key and image.is_directory):
+    if not wanted or values["boot"] or not image.is_directory:
+        return None
+    if not image.key and hides_accounts(values, volumes):
         return None
     name, _, group = wanted.partition(":")
     name = is_user("user", name or "root")
-    users = [line.split(":") for line in read_in_image(image, values, "/etc/passwd").splitlines()]
-    groups = [line.split(":") for line in read_in_image(image, values, "/etc/group").splitlines()]
-    numbers = {entry[0]: int(entry[2]) for entry in groups if len(entry) > 2 and is_id(entry[2])}
-    gid = numbers.get(group, int(group) if is_id(group) else None)
-    if group and gid is None:
-        raise ConfigError("user", wanted, f"the image has no group {cut(group)}", "give the group's number")
+    groups = read_entries(image, values, "/etc/group")
+    gid = find_group(wanted, group, groups)
     if name in ("root", "0"):
-        if gid:
-            raise ConfigError(
-                "user", wanted, "systemd-nspawn gives root no other group than its own", "leave it out"
-            )
-        return Account("root", 0, 0, (), "/root")
-    for entry in users:
+        return Account("root", 0, gid or 0, (), "/root")
+    for entry in read_entries(image, values, "/etc/passwd"):
         if len(entry) > 5 and name in (entry[0], entry[2]) and is_id(entry[2]) and is_id(entry[3]):
-            user = is_user("user", entry[0])
-            further = [int(line[2]) for line in groups if len(line) > 3 and is_id(line[2])
-                       and user in line[3].split(",")] if gid is None else []  # fmt: skip
-            home = entry[5] if entry[5].startswith("/") else "/"
-            return Account(user, int(entry[2]), int(entry[3]) if gid is None else gid, tuple(further), home)
-    if not is_id(name):
-        raise ConfigError("user", wanted, "the image's /etc/passwd has no such user", "give the user's number")
-    return Account(name, int(name), gid or 0, (), "/")
+            return parse_account(entry, gid, groups)
+    if is_number(wanted, name):
+        return Account(name, int(name), gid or 0, (), "/")
+    if not image.key:
+        return None
+    raise ConfigError("user", wanted, "the image's /etc/passwd has no such user", "give the user's number")
+
+
+def hides_accounts(values: Values, volumes: Iterable[str]) -> bool:
+    """Tell whether something is mounted over the image's passwd or group."""
+    binds = [parse_bind(text)[0] for name in ("bind", "bind_read_only") for text in values[name].values()]
+    overlays = [split_fields(item)[-1] for name in ("overlay", "overlay_read_only") for item in values[name]]
+    targets = {os.path.normpath(f"/{target}").lstrip("/") for target in (*binds, *overlays, *volumes)}
+    return not targets.isdisjoint(("", "etc", "etc/passwd", "etc/group"))
+
+
+def read_entries(image: Image, values: Values, path: str) -> list[list[str]]:
+    """Return the fields of an image's passwd or group, line by line."""
+    text = read_in_image(image, values, path)
+    if len(text.encode()) >= MAX_TEXT:
+        text = text.rpartition("\n")[0]  # the last line may have been cut in the middle of a number
+    return [line.split(":") for line in text.split("\n")]
+
+
+def parse_account(entry: Sequence[str], gid: int | None, groups: Sequence[Sequence[str]]) -> Account:
+    """Return the user of a line of passwd. A group that was asked for takes the place of all others."""
+    name, uid, home = entry[0] if USER.fullmatch(entry[0]) else entry[2], int(entry[2]), entry[5]
+    if not home.startswith("/") or NO_TEXT.search(home):
+        home = "/"
+    if gid is not None:
+        return Account(name, uid, gid, (), home)
+    members = [group for group in groups if len(group) > 3 and is_id(group[2]) and name in group[3].split(",")]
+    return Account(name, uid, int(entry[3]), tuple(int(group[2]) for group in members), home)
+
+
+def find_group(wanted: str, group: str, groups: Sequence[Sequence[str]]) -> int | None:
+    """Return the number of a group, None where none is asked for."""
+    if not group:
+        return None
+    numbers = [int(entry[2]) for entry in groups if len(entry) > 2 and entry[0] == group and is_id(entry[2])]
+    if not numbers and not is_number(wanted, group):
+        raise ConfigError("user", wanted, f"the image has no group {cut(group)}", "give the group's number")
+    return numbers[0] if numbers else int(group)
+
+
+def is_number(wanted: str, text: str) -> bool:
+    """Tell whether a name is a number. Raises ConfigError for one that no user has."""
+    if text.isascii() and text.isdigit() and not is_id(text):
+        raise ConfigError("user", wanted, "numbers of users go up to 999999999, and 65535 is none", "give another")
+    return is_id(text)
 
 
 def is_id(text: str) -> bool:
-    return bool(re.fullmatch(r"\d{1,9}", text, re.ASCII))
-
-
-# By machine: its number in ELF, and the code. Five numbers follow it: address and length of both answers, and
-# the address of the path of the image's own program. With an empty environment, as nspawn gives it, or with our
-# mark in it (nspawn 262 passes its own environment on), it writes the first answer for a database that begins
-# with "p", else the second; otherwise it executes the image's own program, and ends with 2 if there is none.
-# tests/getent holds the sources.
-GETENT_CODE = {
-    "x86_64": (62,
-        "48833c2403755e488d5c242848833b007418488b034885c0744b4883c308488b0d63000000483b0875e8488b442410488b355a000000"
-        "488b155b000000803870740e488b3557000000488b1558000000bf01000000b8010000000f0531ffb83c0000000f05488b3d44000000"
-        "488d742408488b0424488d54c410b83b0000000f05bf02000000ebd64e535041574e5f47"),
-    "aarch64": (183,
-        "e90340f93f0d00f101030054eaa30091490140f9e90000b4cb030058498540f8490200b42c0140f99f010beb81ffff54e90b40f92901"
-        "403901030058220300583fc10171600000540103005822030058200080d2080880d2010000d4000080d2a80b80d2010000d480020058"
-        "e1230091e20340f9220c028b42200091a81b80d2010000d4400080d2f6ffff171f2003d54e535041574e5f47"),
-}  # fmt: skip
-GETENT_ADDRESS = 0x400000
-GETENT_OF_IMAGE = "getent.image"  # in /usr/bin, beside ours
-
-
-def render_getent(machine: str, passwd: bytes, groups: bytes) -> bytes:
-    """Return a program, with ELF's two headers of 64 and 56 bytes."""
-    number, digits = GETENT_CODE[machine]
-    code = bytes.fromhex(digits)
-    texts = (passwd, groups, f"/usr/bin/{GETENT_OF_IMAGE}\0".encode())
-    first = GETENT_ADDRESS + 64 + 56 + len(code) + 5 * 8
-    places = [first, first + len(texts[0]), first + len(texts[0]) + len(texts[1])]
-    words = struct.pack("<5Q", places[0], len(texts[0]), places[1], len(texts[1]), places[2])
-    body = code + words + b"".join(texts)
-    size = 64 + 56 + len(body)
-    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, number, 1, GETENT_ADDRESS + 64 + 56, 64, 0, 0,
-                         64, 56, 1, 0, 0, 0)  # fmt: skip
-    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, GETENT_ADDRESS, GETENT_ADDRESS, size, size, 0x10000)
-    return header + segment + body
+    """Tell whether a text is the number of a user or group. 65535 is none for systemd: it is -1 in 16 bits."""
+    return bool(re.fullmatch(r"\d{1,9}", text, re.ASCII)) and int(text) != 0xFFFF
 
 
 # =====================================================================================================
@@ -3950,88 +3950,53 @@ def state_directory(task_id: str) -> Path:
 # =====================================================================================================
 # Environment
 #
-# How a task's variables reach its payload, and nothing else.
+# How a task's variables and its user reach the payload, and nothing else: in an OCI bundle, a file for root alone.
+# nspawn reads it when it starts (252, 257, 262), hands the variables to the payload byte for byte, and has them
+# neither in its own environment nor on a command line. With a bundle it reads no settings file (*.nspawn).
 # =====================================================================================================
 
-
-# Names that mean something to the root processes around the container (the loader, libc, systemd, sh, mount,
-# iptables, OpenSSL, ...). A job's LD_PRELOAD in nspawn's own environment would be loaded by nspawn as root of
-# the host (measured).
-STEERING = re.compile(
-    r"(LD_|SYSTEMD_|NSPAWN_|LISTEN_|NOTIFY_|WATCHDOG_|GCONV_|GLIBC_|MALLOC_|LC_|LANG|LOCPATH|LOCALDOMAIN|NLSPATH|TZ|RES_"
-    r"|RESOLV_|LDAP|SASL_|HOSTALIASES|DBUS_|XTABLES|IPTABLES|NFT|OPENSSL|SSL_|SSLKEYLOG|GNUTLS_|P11_|NSS_|KRB5|PATH$|HOME$|TMP|TEMP"
-    r"|TERM|COLORTERM|NO_COLOR|USER$|LOGNAME$|SHELL|CONTAINER|INVOCATION_ID|JOURNAL_|CREDENTIALS_|XDG_|LIBMOUNT_"
-    r"|BLKID_|LIBBLKID|UDEV|KMOD|MODPROBE|SELINUX|ENV$|BASH|IFS$|PS[0-9]|PWD|OLDPWD|CDPATH|POSIXLY|PYTHON|PERL"
-    r"|PAGER|LESS|(RUNTIME|STATE|CACHE|LOGS|CONFIGURATION)_DIRECTORY|KEEPER_|OPT|LINENO|PPID|HIST|MAIL|GETCONF|COREDUMP|ARGV0|_$)",
-    re.IGNORECASE,
-)
-
-MAX_VARIABLE = 128 << 10  # bytes of an argument with its final NUL: MAX_ARG_STRLEN of the kernel
+MAX_VARIABLE = 128 << 10  # bytes of a variable with its final NUL: MAX_ARG_STRLEN of the kernel
 MAX_ENVIRONMENT = 1536 << 10  # the kernel's limit for arguments and environment together is 2 MiB
-
-
-@dataclass(frozen=True)
-class Environment:
-    """How a task's environment reaches the payload."""
-
-    settings: str | None  # text of the settings file, None: none
-    argv: tuple[str, ...] = ()
-    environ: Mapping[str, str] = field(default_factory=dict)  # for nspawn's own process
-    dropped: tuple[str, ...] = ()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences for the task's events."""
-        return tuple(
-            f"The variable {name!r} is not passed on: systemd-nspawn accepts letters, digits and underscores only."
-            for name in self.dropped
-        )
-
-
-def plan_environment(variables: Mapping[str, str]) -> Environment:
-    """Choose a way that keeps every byte, hides values from other users and steers no process of root.
-
-    The settings file, root's alone, does all three, but for line ends: nspawn reads it by lines. One value
-    with a line end sends all variables the other way, because nspawn ignores the file's as soon as one is on
-    the command line: names there, values in nspawn's own environment; names that would steer nspawn carry
-    their value on the command line, where other users of the host can read it.
-    """
-    check_environment(variables)
-    names = sorted(name for name in variables if VARIABLE.fullmatch(name))
-    dropped = tuple(sorted(set(variables) - set(names)))
-    if not any(re.search(r"[\n\r]", variables[name]) for name in names):
-        lines = [f"Environment={quote_setting(f'{name}={variables[name]}')}\n" for name in names]
-        return Environment("[Exec]\n" + "".join(lines), dropped=dropped)
-    hidden = {name: variables[name] for name in names if not STEERING.match(name)}
-    argv = [f"--setenv={name}" if name in hidden else f"--setenv={name}={variables[name]}" for name in names]
-    for name, argument in zip(names, argv, strict=True):
-        if len(argument.encode()) >= MAX_VARIABLE:
-            raise too_large(name, len(argument))
-    return Environment(None, ("--settings=no", *argv), hidden, dropped)
-
-
-def quote_setting(text: str) -> str:
-    """Quote for a .nspawn file: in single quotes everything is literal (measured on 252 and 257)."""
-    return "'" + text.replace("'", "'\"'\"'") + "'"
-
-
-def too_large(name: str, size: int) -> ConfigError:
-    rule = f"a variable may have {MAX_VARIABLE >> 10} KiB, this one has {size >> 10}"
-    return ConfigError("env", name, rule, "put the value into a file with a template block")
 
 
 def check_environment(variables: Mapping[str, str]) -> None:
     total = 0
     for name, value in variables.items():
-        if "\0" in value:  # would end the line in the settings file, and begin one of the job's own making
-            raise ConfigError("env", name, "the value must not hold a NUL character")
-        size = len(f"{name}={value}".encode()) + 1
+        if found := NO_TEXT.search(value):
+            rule = f"the value must not hold the character U+{ord(found[0]):04X}: systemd-nspawn takes text only"
+            raise ConfigError("env", name, rule, "put the value into a file with a template block")
+        size = len(f"{name}={value}".encode(errors="replace")) + 1
         total += size
         if size > MAX_VARIABLE:
-            raise too_large(name, size)
+            rule = f"a variable may have {MAX_VARIABLE >> 10} KiB, this one has {size >> 10}"
+            raise ConfigError("env", name, rule, "put the value into a file with a template block")
     if total > MAX_ENVIRONMENT:
         rule = f"all variables together may have {MAX_ENVIRONMENT >> 10} KiB"
         raise ConfigError("env", f"{total >> 10} KiB", rule, "put large values into files with template blocks")
+
+
+def select_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that nspawn accepts. Nomad makes others, too: a key of a meta block may hold dots."""
+    return {name: value for name, value in variables.items() if VARIABLE.fullmatch(name)}
+
+
+def explain_variables(variables: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each variable that does not reach the task."""
+    for name in sorted(variables):
+        if not VARIABLE.fullmatch(name):
+            why = "systemd-nspawn accepts letters, digits and underscores only"
+            yield f"The variable {name!r} is not passed on: {why}."
+
+
+def render_bundle(variables: Mapping[str, str], account: Account | None) -> str:
+    """Return a bundle's config.json, in ASCII. All else is on the command line: nspawn takes both together. Raises
+    ConfigError for what does not fit into a payload's environment."""
+    variables = {**(account.variables if account else {}), **variables}
+    check_environment(variables)
+    process: dict[str, object] = {"env": [f"{name}={value}" for name, value in sorted(variables.items())]}
+    if account:
+        process["user"] = {"uid": account.uid, "gid": account.gid, "additionalGids": account.groups}
+    return json.dumps({"ociVersion": "1.0.0", "process": process})
 
 
 # =====================================================================================================
@@ -4058,20 +4023,21 @@ class Inside:
     user: str = ""  # "": root
     directory: str = "/"
     variables: Mapping[str, str] = field(default_factory=dict)
-    account: Account | None = None  # where the task's own root has to tell nspawn of the user
+    account: Account | None = None  # None: to be looked up in the container
 
 
 def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str], account: Account | None) -> Inside:
-    """Return the surroundings nspawn gives the payload; without an account, user and home come from the
-    container's own files."""
+    """Return the surroundings of the payload; without an account, user and home come from the container's own
+    files."""
     given = {
         "PATH": DEFAULT_PATH,
         "LANG": "C.UTF-8",
         "container": "systemd-nspawn",
         **({"container_uuid": task.alloc_id} if UUID.fullmatch(task.alloc_id) else {}),
-        **{name: value for name, value in variables.items() if VARIABLE.fullmatch(name)},
+        **variables,
     }
-    return Inside(values["user"] or "", values["working_directory"] or "/", given, account)
+    user = account.name if account else values["user"] or ""
+    return Inside(user, values["working_directory"] or "/", given, account)
 
 
 @dataclass(frozen=True)
@@ -4083,8 +4049,8 @@ class Plan:
     mode: Mode
     network: NetworkPlan
     argv: tuple[str, ...]  # of systemd-nspawn
-    environ: Mapping[str, str]  # of nspawn beside the driver's own, see plan_environment
-    settings: str | None
+    environ: Mapping[str, str]  # of nspawn, beside what it always holds
+    bundle: str  # the text of config.json
     cgroup: str
     limits: Mapping[str, str]  # the cgroup's control files
     stdout_path: str
@@ -4147,9 +4113,9 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     place = plan_place(task.task_dir, found.ephemeral_dir, machine)
     root, image_pins = pin_image(plan_root(found.image, values, host, found.mounts, place), values, found, state)
     network = plan_network(task.network, values, found.names, machine, is_disk=not found.image.is_directory)
-    values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values))}
-    variables = {**values["environment"], **task.env, **network.environ}
-    environment = plan_environment({**mode.environ, **variables})
+    values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values), found.account)}
+    given = {**values["environment"], **task.env, **network.environ}
+    variables = select_variables(given)
     volumes = plan_volumes(task, values, host, found.mounts)
     pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
     arguments = [
@@ -4160,7 +4126,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         *network.argv,
         *itertools.chain(*(volume.argv for volume in volumes)),
         *network.render_files(state),
-        *environment.argv,
+        *render_bundle_options(values, state),
     ]
     return Plan(
         task_id=task.id,
@@ -4168,8 +4134,8 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         mode=mode,
         network=network,
         argv=plan_argv(task, values, host, (*root.argv, *arguments)),
-        environ=plan_environ(environment, host),
-        settings=environment.settings,
+        environ=plan_environ(host),
+        bundle=render_bundle({**mode.environ, **variables}, found.account),
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         limits=plan_limits(task.resources, values, host.cpus),
         stdout_path=task.stdout_path,
@@ -4186,8 +4152,8 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         credentials=found.credentials,
         copying=root.copying,
         has_other_users=have_other_users(values),
-        inside=plan_inside(task, values, variables, found.account if root.private else None),
-        notes=(*environment.notes, *network.notes, *explain_limits(values, host)),
+        inside=plan_inside(task, values, variables, found.account),
+        notes=(*explain_variables(given), *network.notes, *explain_limits(values, host)),
     )
 
 
@@ -4230,11 +4196,14 @@ def plan_prefix(values: Values) -> tuple[str, ...]:
     return () if score is None else ("choom", "-n", str(score), "--")
 
 
-def plan_defaults(task: TaskConfig, values: Values, mode: Mode) -> dict[str, str]:
+def plan_defaults(task: TaskConfig, values: Values, mode: Mode, account: Account | None) -> dict[str, str]:
     """Return the options whose default depends on others."""
     # A booted system's init is root's, whatever the job says.
     user = "" if mode is Mode.BOOT or not task.user else is_user("user", decode_string("user", task.user))
-    return {"console": values["console"] or mode.console, "user": values["user"] or user}
+    return {
+        "console": values["console"] or mode.console,
+        "user": "" if account else values["user"] or user,  # an account is in the bundle
+    }
 
 
 def check_image_rules(values: Values, image: Image, group: GroupNetwork) -> None:
@@ -4260,7 +4229,7 @@ def pin_image(root: RootPlan, values: Values, found: Found, state: Path) -> tupl
     return replace(root, argv=tuple(argv), private=private), [Pin(found.image_source, place)]
 
 
-IMAGE_PLACE, DEVICES_PLACE = "image", "devices"  # in the state directory
+IMAGE_PLACE, DEVICES_PLACE, BUNDLE_PLACE = "image", "devices", "bundle"  # in the state directory
 
 
 def plan_pins(sources: Mapping[str, Source], state: Path) -> dict[str, Pin]:
@@ -4307,13 +4276,18 @@ def render_credentials(places: Mapping[str, str]) -> list[str]:
     return [f"--load-credential={escape_field(key)}:{place}" for key, place in places.items()]
 
 
-def plan_environ(environment: Environment, host: Host) -> dict[str, str]:
-    """Return what stands in nspawn's own environment beside what the keeper's always holds."""
-    environ = dict(environment.environ)
-    if host.cgroups is CgroupMode.HYBRID:
-        # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
-        environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
-    return environ
+def render_bundle_options(values: Values, state: Path) -> Iterator[str]:
+    """With a bundle these three would be off where nothing is said of them (252, 257, 262)."""
+    for option in ("timezone", "resolv_conf", "link_journal"):
+        if not values[option]:
+            yield f"--{option.replace('_', '-')}=auto"
+    yield f"--oci-bundle={state / BUNDLE_PLACE}"
+
+
+def plan_environ(host: Host) -> dict[str, str]:
+    """Return what is in nspawn's own environment beside what the keeper's always holds."""
+    # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
+    return {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"} if host.cgroups is CgroupMode.HYBRID else {}
 
 
 def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
@@ -4456,6 +4430,9 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
     (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container: it must be in '
      "its /etc/passwd, and the program getent in its /usr/bin", False),
+    (r"(?:setres[ug]id\(\)|Changing privileges) failed: Invalid arg|set auxiliary groups: Invalid arg",
+     "user: its number, or a group's, is not in the container's range of user ids; there are 65536 unless "
+     "private_users says more", False),
     (r"Failed to change to specified working directory ([^:]+)",
      "working_directory: there is no directory {0} in the container", False),
     (r"Failed to (?:stat|clone) (/[^:]*): No such file", "bind: there is no {0} on the host", False),
@@ -4816,35 +4793,17 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
         raise explain_mount(plan, error) from None
     made = Image(directory / "root", is_directory=True)
     if plan.image.key:
-        complete_root(made, plan.inside.account)
+        complete_root(made)
     prepare_image(plan, made)
     return arguments
 
 
-def complete_root(root: Image, account: Account | None) -> None:
-    """Make in a root of the task's own what nspawn needs and an image of a registry need not have."""
+def complete_root(root: Image) -> None:
+    """Make /usr in a root of the task's own: nspawn asks for one, and an image of a registry need not have it."""
     owner = os.stat(root.path)
-    for parent, name in (("/", "usr"), ("/usr", "bin")):
-        with contextlib.suppress(OSError), open_directory(root, parent) as fd:
-            os.mkdir(name, 0o755, dir_fd=fd)
-            os.chown(name, owner.st_uid, owner.st_gid, dir_fd=fd)
-    if account and account.uid:
-        install_getent(root, account, owner)
-
-
-def install_getent(root: Image, account: Account, owner: os.stat_result) -> None:
-    try:
-        with open_directory(root, "/usr/bin") as fd:
-            with contextlib.suppress(FileNotFoundError):
-                os.rename("getent", GETENT_OF_IMAGE, src_dir_fd=fd, dst_dir_fd=fd)
-            file = os.open("getent", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o755, dir_fd=fd)
-            with open(file, "wb") as program:
-                program.write(account.getent)
-                os.fchown(file, owner.st_uid, owner.st_gid)
-                os.fchmod(file, 0o755)
-    except OSError as error:
-        rule = f"cannot be told to systemd-nspawn through the image's /usr/bin ({error.strerror})"
-        raise ConfigError("user", account.name, rule, 'set user = "root"') from None
+    with contextlib.suppress(OSError), open_directory(root, "/") as fd:
+        os.mkdir("usr", 0o755, dir_fd=fd)
+        os.chown("usr", owner.st_uid, owner.st_gid, dir_fd=fd)
 
 
 def prepare_image(plan: Plan, image: Image) -> None:
@@ -5362,8 +5321,7 @@ def render_size(size: float) -> str:
 # =====================================================================================================
 
 # Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. It starts when
-# a line comes on stdin: if the plugin dies before its pid is on disk, nothing has happened. Its variables have a
-# prefix that no variable of a job in its environment has (STEERING).
+# a line comes on stdin: if the plugin dies before its pid is on disk, nothing has happened.
 KEEPER = r"""
 keeper_state=$1 keeper_cgroup=$2 keeper_filter=$3
 shift 3
@@ -5482,7 +5440,6 @@ def start_shell(
         "PATH": SAFE_PATH,
         "LANG": "C.UTF-8",
         "NOTIFY_SOCKET": str(state_dir / "notify"),
-        "NSPAWN_GETENT": "1",  # see GETENT_CODE
     }
     argv = ["sh", "-c", KEEPER, "nomad-nspawn-keeper", str(state_dir), plan.cgroup]
     argv += ["filter" if plan.wants_filter else ""]
@@ -5865,7 +5822,6 @@ def delete_link(name: str) -> None:
 async def remove_leftovers(state: State) -> None:
     """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
     await remove_place(state.place)
-    remove_settings(state.machine)
     for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
@@ -5916,11 +5872,6 @@ def open_lock(path: Path) -> IO[bytes]:
         return open(f"/proc/self/fd/{fd}", "r+b")
     finally:
         os.close(fd)
-
-
-def remove_settings(machine: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        (SETTINGS_ROOT / f"{machine}.nspawn").unlink()
 
 
 # =====================================================================================================
@@ -6244,8 +6195,8 @@ class Start:
         except BaseException:
             await self.abandon()
             raise
-        remove_settings(self.plan.machine)  # nspawn has read them: the values need not stay on disk
-        remove_tree(self.directory / "credentials")
+        for name in (BUNDLE_PLACE, "credentials"):  # nspawn has read them: the values need not stay on disk
+            remove_tree(self.directory / name)
         return Task(self.state, self.events)
 
     async def start_keeper(self, go: int) -> None:
@@ -6286,9 +6237,7 @@ class Start:
             make_inaccessible()
         if any(word.startswith("--overlay=") for word in self.plan.argv):
             (self.directory / "tmp").mkdir()
-        if self.plan.settings is not None:
-            SETTINGS_ROOT.mkdir(parents=True, exist_ok=True)
-            write_file(SETTINGS_ROOT / f"{self.plan.machine}.nspawn", self.plan.settings)
+        write_secret(self.directory / BUNDLE_PLACE / "config.json", self.plan.bundle.encode())
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[socket.socket]:
@@ -6765,11 +6714,11 @@ class Entry:
 
     def find_user(self, name: bytes) -> tuple[int, int, list[int], bytes]:
         """Return ids, further groups and home of a user by the container's own files."""
+        if known := self.plan["account"]:
+            return known["uid"], known["gid"], known["groups"], known["home"].encode()
         if name in (b"", b"root", b"0"):
             self.plan["user"] = b"root"
             return 0, 0, [], b"/root"
-        if known := self.plan["account"]:
-            return known["uid"], known["gid"], known["groups"], known["home"].encode()
         for line in self.read(b"/etc/passwd").split(b"\n"):
             entry = line.split(b":")
             if len(entry) > 5 and name in (entry[0], entry[2]):
@@ -7836,8 +7785,8 @@ class DriverService:
         own = config.own_directories
         image = await self.find_image(config, values)
         values = apply_image(values, image, config.user)
-        if account := find_account(image, values):
-            values["user"] = account.name
+        volumes = [mount.target for mount in config.mounts]
+        account = await run_apart(lambda: find_account(image, values, volumes))
         names = read_names(config.network, image, values)
         with (
             open_image(image, values["image"], own) as image_source,

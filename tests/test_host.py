@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -493,3 +495,23 @@ def test_process_identity_is_more_than_its_number() -> None:
     assert not driver.ProcessId(this.pid, this.started + 1).is_alive
     assert not driver.ProcessId(this.pid, this.started + 1).send(0)
     assert this.send(0)
+
+
+def test_work_in_a_thread_may_be_given_up() -> None:
+    """A start is cancelled while its image is looked at: the thread ends later, and nobody waits for it."""
+    complaints: list[object] = []
+
+    async def scenario() -> None:
+        loop, go = asyncio.get_running_loop(), threading.Event()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        waiting = asyncio.create_task(driver.run_apart(go.wait))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        go.set()
+        while threading.active_count() > 1:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert not complaints

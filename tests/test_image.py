@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -581,8 +582,10 @@ def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -
         ("1000", ("1000", 1000, 0, (), "/")), ("1000:staff", ("1000", 1000, 50, (), "/")),
         ("root", ("root", 0, 0, (), "/root")), ("0:root", ("root", 0, 0, (), "/root")),
         (":0", ("root", 0, 0, (), "/root")),
-        ("bad", "no such user"), ("www:unknown", "no group unknown"), (":staff", "no other group"),
-        ("-x", "must be the name"), ("a b", "must be the name"), ("99999999999", "no such user"),
+        (":staff", ("root", 0, 50, (), "/root")), ("ü", ("ü", 11, 12, (), "/")), ("13", ("13", 13, 14, (), "/")),
+        ("bad", "no such user"), ("www:unknown", "no group unknown"), ("x", "no such user"),
+        ("-x", "must be the name"), ("a b", "must be the name"), ("99999999999", "up to 999999999"),
+        ("65535", "65535 is none"), ("33:65535", "65535 is none"), ("last", "no such user"),
     ],
 )  # fmt: skip
 def test_account(tmp_path: Path, user: str, found: tuple[object, ...] | str) -> None:
@@ -590,34 +593,77 @@ def test_account(tmp_path: Path, user: str, found: tuple[object, ...] | str) -> 
     for name, file, text in (
         ("low", "passwd", "root:x:0:0::/:\n"),
         ("low", "group", "root:x:0:\nwww:x:34:\nstaff:x:50:www\nbad:x:y:www\n"),
-        ("top", "passwd", "root:x:0:0::/:\nbad:x:-1:0::/:\nbad:x:1\nwww:x:33:34::/srv:\n"),
+        (
+            "top",
+            "passwd",
+            "root:x:0:0::/:\nbad:x:-1:0::/:\nbad:x:1\nwww:x:33:34::/srv:\nx\x0bwww:x:0:0::/:\n"
+            "ü:x:11:12::no/path:\n$( ):x:13:14::/a\0b:\nlast:x:65535:0::/:",
+        ),
     ):
         (tmp_path / name / "etc").mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "etc" / file).write_text(text)
     image = Image(tmp_path / "top", True, (tmp_path / "top", tmp_path / "low"), key="k")
-    values: dict[str, Any] = {"user": user, "boot": False, "pivot_root": None}
+    values = {"user": user, "boot": False, "pivot_root": None, "bind": {}, "bind_read_only": {}}
+    values |= {"overlay": (), "overlay_read_only": ()}
     if isinstance(found, str):
         with pytest.raises(ConfigError, match=found):
             driver.find_account(image, values)
     else:
         assert driver.find_account(image, values) == driver.Account(*found)  # type: ignore[arg-type]
     assert driver.find_account(image, {**values, "boot": True}) is None
-    assert driver.find_account(Image(tmp_path / "low", True), values) is None
 
 
-@pytest.mark.parametrize("machine", driver.GETENT_CODE)
-def test_code_of_getent(tmp_path: Path, machine: str) -> None:
-    prefix = "" if machine == os.uname().machine else f"{machine}-linux-gnu-"
-    if not shutil.which(f"{prefix}objcopy"):
-        pytest.skip(f"no assembler for {machine}: its code is compared where one is (binutils)")
-    source = Path(__file__).parent / f"getent/{machine}.s"
-    subprocess.run([f"{prefix}as", "-o", tmp_path / "object", source], check=True, timeout=30)
-    subprocess.run(
-        [f"{prefix}objcopy", "-O", "binary", "-j", ".text", tmp_path / "object", tmp_path / "code"],
-        check=True,
-        timeout=30,
-    )
-    assert (tmp_path / "code").read_bytes() == bytes.fromhex(driver.GETENT_CODE[machine][1]) + bytes(5 * 8)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"bind": {"/a": "/etc/passwd"}}, {"bind_read_only": {"/a": "/etc//group:norbind"}},
+        {"bind": {"/a": "/etc/"}},
+        {"overlay": ("/a:/b:/etc",)}, {"bind": {"/a": "/"}}, {"volumes": ["/etc/passwd"]}, {"user": "systems"},
+    ],
+)  # fmt: skip
+def test_user_that_only_the_container_knows(tmp_path: Path, more: dict[str, Any]) -> None:
+    """It is left to nspawn. A job can mount files of its own over an image's, and systemd knows further users."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text("www:x:33:34::/srv:\n")
+    values: dict[str, Any] = {"user": "www", "boot": False, "pivot_root": None, "bind": {"/a": "/etc/passwd/x"}}
+    values |= {"bind_read_only": {}, "overlay": (), "overlay_read_only": ()}
+    assert driver.find_account(Image(tmp_path, True), values) == driver.Account("www", 33, 34, (), "/srv")
+    volumes = more.pop("volumes", [])
+    assert driver.find_account(Image(tmp_path, True), {**values, **more}, volumes) is None
+    assert driver.find_account(Image(tmp_path, False), values) is None
+
+
+LINES = st.text(st.sampled_from("root:x0123456789\n\r\0\x0b\x85,/-+ é\u2028"), max_size=60) | st.text(max_size=30)
+
+
+@given(LINES, LINES, st.text(st.sampled_from("root:0123456789x²٣ \n"), max_size=12) | LINES)
+@settings(deadline=None)
+def test_any_passwd_and_user(passwd: str, group: str, user: str) -> None:
+    """There is a user with numbers that nspawn takes, or a sentence."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "etc").mkdir()
+        for name, text in (("passwd", passwd), ("group", group)):
+            (Path(folder) / "etc" / name).write_bytes(text.encode(errors="surrogatepass"))
+        values = {"user": user, "boot": False, "pivot_root": None}
+        try:
+            found = driver.find_account(Image(Path(folder), True, key="k"), values)
+        except ConfigError as error:
+            assert error.option == "user"
+            return
+    assert found is not None or not user
+    if found:
+        assert all(0 <= number < 10**9 and number != 65535 for number in (found.uid, found.gid, *found.groups))
+        driver.render_bundle({}, found)
+        assert found.uid or user.partition(":")[0].strip("0") in ("", "root") or ":0:" in passwd or ":00" in passwd
+
+
+def test_end_of_a_long_passwd_is_no_line(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    line = f"{'x' * (driver.MAX_TEXT - len('www:x:33:3'))}\n"
+    (tmp_path / "etc/passwd").write_text(f"{line[1:]}www:x:33:34::/srv:\n")
+    values = {"user": "www", "boot": False, "pivot_root": None, "bind": {}, "bind_read_only": {}}
+    values |= {"overlay": (), "overlay_read_only": ()}
+    assert driver.find_account(Image(tmp_path, True), values) is None
 
 
 FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (22).to_bytes(2, "little")  # s390

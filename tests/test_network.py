@@ -12,7 +12,7 @@ import pytest
 
 import driver
 from driver import Dns, GroupNetwork, HostError, Image, Names, NetworkMode, Port
-from tests.test_plan import ALLOC, BOOT, HEAD, TASK, USERS, VOLUMES, decode, plan
+from tests.test_plan import ALLOC, AUTO, BOOT, BUNDLE, HEAD, TASK, USERS, VOLUMES, decode, plan
 
 GROUP = GroupNetwork(namespace=f"/var/run/netns/{ALLOC}")
 
@@ -26,7 +26,17 @@ def values(**options: Any) -> dict[str, Any]:
 
 def test_group_is_entered_before_the_keeper_and_nspawn_knows_no_network() -> None:
     found = plan({}, task=replace(TASK, network=GROUP))
-    assert found.argv == (*HEAD, *BOOT[:-1], "--resolv-conf=off", *VOLUMES, RESOLV_CONF_MOUNT, HOSTS_MOUNT)
+    assert found.argv == (
+        *HEAD,
+        *BOOT[:-1],
+        "--resolv-conf=off",
+        *VOLUMES,
+        RESOLV_CONF_MOUNT,
+        HOSTS_MOUNT,
+        AUTO[0],
+        AUTO[2],
+        BUNDLE,
+    )
     assert found.network.entry[:3] == ("nsenter", f"--net={GROUP.namespace}", "--")
     assert plan({}).network.entry == ()
 
@@ -51,8 +61,8 @@ def test_variables_tell_the_port_inside() -> None:
     found = driver.plan_network(GroupNetwork(ports=ports), values(port_map=[{"http-alt": 80}]), Names(), "m")
     assert found.environ == {"NOMAD_PORT_http_alt": "80", "NOMAD_ALLOC_PORT_http_alt": "80"}
     task = replace(TASK, network=GroupNetwork(ports=ports), env={"NOMAD_PORT_http_alt": "20080"})
-    settings = plan({"port_map": [{"http-alt": 80}]}, task=task).settings
-    assert settings and "NOMAD_PORT_http_alt=80'" in settings and "=20080'" not in settings
+    bundle = plan({"port_map": [{"http-alt": 80}]}, task=task).bundle
+    assert '"NOMAD_PORT_http_alt=80"' in bundle and '=20080"' not in bundle
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_hosts(image: str, addresses: tuple[str, ...], extra: list[str], text: s
         ({"resolv_conf": "auto"}, GROUP, [RESOLV_CONF_MOUNT, HOSTS_MOUNT], "--resolv-conf=off"),
         ({"resolv_conf": "copy-host"}, GROUP, [HOSTS_MOUNT], "--resolv-conf=copy-host"),
         ({"resolv_conf": "off"}, GROUP, [HOSTS_MOUNT], "--resolv-conf=off"),
-        ({}, GroupNetwork(), [], None),
+        ({}, GroupNetwork(), [], "--resolv-conf=auto"),
         ({}, GroupNetwork(dns=Dns(("10.0.0.1",))), [RESOLV_CONF_MOUNT], "--resolv-conf=off"),
         (
             {"resolv_conf": "copy-host", "network_veth": False},
@@ -158,8 +168,8 @@ def test_hosts(image: str, addresses: tuple[str, ...], extra: list[str], text: s
             [RESOLV_CONF_MOUNT],
             "--resolv-conf=off",
         ),
-        ({"bind": [{"/srv/etc": "/etc/"}]}, GROUP, [], None),
-        ({"extra_hosts": ["db:192.0.2.7"]}, GroupNetwork(), [HOSTS_MOUNT], None),
+        ({"bind": [{"/srv/etc": "/etc/"}]}, GROUP, [], "--resolv-conf=auto"),
+        ({"extra_hosts": ["db:192.0.2.7"]}, GroupNetwork(), [HOSTS_MOUNT], "--resolv-conf=auto"),
         (
             {"bind_read_only": [{"/srv/hosts": "/etc/hosts:noidmap"}]},
             GROUP,
@@ -168,12 +178,10 @@ def test_hosts(image: str, addresses: tuple[str, ...], extra: list[str], text: s
         ),
     ],
 )
-def test_name_files(
-    options: dict[str, Any], network: GroupNetwork, mounts: list[str], argument: str | None
-) -> None:
+def test_name_files(options: dict[str, Any], network: GroupNetwork, mounts: list[str], argument: str) -> None:
     argv = plan(options, task=replace(TASK, network=network)).argv
     assert [word for word in argv if word.startswith(f"--bind-ro={STATE_DIR}/etc/")] == mounts
-    assert [word for word in argv if word.startswith("--resolv-conf")] == ([argument] if argument else [])
+    assert [word for word in argv if word.startswith("--resolv-conf")] == [argument]
 
 
 def test_name_files_an_image_has_no_place_for() -> None:

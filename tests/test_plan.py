@@ -8,7 +8,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ VOLUMES = (
     f"--bind={ALLOC_DIR}/web/local:/local:idmap",
     f"--bind={ALLOC_DIR}/web/secrets:/secrets:idmap",
 )
+AUTO = ("--timezone=auto", "--resolv-conf=auto", "--link-journal=auto")  # where nothing is said of them
+BUNDLE = f"--oci-bundle={driver.state_directory(TASK.id)}/bundle"
 
 
 CONFIG = driver.decode_options(driver.PLUGIN_OPTIONS, {})
@@ -89,10 +91,11 @@ def plan(
     mounts: Mounts = EXT4,
     names: Names = NO_NAMES,
     image: Image = IMAGE,
+    account: driver.Account | None = None,
 ) -> Plan:
     values = decode(options, bool(task.network.namespace))
     credentials = {key: b"" for key in (*values["set_credential"], *values["load_credential"])}
-    found = driver.Found(image, mounts, find_sources(values), credentials, names)
+    found = driver.Found(image, mounts, find_sources(values), credentials, names, account=account)
     return driver.plan_task(task, values, host, found)
 
 
@@ -108,7 +111,16 @@ def command(*argv: str, **options: object) -> dict[str, object]:
 
 
 def test_whole_argv() -> None:
-    assert plan({}).argv == (*HEAD, "--boot", "--console=read-only", *USERS, "--network-veth", *VOLUMES)
+    assert plan({}).argv == (
+        *HEAD,
+        "--boot",
+        "--console=read-only",
+        *USERS,
+        "--network-veth",
+        *VOLUMES,
+        *AUTO,
+        BUNDLE,
+    )
 
 
 # The usual arguments between the image and the volumes.
@@ -341,7 +353,8 @@ def test_argv(options: dict[str, object], middle: tuple[str, ...], after: tuple[
     head = (
         HEAD if any(word.startswith("--private-users=") for word in middle) else (*HEAD[:-1], NO_DEVICES, HEAD[-1])
     )
-    expected = (*head, *middle, *volumes, *(("--", *after) if after else ()))
+    auto = [word for word in AUTO if not any(said.startswith(word[:-4]) for said in middle)]
+    expected = (*head, *middle, *volumes, *auto, BUNDLE, *(("--", *after) if after else ()))
     assert plan(options).argv == expected
     assert plan(dict(reversed(options.items()))).argv == expected
 
@@ -443,12 +456,12 @@ def test_no_new_argument_for_old_systemd(systemd: int) -> None:
 @pytest.mark.parametrize("systemd", [261, 262])
 def test_new_systemd_is_silenced(systemd: int) -> None:
     argv = plan({}, host=replace(HOST, systemd=systemd)).argv
-    assert argv == (*HEAD[:6], "--restrict-address-families=", *HEAD[6:], *BOOT, *VOLUMES)
+    assert argv == (*HEAD[:6], "--restrict-address-families=", *HEAD[6:], *BOOT, *VOLUMES, *AUTO, BUNDLE)
 
 
 def test_volatile_on_new_systemd() -> None:
     argv = plan({"volatile": "yes"}, host=replace(HOST, systemd=257)).argv
-    assert argv == (*HEAD, "--volatile=yes", *BOOT, *VOLUMES)
+    assert argv == (*HEAD, "--volatile=yes", *BOOT, *VOLUMES, *AUTO, BUNDLE)
 
 
 @pytest.mark.parametrize(
@@ -497,7 +510,7 @@ def test_ports() -> None:
     task = replace(TASK, network=network({"http": 20080, "unused": 1, "dns": 20053}))
     argv = plan({"port_map": [{"dns": 53, "http": 80}]}, task=task).argv
     ports = ("--port=tcp:20053:53", "--port=udp:20053:53", "--port=tcp:20080:80", "--port=udp:20080:80")
-    assert argv == (*HEAD, *BOOT, *ports, *VOLUMES)
+    assert argv == (*HEAD, *BOOT, *ports, *VOLUMES, *AUTO, BUNDLE)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +568,7 @@ ARGUMENTS = set(
     """
     --quiet --keep-unit --boot --as-pid2 --ephemeral --read-only --network-veth --register= --machine= --uuid=
     --restrict-address-families= --directory= --image= --chdir= --console= --volatile= --pivot-root=
-    --private-users= --private-users-ownership= --resolv-conf= --bind= --bind-ro= --port= --settings= --setenv=
+    --private-users= --private-users-ownership= --resolv-conf= --bind= --bind-ro= --port= --oci-bundle=
     --overlay= --overlay-ro= --tmpfs= --inaccessible= --hostname= --private-network --network-zone=
     --network-bridge= --network-veth-extra= --network-macvlan= --network-ipvlan= --network-interface=
     --capability= --drop-capability=
@@ -801,50 +814,39 @@ EXACT = [
 ]
 
 
-def read_settings(text: str) -> dict[str, str]:
-    """Read [Exec] Environment= as systemd does: lines end at LF, CR or NUL, quotes and backslashes as in sh."""
-    lines = re.split(r"[\n\r\0]", text)
-    assert lines[0] == "[Exec]"
-    assert lines[-1] == ""
-    found: dict[str, str] = {}
-    for line in lines[1:-1]:
-        key, _, words = line.partition("=")
-        assert key == "Environment"
-        name, equals, value = "".join(unquote(words)).partition("=")
-        assert equals
-        assert name not in found
-        found[name] = value
-    return found
+def read_bundle(text: str) -> dict[str, str]:
+    """Return the variables of a bundle's config.json, which must be ASCII: DEL, too, is refused by systemd."""
+    assert re.fullmatch(r"[ -~]*", text)
+    pairs = [entry.split("=", 1) for entry in json.loads(text)["process"]["env"]]
+    assert len({name for name, _ in pairs}) == len(pairs)
+    return {name: value for name, value in pairs}
 
 
-def unquote(text: str) -> Sequence[str]:
-    """Return the parts of the one word in `text`; unquoted blanks would make it two."""
-    parts = []
-    while text:
-        match = re.match(r"""'([^']*)'|"([^"\\]*)"|([^\s'"\\])""", text)
-        assert match, text
-        parts.append(next(group for group in match.groups() if group is not None))
-        text = text[match.end() :]
-    return parts
+def bundled(task: TaskConfig, options: dict[str, object] | None = None) -> dict[str, str]:
+    return read_bundle(plan(command("a") if options is None else options, task=task).bundle)
 
 
-@pytest.mark.parametrize("value", EXACT)
-def test_settings_keep_every_byte(value: str) -> None:
-    environment = driver.plan_environment({"A": value})
-    assert environment.settings is not None
-    assert read_settings(environment.settings) == {"A": value}
-    assert (environment.argv, environment.environ, environment.dropped) == ((), {}, ())
+@pytest.mark.parametrize("value", [*EXACT, "a\nb", "\r\n[Exec]\r\n"])
+def test_bundle_keeps_every_byte(value: str) -> None:
+    assert bundled(replace(TASK, env={"A": value})) == {"A": value}
 
 
-def test_settings_text() -> None:
-    variables = {"B": "it's \\ $x", "A": '"'}
-    assert driver.plan_environment(variables).settings == (
-        "[Exec]\nEnvironment='A=\"'\nEnvironment='B=it'\"'\"'s \\ $x'\n"
+def test_bundle() -> None:
+    account = driver.Account("www", 33, 34, (50, 7), "/srv")
+    assert driver.render_bundle({"HOME": "ü", "A": "b"}, account) == (
+        '{"ociVersion": "1.0.0", "process": {"env": ["A=b", "HOME=\\u00fc", "LOGNAME=www", "USER=www"], '
+        '"user": {"uid": 33, "gid": 34, "additionalGids": [50, 7]}}}'
     )
+    assert driver.render_bundle({}, None) == '{"ociVersion": "1.0.0", "process": {"env": []}}'
 
 
-def test_no_variables() -> None:
-    assert driver.plan_environment({}) == driver.Environment("[Exec]\n")
+def test_bundle_takes_no_default_away() -> None:
+    """nspawn would take "off" for these three as soon as there is a bundle."""
+    argv = plan(command("a")).argv
+    assert {"--timezone=auto", "--resolv-conf=auto", "--link-journal=auto"} <= set(argv)
+    argv = plan(command("a", timezone="off", resolv_conf="copy-host", link_journal="no")).argv
+    assert {"--timezone=off", "--resolv-conf=copy-host", "--link-journal=no"} <= set(argv)
+    assert not [word for word in argv if word.startswith(("--settings", "--setenv"))]
 
 
 values = st.text(st.characters(exclude_categories=["Cs"])) | st.text("a'\"\\ \n\r\0=[]\t$%")
@@ -853,94 +855,45 @@ values = st.text(st.characters(exclude_categories=["Cs"])) | st.text("a'\"\\ \n\
 @given(st.dictionaries(names | values, values))
 @settings(deadline=None)
 @example({"A": "x\0Bind=/:/host\0Environment=B='"})
-@example({"A": "x\r[Files]\rBind=/:/host"})
-@example({"A": "x'\n[Files]\nBind=/:/host"})
+@example({"A": "\ufffe", "B": "\ufdd0", "C": "\U0010ffff"})
+@example({"A": "\ufffd", "B": "\ufdcf", "C": "\U0010fffd", "A=B": "x"})
 def test_environment_arrives_exactly(variables: dict[str, str]) -> None:
-    """And nothing else does: a line of its own in the settings file could open the host to the container."""
-    try:
-        environment = driver.plan_environment(variables)
-    except ConfigError:
-        # an environment cannot hold a NUL character; everything else has to arrive
-        assert any("\0" in value for value in variables.values())
-        return
+    """And nothing else does. systemd takes neither NUL nor what is never a character."""
     kept = {name: value for name, value in variables.items() if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)}
-    assert set(environment.dropped) == set(variables) - set(kept)
-    if environment.settings is not None:
-        assert (environment.argv, environment.environ) == ((), {})
-        assert read_settings(environment.settings) == kept
+    never = [value for value in kept.values() if any(ord(c) & 0xFFFE == 0xFFFE or c == "\0"
+             or 0xFDD0 <= ord(c) <= 0xFDEF for c in value)]  # fmt: skip
+    try:
+        found = plan(command("a"), task=replace(TASK, env=variables))
+    except ConfigError as error:
+        assert never and error.option == "env"
         return
-    assert environment.argv[0] == "--settings=no"
-    arrived = {}
-    for argument in environment.argv[1:]:
-        name, equals, value = argument.removeprefix("--setenv=").partition("=")
-        arrived[name] = value if equals else environment.environ[name]
-    assert arrived == kept
-    assert "\0" not in "".join((*environment.argv, *environment.environ.values()))
+    assert not never
+    assert read_bundle(found.bundle) == kept
+    assert [note.split(" is not ")[0] for note in found.notes] == [
+        f"The variable {name!r}" for name in sorted(variables.keys() - kept)
+    ]
 
 
-@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
-@pytest.mark.parametrize("value", EXACT)
-def test_a_line_end_sends_all_another_way(value: str, end: str) -> None:
-    environment = driver.plan_environment({"A": value, "KEY": f"a{end}b", "LD_PRELOAD": "/x.so", "1": "b"})
-    assert environment == driver.Environment(
-        settings=None,
-        argv=("--settings=no", "--setenv=A", "--setenv=KEY", "--setenv=LD_PRELOAD=/x.so"),
-        environ={"A": value, "KEY": f"a{end}b"},
-        dropped=("1",),
+def test_value_that_is_no_text() -> None:
+    """An image's config can hold half of a surrogate pair."""
+    with pytest.raises(ConfigError) as caught:
+        driver.check_environment({"A": "x\ud800"})
+    assert str(caught.value) == (
+        'env = "A": the value must not hold the character U+D800: systemd-nspawn takes text only; '
+        "put the value into a file with a template block"
     )
-
-
-# What acts on the loader, libc, systemd, sh and the tools that run as root of the host around the container.
-STEERING = """
-    NSPAWN_GETENT
-    LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT SYSTEMD_LOG_LEVEL SYSTEMD_NSPAWN_LOCK SYSTEMD_NSPAWN_UNIFIED_HIERARCHY
-    LISTEN_FDS LISTEN_PID NOTIFY_SOCKET WATCHDOG_USEC GCONV_PATH GLIBC_TUNABLES MALLOC_CHECK_ LC_ALL LANG LANGUAGE
-    LOCPATH NLSPATH TZ TZDIR RES_OPTIONS LOCALDOMAIN HOSTALIASES RESOLV_HOST_CONF DBUS_SYSTEM_BUS_ADDRESS
-    XTABLES_LIBDIR OPENSSL_CONF OPENSSL_MODULES OPENSSL_ENGINES SSL_CERT_FILE SSLKEYLOGFILE PATH HOME TMPDIR TMP
-    TEMP TERM COLORTERM NO_COLOR USER LOGNAME SHELL CONTAINER container INVOCATION_ID JOURNAL_STREAM
-    CREDENTIALS_DIRECTORY XDG_RUNTIME_DIR LIBMOUNT_FSTAB LIBMOUNT_DEBUG BLKID_FILE ENV BASH_ENV IFS PS4 PWD CDPATH
-    POSIXLY_CORRECT PYTHONPATH PYTHONSTARTUP PERL5LIB ld_preload _ OPTIND
-""".split()  # noqa: SIM905 # a list of words reads better
-
-
-@pytest.mark.parametrize("name", STEERING)
-def test_steering_names_never_reach_nspawn(name: str) -> None:
-    environment = driver.plan_environment({name: "value", "KEY": "a\nb"})
-    assert name not in environment.environ
-    assert f"--setenv={name}=value" in environment.argv
-
-
-def test_names_the_keeper_uses_never_reach_it() -> None:
-    """sh passes on what it assigns to an imported variable: the payload would get the keeper's value."""
-    assigned = set(re.findall(r"\b([A-Za-z_]\w*)=", driver.KEEPER))
-    assigned |= {name for line in re.findall(r"\bread -r ([\w ]+)", driver.KEEPER) for name in line.split()}
-    assert "SYSTEMD_LOG_TARGET" in assigned and len(assigned) > 5
-    environment = driver.plan_environment({**{name: "x" for name in assigned}, "KEY": "a\nb"})
-    assert assigned & set(environment.environ) == set()
-
-
-@given(st.dictionaries(names, values.filter(lambda text: "\0" not in text), min_size=1))
-@settings(deadline=None)
-def test_only_steering_values_are_on_the_command_line(variables: dict[str, str]) -> None:
-    environment = driver.plan_environment({**variables, "KEY": "a\nb"})
-    for name in variables:
-        if driver.STEERING.match(name):
-            assert name not in environment.environ
-        else:
-            assert f"--setenv={name}" in environment.argv
 
 
 LIMIT = 131072  # MAX_ARG_STRLEN of the kernel: bytes of one string, with the final NUL
 
 
-@pytest.mark.parametrize("other", ["b", "b\nc"])
 @pytest.mark.parametrize(("name", "letter"), [("A", "a"), ("A", "é"), ("NAME", "a")])
-def test_largest_variable(name: str, letter: str, other: str) -> None:
+def test_largest_variable(name: str, letter: str) -> None:
     room = LIMIT - len(name) - 2
     largest = letter * (room // len(letter.encode()))
-    driver.plan_environment({name: largest, "B": other})
+    driver.check_environment({name: largest})
     with pytest.raises(ConfigError) as caught:
-        driver.plan_environment({name: largest + letter, "B": other})
+        driver.check_environment({name: largest + letter})
     assert str(caught.value) == (
         f'env = "{name}": a variable may have 128 KiB, this one has 128; '
         "put the value into a file with a template block"
@@ -949,56 +902,56 @@ def test_largest_variable(name: str, letter: str, other: str) -> None:
 
 def test_size_is_said() -> None:
     with pytest.raises(ConfigError, match="this one has 300;"):
-        driver.plan_environment({"A": "a" * (300 << 10)})
+        driver.check_environment({"A": "a" * (300 << 10)})
 
 
 def test_largest_environment() -> None:
     """The kernel takes 2 MiB for arguments and environment together."""
     variables = {f"A{number}": "a" * 102_394 for number in range(16)}
     with pytest.raises(ConfigError) as caught:
-        driver.plan_environment(variables)
+        driver.check_environment(variables)
     assert str(caught.value) == (
         'env = "1599 KiB": all variables together may have 1536 KiB; '
         "put large values into files with template blocks"
     )
     del variables["A0"]
-    driver.plan_environment(variables)
-
-
-def test_no_argument_is_too_long_for_the_kernel() -> None:
-    """A steering variable has "--setenv=" before it."""
-    try:
-        environment = driver.plan_environment({"LD_X": "a" * (LIMIT - 6), "B": "b\nc"})
-    except ConfigError:
-        return
-    assert max(len(argument.encode()) + 1 for argument in environment.argv) <= LIMIT
+    driver.check_environment(variables)
 
 
 def test_nomads_variables_win() -> None:
-    task = replace(TASK, env={"A": "nomad"})
-    found = plan(command("a", environment=[{"A": "job", "B": "job"}]), task=task)
-    assert found.settings == "[Exec]\nEnvironment='A=nomad'\nEnvironment='B=job'\n"
+    found = bundled(replace(TASK, env={"A": "nomad"}), command("a", environment=[{"A": "job", "B": "job"}]))
+    assert found == {"A": "nomad", "B": "job"}
 
 
 @pytest.mark.parametrize(
-    ("options", "env", "lines"),
+    ("options", "env", "expected"),
     [
-        ({}, {}, "Environment='TERM=dumb'\n"),
-        ({}, {"TERM": "xterm"}, "Environment='TERM=xterm'\n"),
-        ({"environment": [{"TERM": "vt100"}]}, {}, "Environment='TERM=vt100'\n"),
-        (command("a"), {}, ""),
+        ({}, {}, {"TERM": "dumb"}),
+        ({}, {"TERM": "xterm"}, {"TERM": "xterm"}),
+        ({"environment": [{"TERM": "vt100"}]}, {}, {"TERM": "vt100"}),
+        (command("a"), {}, {}),
     ],
 )
-def test_booted_systems_have_no_colours(options: dict[str, object], env: dict[str, str], lines: str) -> None:
-    assert plan(options, task=replace(TASK, env=env)).settings == f"[Exec]\n{lines}"
+def test_booted_systems_have_no_colours(
+    options: dict[str, object], env: dict[str, str], expected: dict[str, str]
+) -> None:
+    assert bundled(replace(TASK, env=env), options) == expected
 
 
-def test_secret_values_are_not_in_argv() -> None:
-    task = replace(TASK, env={"TOKEN": "s3cret", "KEY": "-----BEGIN\ns3cret\n-----END"})
+def test_user_of_the_image_has_a_home(tmp_path: Path) -> None:
+    """nspawn sets these three for a user by name only. The job's own win."""
+    account = driver.Account("www", 33, 34, (), "/srv")
+    found = plan(command("a", user="www"), task=replace(TASK, env={"HOME": "/mine"}), account=account)
+    assert read_bundle(found.bundle) == {"HOME": "/mine", "USER": "www", "LOGNAME": "www"}
+    assert not [word for word in found.argv if word.startswith("-u")]
+    assert (found.inside.user, found.inside.account) == ("www", account)
+
+
+def test_values_are_in_the_bundle_only() -> None:
+    task = replace(TASK, env={"TOKEN": "s3cret", "KEY": "-----BEGIN\ns3cret\n-----END", "LD_PRELOAD": "s3cret"})
     found = plan(command("a", environment=[{"PASSWORD": "s3cret"}]), task=task)
-    assert "s3cret" not in " ".join(found.argv)
-    assert found.settings is None
-    assert found.environ == {"TOKEN": "s3cret", "KEY": "-----BEGIN\ns3cret\n-----END", "PASSWORD": "s3cret"}
+    assert "s3cret" not in " ".join((*found.argv, *found.environ.values()))
+    assert found.bundle.count("s3cret") == 4
 
 
 # -- cgroups -------------------------------------------------------------------------------------------------
@@ -1400,6 +1353,18 @@ EXPLAINED: list[tuple[str, str, bool]] = [
         "Failed to resolve user nouser.",
         'user: there is no user "nouser" in the container: it must be in its '
         "/etc/passwd, and the program getent in its /usr/bin",
+        False,
+    ),
+    (
+        "Changing privileges failed: Invalid argument",  # systemd 257
+        "user: its number, or a group's, is not in the container's range of user ids; there are 65536 unless "
+        "private_users says more",
+        False,
+    ),
+    (
+        "setresuid() failed: Invalid argument",
+        "user: its number, or a group's, is not in the container's range of user ids; there are 65536 unless "
+        "private_users says more",
         False,
     ),
     (
