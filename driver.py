@@ -134,6 +134,9 @@ class DriverError(Exception):
 
     recoverable = False
 
+    def __init__(self, text: str) -> None:
+        super().__init__(render_line(text))
+
 
 class ConfigError(DriverError):
     """The job or the plugin block asks for what cannot be.
@@ -150,6 +153,16 @@ class ConfigError(DriverError):
     def within(self, block: str) -> ConfigError:
         """Return the error as one of an option inside a block."""
         return ConfigError(f"{block}.{self.option}", self.value, self.rule, self.remedy)
+
+
+def render_line(text: str) -> str:
+    """Return a sentence with all that is not printable escaped: a job, an image or a registry could otherwise add
+    lines of its own to events and logs, or control a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
+    )
 
 
 def cut(text: str, length: int = 200) -> str:
@@ -887,16 +900,26 @@ def decode_map(name: str, value: object, decode: Callable[[str, object], object]
 
 
 class Gate(enum.Enum):
-    """What the operator of a client allows jobs, by the plugin option that says so.
+    """A permission: something the operator of a client allows jobs, or does not.
 
-    The first five are words of the plugin's `allow`; the others have options of their own.
+    The value is a word of the plugin's `allow`; the last two have options of their own.
     """
 
     HOST_NETWORK = "host_network"
     HOST_USERS = "host_users"
-    DEVICES = "devices"
     DISK_IMAGES = "disk_images"
+    DEVICE_BINDS = "device_binds"
+    PIVOT_ROOT = "pivot_root"
+    DEVICES = "devices"
     SYSTEM_CALLS = "system_calls"
+    HOST_INTERFACES = "host_interfaces"
+    HOST_ACCOUNTS = "host_accounts"
+    HOST_CREDENTIALS = "host_credentials"
+    HOST_OVERLAYS = "host_overlays"
+    AMBIENT_CAPABILITIES = "ambient_capabilities"
+    SELINUX_LABELS = "selinux_labels"
+    LINK_JOURNAL = "link_journal"
+    PRIORITY = "priority"
     CAPABILITIES = "allow_caps"
     PATHS = "allow_paths"
 
@@ -907,6 +930,61 @@ class Gate(enum.Enum):
     @property
     def reference(self) -> str:
         return f"`allow`: {self.value}" if self.is_word else f"`{self.value}`"
+
+
+@dataclass(frozen=True)
+class Permission:
+    """What a gate is about, for people."""
+
+    meaning: str  # what a job can do with it
+    is_default: bool = False  # whether an empty plugin block allows it: jobs of the Go driver use it
+    gives_host: bool = False  # whether a job that has it can become root of the host
+
+
+PERMISSIONS: Mapping[Gate, Permission] = {
+    Gate.HOST_NETWORK: Permission(
+        "use the host's network, with its loopback interface and what listens there, and join its bridges",
+        is_default=True,
+    ),
+    Gate.HOST_USERS: Permission(
+        "run as the host's root, without a user namespace, or with a range of users of its choice",
+        is_default=True,
+        gives_host=True,
+    ),
+    Gate.DISK_IMAGES: Permission(
+        "let the host's kernel mount a file system of the job's making, which no kernel is safe from",
+        is_default=True,
+    ),
+    Gate.DEVICE_BINDS: Permission(
+        "mount device nodes of the host, such as its disks, by `bind`", is_default=True, gives_host=True
+    ),
+    # systemd-nspawn follows links of the image to it on the host (measured on 252).
+    Gate.PIVOT_ROOT: Permission(
+        "make a directory of the host that holds a system its root, by a link in its image",
+        is_default=True,
+        gives_host=True,
+    ),
+    Gate.DEVICES: Permission("use any device of the host, such as its disks, by `devices`", gives_host=True),
+    Gate.SYSTEM_CALLS: Permission("make system calls that nspawn forbids: more of the kernel to attack"),
+    Gate.HOST_INTERFACES: Permission(
+        "take interfaces away from the host, make others on it, and be a machine of its own in the host's LAN"
+    ),
+    Gate.HOST_ACCOUNTS: Permission(
+        "write to the home directories of the host's users, and so act as them", gives_host=True
+    ),
+    Gate.HOST_CREDENTIALS: Permission("read any file of the host below `allow_paths`, as root"),
+    Gate.HOST_OVERLAYS: Permission("read any directory of the host below `allow_paths`"),
+    Gate.AMBIENT_CAPABILITIES: Permission(
+        "give a command of an ordinary user the capabilities that `allow_caps` allows"
+    ),
+    Gate.SELINUX_LABELS: Permission("choose the SELinux labels of its processes and files"),
+    Gate.LINK_JOURNAL: Permission("keep its journal among the host's own, in `/var/log/journal`"),
+    Gate.PRIORITY: Permission("run before all other processes of the host, by the limits rtprio and nice"),
+    Gate.CAPABILITIES: Permission(
+        "have these capabilities: in a user namespace over its own things only, with host_users over the host",
+    ),
+    Gate.PATHS: Permission("read and write what is below these directories of the host, as root"),
+}
 
 
 Check = Callable[[str, Any], Any]
@@ -933,7 +1011,7 @@ class Option:
     choices: Mapping[str, int] = field(default_factory=dict)
     since: int = 0  # the systemd version it needs, 0 for any supported one
     gate: Gate | None = None
-    opens: Callable[[Any], bool] = bool  # whether a value needs the gate, where that is one of `allow`
+    opens: Callable[[Any], bool] = bool  # whether a value alone needs the gate, where that is one of `allow`
     argument: str = ""  # "": the plan uses the value by itself
     render: Render | None = None
     fields: tuple[Option, ...] = ()  # of a BLOCK or BLOCKS
@@ -981,6 +1059,11 @@ class Option:
             return [self.argument]
         items = value if self.kind is Kind.STRINGS else (value,)
         return [f"{self.argument}={item}" for item in items]
+
+
+def is_judged_apart(value: object) -> bool:
+    """Stands for `opens` where it takes more than the value to tell whether the gate is needed."""
+    return False
 
 
 def is_said(value: object) -> bool:
@@ -1113,11 +1196,24 @@ def are_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
     return value
 
 
+def is_of_image(overlays: Sequence[str]) -> bool:
+    """Whether an overlay names a directory of the image: a link there leads systemd-nspawn to one of the host."""
+    return any(source.startswith("+/") for item in overlays for source in split_fields(item)[:-1])
+
+
+# systemd-nspawn takes all that mount(8) knows: "bind" and "remount" would act on file systems of the host.
+TMPFS_OPTION = (
+    r"(size|nr_blocks|nr_inodes|mode|uid|gid|huge)=[\w%.-]+|ro|rw|nodev"
+    r"|(no)?(exec|suid|atime|diratime|swap)|(rel|strict)atime|lazytime"
+)
+
+
 def are_tmpfs(name: str, value: Sequence[str]) -> Sequence[str]:
     for item in value:
         path, colon, options = item.partition(":")
-        if colon and not re.fullmatch(r"[\w=,.%+-]+", options, re.ASCII):
-            raise ConfigError(name, item, "must be PATH or PATH:OPTIONS, as in /run/cache:size=100M,mode=755")
+        if colon and not all(re.fullmatch(TMPFS_OPTION, option, re.ASCII) for option in options.split(",")):
+            rule = "must be PATH or PATH:OPTIONS, with options of tmpfs, as in /run/cache:size=100M,mode=755"
+            raise ConfigError(name, item, rule)
         is_container_path(name, path)
     return value
 
@@ -1290,11 +1386,17 @@ def are_host_directories(name: str, value: Sequence[str]) -> Sequence[str]:
 
 
 def are_gates(name: str, value: Sequence[str]) -> Sequence[str]:
-    known = [gate.value for gate in Gate if gate.is_word] + ["all"]
+    """Return the permissions that are allowed, with what `default` stands for."""
+    known = [gate.value for gate in Gate if gate.is_word] + ["default", "all"]
+    found: list[str] = []
     for word in value:
         if word not in known:
             raise ConfigError(name, word, f"must be one of {', '.join(known)}")
-    return value
+        found += DEFAULT_GATES if word == "default" else (word,)
+    return tuple(dict.fromkeys(found))
+
+
+DEFAULT_GATES = tuple(gate.value for gate, permission in PERMISSIONS.items() if permission.is_default)
 
 
 is_interface = matches(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", "must be the name of a network interface")
@@ -1419,7 +1521,7 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            '"overlay"', choices=any_of("no", "yes", "state", "overlay"), argument="--volatile"),
     Option("pivot_root", Kind.STRING,
            "Make this directory of the image the root: `PATH`, or `PATH:PATH` to say where the old root goes.",
-           '"/sysroot"', check=is_pivot_root, argument="--pivot-root"),
+           '"/sysroot"', check=is_pivot_root, gate=Gate.PIVOT_ROOT, argument="--pivot-root"),
     Option("image_policy", Kind.STRING,
            "Which partitions a disk image must and may have, and how they must be protected.",
            '"root=verity+signed:swap=absent"', since=254, check=is_printable, argument="--image-policy"),
@@ -1475,7 +1577,8 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
            '{ "db.password" = "secret" }', default={}, check=are_credentials),
     Option("load_credential", Kind.STRING_MAP,
            "Credentials out of files: by name, a path of the host or one in the task's directories.",
-           '{ "db.password" = "secrets/password" }', default={}, check=are_credential_files, gate=Gate.PATHS),
+           '{ "db.password" = "secrets/password" }', default={}, check=are_credential_files,
+           gate=Gate.HOST_CREDENTIALS, opens=is_judged_apart),
 )  # fmt: skip
 
 USER_OPTIONS: tuple[Option, ...] = (
@@ -1499,7 +1602,7 @@ USER_OPTIONS: tuple[Option, ...] = (
     Option("bind_user", Kind.STRINGS,
            "Users of the host to bring into the container, with their home directories.",
            '["alice"]', default=(), check=matches(ACCOUNT, "must be the name of a user of the host"),
-           gate=Gate.HOST_USERS, argument="--bind-user"),
+           gate=Gate.HOST_ACCOUNTS, argument="--bind-user"),
     Option("bind_user_shell", Kind.STRING,
            "The shell of those users inside: a path, or true for their own one.",
            '"/bin/bash"', since=258, check=matches(r"true|false|/[!-~]+", "must be a path, true or false"),
@@ -1514,7 +1617,7 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
     Option("network_veth", Kind.BOOL,
            "Give the container a network of its own with a virtual link to the host; false: the host's network. "
            "True when unset, unless another option of this table makes its network.",
-           "false", gate=Gate.HOST_NETWORK, opens=lambda value: False,  # not by itself, see check_gates
+           "false", gate=Gate.HOST_NETWORK, opens=is_judged_apart,  # see check_gates
            argument="--network-veth"),
     Option("network_zone", Kind.STRING,
            "Join the virtual link to a bridge of this name, which all containers of the zone share and which is "
@@ -1527,17 +1630,18 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            '"br0"', check=is_interface, gate=Gate.HOST_NETWORK, argument="--network-bridge"),
     Option("network_veth_extra", Kind.STRINGS,
            "Further virtual links to the host: `HOST`, or `HOST:CONTAINER` with the names of both ends.",
-           '["ve-db:db0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK,
+           '["ve-db:db0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES,
            argument="--network-veth-extra"),
     Option("network_macvlan", Kind.STRINGS,
            "Interfaces of the host on each of which the container gets an address of its own in the LAN.",
-           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-macvlan"),
+           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES, argument="--network-macvlan"),
     Option("network_ipvlan", Kind.STRINGS,
            "The same with the hardware address of the host's interface.",
-           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-ipvlan"),
+           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES, argument="--network-ipvlan"),
     Option("network_interface", Kind.STRINGS,
            "Interfaces of the host that move into the container while it runs.",
-           '["eth1"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-interface"),
+           '["eth1"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES,
+           argument="--network-interface"),
     Option("private_network", Kind.BOOL,
            "Give the container a network of its own with nothing in it but the loopback interface, and what other "
            "options of this table add.",
@@ -1581,10 +1685,12 @@ FILE_OPTIONS: tuple[Option, ...] = (
     Option("overlay", Kind.STRINGS,
            "Directories whose changes are kept in memory until the task ends: `LOWER::TARGET`, or "
            "`LOWER:LOWER::TARGET` with the topmost last. A `+` in front of a path takes it from the image.",
-           '["+/etc::/etc"]', default=(), check=are_overlays, gate=Gate.PATHS),
+           '["+/etc::/etc"]', default=(), check=are_overlays, gate=Gate.HOST_OVERLAYS,
+           opens=is_of_image),
     Option("overlay_read_only", Kind.STRINGS,
            "Directories to lay over one another, read-only: `LOWER:LOWER:TARGET` with the topmost last.",
-           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=are_overlays, gate=Gate.PATHS),
+           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=are_overlays, gate=Gate.HOST_OVERLAYS,
+           opens=is_of_image),
     Option("inaccessible", Kind.STRINGS,
            "Files and directories of the image to hide.",
            '["/usr/bin/ssh"]', default=(), check=are_container_paths, argument="--inaccessible"),
@@ -1616,7 +1722,7 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
            argument="--drop-capability"),
     Option("ambient_capability", Kind.STRINGS,
            "Capabilities the command has although its user is not root.",
-           '["CAP_NET_BIND_SERVICE"]', default=(), check=are_single_capabilities, gate=Gate.CAPABILITIES,
+           '["CAP_NET_BIND_SERVICE"]', default=(), check=are_single_capabilities, gate=Gate.AMBIENT_CAPABILITIES,
            argument="--ambient-capability", render=ambient),
     Option("no_new_privileges", Kind.BOOL,
            "Let no program inside get more rights than who starts it: setuid programs lose their effect.",
@@ -1635,18 +1741,19 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
            argument="--restrict-address-families", render=joined),
     Option("selinux_context", Kind.STRING,
            "The SELinux label of the container's processes.",
-           '"system_u:system_r:svirt_lxc_net_t:s0"', check=is_printable, gate=Gate.HOST_USERS,
+           '"system_u:system_r:svirt_lxc_net_t:s0"', check=is_printable, gate=Gate.SELINUX_LABELS,
            argument="--selinux-context"),
     Option("selinux_apifs_context", Kind.STRING,
            "The SELinux label of the files in its API file systems.",
-           '"system_u:object_r:svirt_sandbox_file_t:s0"', check=is_printable, gate=Gate.HOST_USERS,
+           '"system_u:object_r:svirt_sandbox_file_t:s0"', check=is_printable, gate=Gate.SELINUX_LABELS,
            argument="--selinux-apifs-context"),
 )  # fmt: skip
 
 RESOURCE_OPTIONS: tuple[Option, ...] = (
     Option("rlimit", Kind.STRING_MAP,
            "Limits of the container's processes: `LIMIT`, or `SOFT:HARD`.",
-           '{ nofile = "4096:8192" }', default={}, aliases=("ulimit",), check=are_rlimits, argument="--rlimit",
+           '{ nofile = "4096:8192" }', default={}, aliases=("ulimit",), check=are_rlimits, gate=Gate.PRIORITY,
+           opens=lambda value: not {"RLIMIT_RTPRIO", "RLIMIT_NICE"}.isdisjoint(value), argument="--rlimit",
            render=pairs),
     Option("oom_score_adjust", Kind.NUMBER,
            "How much sooner than others the kernel ends the container's processes when the host is out of memory: "
@@ -1676,10 +1783,11 @@ INTEGRATION_OPTIONS: tuple[Option, ...] = (
            "How `/etc/localtime` inside the container is made.",
            '"off"', choices=any_of("off", "copy", "bind", "symlink", "delete", "auto"), argument="--timezone"),
     Option("link_journal", Kind.STRING,
-           "Show the container's journal on the host: its files are kept there (`host`), or linked from there "
-           "(`guest`), below `/var/log/journal`.",
+           "Show the container's journal on the host, as `/var/log/journal/ALLOCATION` until the task is "
+           "destroyed: its files are kept there (`host`), or linked from there (`guest`). The image must have no "
+           "machine id of its own. `try-` goes without where it cannot be; `auto` is `no`.",
            '"try-guest"', choices=any_of("no", "host", "try-host", "guest", "try-guest", "auto"),
-           argument="--link-journal"),
+           gate=Gate.LINK_JOURNAL, opens=lambda value: value not in (None, "no", "auto")),
 )  # fmt: skip
 
 TASK_GROUPS: Mapping[str, tuple[Option, ...]] = {
@@ -1709,11 +1817,9 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "The only capabilities jobs may ask for; `all` for any.",
            '["CAP_NET_ADMIN"]', default=("all",), check=are_capabilities),
     Option("allow", Kind.STRINGS,
-           "What else jobs may do that opens the host: `host_network` (its network, its interfaces and bridges), "
-           "`host_users` (no user namespace, or a range of the job's choice), `devices` (device nodes), "
-           "`disk_images` (file systems for the kernel to read), `system_calls` (more than nspawn allows); `all` "
-           "for any.",
-           '["devices"]', default=("all",), check=are_gates),
+           "What else jobs may do that opens the host, see [Permissions](#permissions). `default` stands for what "
+           "an empty plugin block allows, to add to it; `all` for everything.",
+           '["default", "devices"]', default=DEFAULT_GATES, check=are_gates),
     Option("user_namespacing", Kind.BOOL,
            "Whether containers have user namespaces when their job does not say.", "false", default=True),
     Option("pids_limit", Kind.NUMBER,
@@ -1967,12 +2073,6 @@ RULES: tuple[Rule, ...] = (
         "leave it out: the image's files are then mapped",
     ),
     Rule(
-        "link_journal",
-        lambda value, host: value["link_journal"] not in (None, "no", "auto") and value["ephemeral"],
-        "cannot be combined with ephemeral",
-        "leave one of the two out",
-    ),
-    Rule(
         "bind_user",
         lambda value, host: bool(value["bind_user"]) and not value["user_namespacing"],
         "needs user namespaces",
@@ -2042,10 +2142,14 @@ def check_gates(values: Values, config: Values, *, is_in_group: bool = False) ->
                 raise ConfigError(name, capability, rule, f"its plugin block has allow_caps = {allowed}")
 
 
+def is_allowed(gate: Gate, config: Values) -> bool:
+    return not {gate.value, "all"}.isdisjoint(config["allow"])
+
+
 def check_gate(name: str, value: object, gate: Gate, config: Values) -> None:
-    if not {gate.value, "all"} & set(config["allow"]):
+    if not is_allowed(gate, config):
         rule = f"the operator of this client does not allow {gate.value}"
-        raise ConfigError(name, value, rule, f'it takes allow = ["{gate.value}"] in its plugin block')
+        raise ConfigError(name, value, rule, f'it takes "{gate.value}" in allow in its plugin block')
 
 
 # =====================================================================================================
@@ -2643,9 +2747,12 @@ def check_source(option: str, name: str, source: Source, own: Mapping[str, str],
     if not any(is_below(source.path, path) for path in real.values()):
         if name.split("/")[0] in own:
             raise ConfigError(option, name, "leads out of the task's directories")
+        gate = next(row.gate for row in TASK_OPTIONS if row.name == option)
+        if gate and gate.is_word:
+            check_gate(option, name, gate, config)
         check_host_path(option, name, source.path, config)
-    if source.is_device:
-        check_gate(option, name, Gate.DEVICES, config)
+    if source.is_device and not is_allowed(Gate.DEVICES, config):
+        check_gate(option, name, Gate.DEVICE_BINDS, config)
 
 
 def check_host_path(option: str, name: str, path: str, config: Values) -> None:
@@ -3742,6 +3849,7 @@ class Pin:
     source: Source
     place: str  # in the task's state directory
     is_node: bool = False  # there shall be a device node like the source, not the source itself
+    is_nosuid: bool = False  # set-user-id files in it have no effect
 
 
 @dataclass(frozen=True)
@@ -3790,10 +3898,14 @@ class Plan:
     mounts: Mapping[str, str]  # targets in the container to sources on the host
     prefix: tuple[str, ...]  # what nspawn is started by
     pins: tuple[Pin, ...]
+    # What of the host is mounted so that set-user-id files have no effect: an id-mapped file of the host's root is
+    # root's inside, and one that another task has made would make any user of the container root.
+    nosuid: tuple[str, ...]
     device_rules: tuple[DeviceRule, ...]
     credentials: Mapping[str, bytes]  # by their names
     copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
     inside: Inside
+    journal: Journal
     notes: tuple[str, ...]  # sentences for the task's events
 
     def mounted_image(self, state_dir: Path) -> Image:
@@ -3815,6 +3927,45 @@ class Plan:
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # nspawn's own for the payload
 
 
+JOURNALS = "/var/log/journal"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What shows a container's journal among the host's."""
+
+    place: str = ""  # the task's own, removed at its end; "" without one
+    target: str = ""  # what it is a link to; "" for a directory that is mounted in the container
+    notes: tuple[str, ...] = ()  # sentences for the task's events
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return (f"--bind={self.place}",) if self.place and not self.target else ()
+
+
+def plan_journal(task: TaskConfig, values: Values, found: Found, root: RootPlan) -> Journal:
+    """Return the journal to show on the host. Its name is the allocation's id, whatever machine id the image has:
+    an image could name the journal of the host or of another task."""
+    kind = (values["link_journal"] or "no").removeprefix("try-")
+    if kind in ("no", "auto"):
+        return Journal()
+    obstacle = found.journal_obstacle
+    if kind == "host" and have_other_users(values):
+        obstacle = "in a user namespace the container could not write there"
+    if kind == "guest" and (root.private or values["ephemeral"] or not found.image.is_directory):
+        obstacle = "the container's files are not in a directory of the host"
+    if obstacle and not values["link_journal"].startswith("try-"):
+        raise ConfigError("link_journal", values["link_journal"], f"cannot be had: {obstacle}", "leave it out")
+    if obstacle:
+        return Journal(notes=(f"link_journal has no effect: {obstacle}.",))
+    place = name_journal(task.alloc_id)
+    return Journal(place, f"{found.image.path}{place}" if kind == "guest" else "")
+
+
+def name_journal(alloc_id: str) -> str:
+    return f"{JOURNALS}/{alloc_id.replace('-', '').lower()}"
+
+
 @dataclass(frozen=True)
 class Found:
     """What was looked up on the host before a task's start is planned."""
@@ -3829,22 +3980,21 @@ class Found:
     image_source: Source | None = None  # the image, if it can be exchanged by path
     ephemeral_dir: str = ""  # the operator's, "" for the task's own directory
     account: Account | None = None
+    journal_obstacle: str = ""  # why the host cannot show the task's journal, "" when it can
 
 
 def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Plan:
     """Work out everything that is needed to start a task."""
     check_rules(values, host)
-    check_image_rules(values, found.image, task.network)
     state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
-    place = plan_place(task.task_dir, found.ephemeral_dir, machine)
-    root = plan_root(found.image, values, host, found.mounts, place)
-    root, image_pins = pin_image(root, values, found, state)
+    root, image_pins = plan_image(task, values, host, found)
     network = plan_network(task.network, values, found.names, machine, is_disk=not found.image.is_directory)
     values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values))}
     variables = {**values["environment"], **task.env, **network.environ}
     environment = plan_environment({**mode.environ, **variables})
     volumes = plan_volumes(task, values, host, found.mounts)
-    pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
+    journal = plan_journal(task, values, found, root)
+    pins, devices = plan_pins(found.sources, values, state), plan_nodes(found.devices, state)
     arguments = [
         *render_options({**values, **root.values}),
         *plan_binds(values, pins),
@@ -3860,7 +4010,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         machine=machine,
         mode=mode,
         network=network,
-        argv=plan_argv(task, values, host, (*root.argv, *arguments)),
+        argv=plan_argv(task, values, host, (*root.argv, *arguments, *journal.argv)),
         environ=plan_environ(environment, host),
         settings=environment.settings,
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
@@ -3875,12 +4025,22 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         mounts=plan_mount_table(values, volumes, found.sources),
         prefix=plan_prefix(values),
         pins=(*pins.values(), *devices.values(), *image_pins),
+        nosuid=tuple(volume.source for volume in volumes if volume.have_idmap),
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
         copying=root.copying,
         inside=plan_inside(task, values, variables, found.account if root.private else None),
-        notes=(*environment.notes, *network.notes, *explain_limits(values, host)),
+        journal=journal,
+        notes=(*environment.notes, *network.notes, *journal.notes, *explain_limits(values, host)),
     )
+
+
+def plan_image(task: TaskConfig, values: Values, host: Host, found: Found) -> tuple[RootPlan, list[Pin]]:
+    """Return how the container gets its root, and what has to be mounted for that."""
+    check_image_rules(values, found.image, task.network)
+    place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
+    root = plan_root(found.image, values, host, found.mounts, place)
+    return pin_image(root, values, found, state_directory(task.id))
 
 
 def explain_limits(values: Values, host: Host) -> Iterator[str]:
@@ -3901,6 +4061,7 @@ def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[
         "--quiet",
         "--keep-unit",
         "--register=no",
+        "--link-journal=no",  # nspawn would mount the host's directory that the image's machine id names
         f"--machine={plan_machine(task.name, task.alloc_id)}",
         *([f"--uuid={task.alloc_id}"] if UUID.fullmatch(task.alloc_id) else []),
         *(["--restrict-address-families="] if is_noisy else []),
@@ -3955,9 +4116,18 @@ def pin_image(root: RootPlan, values: Values, found: Found, state: Path) -> tupl
 IMAGE_PLACE, DEVICES_PLACE = "image", "devices"  # in the state directory
 
 
-def plan_pins(sources: Mapping[str, Source], state: Path) -> dict[str, Pin]:
+def plan_pins(sources: Mapping[str, Source], values: Values, state: Path) -> dict[str, Pin]:
     """Return a place for each source, by the name the job has for it."""
-    return {name: Pin(source, f"{state}/mounts/{number}") for number, (name, source) in enumerate(sources.items())}
+    mapped = {
+        name
+        for option in ("bind", "bind_read_only")
+        for name, text in values[option].items()
+        if not {"idmap", "rootidmap", "owneridmap"}.isdisjoint(parse_bind(text)[1].split(","))
+    }
+    return {
+        name: Pin(source, f"{state}/mounts/{number}", is_nosuid=name in mapped)
+        for number, (name, source) in enumerate(sources.items())
+    }
 
 
 def plan_binds(values: Values, pins: Mapping[str, Pin]) -> list[str]:
@@ -4325,7 +4495,7 @@ CLONE_FS, CLONE_NEWNS = 0x200, 0x20000
 MS_NOSUID, MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x4000, 1 << 19, 2
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 0x8000, 1, 4
-MOUNT_ATTR_IDMAP = 0x100000
+MOUNT_ATTR_NOSUID, MOUNT_ATTR_IDMAP = 0x2, 0x100000
 
 
 def mount_filesystem(kind: str, target: str, flags: int = 0, options: str = "") -> None:
@@ -4345,6 +4515,27 @@ def clone_source(source: Source) -> int:
         return call_libc("syscall", OPEN_TREE, source.fd, b"", flags)
     except OSError as error:
         raise HostError(f"{cut(source.path)} cannot be mounted: {error.strerror}") from None
+
+
+def forbid_suid(tree: int) -> None:
+    """Make set-user-id files in a mount, and in those below it, have no effect. A bind of it is the same."""
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_NOSUID, 0, 0, 0)
+    flags = AT_EMPTY_PATH | AT_RECURSIVE
+    call_libc("syscall", MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
+
+
+def cover_nosuid(path: str) -> None:
+    """Mount a file or directory over itself, for this thread's namespace, without the effect of set-user-id."""
+    flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
+    try:
+        tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
+    except FileNotFoundError:  # nspawn will say so
+        return
+    try:
+        forbid_suid(tree)
+        attach_tree(tree, path)
+    finally:
+        os.close(tree)
 
 
 def attach_tree(tree: int, target: str) -> None:
@@ -5113,7 +5304,11 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[
             if not pin.is_node:
                 trees.append((clone_source(pin.source), pin.place))
                 stack.callback(os.close, trees[-1][0])
+                if pin.is_nosuid:
+                    forbid_suid(trees[-1][0])
         enter_namespace()
+        for path in plan.nosuid:
+            cover_nosuid(path)
         make_nodes([pin for pin in plan.pins if pin.is_node], state_dir / DEVICES_PLACE)
         for tree, place in trees:
             attach_tree(tree, place)
@@ -5198,6 +5393,7 @@ class State:
     zone: str = ""  # nspawn's bridge vz-<zone>
     ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
     stop_signal: str = ""  # the image's own wish, for jobs without a kill_signal
+    journal: str = ""  # as `Journal.place`, once it has been made: removed at the end
 
     @property
     def directory(self) -> Path:
@@ -5252,6 +5448,18 @@ def split_id(task_id: str) -> tuple[str, str]:
     return alloc_id, "/".join(name[:-1])
 
 
+def find_journal_obstacle(task: TaskConfig) -> str:
+    """Return why the host cannot show a task's journal, "" when it can."""
+    place = name_journal(task.alloc_id)
+    if not UUID.fullmatch(task.alloc_id):
+        return "the allocation's id is no machine id"
+    if not os.path.isdir(JOURNALS):
+        return f"this machine has no {JOURNALS}"
+    machine = plan_machine(task.name, task.alloc_id)
+    is_own = any(state.journal == place and state.machine == machine for state in read_states(task.alloc_id))
+    return f"there is a {place} already" if os.path.lexists(place) and not is_own else ""
+
+
 def guess_state(task_id: str) -> State:
     """Return what the id alone tells of a task whose state file cannot be read: enough to kill and remove it."""
     alloc_id, task_name = split_id(task_id)
@@ -5282,7 +5490,7 @@ class Events:
 
     def emit(self, task: TaskConfig | State, message: str) -> None:
         task_id = task.id if isinstance(task, TaskConfig) else task.task_id
-        event = TaskEvent(task_id, message, time.time())
+        event = TaskEvent(task_id, render_line(message), time.time())
         if not self.streams:
             self.backlog.append(event)
         for queue in self.streams:
@@ -5493,6 +5701,7 @@ def delete_link(name: str) -> None:
 async def remove_leftovers(state: State) -> None:
     """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
     await remove_place(state.place)
+    await remove_place(state.journal)
     remove_settings(state.machine)
     for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
                   state.machine):  # fmt: skip
@@ -5506,14 +5715,14 @@ async def remove_leftovers(state: State) -> None:
 
 
 async def remove_place(place: str) -> None:
-    """Remove what a task has changed of its image. Not by Python: a task makes trees as deep and as large as it
-    likes, and files nobody else should follow or wait for."""
+    """Remove what a task has changed of its image, or its journal. Not by Python: a task makes trees as deep and
+    as large as it likes, and files nobody else should follow or wait for."""
     if not place or not os.path.lexists(place):
         return
     argv = ["rm", "-rf", "--one-file-system", "--", place]
     await start_process(argv, environ={"PATH": SAFE_PATH}).wait()
     if os.path.lexists(place):
-        log.warn("cannot remove what a task has changed of its image", path=place)
+        log.warn("cannot remove what a task has left", path=place)
 
 
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -5885,6 +6094,9 @@ class Start:
         if self.plan.cgroup:
             self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
             self.restrict_devices()
+        if self.plan.journal.place:
+            make_journal(self.plan.journal)
+            self.save(journal=self.plan.journal.place)
         if self.plan.private and self.plan.private.place:
             self.locks.append(await make_upper_place(Path(self.plan.private.place)))
         for path, text in self.plan.network.files.items():
@@ -5998,6 +6210,16 @@ def make_place(path: Path, is_directory: bool) -> None:
         path.mkdir()
     else:
         path.touch()
+
+
+def make_journal(journal: Journal) -> None:
+    try:
+        if journal.target:
+            os.symlink(journal.target, journal.place)
+        else:
+            os.mkdir(journal.place, 0o755)
+    except OSError as error:
+        raise HostError(f"link_journal: {journal.place} cannot be made: {error.strerror}") from None
 
 
 def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
@@ -7339,7 +7561,10 @@ class DriverService:
             place = self.config["ephemeral_dir"] or ""
             rules = tuple(find_device_rules(config, values, sources, devices))
             mounts = read_mounts()
-            found = Found(image, mounts, sources, credentials, names, devices, rules, image_source, place, account)
+            found = Found(
+                image, mounts, sources, credentials, names, devices, rules, image_source, place, account,
+                find_journal_obstacle(config),
+            )  # fmt: skip
             plan = plan_task(config, values, host, found)
             check_init(plan)
             for note in (f"Starting the container {plan.machine} from {image.label or image.path}.", *plan.notes):

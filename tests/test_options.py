@@ -255,6 +255,7 @@ BY_PLAN = {
     "--overlay-ro",
     "--load-credential",
     "--set-credential",
+    "--link-journal",
 }
 
 
@@ -428,7 +429,7 @@ def test_plugin_options() -> None:
         "volumes": True,
         "allow_paths": ("/",),
         "allow_caps": ("all",),
-        "allow": ("all",),
+        "allow": ("host_network", "host_users", "disk_images", "device_binds", "pivot_root"),
         "user_namespacing": True,
         "pids_limit": 16384,
         "image_dir": "/var/lib/machines",
@@ -448,6 +449,11 @@ def test_plugin_options() -> None:
 @pytest.mark.parametrize("name", ["allow_paths", "allow_caps", "allow"])
 def test_an_empty_list_of_what_is_allowed_allows_nothing(name: str) -> None:
     assert driver.decode_options(PLUGIN_OPTIONS, {name: []})[name] == ()
+
+
+def test_what_is_allowed_can_be_added_to() -> None:
+    usual = driver.decode_options(PLUGIN_OPTIONS, {})["allow"]
+    assert driver.decode_options(PLUGIN_OPTIONS, {"allow": ["default", "devices"]})["allow"] == (*usual, "devices")
 
 
 json_values = st.recursive(
@@ -753,14 +759,18 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "tmpfs",
         ["/run:size=1M:x"],
-        'tmpfs = "/run:size=1M:x": must be PATH or PATH:OPTIONS, as in /run/cache:size=100M,mode=755',
+        'tmpfs = "/run:size=1M:x": must be PATH or PATH:OPTIONS, with options of tmpfs, as in /run/cache:size=100M,mode=755',
     ),
-    ("tmpfs", ["/run:"], 'tmpfs = "/run:": must be PATH or PATH:OPTIONS, as in /run/cache:size=100M,mode=755'),
+    (
+        "tmpfs",
+        ["/run:"],
+        'tmpfs = "/run:": must be PATH or PATH:OPTIONS, with options of tmpfs, as in /run/cache:size=100M,mode=755',
+    ),
     ("tmpfs", ["/a/../b:size=1M"], 'tmpfs = "/a/../b": must not contain ".."'),
     (
         "tmpfs",
         ["/run:size 1"],
-        'tmpfs = "/run:size 1": must be PATH or PATH:OPTIONS, as in /run/cache:size=100M,mode=755',
+        'tmpfs = "/run:size 1": must be PATH or PATH:OPTIONS, with options of tmpfs, as in /run/cache:size=100M,mode=755',
     ),
     ("tmpfs", "/run", 'tmpfs = "/run": must be a list of strings'),
     ("overlay", ["/a"], 'overlay = "/a": must be LOWER::TARGET'),
@@ -857,7 +867,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "allow",
         ["root"],
-        'allow = "root": must be one of host_network, host_users, devices, disk_images, system_calls, all',
+        'allow = "root": must be one of host_network, host_users, disk_images, device_binds, pivot_root, devices, system_calls, host_interfaces, host_accounts, host_credentials, host_overlays, ambient_capabilities, selinux_labels, link_journal, priority, default, all',
     ),
     ("allow", "all", 'allow = "all": must be a list of strings'),
     ("user_namespacing", "no", 'user_namespacing = "no": must be true or false'),
@@ -996,11 +1006,6 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
         "leave it out: the image's files are then mapped",
     ),
     (
-        {"link_journal": "host", "ephemeral": True},
-        252,
-        'link_journal = "host": cannot be combined with ephemeral; leave one of the two out',
-    ),
-    (
         {"bind_user": ["a"], "user_namespacing": False},
         252,
         'bind_user = ["a"]: needs user namespaces; set user_namespacing = true',
@@ -1127,17 +1132,24 @@ HARDENED = CONFIG | {"allow": (), "allow_caps": ("CAP_NET_ADMIN",)}
 FORBIDDEN: list[tuple[dict[str, object], str, str]] = [
     ({"network_veth": False}, "network_veth = false", "host_network"),
     ({"network_bridge": "br0"}, 'network_bridge = "br0"', "host_network"),
-    ({"network_veth_extra": ["a"]}, 'network_veth_extra = ["a"]', "host_network"),
-    ({"network_macvlan": ["a"]}, 'network_macvlan = ["a"]', "host_network"),
-    ({"network_ipvlan": ["a"]}, 'network_ipvlan = ["a"]', "host_network"),
-    ({"network_interface": ["a"]}, 'network_interface = ["a"]', "host_network"),
+    ({"network_veth_extra": ["a"]}, 'network_veth_extra = ["a"]', "host_interfaces"),
+    ({"network_macvlan": ["a"]}, 'network_macvlan = ["a"]', "host_interfaces"),
+    ({"network_ipvlan": ["a"]}, 'network_ipvlan = ["a"]', "host_interfaces"),
+    ({"network_interface": ["a"]}, 'network_interface = ["a"]', "host_interfaces"),
     ({"user_namespacing": False}, "user_namespacing = false", "host_users"),
     ({"private_users": "no"}, "user_namespacing = false", "host_users"),
     ({"private_users": "identity"}, 'private_users = "identity"', "host_users"),
     ({"private_users": "0"}, 'private_users = "0"', "host_users"),
-    ({"bind_user": ["a"]}, 'bind_user = ["a"]', "host_users"),
-    ({"selinux_context": "a"}, 'selinux_context = "a"', "host_users"),
-    ({"selinux_apifs_context": "a"}, 'selinux_apifs_context = "a"', "host_users"),
+    ({"bind_user": ["a"]}, 'bind_user = ["a"]', "host_accounts"),
+    ({"selinux_context": "a"}, 'selinux_context = "a"', "selinux_labels"),
+    ({"selinux_apifs_context": "a"}, 'selinux_apifs_context = "a"', "selinux_labels"),
+    ({"pivot_root": "/a"}, 'pivot_root = "/a"', "pivot_root"),
+    ({"overlay": ["+/a::/b"]}, 'overlay = ["+/a::/b"]', "host_overlays"),
+    ({"overlay_read_only": ["alloc:+/a:/b"]}, 'overlay_read_only = ["alloc:+/a:/b"]', "host_overlays"),
+    ({"link_journal": "try-guest"}, 'link_journal = "try-guest"', "link_journal"),
+    ({"rlimit": [{"rtprio": "99"}]}, 'rlimit = {"RLIMIT_RTPRIO": "99"}', "priority"),
+    ({"ulimit": [{"nice": "40"}]}, 'rlimit = {"RLIMIT_NICE": "40"}', "priority"),
+    ({"ambient_capability": ["net_admin"]}, 'ambient_capability = ["CAP_NET_ADMIN"]', "ambient_capabilities"),
     ({"system_call_filter": ["~a", "bpf"]}, 'system_call_filter = ["~a", "bpf"]', "system_calls"),
     (
         {"devices": [{"host_path": "/a"}]},
@@ -1154,7 +1166,7 @@ def test_gate(options: dict[str, object], said: str, gate: str) -> None:
         driver.check_gates(values, HARDENED)
     assert str(caught.value) == (
         f"{said}: the operator of this client does not allow {gate}; "
-        f'it takes allow = ["{gate}"] in its plugin block'
+        f'it takes "{gate}" in allow in its plugin block'
     )
     for words in ((gate,), ("all",)):
         driver.check_gates(values, HARDENED | {"allow": words})
@@ -1169,6 +1181,9 @@ def test_gate(options: dict[str, object], said: str, gate: str) -> None:
         {"system_call_filter": ["~@mount"]},
         {"private_users": "pick"},
         {"private_users": "yes"},
+        {"overlay": ["local/a::/b"]},
+        {"link_journal": "auto"},
+        {"rlimit": [{"nofile": "1000"}]},
         {"capability": ["CAP_NET_ADMIN"], "drop_capability": ["all"]},
         {"no_new_privileges": True, "read_only": True, "tmpfs": ["/tmp"], "inaccessible": ["/x"]},
     ],
@@ -1185,30 +1200,28 @@ def test_network_of_a_group_is_not_the_hosts() -> None:
 @pytest.mark.parametrize("option", ["capability", "ambient_capability"])
 def test_capabilities_are_the_operators(option: str) -> None:
     values = settle(**{option: ["CAP_NET_ADMIN", "sys_admin"]})
+    hardened = HARDENED | {"allow": ("ambient_capabilities",)}
     with pytest.raises(ConfigError) as caught:
-        driver.check_gates(values, HARDENED)
+        driver.check_gates(values, hardened)
     assert str(caught.value) == (
         f'{option} = "CAP_SYS_ADMIN": the operator of this client does not allow this capability; '
         "its plugin block has allow_caps = CAP_NET_ADMIN"
     )
-    driver.check_gates(values, CONFIG)
+    driver.check_gates(values, hardened | {"allow_caps": ("all",)})
     with pytest.raises(ConfigError, match=r"allow_caps = none$"):
-        driver.check_gates(values, CONFIG | {"allow_caps": ()})
+        driver.check_gates(values, hardened | {"allow_caps": ()})
     with pytest.raises(ConfigError, match=r'^capability = "all"'):
         driver.check_gates(settle(capability=["all"]), HARDENED)
 
 
 def test_every_gate_of_a_row_has_its_case() -> None:
     rows = {option.name for option in TASK_OPTIONS if option.gate and option.gate.is_word}
-    assert rows == {name for options, _, _ in FORBIDDEN for name in options}
+    named = {name.replace("ulimit", "rlimit") for options, _, _ in FORBIDDEN for name in options}
+    assert rows == named | {"load_credential"}, "a path, which is judged when it has been opened"
 
 
-def test_paths_are_judged_by_the_gate_of_their_rows() -> None:
-    judged = {option for option, _ in driver.name_sources(settle(
-        bind=[{"/a": "/a"}], bind_read_only=[{"/a": "/a"}], overlay=["/a::/a"], overlay_read_only=["/a::/a"],
-        load_credential=[{"a": "/a"}],
-    ))}  # fmt: skip
-    assert {option.name for option in TASK_OPTIONS if option.gate is driver.Gate.PATHS} == judged
+def test_every_gate_is_explained_once() -> None:
+    assert list(driver.PERMISSIONS) == list(driver.Gate)
 
 
 # -- from HCL, by the schema Nomad is given ------------------------------------------------------------------

@@ -53,6 +53,7 @@ HEAD = (
     "--quiet",
     "--keep-unit",
     "--register=no",
+    "--link-journal=no",
     f"--machine={MACHINE}",
     f"--uuid={ALLOC}",
     "--directory=/var/lib/machines/debian",
@@ -290,7 +291,7 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
     ({"ulimit": [{"nproc": "100"}]}, (*BOOT, "--rlimit=RLIMIT_NPROC=100"), ()),
     ({"cpu_affinity": "0-1,3"}, (*BOOT, "--cpu-affinity=0-1,3"), ()),
     ({"timezone": "off"}, (*BOOT, "--timezone=off"), ()),
-    ({"link_journal": "try-guest"}, (*BOOT, "--link-journal=try-guest"), ()),
+    ({"link_journal": "try-guest"}, BOOT, ()),
     (
         command(
             "a",
@@ -441,7 +442,7 @@ def test_no_new_argument_for_old_systemd(systemd: int) -> None:
 @pytest.mark.parametrize("systemd", [261, 262])
 def test_new_systemd_is_silenced(systemd: int) -> None:
     argv = plan({}, host=replace(HOST, systemd=systemd)).argv
-    assert argv == (*HEAD[:6], "--restrict-address-families=", *HEAD[6:], *BOOT, *VOLUMES)
+    assert argv == (*HEAD[:7], "--restrict-address-families=", *HEAD[7:], *BOOT, *VOLUMES)
 
 
 def test_volatile_on_new_systemd() -> None:
@@ -593,7 +594,7 @@ def check_structure(found: Plan, options: Mapping[str, Any], task: TaskConfig) -
         assert name + equals in ARGUMENTS
         check_host_paths(name, value, task)
     assert not any("\0" in word for word in found.argv)
-    for once in ("--register=no", "--keep-unit", f"--machine={found.machine}"):
+    for once in ("--register=no", "--link-journal=no", "--keep-unit", f"--machine={found.machine}"):
         assert found.argv.count(once) == 1
         assert sum(word.split("=")[0] == once.split("=")[0] for word in before) == 1
 
