@@ -146,13 +146,24 @@ class ConfigError(DriverError):
 
     def __init__(self, option: str, value: object, rule: str, remedy: str = "") -> None:
         self.option, self.value, self.rule, self.remedy = option, value, rule, remedy
-        shown = json.dumps(value, ensure_ascii=False, default=str)
-        text = f"{cut(option)} = {cut(shown)}: {rule}"
+        text = f"{cut(option)} = {cut(render_value(value))}: {rule}"
         super().__init__(f"{text}; {remedy}" if remedy else text)
 
     def within(self, block: str) -> ConfigError:
         """Return the error as one of an option inside a block."""
         return ConfigError(f"{block}.{self.option}", self.value, self.rule, self.remedy)
+
+
+def render_value(value: object) -> str:
+    """Return a value of a job as JSON, or as near to it as it comes."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=repr)
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # keys that are no strings, as msgpack has them; very deep ones
+        return f"(a {type(value).__name__})"
 
 
 def render_line(text: str) -> str:
@@ -660,6 +671,7 @@ class Host:
     cpus: int = 1
     controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
     has_device_policy: bool = True  # whether tasks can be kept from devices that are not theirs
+    open_places: tuple[str, ...] = ()  # directories that tasks write to and other users of the host can get to
 
     @property
     def is_healthy(self) -> bool:
@@ -685,6 +697,30 @@ class Host:
             yield "(tasks run without resource limits: they need cgroup v2)"
         if not self.has_device_policy:
             yield "(tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
+        yield from map(explain_open_place, self.open_places)
+
+
+def explain_open_place(place: str) -> str:
+    """A container's root is the host's root on files there, and may make them set-user-id; inside that has no
+    effect, on the host it has."""
+    return (
+        f"(other users of this machine can get to {place}: a set-user-id file that a task makes there makes them "
+        f"root; run chmod 0700 {place})"
+    )
+
+
+def is_open_to_others(path: str) -> bool:
+    """Whether users other than root can get to a directory: every one on the way lets somebody pass. False for one
+    that is not there."""
+    place = Path(path).absolute()
+    try:
+        found = [os.stat(directory) for directory in (place, *place.parents)]
+    except OSError:
+        return False
+    return all(
+        info.st_mode & stat.S_IXOTH or (info.st_mode & stat.S_IXGRP and info.st_gid) or info.st_uid
+        for info in found
+    )
 
 
 TOOLS = {
@@ -982,8 +1018,13 @@ PERMISSIONS: Mapping[Gate, Permission] = {
     Gate.PRIORITY: Permission("run before all other processes of the host, by the limits rtprio and nice"),
     Gate.CAPABILITIES: Permission(
         "have these capabilities: in a user namespace over its own things only, with host_users over the host",
+        is_default=True,
     ),
-    Gate.PATHS: Permission("read and write what is below these directories of the host, as root"),
+    Gate.PATHS: Permission(
+        "read and write what is below these directories of the host as root: by default all there is",
+        is_default=True,
+        gives_host=True,
+    ),
 }
 
 
@@ -1396,7 +1437,9 @@ def are_gates(name: str, value: Sequence[str]) -> Sequence[str]:
     return tuple(dict.fromkeys(found))
 
 
-DEFAULT_GATES = tuple(gate.value for gate, permission in PERMISSIONS.items() if permission.is_default)
+DEFAULT_GATES = tuple(
+    gate.value for gate, permission in PERMISSIONS.items() if gate.is_word and permission.is_default
+)
 
 
 is_interface = matches(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", "must be the name of a network interface")
@@ -1900,11 +1943,23 @@ def render_reference() -> str:
     for title, options in TASK_GROUPS.items():
         parts.append(f"#### {title}\n\n{render_table(options)}")
     parts.append(f"#### In the plugin's block\n\n{render_table(PLUGIN_OPTIONS)}")
+    parts.append(f"#### Permissions\n\n{render_gates()}")
     rows = [f"| `{name}` | {reason} |\n" for name, reason in NOT_OFFERED.items()]
     parts.append(
         "#### Options of systemd-nspawn that jobs do not have\n\n| option | why |\n|---|---|\n" + "".join(rows)
     )
     return "\n".join(parts)
+
+
+def render_gates() -> str:
+    """Return a table of what operators may allow. "The host": whether a job can become root of the host by it."""
+    lines = ["| permission | with an empty block | the host | with it a job can |", "|---|---|---|---|"]
+    for gate, permission in PERMISSIONS.items():
+        usual = "yes" if permission.is_default else "no"
+        lines.append(
+            f"| {gate.reference} | {usual} | {'yes' if permission.gives_host else ''} | {permission.meaning} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def render_table(options: Sequence[Option]) -> str:
@@ -2747,21 +2802,30 @@ def check_source(option: str, name: str, source: Source, own: Mapping[str, str],
     if not any(is_below(source.path, path) for path in real.values()):
         if name.split("/")[0] in own:
             raise ConfigError(option, name, "leads out of the task's directories")
-        gate = next(row.gate for row in TASK_OPTIONS if row.name == option)
-        if gate and gate.is_word:
-            check_gate(option, name, gate, config)
-        check_host_path(option, name, source.path, config)
+        check_outside(option, name, source.path, config)
     if source.is_device and not is_allowed(Gate.DEVICES, config):
         check_gate(option, name, Gate.DEVICE_BINDS, config)
 
 
+def check_outside(option: str, name: str, path: str, config: Values) -> None:
+    """Refuse a path of the host that the operator does not allow this option."""
+    gate = next(row.gate for row in TASK_OPTIONS if row.name == option)
+    if gate and gate.is_word:
+        check_gate(option, name, gate, config)
+    check_host_path(option, name, path, config)
+
+
 def check_host_path(option: str, name: str, path: str, config: Values) -> None:
+    """Refuse a path that is not below what the operator allows. `path` is without symbolic links; where there is
+    nothing to be opened it is the name the job says, so that a refusal does not tell what is there."""
     if not config["volumes"]:
         rule = "the operator of this client does not let tasks mount anything of the host (volumes = false)"
         raise ConfigError(option, name, rule, "use the task's own directories, alloc, local and secrets")
     allowed = config["allow_paths"]
-    if not any(is_below(path, os.path.realpath(directory)) for directory in allowed):
-        leads = f" (it is {cut(path)})" if path != name else ""
+    places = [*allowed, *map(os.path.realpath, allowed)]
+    if not any(is_below(path, place) for place in places):
+        is_led = any(is_below(os.path.normpath(name), place) for place in places)
+        leads = f" (it is {cut(path)})" if is_led else ""
         rule = f"the operator of this client does not allow this path{leads}"
         raise ConfigError(option, name, rule, f"allowed is what is below {', '.join(allowed) or 'nothing'}")
 
@@ -2774,7 +2838,12 @@ def open_sources(values: Values, own: Mapping[str, str], config: Values) -> Iter
         for option, name in name_sources(values):
             first, *rest = name.split("/")
             path = "/".join([own[first], *rest]) if first in own else name
-            source = open_source(option, name, path)
+            try:
+                source = open_source(option, name, path)
+            except ConfigError:
+                if first not in own:
+                    check_outside(option, name, os.path.normpath(name), config)
+                raise
             stack.callback(os.close, source.fd)
             check_source(option, name, source, own, config)
             found[name] = source
@@ -2854,6 +2923,14 @@ def open_image(image: Image, name: str, own: Mapping[str, str]) -> Iterator[Sour
         yield source
     finally:
         os.close(source.fd)
+
+
+def check_image_name(name: str, own: Mapping[str, str], config: Values) -> None:
+    """Refuse a path that cannot be used as an image as one that could be, if the operator does not allow it."""
+    path = os.path.normpath(name)
+    places = [*own.values(), config["image_dir"]]
+    if os.path.isabs(path) and not any(is_below(path, place) for place in places):
+        check_host_path("image", name, path, config)
 
 
 def check_image(image: Image, name: str, own: Mapping[str, str], config: Values) -> None:
@@ -5448,6 +5525,12 @@ def split_id(task_id: str) -> tuple[str, str]:
     return alloc_id, "/".join(name[:-1])
 
 
+def find_alloc_dirs(states: Iterable[State]) -> set[str]:
+    """Return the directories that the allocations of these tasks are in: a client has one, its alloc_dir."""
+    shared = [state.mounts.get("/alloc", "") for state in states]
+    return {os.path.dirname(os.path.dirname(path)) for path in shared if path}
+
+
 def find_journal_obstacle(task: TaskConfig) -> str:
     """Return why the host cannot show a task's journal, "" when it can."""
     place = name_journal(task.alloc_id)
@@ -7083,7 +7166,7 @@ class Exec:
         await self.over.wait()
         assert self.control
         with contextlib.suppress(OSError):
-            self.error = self.control.recv(4096).decode(errors="replace").partition(" ")[2]
+            self.error = render_line(self.control.recv(4096).decode(errors="replace").partition(" ")[2])
         return self.status
 
     def close(self) -> None:
@@ -7273,7 +7356,7 @@ def unpack_options(packed: bytes) -> Mapping[str, object]:
         return {}
     try:
         raw = msgpack.unpackb(packed, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException):
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException):  # TypeError: a list as a key
         raise DriverError("the configuration cannot be read: it is no msgpack") from None
     if not isinstance(raw, dict):
         raise DriverError("the configuration is no map")
@@ -7393,6 +7476,7 @@ class DriverService:
     def __init__(self) -> None:
         self.config: dict[str, Any] = decode_options(PLUGIN_OPTIONS, {})
         self.core_mhz = 0.0
+        self.alloc_dirs: set[str] = set()
         self.agents = 0  # connected ones, counted by their Fingerprint streams
         self.events = Events()
         self.tasks = Tasks(self.events)
@@ -7430,7 +7514,7 @@ class DriverService:
         self.agents += 1
         try:
             while True:
-                current = self.render_fingerprint(read_host())
+                current = self.render_fingerprint(replace(read_host(), open_places=self.find_open_places()))
                 if current != last:
                     yield current
                     last = current
@@ -7440,6 +7524,12 @@ class DriverService:
                 self.collect_images()
         finally:
             self.agents -= 1
+
+    def find_open_places(self) -> tuple[str, ...]:
+        """Return where tasks write and other users of this machine can get to, of `image_dir` and the client's
+        alloc_dir. The latter is known once there has been a task."""
+        self.alloc_dirs |= find_alloc_dirs(task.state for task in self.tasks.known.values())
+        return tuple(filter(is_open_to_others, sorted({self.config["image_dir"], *self.alloc_dirs})))
 
     def render_fingerprint(self, host: Host) -> driver_pb2.FingerprintResponse:
         response = driver_pb2.FingerprintResponse()
@@ -7469,6 +7559,7 @@ class DriverService:
             ".networkd": have_networkd(),
             ".volumes": self.config["volumes"],
             ".device_policy": host.has_device_policy,
+            ".allow": ",".join(self.config["allow"]),
         }
 
     @answers
@@ -7578,7 +7669,11 @@ class DriverService:
         image_dir = Path(self.config["image_dir"])
         origin = plan_origin(values, image_dir)
         if origin is None:
-            image = find_image(values["image"], task_dir, values, image_dir)
+            try:
+                image = find_image(values["image"], task_dir, values, image_dir)
+            except ConfigError:
+                check_image_name(values["image"], config.own_directories, self.config)
+                raise
             check_image(image, values["image"], config.own_directories, self.config)
             origin = find_archive(image)
             if origin is None:
@@ -7599,7 +7694,7 @@ class DriverService:
     async def WaitTask(self, request: driver_pb2.WaitTaskRequest) -> driver_pb2.WaitTaskResponse:
         exit = await self.tasks.get(request.task_id).wait()
         assert exit is not None
-        return driver_pb2.WaitTaskResponse(result=render_result(exit), err=exit.error)
+        return driver_pb2.WaitTaskResponse(result=render_result(exit), err=render_line(exit.error))
 
     @answers
     async def StopTask(self, request: driver_pb2.StopTaskRequest) -> driver_pb2.StopTaskResponse:
@@ -7980,14 +8075,38 @@ For a quick try: nomad agent -dev -plugin-dir=DIRECTORY -config=FILE
 
 usage: {FILE_NAME} [check | images | options | --version | --help]
 
-    check      tell whether tasks can run on this machine, and what is missing
+    check      tell whether tasks can run on this machine, what is missing, and what jobs may do to it
     images     list the images that were fetched: their sizes and ages, and the tasks that use them
     options    print the reference of all options, in Markdown
 """
 
 
+STRICT_BLOCK = f"""\
+plugin "{FILE_NAME}" {{
+  config {{
+    allow       = []    # nothing that opens the host
+    allow_caps  = []    # no capabilities beside the usual ones
+    allow_paths = []    # no path of the host
+    volumes     = false # nor Nomad's volumes
+  }}
+}}
+"""
+USUAL_ALLOC_DIRS = ("/opt/nomad/data/alloc", "/var/lib/nomad/alloc")  # of HashiCorp's package, and of Debian's
+
+
+def render_permissions() -> str:
+    """Return what jobs may do to this host, a line a permission, for people."""
+    lines = ["What jobs may do to this host with an empty plugin block (!: who may has the host):"]
+    for gate, permission in PERMISSIONS.items():
+        mark = "!" if permission.gives_host else " "
+        answer = "yes" if permission.is_default else "no"
+        lines.append(f"  {answer:<3} {mark} {gate.value:<20} {permission.meaning}")
+    lines += ["To allow none of it, and then add what is needed:", "", STRICT_BLOCK]
+    return "\n".join(lines)
+
+
 def check_host() -> int:
-    """Print what the fingerprint would say; 0 when tasks can run here."""
+    """Print what the fingerprint would say, and what jobs may do; 0 when tasks can run here."""
     host = read_host()
     print(f"systemd-nspawn {host.systemd or 'not found'}, Linux {host.kernel[0]}.{host.kernel[1]}, "
           f"cgroups {host.cgroups.value}")  # fmt: skip
@@ -7995,7 +8114,11 @@ def check_host() -> int:
         print(f"missing: {problem}")
     if host.cgroups is not CgroupMode.V2:
         print("note: without cgroup v2 tasks run without resource limits.")
+    for place in sorted({str(MACHINES_ROOT), *USUAL_ALLOC_DIRS, *find_alloc_dirs(read_states())}):
+        if is_open_to_others(place):
+            print(f"note: {explain_open_place(place).strip('()')}.")
     print("tasks cannot run here" if host.problems else "tasks can run here")
+    print(f"\n{render_permissions()}", end="")
     return 1 if host.problems else 0
 
 

@@ -476,12 +476,58 @@ def test_any_value_is_taken_or_refused_in_a_sentence(option: Option, value: obje
         assert decoded == option.default or type(decoded) in (bool, int, str, tuple, dict)
 
 
+msgpack_keys = (
+    st.sampled_from([name for option in TASK_OPTIONS for name in option.names])
+    | st.text(max_size=9) | st.binary(max_size=9) | st.integers(0, 9) | st.none() | st.floats()
+)  # fmt: skip
+msgpack_values = st.recursive(
+    json_values | st.binary() | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=9)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(msgpack_keys, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def nested(depth: int) -> object:
+    value: object = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@given(st.dictionaries(msgpack_keys, msgpack_values, max_size=4))
+@example({"devices": [{b"host_path": "/dev/null"}]})
+@example({"a\nb": "x"})
+@example({"bind": [{"/\x1b[31m": "x"}]})
+@example({"pids_limit": "1" * 5000})
+@example({"pids_limit": "1e300"})
+def test_any_config_is_taken_or_refused_in_one_line(config: dict[object, object]) -> None:
+    """Whatever a job's msgpack holds: no other error than ours, and no line break or control character in it."""
+    packed = msgpack.packb({"image": "x", **config})
+    try:
+        values = driver.settle_values(driver.decode_options(TASK_OPTIONS, driver.unpack_options(packed)), CONFIG)
+        driver.check_gates(values, HARDENED)
+        driver.check_rules(values, make_host())
+    except driver.DriverError as error:
+        assert str(error).isprintable()
+        assert len(str(error)) < 10000
+
+
+@pytest.mark.parametrize("name", ["image", "bind", "command", "devices"])
+def test_very_deep_value(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} = "):
+        driver.decode_options(
+            TASK_OPTIONS, driver.unpack_options(msgpack.packb({"image": "x", name: nested(500)}))
+        )
+
+
 @pytest.mark.parametrize("packed", [b"", msgpack.packb({})])
 def test_unpack_nothing(packed: bytes) -> None:
     assert driver.unpack_options(packed) == {}
 
 
-@pytest.mark.parametrize("packed", [b"\xc1", b"\x81", b"\x81\xa1a", b"\xa1\xff", b"\x80\x80"])
+@pytest.mark.parametrize(
+    "packed", [b"\xc1", b"\x81", b"\x81\xa1a", b"\xa1\xff", b"\x80\x80", b"\x81\x91\x01\x01", b"\x91" * 2000]
+)
 def test_unpack_garbage(packed: bytes) -> None:
     with pytest.raises(driver.DriverError, match=r"^the configuration cannot be read: it is no msgpack$"):
         driver.unpack_options(packed)
