@@ -151,7 +151,10 @@ def test_links_in_allowed_directories_lead_nowhere(driver_file: Path, tree: Path
     (allowed / "link").symlink_to("/etc")
     block = f'allow = []\nallow_paths = ["{allowed}"]'
     with launch_like_agent(driver_file, block) as plugin, Tasks(plugin, tree) as tasks:
-        for path in (f"{allowed}/link", f"{allowed}/link/shadow", f"{allowed}/../../../etc", f"{allowed}-other"):
+        for name in ("link", "link/shadow", "../../../../etc", "../other"):
+            task, _ = bring(tasks, tree, "true", bind_read_only=[{f"{allowed}/{name}": "/mnt"}])
+            assert "does not allow this path" in refusal(task)
+        for path in ("/", "/etc", "/etc/shadow", "/dev/zero", "/proc/self/root", f"{allowed}-other"):
             task, _ = bring(tasks, tree, "true", bind=[{path: "/mnt"}])
             assert "does not allow this path" in refusal(task)
 
