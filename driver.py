@@ -2254,6 +2254,11 @@ def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path
     return Image(path, path.is_dir())
 
 
+def explain_linked_usr() -> ConfigError:
+    """systemd-nspawn would follow such a link on the host (measured on 252)."""
+    return ConfigError("volatile", "yes", "needs an image whose /usr is no symbolic link", 'use "overlay"')
+
+
 def check_tree(path: Path, name: str, values: Values) -> None:
     """Refuse what nspawn cannot run."""
     mode = path.stat().st_mode
@@ -2263,6 +2268,8 @@ def check_tree(path: Path, name: str, values: Values) -> None:
         raise ConfigError("image", name, "must be a directory, a disk image or a block device")
     if stat.S_ISDIR(mode) and not any((root / "usr").is_dir() for root in (path, find_root(path, values))):
         raise ConfigError("image", name, "has no /usr directory, so it is no operating system tree")
+    if values["volatile"] == "yes" and (path / "usr").is_symlink():
+        raise explain_linked_usr()
 
 
 def find_root(path: Path, values: Values) -> Path:
@@ -3378,6 +3385,7 @@ class PrivateRoot:
     place: str  # directory on the host for what the task changes; "" keeps it in memory
     users: Users | None  # None: without a user namespace
     is_mapped: bool  # the image's files are shown with the users' ids; else they have them already
+    is_usr_mounted: bool = False  # systemd-nspawn takes its /usr from it, by path
 
 
 # In the task's directory, which is out of reach of all tasks: they see what is in it. In `ephemeral_dir` it is the
@@ -3411,7 +3419,8 @@ def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: s
         return RootPlan(None, argv=tuple(image.argv))
     users = plan_users(values)
     is_mapped = users is not None and users.base != 0 and values["private_users_ownership"] != "off"
-    root = PrivateRoot(tuple(map(str, image.directories)), "" if is_volatile else place, users, is_mapped)
+    layers = tuple(map(str, image.directories))
+    root = PrivateRoot(layers, "" if is_volatile else place, users, is_mapped, values["volatile"] == "yes")
     obstacle = find_obstacle(image, root, values, host, mounts)
     if not obstacle:
         done = {"ephemeral": False, "private_users": None, "private_users_ownership": None}
@@ -4571,7 +4580,8 @@ def explain_shortage(exit: Exit, mode: Mode, record: Record, is_killed_by_us: bo
 CLONE_FS, CLONE_NEWNS = 0x200, 0x20000
 MS_NOSUID, MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x4000, 1 << 19, 2
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
-AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 0x8000, 1, 4
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE = -100, 0x1000, 0x8000, 1
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
 MOUNT_ATTR_NOSUID, MOUNT_ATTR_IDMAP = 0x2, 0x100000
 
 
@@ -4678,6 +4688,25 @@ def mount_root(root: PrivateRoot, base: int, directory: Path) -> None:
     mount_filesystem("overlay", "root", MS_NODEV, options)  # nodev: as systemd-nspawn mounts disk images
     for path in (*lower, "upper"):  # the overlay has its own
         call_libc("umount2", path.encode(), MNT_DETACH)
+    if root.is_usr_mounted:
+        fix_usr("root/usr")
+
+
+def fix_usr(path: str) -> None:
+    """Mount a root's /usr over itself: whatever others put in its place in the image, the path leads there."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        raise explain_linked_usr() from None
+    try:
+        tree = call_libc("syscall", OPEN_TREE, fd, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC)
+        try:
+            flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+            call_libc("syscall", MOVE_MOUNT, tree, b"", fd, b"", flags)
+        finally:
+            os.close(tree)
+    finally:
+        os.close(fd)
 
 
 def make_upper(lower: str) -> None:

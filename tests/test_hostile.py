@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from nomad_pb import driver_pb2
 from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, eventually, make_small_image, output
 from tests.test_effects import swapping
@@ -222,6 +224,53 @@ def test_tmpfs_is_nothing_but_a_tmpfs(hostile: Tasks, tree: Path) -> None:
     for options in ("bind", "size=1M,remount", "rshared", "move", "dev"):
         task, _ = bring(hostile, tree, "true", tmpfs=[f"/mnt:{options}"])
         assert "with options of tmpfs" in refusal(task)
+
+
+def test_operators_hear_who_can_get_to_allocations(
+    strict: Plugin, driver_file: Path, hostile: Tasks, tree: Path
+) -> None:
+    task, _ = bring(hostile, tree, "sleep 600")
+    task.start()
+    said = f"other users of this machine can get to {task.allocation.root}: a set-user-id file"
+    request = driver_pb2.FingerprintRequest()
+    assert said in next(strict.driver.Fingerprint(request)).health_description
+    check = subprocess.run([driver_file, "check"], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert said in check.stdout
+    task.allocation.root.chmod(0o700)
+    assert said not in next(strict.driver.Fingerprint(request)).health_description
+
+
+def test_usr_that_is_a_link(hostile: Tasks, tree: Path, tmp_path: Path) -> None:
+    """nspawn mounts /usr for `volatile = "yes"`, and follows a link there on the host."""
+    (tmp_path / "secret").write_text("secret")
+    shutil.copytree(tree / "usr", tmp_path / "usr", symlinks=True)
+    (tmp_path / "usr/secret").write_text("secret")
+    task, own = bring(hostile, tree, "cat /usr/secret", volatile="yes")
+    inside = own / f"local/image{tmp_path}"
+    inside.mkdir(parents=True)
+    (own / "local/image/usr").rename(inside / "usr")
+    (own / "local/image/usr").symlink_to(tmp_path / "usr")
+    assert "needs an image whose /usr is no symbolic link" in refusal(task)
+
+
+def test_usr_that_is_exchanged_all_the_time(hostile: Tasks, tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "usr", tmp_path / "usr", symlinks=True)
+    (tmp_path / "usr/secret").write_text("secret")
+    task, own = bring(hostile, tree, "true", name="first")
+    image = own / "local/image"
+    shutil.copytree(tree / "usr", image / str(tmp_path / "usr").lstrip("/"), symlinks=True)
+    (image / "link").symlink_to(tmp_path / "usr")
+    with swapping(image / "usr", image / "link"):
+        for number in range(RACES):
+            other = hostile.make(
+                "cat /usr/secret", name=f"t{number}", allocation=task.allocation, image=str(image), read_only=None,
+                volatile="yes", network_veth=None, private_network=True,
+            )  # fmt: skip
+            with contextlib.suppress(DriverError):
+                other.start()
+                other.wait(60)
+                assert output(other) == ""
+            other.close()
 
 
 NAMES = ["a\nb", "a\x0bb", "a\u2028b", "a\x1b[31mb", "a\x85b"]

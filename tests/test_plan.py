@@ -106,6 +106,13 @@ def command(*argv: str, **options: object) -> dict[str, object]:
 # -- argv ----------------------------------------------------------------------------------------------------
 
 
+def test_set_user_id_files_of_others_have_no_effect() -> None:
+    found = plan({"bind": [{"/a": "/a", "/b": "/b:idmap", "local/c": "/c:norbind,rootidmap"}]})
+    assert [pin.is_nosuid for pin in found.pins] == [False, True, True]
+    assert found.nosuid == tuple(f"{ALLOC_DIR}/{name}" for name in ("alloc", "web/local", "web/secrets"))
+    assert plan({"user_namespacing": False}).nosuid == ()
+
+
 def test_whole_argv() -> None:
     assert plan({}).argv == (*HEAD, "--boot", "--console=read-only", *USERS, "--network-veth", *VOLUMES)
 
@@ -432,6 +439,40 @@ def test_every_option_has_a_golden_argv() -> None:
         "devices",
     }
     assert used >= {name for option in TASK_OPTIONS for name in option.names}
+
+
+JOURNAL = f"/var/log/journal/{ALLOC.replace('-', '')}"
+
+
+@pytest.mark.parametrize(
+    ("options", "argv", "target"),
+    [
+        ({"link_journal": "host", "user_namespacing": False}, (f"--bind={JOURNAL}",), ""),
+        ({"link_journal": "try-host", "user_namespacing": False, "ephemeral": True}, (f"--bind={JOURNAL}",), ""),
+        ({"link_journal": "guest"}, (), f"/var/lib/machines/debian{JOURNAL}"),
+        ({"link_journal": "try-guest"}, (), f"/var/lib/machines/debian{JOURNAL}"),
+    ],
+)
+def test_journal(options: dict[str, object], argv: tuple[str, ...], target: str) -> None:
+    found = plan(options)
+    assert (found.journal.place, found.journal.target) == (JOURNAL, target)
+    assert tuple(word for word in found.argv if "journal/" in word) == argv
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("host", {}, "in a user namespace the container could not write there"),
+        ("guest", {"ephemeral": True}, "the container's files are not in a directory of the host"),
+        ("guest", {"volatile": "overlay"}, "the container's files are not in a directory of the host"),
+    ],
+)
+def test_journal_that_cannot_be_had(kind: str, options: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=f'^link_journal = "{kind}": cannot be had: {why}; leave it out$'):
+        plan({"link_journal": kind, **options})
+    found = plan({"link_journal": f"try-{kind}", **options})
+    assert found.journal.place == ""
+    assert f"link_journal has no effect: {why}." in found.notes
 
 
 @pytest.mark.parametrize("systemd", [249, 252, 260])
