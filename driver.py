@@ -944,6 +944,7 @@ class Gate(enum.Enum):
     HOST_NETWORK = "host_network"
     HOST_USERS = "host_users"
     DISK_IMAGES = "disk_images"
+    IMAGE_WRITE = "image_write"
     DEVICE_BINDS = "device_binds"
     PIVOT_ROOT = "pivot_root"
     DEVICES = "devices"
@@ -990,6 +991,9 @@ PERMISSIONS: Mapping[Gate, Permission] = {
     Gate.DISK_IMAGES: Permission(
         "let the host's kernel mount a file system of the job's making, which no kernel is safe from",
         is_default=True,
+    ),
+    Gate.IMAGE_WRITE: Permission(
+        "write to images that other tasks run from, and change the owners of their files", is_default=True
     ),
     Gate.DEVICE_BINDS: Permission(
         "mount device nodes of the host, such as its disks, by `bind`", is_default=True, gives_host=True
@@ -5413,11 +5417,11 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[
                 if pin.is_nosuid:
                     forbid_suid(trees[-1][0])
         enter_namespace()
-        for path in plan.nosuid:
-            cover_nosuid(path)
         make_nodes([pin for pin in plan.pins if pin.is_node], state_dir / DEVICES_PLACE)
         for tree, place in trees:
             attach_tree(tree, place)
+        for path in plan.nosuid:
+            cover_nosuid(path)
         stack.callback(close_all, locks)
         if plan.private:
             arguments = make_root(plan, state_dir, locks)

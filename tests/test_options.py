@@ -429,7 +429,7 @@ def test_plugin_options() -> None:
         "volumes": True,
         "allow_paths": ("/",),
         "allow_caps": ("all",),
-        "allow": ("host_network", "host_users", "disk_images", "device_binds", "pivot_root"),
+        "allow": ("host_network", "host_users", "disk_images", "image_write", "device_binds", "pivot_root"),
         "user_namespacing": True,
         "pids_limit": 16384,
         "image_dir": "/var/lib/machines",
@@ -913,7 +913,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "allow",
         ["root"],
-        'allow = "root": must be one of host_network, host_users, disk_images, device_binds, pivot_root, devices, system_calls, host_interfaces, host_accounts, host_credentials, host_overlays, ambient_capabilities, selinux_labels, link_journal, priority, default, all',
+        'allow = "root": must be one of host_network, host_users, disk_images, image_write, device_binds, pivot_root, devices, system_calls, host_interfaces, host_accounts, host_credentials, host_overlays, ambient_capabilities, selinux_labels, link_journal, priority, default, all',
     ),
     ("allow", "all", 'allow = "all": must be a list of strings'),
     ("user_namespacing", "no", 'user_namespacing = "no": must be true or false'),
