@@ -158,12 +158,8 @@ def render_value(value: object) -> str:
     """Return a value of a job as JSON, or as near to it as it comes."""
     try:
         return json.dumps(value, ensure_ascii=False, default=repr)
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ):  # keys that are no strings, as msgpack has them; very deep ones
-        return f"(a {type(value).__name__})"
+    except (TypeError, ValueError, RecursionError):
+        return f"(a {type(value).__name__})"  # very deep, or with keys that are no strings, as msgpack may have
 
 
 def render_line(text: str) -> str:
@@ -3939,7 +3935,6 @@ class Pin:
     source: Source
     place: str  # in the task's state directory
     is_node: bool = False  # there shall be a device node like the source, not the source itself
-    is_nosuid: bool = False  # set-user-id files in it have no effect
 
 
 @dataclass(frozen=True)
@@ -3988,9 +3983,7 @@ class Plan:
     mounts: Mapping[str, str]  # targets in the container to sources on the host
     prefix: tuple[str, ...]  # what nspawn is started by
     pins: tuple[Pin, ...]
-    # What of the host is mounted so that set-user-id files have no effect: an id-mapped file of the host's root is
-    # root's inside, and one that another task has made would make any user of the container root.
-    nosuid: tuple[str, ...]
+    nosuid: tuple[str, ...]  # paths that nspawn binds, in which set-user-id files shall have no effect
     device_rules: tuple[DeviceRule, ...]
     credentials: Mapping[str, bytes]  # by their names
     copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
@@ -4084,7 +4077,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     environment = plan_environment({**mode.environ, **variables})
     volumes = plan_volumes(task, values, host, found.mounts)
     journal = plan_journal(task, values, found, root)
-    pins, devices = plan_pins(found.sources, values, state), plan_nodes(found.devices, state)
+    pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
     arguments = [
         *render_options({**values, **root.values}),
         *plan_binds(values, pins),
@@ -4115,7 +4108,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         mounts=plan_mount_table(values, volumes, found.sources),
         prefix=plan_prefix(values),
         pins=(*pins.values(), *devices.values(), *image_pins),
-        nosuid=tuple(volume.source for volume in volumes if volume.have_idmap),
+        nosuid=plan_nosuid(values, volumes, pins),
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
         copying=root.copying,
@@ -4206,18 +4199,20 @@ def pin_image(root: RootPlan, values: Values, found: Found, state: Path) -> tupl
 IMAGE_PLACE, DEVICES_PLACE = "image", "devices"  # in the state directory
 
 
-def plan_pins(sources: Mapping[str, Source], values: Values, state: Path) -> dict[str, Pin]:
+def plan_pins(sources: Mapping[str, Source], state: Path) -> dict[str, Pin]:
     """Return a place for each source, by the name the job has for it."""
-    mapped = {
-        name
-        for option in ("bind", "bind_read_only")
-        for name, text in values[option].items()
-        if not {"idmap", "rootidmap", "owneridmap"}.isdisjoint(parse_bind(text)[1].split(","))
-    }
-    return {
-        name: Pin(source, f"{state}/mounts/{number}", is_nosuid=name in mapped)
-        for number, (name, source) in enumerate(sources.items())
-    }
+    return {name: Pin(source, f"{state}/mounts/{number}") for number, (name, source) in enumerate(sources.items())}
+
+
+def plan_nosuid(values: Values, volumes: Sequence[Volume], pins: Mapping[str, Pin]) -> tuple[str, ...]:
+    """Return what of the host is mounted so that set-user-id files have no effect: all that is id-mapped. A file
+    of the host's root is root's inside then, and one that another task has made would make any user there root."""
+    mapped = [volume.source for volume in volumes if volume.have_idmap]
+    for option in ("bind", "bind_read_only"):
+        for name, text in values[option].items():
+            if not {"idmap", "rootidmap", "owneridmap"}.isdisjoint(parse_bind(text)[1].split(",")):
+                mapped.append(pins[name].place)
+    return tuple(mapped)
 
 
 def plan_binds(values: Values, pins: Mapping[str, Pin]) -> list[str]:
@@ -4608,22 +4603,18 @@ def clone_source(source: Source) -> int:
         raise HostError(f"{cut(source.path)} cannot be mounted: {error.strerror}") from None
 
 
-def forbid_suid(tree: int) -> None:
-    """Make set-user-id files in a mount, and in those below it, have no effect. A bind of it is the same."""
-    attributes = struct.pack("QQQQ", MOUNT_ATTR_NOSUID, 0, 0, 0)
-    flags = AT_EMPTY_PATH | AT_RECURSIVE
-    call_libc("syscall", MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
-
-
 def cover_nosuid(path: str) -> None:
-    """Mount a file or directory over itself, for this thread's namespace, without the effect of set-user-id."""
+    """Mount a file or directory over itself, for this thread's namespace, so that set-user-id files in it have no
+    effect, nor in what binds it."""
     flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
     try:
         tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
     except FileNotFoundError:  # nspawn will say so
         return
     try:
-        forbid_suid(tree)
+        attributes = struct.pack("QQQQ", MOUNT_ATTR_NOSUID, 0, 0, 0)
+        flags = AT_EMPTY_PATH | AT_RECURSIVE
+        call_libc("syscall", MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
         attach_tree(tree, path)
     finally:
         os.close(tree)
@@ -5414,8 +5405,6 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[
             if not pin.is_node:
                 trees.append((clone_source(pin.source), pin.place))
                 stack.callback(os.close, trees[-1][0])
-                if pin.is_nosuid:
-                    forbid_suid(trees[-1][0])
         enter_namespace()
         make_nodes([pin for pin in plan.pins if pin.is_node], state_dir / DEVICES_PLACE)
         for tree, place in trees:

@@ -213,7 +213,7 @@ def test_source_that_is_exchanged_all_the_time(hostile: Tasks, tree: Path, tmp_p
         "load_credential": ([{"x": "alloc/data/dir/file"}], "cat $CREDENTIALS_DIRECTORY/x"),
         "overlay": (["alloc/data/dir::/mnt"], "cat /mnt/file"),
     }[option]
-    options = {"ephemeral": True, option: value}
+    options: dict[str, Any] = {"ephemeral": True, option: value}
     with swapping(data / "dir", data / "link"):
         said = start_often(hostile, allocation, script, **options)
     assert said | start_often(hostile, allocation, script, 1, **options) == {"allowed"}
