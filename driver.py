@@ -2800,6 +2800,9 @@ def open_source(option: str, name: str, path: str) -> Source:
     return Source(os.readlink(f"/proc/self/fd/{fd}"), found.st_mode, fd, found.st_rdev)
 
 
+LEADS_OUT = "leads out of the task's directories"
+
+
 def check_source(option: str, name: str, source: Source, own: Mapping[str, str], config: Values) -> None:
     """Refuse a source the operator does not allow."""
     real = {key: os.path.realpath(path) for key, path in own.items()}
@@ -2808,7 +2811,7 @@ def check_source(option: str, name: str, source: Source, own: Mapping[str, str],
         raise ConfigError(option, name, rule, "use a directory below alloc, or /alloc, which is there anyway")
     if not any(is_below(source.path, path) for path in real.values()):
         if name.split("/")[0] in own:
-            raise ConfigError(option, name, "leads out of the task's directories")
+            raise ConfigError(option, name, LEADS_OUT)
         check_outside(option, name, source.path, config)
     if source.is_device and not is_allowed(Gate.DEVICES, config):
         check_gate(option, name, Gate.DEVICE_BINDS, config)
@@ -2850,6 +2853,8 @@ def open_sources(values: Values, own: Mapping[str, str], config: Values) -> Iter
             except ConfigError:
                 if first not in own:
                     check_outside(option, name, os.path.normpath(name), config)
+                elif not is_own(os.path.realpath(path), own):
+                    raise ConfigError(option, name, LEADS_OUT) from None
                 raise
             stack.callback(os.close, source.fd)
             check_source(option, name, source, own, config)

@@ -170,8 +170,10 @@ def test_a_refusal_does_not_tell_what_is_there(hostile: Tasks, tree: Path) -> No
         assert len(said) == 1, said
 
 
-def test_sources_in_the_tasks_directories_do_not_lead_out(hostile: Tasks, tree: Path) -> None:
-    task, own = bring(hostile, tree, "true", bind=[{"local/link": "/mnt"}])
+@pytest.mark.parametrize("name", ["link", "link/passwd", "link/no-such-file", "link/passwd/x"])
+def test_sources_in_the_tasks_directories_do_not_lead_out(hostile: Tasks, tree: Path, name: str) -> None:
+    """Whether something is there or not: a refusal does not tell."""
+    task, own = bring(hostile, tree, "true", bind=[{f"local/{name}": "/mnt"}])
     (own / "local/link").symlink_to("/etc")
     assert "leads out of the task's directories" in refusal(task)
 
