@@ -133,6 +133,9 @@ class DriverError(Exception):
 
     recoverable = False
 
+    def __init__(self, text: str) -> None:
+        super().__init__(render_line(text))
+
 
 class ConfigError(DriverError):
     """The job or the plugin block asks for what cannot be.
@@ -142,13 +145,30 @@ class ConfigError(DriverError):
 
     def __init__(self, option: str, value: object, rule: str, remedy: str = "") -> None:
         self.option, self.value, self.rule, self.remedy = option, value, rule, remedy
-        shown = json.dumps(value, ensure_ascii=False, default=str)
-        text = f"{cut(option)} = {cut(shown)}: {rule}"
+        text = f"{cut(option)} = {cut(render_value(value))}: {rule}"
         super().__init__(f"{text}; {remedy}" if remedy else text)
 
     def within(self, block: str) -> ConfigError:
         """Return the error as one of an option inside a block."""
         return ConfigError(f"{block}.{self.option}", self.value, self.rule, self.remedy)
+
+
+def render_value(value: object) -> str:
+    """Return a value of a job as JSON, or as near to it as it comes."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=repr)
+    except (TypeError, ValueError, RecursionError):
+        return f"(a {type(value).__name__})"  # very deep, or with keys that are no strings, as msgpack may have
+
+
+def render_line(text: str) -> str:
+    """Return a sentence with all that is not printable escaped: a job, an image or a registry could otherwise add
+    lines of its own to events and logs, or control a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
+    )
 
 
 def cut(text: str, length: int = 200) -> str:
@@ -842,6 +862,7 @@ class Host:
     controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
     has_device_policy: bool = True  # whether tasks can be kept from devices that are not theirs
     is_filtered: bool = False  # whether this process has seccomp filters itself: then it sees those of no other
+    open_places: tuple[str, ...] = ()  # directories that tasks write to and other users of the host can get to
 
     @property
     def is_healthy(self) -> bool:
@@ -869,6 +890,30 @@ class Host:
             yield "(tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
         if self.is_filtered:
             yield "(no commands can be run in tasks: the agent has a seccomp filter, as of SystemCallFilter=)"
+        yield from map(explain_open_place, self.open_places)
+
+
+def explain_open_place(place: str) -> str:
+    """A container's root is the host's root on files there, and may make them set-user-id; inside that has no
+    effect, on the host it has."""
+    return (
+        f"(other users of this machine can get to {place}: a set-user-id file that a task makes there makes them "
+        f"root; run chmod 0700 {place})"
+    )
+
+
+def is_open_to_others(path: str) -> bool:
+    """Whether users other than root can get to a directory: every one on the way lets somebody pass. False for one
+    that is not there."""
+    place = Path(path).absolute()
+    try:
+        found = [os.stat(directory) for directory in (place, *place.parents)]
+    except OSError:
+        return False
+    return all(
+        info.st_mode & stat.S_IXOTH or (info.st_mode & stat.S_IXGRP and info.st_gid) or info.st_uid
+        for info in found
+    )
 
 
 TOOLS = {
@@ -1085,16 +1130,27 @@ def decode_map(name: str, value: object, decode: Callable[[str, object], object]
 
 
 class Gate(enum.Enum):
-    """What the operator of a client allows jobs, by the plugin option that says so.
+    """A permission: something the operator of a client allows jobs, or does not.
 
-    The first five are words of the plugin's `allow`; the others have options of their own.
+    The value is a word of the plugin's `allow`; the last two have options of their own.
     """
 
     HOST_NETWORK = "host_network"
     HOST_USERS = "host_users"
-    DEVICES = "devices"
     DISK_IMAGES = "disk_images"
+    IMAGE_WRITE = "image_write"
+    DEVICE_BINDS = "device_binds"
+    PIVOT_ROOT = "pivot_root"
+    DEVICES = "devices"
     SYSTEM_CALLS = "system_calls"
+    HOST_INTERFACES = "host_interfaces"
+    HOST_ACCOUNTS = "host_accounts"
+    HOST_CREDENTIALS = "host_credentials"
+    HOST_OVERLAYS = "host_overlays"
+    AMBIENT_CAPABILITIES = "ambient_capabilities"
+    SELINUX_LABELS = "selinux_labels"
+    LINK_JOURNAL = "link_journal"
+    PRIORITY = "priority"
     CAPABILITIES = "allow_caps"
     PATHS = "allow_paths"
 
@@ -1105,6 +1161,69 @@ class Gate(enum.Enum):
     @property
     def reference(self) -> str:
         return f"`allow`: {self.value}" if self.is_word else f"`{self.value}`"
+
+
+@dataclass(frozen=True)
+class Permission:
+    """What a gate is about, for people."""
+
+    meaning: str  # what a job can do with it
+    is_default: bool = False  # whether an empty plugin block allows it: jobs of the Go driver use it
+    gives_host: bool = False  # whether a job that has it can become root of the host
+
+
+PERMISSIONS: Mapping[Gate, Permission] = {
+    Gate.HOST_NETWORK: Permission(
+        "use the host's network, with its loopback interface and what listens there, and join its bridges",
+        is_default=True,
+    ),
+    Gate.HOST_USERS: Permission(
+        "run as the host's root, without a user namespace, or with a range of users of its choice",
+        is_default=True,
+        gives_host=True,
+    ),
+    Gate.DISK_IMAGES: Permission(
+        "let the host's kernel mount a file system of the job's making, which no kernel is safe from",
+        is_default=True,
+    ),
+    Gate.IMAGE_WRITE: Permission(
+        "write to images that other tasks run from, and change the owners of their files", is_default=True
+    ),
+    Gate.DEVICE_BINDS: Permission(
+        "mount device nodes of the host, such as its disks, by `bind`", is_default=True, gives_host=True
+    ),
+    # systemd-nspawn follows links of the image to it on the host (measured on 252).
+    Gate.PIVOT_ROOT: Permission(
+        "make a directory of the host that holds a system its root, by a link in its image",
+        is_default=True,
+        gives_host=True,
+    ),
+    Gate.DEVICES: Permission("use any device of the host, such as its disks, by `devices`", gives_host=True),
+    Gate.SYSTEM_CALLS: Permission("make system calls that nspawn forbids: more of the kernel to attack"),
+    Gate.HOST_INTERFACES: Permission(
+        "take interfaces away from the host, make others on it, and be a machine of its own in the host's LAN"
+    ),
+    Gate.HOST_ACCOUNTS: Permission(
+        "write to the home directories of the host's users, and so act as them", gives_host=True
+    ),
+    Gate.HOST_CREDENTIALS: Permission("read any file of the host below `allow_paths`, as root"),
+    Gate.HOST_OVERLAYS: Permission("read any directory of the host below `allow_paths`"),
+    Gate.AMBIENT_CAPABILITIES: Permission(
+        "give a command of an ordinary user the capabilities that `allow_caps` allows"
+    ),
+    Gate.SELINUX_LABELS: Permission("choose the SELinux labels of its processes and files"),
+    Gate.LINK_JOURNAL: Permission("keep its journal among the host's own, in `/var/log/journal`"),
+    Gate.PRIORITY: Permission("run before all other processes of the host, by the limits rtprio and nice"),
+    Gate.CAPABILITIES: Permission(
+        "have these capabilities: in a user namespace over its own things only, with host_users over the host",
+        is_default=True,
+    ),
+    Gate.PATHS: Permission(
+        "read and write what is below these directories of the host as root: by default all there is",
+        is_default=True,
+        gives_host=True,
+    ),
+}
 
 
 Check = Callable[[str, Any], Any]
@@ -1131,7 +1250,7 @@ class Option:
     choices: Mapping[str, int] = field(default_factory=dict)
     since: int = 0  # the systemd version it needs, 0 for any supported one
     gate: Gate | None = None
-    opens: Callable[[Any], bool] = bool  # whether a value needs the gate, where that is one of `allow`
+    opens: Callable[[Any], bool] = bool  # whether a value alone needs the gate, where that is one of `allow`
     argument: str = ""  # "": the plan uses the value by itself
     render: Render | None = None
     fields: tuple[Option, ...] = ()  # of a BLOCK or BLOCKS
@@ -1179,6 +1298,11 @@ class Option:
             return [self.argument]
         items = value if self.kind is Kind.STRINGS else (value,)
         return [f"{self.argument}={item}" for item in items]
+
+
+def is_judged_apart(value: object) -> bool:
+    """Stands for `opens` where it takes more than the value to tell whether the gate is needed."""
+    return False
 
 
 def is_said(value: object) -> bool:
@@ -1311,11 +1435,24 @@ def are_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
     return value
 
 
+def is_of_image(overlays: Sequence[str]) -> bool:
+    """Whether an overlay names a directory of the image: a link there leads systemd-nspawn to one of the host."""
+    return any(source.startswith("+/") for item in overlays for source in split_fields(item)[:-1])
+
+
+# systemd-nspawn takes all that mount(8) knows: "bind" and "remount" would act on file systems of the host.
+TMPFS_OPTION = (
+    r"(size|nr_blocks|nr_inodes|mode|uid|gid|huge)=[\w%.-]+|ro|rw|nodev"
+    r"|(no)?(exec|suid|atime|diratime|swap)|(rel|strict)atime|lazytime"
+)
+
+
 def are_tmpfs(name: str, value: Sequence[str]) -> Sequence[str]:
     for item in value:
         path, colon, options = item.partition(":")
-        if colon and not re.fullmatch(r"[\w=,.%+-]+", options, re.ASCII):
-            raise ConfigError(name, item, "must be PATH or PATH:OPTIONS, as in /run/cache:size=100M,mode=755")
+        if colon and not all(re.fullmatch(TMPFS_OPTION, option, re.ASCII) for option in options.split(",")):
+            rule = "must be PATH or PATH:OPTIONS, with options of tmpfs, as in /run/cache:size=100M,mode=755"
+            raise ConfigError(name, item, rule)
         is_container_path(name, path)
     return value
 
@@ -1491,11 +1628,19 @@ def are_host_directories(name: str, value: Sequence[str]) -> Sequence[str]:
 
 
 def are_gates(name: str, value: Sequence[str]) -> Sequence[str]:
-    known = [gate.value for gate in Gate if gate.is_word] + ["all"]
+    """Return the permissions that are allowed, with what `default` stands for."""
+    known = [gate.value for gate in Gate if gate.is_word] + ["default", "all"]
+    found: list[str] = []
     for word in value:
         if word not in known:
             raise ConfigError(name, word, f"must be one of {', '.join(known)}")
-    return value
+        found += DEFAULT_GATES if word == "default" else (word,)
+    return tuple(dict.fromkeys(found))
+
+
+DEFAULT_GATES = tuple(
+    gate.value for gate, permission in PERMISSIONS.items() if gate.is_word and permission.is_default
+)
 
 
 is_interface = matches(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", "must be the name of a network interface")
@@ -1620,7 +1765,7 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            '"overlay"', choices=any_of("no", "yes", "state", "overlay"), argument="--volatile"),
     Option("pivot_root", Kind.STRING,
            "Make this directory of the image the root: `PATH`, or `PATH:PATH` to say where the old root goes.",
-           '"/sysroot"', check=is_pivot_root, argument="--pivot-root"),
+           '"/sysroot"', check=is_pivot_root, gate=Gate.PIVOT_ROOT, argument="--pivot-root"),
     Option("image_policy", Kind.STRING,
            "Which partitions a disk image must and may have, and how they must be protected.",
            '"root=verity+signed:swap=absent"', since=254, check=is_printable, argument="--image-policy"),
@@ -1676,7 +1821,8 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
            '{ "db.password" = "secret" }', default={}, check=are_credentials),
     Option("load_credential", Kind.STRING_MAP,
            "Credentials out of files: by name, a path of the host or one in the task's directories.",
-           '{ "db.password" = "secrets/password" }', default={}, check=are_credential_files, gate=Gate.PATHS),
+           '{ "db.password" = "secrets/password" }', default={}, check=are_credential_files,
+           gate=Gate.HOST_CREDENTIALS, opens=is_judged_apart),
 )  # fmt: skip
 
 USER_OPTIONS: tuple[Option, ...] = (
@@ -1700,7 +1846,7 @@ USER_OPTIONS: tuple[Option, ...] = (
     Option("bind_user", Kind.STRINGS,
            "Users of the host to bring into the container, with their home directories.",
            '["alice"]', default=(), check=matches(ACCOUNT, "must be the name of a user of the host"),
-           gate=Gate.HOST_USERS, argument="--bind-user"),
+           gate=Gate.HOST_ACCOUNTS, argument="--bind-user"),
     Option("bind_user_shell", Kind.STRING,
            "The shell of those users inside: a path, or true for their own one.",
            '"/bin/bash"', since=258, check=matches(r"true|false|/[!-~]+", "must be a path, true or false"),
@@ -1715,7 +1861,7 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
     Option("network_veth", Kind.BOOL,
            "Give the container a network of its own with a virtual link to the host; false: the host's network. "
            "True when unset, unless another option of this table makes its network.",
-           "false", gate=Gate.HOST_NETWORK, opens=lambda value: False,  # not by itself, see check_gates
+           "false", gate=Gate.HOST_NETWORK, opens=is_judged_apart,  # see check_gates
            argument="--network-veth"),
     Option("network_zone", Kind.STRING,
            "Join the virtual link to a bridge of this name, which all containers of the zone share and which is "
@@ -1728,17 +1874,18 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            '"br0"', check=is_interface, gate=Gate.HOST_NETWORK, argument="--network-bridge"),
     Option("network_veth_extra", Kind.STRINGS,
            "Further virtual links to the host: `HOST`, or `HOST:CONTAINER` with the names of both ends.",
-           '["ve-db:db0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK,
+           '["ve-db:db0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES,
            argument="--network-veth-extra"),
     Option("network_macvlan", Kind.STRINGS,
            "Interfaces of the host on each of which the container gets an address of its own in the LAN.",
-           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-macvlan"),
+           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES, argument="--network-macvlan"),
     Option("network_ipvlan", Kind.STRINGS,
            "The same with the hardware address of the host's interface.",
-           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-ipvlan"),
+           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES, argument="--network-ipvlan"),
     Option("network_interface", Kind.STRINGS,
            "Interfaces of the host that move into the container while it runs.",
-           '["eth1"]', default=(), check=are_interfaces, gate=Gate.HOST_NETWORK, argument="--network-interface"),
+           '["eth1"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES,
+           argument="--network-interface"),
     Option("private_network", Kind.BOOL,
            "Give the container a network of its own with nothing in it but the loopback interface, and what other "
            "options of this table add.",
@@ -1782,10 +1929,12 @@ FILE_OPTIONS: tuple[Option, ...] = (
     Option("overlay", Kind.STRINGS,
            "Directories whose changes are kept in memory until the task ends: `LOWER::TARGET`, or "
            "`LOWER:LOWER::TARGET` with the topmost last. A `+` in front of a path takes it from the image.",
-           '["+/etc::/etc"]', default=(), check=are_overlays, gate=Gate.PATHS),
+           '["+/etc::/etc"]', default=(), check=are_overlays, gate=Gate.HOST_OVERLAYS,
+           opens=is_of_image),
     Option("overlay_read_only", Kind.STRINGS,
            "Directories to lay over one another, read-only: `LOWER:LOWER:TARGET` with the topmost last.",
-           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=are_overlays, gate=Gate.PATHS),
+           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=are_overlays, gate=Gate.HOST_OVERLAYS,
+           opens=is_of_image),
     Option("inaccessible", Kind.STRINGS,
            "Files and directories of the image to hide.",
            '["/usr/bin/ssh"]', default=(), check=are_container_paths, argument="--inaccessible"),
@@ -1817,7 +1966,7 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
            argument="--drop-capability"),
     Option("ambient_capability", Kind.STRINGS,
            "Capabilities the command has although its user is not root.",
-           '["CAP_NET_BIND_SERVICE"]', default=(), check=are_single_capabilities, gate=Gate.CAPABILITIES,
+           '["CAP_NET_BIND_SERVICE"]', default=(), check=are_single_capabilities, gate=Gate.AMBIENT_CAPABILITIES,
            argument="--ambient-capability", render=ambient),
     Option("no_new_privileges", Kind.BOOL,
            "Let no program inside get more rights than who starts it: setuid programs lose their effect.",
@@ -1836,18 +1985,19 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
            argument="--restrict-address-families", render=joined),
     Option("selinux_context", Kind.STRING,
            "The SELinux label of the container's processes.",
-           '"system_u:system_r:svirt_lxc_net_t:s0"', check=is_printable, gate=Gate.HOST_USERS,
+           '"system_u:system_r:svirt_lxc_net_t:s0"', check=is_printable, gate=Gate.SELINUX_LABELS,
            argument="--selinux-context"),
     Option("selinux_apifs_context", Kind.STRING,
            "The SELinux label of the files in its API file systems.",
-           '"system_u:object_r:svirt_sandbox_file_t:s0"', check=is_printable, gate=Gate.HOST_USERS,
+           '"system_u:object_r:svirt_sandbox_file_t:s0"', check=is_printable, gate=Gate.SELINUX_LABELS,
            argument="--selinux-apifs-context"),
 )  # fmt: skip
 
 RESOURCE_OPTIONS: tuple[Option, ...] = (
     Option("rlimit", Kind.STRING_MAP,
            "Limits of the container's processes: `LIMIT`, or `SOFT:HARD`.",
-           '{ nofile = "4096:8192" }', default={}, aliases=("ulimit",), check=are_rlimits, argument="--rlimit",
+           '{ nofile = "4096:8192" }', default={}, aliases=("ulimit",), check=are_rlimits, gate=Gate.PRIORITY,
+           opens=lambda value: not {"RLIMIT_RTPRIO", "RLIMIT_NICE"}.isdisjoint(value), argument="--rlimit",
            render=pairs),
     Option("oom_score_adjust", Kind.NUMBER,
            "How much sooner than others the kernel ends the container's processes when the host is out of memory: "
@@ -1877,10 +2027,11 @@ INTEGRATION_OPTIONS: tuple[Option, ...] = (
            "How `/etc/localtime` inside the container is made.",
            '"off"', choices=any_of("off", "copy", "bind", "symlink", "delete", "auto"), argument="--timezone"),
     Option("link_journal", Kind.STRING,
-           "Show the container's journal on the host: its files are kept there (`host`), or linked from there "
-           "(`guest`), below `/var/log/journal`.",
+           "Show the container's journal on the host, as `/var/log/journal/ALLOCATION` until the task is "
+           "destroyed: its files are kept there (`host`), or linked from there (`guest`). The image must have no "
+           "machine id of its own. `try-` goes without where it cannot be; `auto` is `no`.",
            '"try-guest"', choices=any_of("no", "host", "try-host", "guest", "try-guest", "auto"),
-           argument="--link-journal"),
+           gate=Gate.LINK_JOURNAL, opens=lambda value: value not in (None, "no", "auto")),
 )  # fmt: skip
 
 TASK_GROUPS: Mapping[str, tuple[Option, ...]] = {
@@ -1910,11 +2061,9 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "The only capabilities jobs may ask for; `all` for any.",
            '["CAP_NET_ADMIN"]', default=("all",), check=are_capabilities),
     Option("allow", Kind.STRINGS,
-           "What else jobs may do that opens the host: `host_network` (its network, its interfaces and bridges), "
-           "`host_users` (no user namespace, or a range of the job's choice), `devices` (device nodes), "
-           "`disk_images` (file systems for the kernel to read), `system_calls` (more than nspawn allows); `all` "
-           "for any.",
-           '["devices"]', default=("all",), check=are_gates),
+           "What else jobs may do that opens the host, see [Permissions](#permissions). `default` stands for what "
+           "an empty plugin block allows, to add to it; `all` for everything.",
+           '["default", "devices"]', default=DEFAULT_GATES, check=are_gates),
     Option("user_namespacing", Kind.BOOL,
            "Whether containers have user namespaces when their job does not say.", "false", default=True),
     Option("pids_limit", Kind.NUMBER,
@@ -1995,11 +2144,23 @@ def render_reference() -> str:
     for title, options in TASK_GROUPS.items():
         parts.append(f"#### {title}\n\n{render_table(options)}")
     parts.append(f"#### In the plugin's block\n\n{render_table(PLUGIN_OPTIONS)}")
+    parts.append(f"#### Permissions\n\n{render_gates()}")
     rows = [f"| `{name}` | {reason} |\n" for name, reason in NOT_OFFERED.items()]
     parts.append(
         "#### Options of systemd-nspawn that jobs do not have\n\n| option | why |\n|---|---|\n" + "".join(rows)
     )
     return "\n".join(parts)
+
+
+def render_gates() -> str:
+    """Return a table of what operators may allow. "The host": whether a job can become root of the host by it."""
+    lines = ["| permission | with an empty block | the host | with it a job can |", "|---|---|---|---|"]
+    for gate, permission in PERMISSIONS.items():
+        usual = "yes" if permission.is_default else "no"
+        lines.append(
+            f"| {gate.reference} | {usual} | {'yes' if permission.gives_host else ''} | {permission.meaning} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def render_table(options: Sequence[Option]) -> str:
@@ -2168,12 +2329,6 @@ RULES: tuple[Rule, ...] = (
         "leave it out: the image's files are then mapped",
     ),
     Rule(
-        "link_journal",
-        lambda value, host: value["link_journal"] not in (None, "no", "auto") and value["ephemeral"],
-        "cannot be combined with ephemeral",
-        "leave one of the two out",
-    ),
-    Rule(
         "bind_user",
         lambda value, host: bool(value["bind_user"]) and not value["user_namespacing"],
         "needs user namespaces",
@@ -2243,10 +2398,14 @@ def check_gates(values: Values, config: Values, *, is_in_group: bool = False) ->
                 raise ConfigError(name, capability, rule, f"its plugin block has allow_caps = {allowed}")
 
 
+def is_allowed(gate: Gate, config: Values) -> bool:
+    return not {gate.value, "all"}.isdisjoint(config["allow"])
+
+
 def check_gate(name: str, value: object, gate: Gate, config: Values) -> None:
-    if not {gate.value, "all"} & set(config["allow"]):
+    if not is_allowed(gate, config):
         rule = f"the operator of this client does not allow {gate.value}"
-        raise ConfigError(name, value, rule, f'it takes allow = ["{gate.value}"] in its plugin block')
+        raise ConfigError(name, value, rule, f'it takes "{gate.value}" in allow in its plugin block')
 
 
 # =====================================================================================================
@@ -2296,6 +2455,11 @@ def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path
     return Image(path, path.is_dir())
 
 
+def explain_linked_usr() -> ConfigError:
+    """systemd-nspawn would follow such a link on the host (measured on 252)."""
+    return ConfigError("volatile", "yes", "needs an image whose /usr is no symbolic link", 'use "overlay"')
+
+
 def check_tree(path: Path, name: str, values: Values) -> None:
     """Refuse what nspawn cannot run."""
     mode = path.stat().st_mode
@@ -2305,6 +2469,8 @@ def check_tree(path: Path, name: str, values: Values) -> None:
         raise ConfigError("image", name, "must be a directory, a disk image or a block device")
     if stat.S_ISDIR(mode) and not any((root / "usr").is_dir() for root in (path, find_root(path, values))):
         raise ConfigError("image", name, "has no /usr directory, so it is no operating system tree")
+    if values["volatile"] == "yes" and (path / "usr").is_symlink():
+        raise explain_linked_usr()
 
 
 def find_root(path: Path, values: Values) -> Path:
@@ -2836,6 +3002,9 @@ def open_source(option: str, name: str, path: str) -> Source:
     return Source(os.readlink(f"/proc/self/fd/{fd}"), found.st_mode, fd, found.st_rdev)
 
 
+LEADS_OUT = "leads out of the task's directories"
+
+
 def check_source(option: str, name: str, source: Source, own: Mapping[str, str], config: Values) -> None:
     """Refuse a source the operator does not allow."""
     real = {key: os.path.realpath(path) for key, path in own.items()}
@@ -2844,19 +3013,31 @@ def check_source(option: str, name: str, source: Source, own: Mapping[str, str],
         raise ConfigError(option, name, rule, "use a directory below alloc, or /alloc, which is there anyway")
     if not any(is_below(source.path, path) for path in real.values()):
         if name.split("/")[0] in own:
-            raise ConfigError(option, name, "leads out of the task's directories")
-        check_host_path(option, name, source.path, config)
-    if source.is_device:
-        check_gate(option, name, Gate.DEVICES, config)
+            raise ConfigError(option, name, LEADS_OUT)
+        check_outside(option, name, source.path, config)
+    if source.is_device and not is_allowed(Gate.DEVICES, config):
+        check_gate(option, name, Gate.DEVICE_BINDS, config)
+
+
+def check_outside(option: str, name: str, path: str, config: Values) -> None:
+    """Refuse a path of the host that the operator does not allow this option."""
+    gate = next(row.gate for row in TASK_OPTIONS if row.name == option)
+    if gate and gate.is_word:
+        check_gate(option, name, gate, config)
+    check_host_path(option, name, path, config)
 
 
 def check_host_path(option: str, name: str, path: str, config: Values) -> None:
+    """Refuse a path that is not below what the operator allows. `path` is without symbolic links; where there is
+    nothing to be opened it is the name the job says, so that a refusal does not tell what is there."""
     if not config["volumes"]:
         rule = "the operator of this client does not let tasks mount anything of the host (volumes = false)"
         raise ConfigError(option, name, rule, "use the task's own directories, alloc, local and secrets")
     allowed = config["allow_paths"]
-    if not any(is_below(path, os.path.realpath(directory)) for directory in allowed):
-        leads = f" (it is {cut(path)})" if path != name else ""
+    places = [*allowed, *map(os.path.realpath, allowed)]
+    if not any(is_below(path, place) for place in places):
+        is_led = any(is_below(os.path.normpath(name), place) for place in places)
+        leads = f" (it is {cut(path)})" if is_led else ""
         rule = f"the operator of this client does not allow this path{leads}"
         raise ConfigError(option, name, rule, f"allowed is what is below {', '.join(allowed) or 'nothing'}")
 
@@ -2869,7 +3050,14 @@ def open_sources(values: Values, own: Mapping[str, str], config: Values) -> Iter
         for option, name in name_sources(values):
             first, *rest = name.split("/")
             path = "/".join([own[first], *rest]) if first in own else name
-            source = open_source(option, name, path)
+            try:
+                source = open_source(option, name, path)
+            except ConfigError:
+                if first not in own:
+                    check_outside(option, name, os.path.normpath(name), config)
+                elif not is_own(os.path.realpath(path), own):
+                    raise ConfigError(option, name, LEADS_OUT) from None
+                raise
             stack.callback(os.close, source.fd)
             check_source(option, name, source, own, config)
             found[name] = source
@@ -2949,6 +3137,14 @@ def open_image(image: Image, name: str, own: Mapping[str, str]) -> Iterator[Sour
         yield source
     finally:
         os.close(source.fd)
+
+
+def check_image_name(name: str, own: Mapping[str, str], config: Values) -> None:
+    """Refuse a path that cannot be used as an image as one that could be, if the operator does not allow it."""
+    path = os.path.normpath(name)
+    places = [*own.values(), config["image_dir"]]
+    if os.path.isabs(path) and not any(is_below(path, place) for place in places):
+        check_host_path("image", name, path, config)
 
 
 def check_image(image: Image, name: str, own: Mapping[str, str], config: Values) -> None:
@@ -3396,6 +3592,7 @@ class PrivateRoot:
     place: str  # directory on the host for what the task changes; "" keeps it in memory
     users: Users | None  # None: without a user namespace
     is_mapped: bool  # the image's files are shown with the users' ids; else they have them already
+    is_usr_mounted: bool = False  # systemd-nspawn takes its /usr from it, by path
 
 
 # In the task's directory, which is out of reach of all tasks: they see what is in it. In `ephemeral_dir` it is the
@@ -3429,7 +3626,8 @@ def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: s
         return RootPlan(None, argv=tuple(image.argv))
     users = plan_users(values)
     is_mapped = users is not None and users.base != 0 and values["private_users_ownership"] != "off"
-    root = PrivateRoot(tuple(map(str, image.directories)), "" if is_volatile else place, users, is_mapped)
+    layers = tuple(map(str, image.directories))
+    root = PrivateRoot(layers, "" if is_volatile else place, users, is_mapped, values["volatile"] == "yes")
     obstacle = find_obstacle(image, root, values, host, mounts)
     if not obstacle:
         done = {"ephemeral": False, "private_users": None, "private_users_ownership": None}
@@ -4063,11 +4261,13 @@ class Plan:
     mounts: Mapping[str, str]  # targets in the container to sources on the host
     prefix: tuple[str, ...]  # what nspawn is started by
     pins: tuple[Pin, ...]
+    nosuid: tuple[str, ...]  # paths that nspawn binds, in which set-user-id files shall have no effect
     device_rules: tuple[DeviceRule, ...]
     credentials: Mapping[str, bytes]  # by their names
     copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
     inside: Inside
     has_other_users: bool  # than the host's
+    journal: Journal
     notes: tuple[str, ...]  # sentences for the task's events
 
     def mounted_image(self, state_dir: Path) -> Image:
@@ -4089,6 +4289,45 @@ class Plan:
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # nspawn's own for the payload
 
 
+JOURNALS = "/var/log/journal"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What shows a container's journal among the host's."""
+
+    place: str = ""  # the task's own, removed at its end; "" without one
+    target: str = ""  # what it is a link to; "" for a directory that is mounted in the container
+    notes: tuple[str, ...] = ()  # sentences for the task's events
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return (f"--bind={self.place}",) if self.place and not self.target else ()
+
+
+def plan_journal(task: TaskConfig, values: Values, found: Found, root: RootPlan) -> Journal:
+    """Return the journal to show on the host. Its name is the allocation's id, whatever machine id the image has:
+    an image could name the journal of the host or of another task."""
+    kind = (values["link_journal"] or "no").removeprefix("try-")
+    if kind in ("no", "auto"):
+        return Journal()
+    obstacle = found.journal_obstacle
+    if kind == "host" and have_other_users(values):
+        obstacle = "in a user namespace the container could not write there"
+    if kind == "guest" and (root.private or values["ephemeral"] or not found.image.is_directory):
+        obstacle = "the container's files are not in a directory of the host"
+    if obstacle and not values["link_journal"].startswith("try-"):
+        raise ConfigError("link_journal", values["link_journal"], f"cannot be had: {obstacle}", "leave it out")
+    if obstacle:
+        return Journal(notes=(f"link_journal has no effect: {obstacle}.",))
+    place = name_journal(task.alloc_id)
+    return Journal(place, f"{found.image.path}{place}" if kind == "guest" else "")
+
+
+def name_journal(alloc_id: str) -> str:
+    return f"{JOURNALS}/{alloc_id.replace('-', '').lower()}"
+
+
 @dataclass(frozen=True)
 class Found:
     """What was looked up on the host before a task's start is planned."""
@@ -4103,20 +4342,20 @@ class Found:
     image_source: Source | None = None  # the image, if it can be exchanged by path
     ephemeral_dir: str = ""  # the operator's, "" for the task's own directory
     account: Account | None = None
+    journal_obstacle: str = ""  # why the host cannot show the task's journal, "" when it can
 
 
 def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Plan:
     """Work out everything that is needed to start a task."""
     check_rules(values, host)
-    check_image_rules(values, found.image, task.network)
     state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
-    place = plan_place(task.task_dir, found.ephemeral_dir, machine)
-    root, image_pins = pin_image(plan_root(found.image, values, host, found.mounts, place), values, found, state)
+    root, image_pins = plan_image(task, values, host, found)
     network = plan_network(task.network, values, found.names, machine, is_disk=not found.image.is_directory)
     values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values), found.account)}
     given = {**values["environment"], **task.env, **network.environ}
     variables = select_variables(given)
     volumes = plan_volumes(task, values, host, found.mounts)
+    journal = plan_journal(task, values, found, root)
     pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
     arguments = [
         *render_options({**values, **root.values}),
@@ -4133,7 +4372,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         machine=machine,
         mode=mode,
         network=network,
-        argv=plan_argv(task, values, host, (*root.argv, *arguments)),
+        argv=plan_argv(task, values, host, (*root.argv, *arguments, *journal.argv)),
         environ=plan_environ(host),
         bundle=render_bundle({**mode.environ, **variables}, found.account),
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
@@ -4148,13 +4387,23 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         mounts=plan_mount_table(values, volumes, found.sources),
         prefix=plan_prefix(values),
         pins=(*pins.values(), *devices.values(), *image_pins),
+        nosuid=plan_nosuid(values, volumes, pins),
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
         copying=root.copying,
         has_other_users=have_other_users(values),
         inside=plan_inside(task, values, variables, found.account),
-        notes=(*explain_variables(given), *network.notes, *explain_limits(values, host)),
+        journal=journal,
+        notes=(*explain_variables(given), *network.notes, *journal.notes, *explain_limits(values, host)),
     )
+
+
+def plan_image(task: TaskConfig, values: Values, host: Host, found: Found) -> tuple[RootPlan, list[Pin]]:
+    """Return how the container gets its root, and what has to be mounted for that."""
+    check_image_rules(values, found.image, task.network)
+    place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
+    root = plan_root(found.image, values, host, found.mounts, place)
+    return pin_image(root, values, found, state_directory(task.id))
 
 
 def explain_limits(values: Values, host: Host) -> Iterator[str]:
@@ -4175,6 +4424,7 @@ def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[
         "--quiet",
         "--keep-unit",
         "--register=no",
+        "--link-journal=no",  # nspawn would mount the host's directory that the image's machine id names
         f"--machine={plan_machine(task.name, task.alloc_id)}",
         *([f"--uuid={task.alloc_id}"] if UUID.fullmatch(task.alloc_id) else []),
         *(["--restrict-address-families="] if is_noisy else []),
@@ -4237,6 +4487,17 @@ def plan_pins(sources: Mapping[str, Source], state: Path) -> dict[str, Pin]:
     return {name: Pin(source, f"{state}/mounts/{number}") for number, (name, source) in enumerate(sources.items())}
 
 
+def plan_nosuid(values: Values, volumes: Sequence[Volume], pins: Mapping[str, Pin]) -> tuple[str, ...]:
+    """Return what of the host is mounted so that set-user-id files have no effect: all that is id-mapped. A file
+    of the host's root is root's inside then, and one that another task has made would make any user there root."""
+    mapped = [volume.source for volume in volumes if volume.have_idmap]
+    for option in ("bind", "bind_read_only"):
+        for name, text in values[option].items():
+            if not {"idmap", "rootidmap", "owneridmap"}.isdisjoint(parse_bind(text)[1].split(",")):
+                mapped.append(pins[name].place)
+    return tuple(mapped)
+
+
 def plan_binds(values: Values, pins: Mapping[str, Pin]) -> list[str]:
     arguments = []
     for option, argument in (("bind", "--bind"), ("bind_read_only", "--bind-ro")):
@@ -4277,8 +4538,8 @@ def render_credentials(places: Mapping[str, str]) -> list[str]:
 
 
 def render_bundle_options(values: Values, state: Path) -> Iterator[str]:
-    """With a bundle these three would be off where nothing is said of them (252, 257, 262)."""
-    for option in ("timezone", "resolv_conf", "link_journal"):
+    """With a bundle these two would be off where nothing is said of them (252, 257, 262)."""
+    for option in ("timezone", "resolv_conf"):
         if not values[option]:
             yield f"--{option.replace('_', '-')}=auto"
     yield f"--oci-bundle={state / BUNDLE_PLACE}"
@@ -4609,8 +4870,9 @@ def explain_shortage(exit: Exit, mode: Mode, record: Record, is_killed_by_us: bo
 CLONE_FS, CLONE_NEWNS = 0x200, 0x20000
 MS_NOSUID, MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x4000, 1 << 19, 2
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
-AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x1000, 0x8000, 1, 4
-MOUNT_ATTR_IDMAP = 0x100000
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE = -100, 0x1000, 0x8000, 1
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
+MOUNT_ATTR_NOSUID, MOUNT_ATTR_IDMAP = 0x2, 0x100000
 
 
 def mount_filesystem(kind: str, target: str, flags: int = 0, options: str = "") -> None:
@@ -4630,6 +4892,23 @@ def clone_source(source: Source) -> int:
         return call_libc("syscall", OPEN_TREE, source.fd, b"", flags)
     except OSError as error:
         raise HostError(f"{cut(source.path)} cannot be mounted: {error.strerror}") from None
+
+
+def cover_nosuid(path: str) -> None:
+    """Mount a file or directory over itself, for this thread's namespace, so that set-user-id files in it have no
+    effect, nor in what binds it."""
+    flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
+    try:
+        tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
+    except FileNotFoundError:  # nspawn will say so
+        return
+    try:
+        attributes = struct.pack("QQQQ", MOUNT_ATTR_NOSUID, 0, 0, 0)
+        flags = AT_EMPTY_PATH | AT_RECURSIVE
+        call_libc("syscall", MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
+        attach_tree(tree, path)
+    finally:
+        os.close(tree)
 
 
 def attach_tree(tree: int, target: str) -> None:
@@ -4695,6 +4974,25 @@ def mount_root(root: PrivateRoot, base: int, directory: Path) -> None:
     mount_filesystem("overlay", "root", MS_NODEV, options)  # nodev: as systemd-nspawn mounts disk images
     for path in (*lower, "upper"):  # the overlay has its own
         call_libc("umount2", path.encode(), MNT_DETACH)
+    if root.is_usr_mounted:
+        fix_usr("root/usr")
+
+
+def fix_usr(path: str) -> None:
+    """Mount a root's /usr over itself: whatever others put in its place in the image, the path leads there."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        raise explain_linked_usr() from None
+    try:
+        tree = call_libc("syscall", OPEN_TREE, fd, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC)
+        try:
+            flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+            call_libc("syscall", MOVE_MOUNT, tree, b"", fd, b"", flags)
+        finally:
+            os.close(tree)
+    finally:
+        os.close(fd)
 
 
 def make_upper(lower: str) -> None:
@@ -5418,6 +5716,8 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[
         make_nodes([pin for pin in plan.pins if pin.is_node], state_dir / DEVICES_PLACE)
         for tree, place in trees:
             attach_tree(tree, place)
+        for path in plan.nosuid:
+            cover_nosuid(path)
         stack.callback(close_all, locks)
         if plan.private:
             arguments = make_root(plan, state_dir, locks)
@@ -5500,6 +5800,7 @@ class State:
     ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
     stop_signal: str = ""  # the image's own wish, for jobs without a kill_signal
     users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
+    journal: str = ""  # as `Journal.place`, once it has been made: removed at the end
 
     @property
     def directory(self) -> Path:
@@ -5581,6 +5882,24 @@ def split_id(task_id: str) -> tuple[str, str]:
     return alloc_id, "/".join(name[:-1])
 
 
+def find_alloc_dirs(states: Iterable[State]) -> set[str]:
+    """Return the directories that the allocations of these tasks are in: a client has one, its alloc_dir."""
+    shared = [state.mounts.get("/alloc", "") for state in states]
+    return {os.path.dirname(os.path.dirname(path)) for path in shared if path}
+
+
+def find_journal_obstacle(task: TaskConfig) -> str:
+    """Return why the host cannot show a task's journal, "" when it can."""
+    place = name_journal(task.alloc_id)
+    if not UUID.fullmatch(task.alloc_id):
+        return "the allocation's id is no machine id"
+    if not os.path.isdir(JOURNALS):
+        return f"this machine has no {JOURNALS}"
+    machine = plan_machine(task.name, task.alloc_id)
+    is_own = any(state.journal == place and state.machine == machine for state in read_states(task.alloc_id))
+    return f"there is a {place} already" if os.path.lexists(place) and not is_own else ""
+
+
 def guess_state(task_id: str) -> State:
     """Return what the id alone tells of a task whose state file cannot be read: enough to kill and remove it."""
     alloc_id, task_name = split_id(task_id)
@@ -5611,7 +5930,7 @@ class Events:
 
     def emit(self, task: TaskConfig | State, message: str) -> None:
         task_id = task.id if isinstance(task, TaskConfig) else task.task_id
-        event = TaskEvent(task_id, message, time.time())
+        event = TaskEvent(task_id, render_line(message), time.time())
         if not self.streams:
             self.backlog.append(event)
         for queue in self.streams:
@@ -5822,6 +6141,7 @@ def delete_link(name: str) -> None:
 async def remove_leftovers(state: State) -> None:
     """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
     await remove_place(state.place)
+    await remove_place(state.journal)
     for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
@@ -5836,7 +6156,8 @@ async def remove_leftovers(state: State) -> None:
 
 
 async def remove_place(place: str) -> None:
-    """Remove what a task has changed of its image. In a thread: a task makes trees as large as it likes."""
+    """Remove what a task has changed of its image, or its journal. In a thread: a task makes trees as large as it
+    likes."""
     if place:
         await run_apart(lambda: remove_tree(Path(place)))
 
@@ -6223,6 +6544,9 @@ class Start:
         if self.plan.cgroup:
             self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
             self.restrict_devices()
+        if self.plan.journal.place:
+            make_journal(self.plan.journal)
+            self.save(journal=self.plan.journal.place)
         if self.plan.private and self.plan.private.place:
             self.locks.append(await make_upper_place(Path(self.plan.private.place)))
         for path, text in self.plan.network.files.items():
@@ -6338,6 +6662,16 @@ def make_place(path: Path, is_directory: bool) -> None:
         path.mkdir()
     else:
         path.touch()
+
+
+def make_journal(journal: Journal) -> None:
+    try:
+        if journal.target:
+            os.symlink(journal.target, journal.place)
+        else:
+            os.mkdir(journal.place, 0o755)
+    except OSError as error:
+        raise HostError(f"link_journal: {journal.place} cannot be made: {error.strerror}") from None
 
 
 def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
@@ -7318,7 +7652,7 @@ class Exec:
             raise DriverError(self.error)
         assert self.control
         with contextlib.suppress(OSError):
-            self.error = self.control.recv(4096).decode(errors="replace").partition(" ")[2]
+            self.error = render_line(self.control.recv(4096).decode(errors="replace").partition(" ")[2])
         return self.status
 
     def close(self) -> None:
@@ -7505,7 +7839,7 @@ def unpack_options(packed: bytes) -> Mapping[str, object]:
         return {}
     try:
         raw = msgpack.unpackb(packed, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException):
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException):  # TypeError: a list as a key
         raise DriverError("the configuration cannot be read: it is no msgpack") from None
     if not isinstance(raw, dict):
         raise DriverError("the configuration is no map")
@@ -7626,6 +7960,7 @@ class DriverService:
     def __init__(self) -> None:
         self.config: dict[str, Any] = decode_options(PLUGIN_OPTIONS, {})
         self.core_mhz = 0.0
+        self.alloc_dirs: set[str] = set()
         self.agents = 0  # connected ones, counted by their Fingerprint streams
         self.events = Events()
         self.tasks = Tasks(self.events)
@@ -7663,7 +7998,7 @@ class DriverService:
         self.agents += 1
         try:
             while True:
-                current = self.render_fingerprint(read_host())
+                current = self.render_fingerprint(replace(read_host(), open_places=self.find_open_places()))
                 if current != last:
                     yield current
                     last = current
@@ -7674,6 +8009,12 @@ class DriverService:
                 self.collect_images()
         finally:
             self.agents -= 1
+
+    def find_open_places(self) -> tuple[str, ...]:
+        """Return where tasks write and other users of this machine can get to, of `image_dir` and the client's
+        alloc_dir. The latter is known once there has been a task."""
+        self.alloc_dirs |= find_alloc_dirs(task.state for task in self.tasks.known.values())
+        return tuple(filter(is_open_to_others, sorted({self.config["image_dir"], *self.alloc_dirs})))
 
     def render_fingerprint(self, host: Host) -> driver_pb2.FingerprintResponse:
         response = driver_pb2.FingerprintResponse()
@@ -7703,6 +8044,7 @@ class DriverService:
             ".networkd": have_networkd(),
             ".volumes": self.config["volumes"],
             ".device_policy": host.has_device_policy,
+            ".allow": ",".join(self.config["allow"]),
         }
 
     @answers
@@ -7797,7 +8139,10 @@ class DriverService:
             place = self.config["ephemeral_dir"] or ""
             rules = tuple(find_device_rules(config, values, sources, devices))
             mounts = read_mounts()
-            found = Found(image, mounts, sources, credentials, names, devices, rules, image_source, place, account)
+            found = Found(
+                image, mounts, sources, credentials, names, devices, rules, image_source, place, account,
+                find_journal_obstacle(config),
+            )  # fmt: skip
             plan = plan_task(config, values, host, found)
             check_init(plan)
             for note in (f"Starting the container {plan.machine} from {image.label or image.path}.", *plan.notes):
@@ -7811,7 +8156,11 @@ class DriverService:
         image_dir = Path(self.config["image_dir"])
         origin = plan_origin(values, image_dir)
         if origin is None:
-            image = find_image(values["image"], task_dir, values, image_dir)
+            try:
+                image = find_image(values["image"], task_dir, values, image_dir)
+            except ConfigError:
+                check_image_name(values["image"], config.own_directories, self.config)
+                raise
             check_image(image, values["image"], config.own_directories, self.config)
             origin = find_archive(image)
             if origin is None:
@@ -7832,7 +8181,7 @@ class DriverService:
     async def WaitTask(self, request: driver_pb2.WaitTaskRequest) -> driver_pb2.WaitTaskResponse:
         exit = await self.tasks.get(request.task_id).wait()
         assert exit is not None
-        return driver_pb2.WaitTaskResponse(result=render_result(exit), err=exit.error)
+        return driver_pb2.WaitTaskResponse(result=render_result(exit), err=render_line(exit.error))
 
     @answers
     async def StopTask(self, request: driver_pb2.StopTaskRequest) -> driver_pb2.StopTaskResponse:
@@ -8231,14 +8580,38 @@ For a quick try: nomad agent -dev -plugin-dir=DIRECTORY -config=FILE
 
 usage: {FILE_NAME} [check | images | options | --version | --help]
 
-    check      tell whether tasks can run on this machine, and what is missing
+    check      tell whether tasks can run on this machine, what is missing, and what jobs may do to it
     images     list the images that were fetched: their sizes and ages, and the tasks that use them
     options    print the reference of all options, in Markdown
 """
 
 
+STRICT_BLOCK = f"""\
+plugin "{FILE_NAME}" {{
+  config {{
+    allow       = []    # nothing that opens the host
+    allow_caps  = []    # no capabilities beside the usual ones
+    allow_paths = []    # no path of the host
+    volumes     = false # nor Nomad's volumes
+  }}
+}}
+"""
+USUAL_ALLOC_DIRS = ("/opt/nomad/data/alloc", "/var/lib/nomad/alloc")  # of HashiCorp's package, and of Debian's
+
+
+def render_permissions() -> str:
+    """Return what jobs may do to this host, a line a permission, for people."""
+    lines = ["What jobs may do to this host with an empty plugin block (!: who may has the host):"]
+    for gate, permission in PERMISSIONS.items():
+        mark = "!" if permission.gives_host else " "
+        answer = "yes" if permission.is_default else "no"
+        lines.append(f"  {answer:<3} {mark} {gate.value:<20} {permission.meaning}")
+    lines += ["To allow none of it, and then add what is needed:", "", STRICT_BLOCK]
+    return "\n".join(lines)
+
+
 def check_host() -> int:
-    """Print what the fingerprint would say; 0 when tasks can run here."""
+    """Print what the fingerprint would say, and what jobs may do; 0 when tasks can run here."""
     host = read_host()
     print(f"systemd-nspawn {host.systemd or 'not found'}, Linux {host.kernel[0]}.{host.kernel[1]}, "
           f"cgroups {host.cgroups.value}")  # fmt: skip
@@ -8246,7 +8619,11 @@ def check_host() -> int:
         print(f"missing: {problem}")
     if host.cgroups is not CgroupMode.V2:
         print("note: without cgroup v2 tasks run without resource limits.")
+    for place in sorted({str(MACHINES_ROOT), *USUAL_ALLOC_DIRS, *find_alloc_dirs(read_states())}):
+        if is_open_to_others(place):
+            print(f"note: {explain_open_place(place).strip('()')}.")
     print("tasks cannot run here" if host.problems else "tasks can run here")
+    print(f"\n{render_permissions()}", end="")
     return 1 if host.problems else 0
 
 

@@ -71,8 +71,8 @@ def plugin(driver_file: Path) -> Iterator[Plugin]:
 
 @pytest.fixture(scope="module")
 def shared(driver_file: Path) -> Iterator[Plugin]:
-    """The same for all tests of a module, which leave it as it is."""
-    with launch_like_agent(driver_file) as running:
+    """The same for all tests of a module, which leave it as it is. Jobs may use every option."""
+    with launch_like_agent(driver_file, 'allow = ["all"]') as running:
         yield running
         assert not running.exited()
     assert not running.violations

@@ -65,7 +65,10 @@ def test_hardened_operator_is_valid() -> None:
     block = plugin_config(ROOT / "example/hardened.hcl", driver.FILE_NAME)
     raw = decode_config(driver.render_spec(driver.PLUGIN_OPTIONS), block or {})
     values = driver.decode_options(driver.PLUGIN_OPTIONS, msgpack.unpackb(to_msgpack(raw)))
-    assert (values["allow"], values["allow_caps"]) == ((), ("CAP_NET_ADMIN",))
+    assert {name: values[name] for name in ("allow", "allow_caps", "allow_paths", "volumes")} == {
+        "allow": (), "allow_caps": (), "allow_paths": (), "volumes": False,
+    }  # fmt: skip
+    assert driver.STRICT_BLOCK in (ROOT / "README.md").read_text(), "the first block for operators there"
 
 
 @pytest.fixture

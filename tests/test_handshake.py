@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+import driver
 from nomad_pb import base_pb2, driver_pb2, grpc_plugin_pb2
 from tests.agent import PLUGIN_ENV, Allocation, DriverError, Plugin, Task, call, launch_like_agent
 from tests.containers import eventually, on_overlay
@@ -376,7 +377,15 @@ def test_check_says_whether_tasks_can_run(driver_file: Path, image: Path) -> Non
     result = run_for_people(driver_file, "check")
     assert (result.returncode, result.stderr) == (0, "")
     assert re.match(r"systemd-nspawn \d+, Linux \d+\.\d+, cgroups (v1|v2|hybrid)\n", result.stdout)
-    assert result.stdout.endswith("tasks can run here\n")
+    assert "\ntasks can run here\n" in result.stdout
+
+
+def test_check_says_what_jobs_may_do(driver_file: Path) -> None:
+    said = run_for_people(driver_file, "check").stdout
+    for gate, permission in driver.PERMISSIONS.items():
+        answer, mark = "yes" if permission.is_default else "no ", "!" if permission.gives_host else " "
+        assert f"\n  {answer} {mark} {gate.value} " in said
+    assert said.endswith((Path(__file__).parent.parent / "example/hardened.hcl").read_text().partition("\n\n")[2])
 
 
 @needs_root
@@ -389,7 +398,7 @@ def test_check_says_what_is_missing(driver_file: Path, tmp_path: Path) -> None:
     )
     assert (result.returncode, result.stderr) == (1, "")
     assert "missing: /etc/machine-id is missing or empty: run systemd-machine-id-setup.\n" in result.stdout
-    assert result.stdout.endswith("tasks cannot run here\n")
+    assert "\ntasks cannot run here\n" in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [["chek"], ["--verbose"], ["check", "now"], [""]])

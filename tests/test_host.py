@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -515,3 +516,37 @@ def test_work_in_a_thread_may_be_given_up() -> None:
 
     asyncio.run(scenario())
     assert not complaints
+
+
+# -- who can get to directories ------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("mode", "owner", "is_open"),
+    [
+        (0o755, (0, 0), True),
+        (0o711, (0, 0), True),
+        (0o700, (0, 0), False),
+        (0o750, (0, 0), False),
+        (0o750, (0, 1), True),
+        (0o700, (1, 0), True),
+    ],
+)
+def test_directories_that_others_can_get_to(mode: int, owner: tuple[int, int], is_open: bool) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        inside = Path(place, "alloc")
+        inside.mkdir()
+        os.chown(place, *owner)
+        os.chmod(place, mode)
+        assert driver.is_open_to_others(str(inside)) is is_open
+    assert not driver.is_open_to_others(str(inside)), "nothing is there"
+
+
+def test_health_says_what_others_can_get_to() -> None:
+    host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(driver.CONTROLLERS), open_places=("/a",))
+    assert host.is_healthy
+    assert host.sentence == (
+        "Healthy (other users of this machine can get to /a: a set-user-id file that a task makes there makes "
+        "them root; run chmod 0700 /a)"
+    )

@@ -34,7 +34,6 @@ def test_group_is_entered_before_the_keeper_and_nspawn_knows_no_network() -> Non
         RESOLV_CONF_MOUNT,
         HOSTS_MOUNT,
         AUTO[0],
-        AUTO[2],
         BUNDLE,
     )
     assert found.network.entry[:3] == ("nsenter", f"--net={GROUP.namespace}", "--")

@@ -55,6 +55,7 @@ HEAD = (
     "--quiet",
     "--keep-unit",
     "--register=no",
+    "--link-journal=no",
     f"--machine={MACHINE}",
     f"--uuid={ALLOC}",
     "--directory=/var/lib/machines/debian",
@@ -66,7 +67,7 @@ VOLUMES = (
     f"--bind={ALLOC_DIR}/web/local:/local:idmap",
     f"--bind={ALLOC_DIR}/web/secrets:/secrets:idmap",
 )
-AUTO = ("--timezone=auto", "--resolv-conf=auto", "--link-journal=auto")  # where nothing is said of them
+AUTO = ("--timezone=auto", "--resolv-conf=auto")  # where nothing is said of them
 BUNDLE = f"--oci-bundle={driver.state_directory(TASK.id)}/bundle"
 
 
@@ -108,6 +109,13 @@ def command(*argv: str, **options: object) -> dict[str, object]:
 
 
 # -- argv ----------------------------------------------------------------------------------------------------
+
+
+def test_set_user_id_files_of_others_have_no_effect() -> None:
+    found = plan({"bind": [{"/a": "/a", "/b": "/b:idmap", "local/c": "/c:norbind,rootidmap"}]})
+    own = (f"{ALLOC_DIR}/{name}" for name in ("alloc", "web/local", "web/secrets"))
+    assert found.nosuid == (*own, f"{MOUNTS}/1", f"{MOUNTS}/2")
+    assert plan({"user_namespacing": False}).nosuid == ()
 
 
 def test_whole_argv() -> None:
@@ -304,7 +312,7 @@ GOLDEN: list[tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]] = [
     ({"ulimit": [{"nproc": "100"}]}, (*BOOT, "--rlimit=RLIMIT_NPROC=100"), ()),
     ({"cpu_affinity": "0-1,3"}, (*BOOT, "--cpu-affinity=0-1,3"), ()),
     ({"timezone": "off"}, (*BOOT, "--timezone=off"), ()),
-    ({"link_journal": "try-guest"}, (*BOOT, "--link-journal=try-guest"), ()),
+    ({"link_journal": "try-guest"}, BOOT, ()),
     (
         command(
             "a",
@@ -448,6 +456,40 @@ def test_every_option_has_a_golden_argv() -> None:
     assert used >= {name for option in TASK_OPTIONS for name in option.names}
 
 
+JOURNAL = f"/var/log/journal/{ALLOC.replace('-', '')}"
+
+
+@pytest.mark.parametrize(
+    ("options", "argv", "target"),
+    [
+        ({"link_journal": "host", "user_namespacing": False}, (f"--bind={JOURNAL}",), ""),
+        ({"link_journal": "try-host", "user_namespacing": False, "ephemeral": True}, (f"--bind={JOURNAL}",), ""),
+        ({"link_journal": "guest"}, (), f"/var/lib/machines/debian{JOURNAL}"),
+        ({"link_journal": "try-guest"}, (), f"/var/lib/machines/debian{JOURNAL}"),
+    ],
+)
+def test_journal(options: dict[str, object], argv: tuple[str, ...], target: str) -> None:
+    found = plan(options)
+    assert (found.journal.place, found.journal.target) == (JOURNAL, target)
+    assert tuple(word for word in found.argv if "journal/" in word) == argv
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("host", {}, "in a user namespace the container could not write there"),
+        ("guest", {"ephemeral": True}, "the container's files are not in a directory of the host"),
+        ("guest", {"volatile": "overlay"}, "the container's files are not in a directory of the host"),
+    ],
+)
+def test_journal_that_cannot_be_had(kind: str, options: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=f'^link_journal = "{kind}": cannot be had: {why}; leave it out$'):
+        plan({"link_journal": kind, **options})
+    found = plan({"link_journal": f"try-{kind}", **options})
+    assert found.journal.place == ""
+    assert f"link_journal has no effect: {why}." in found.notes
+
+
 @pytest.mark.parametrize("systemd", [249, 252, 260])
 def test_no_new_argument_for_old_systemd(systemd: int) -> None:
     assert plan({}, host=replace(HOST, systemd=systemd)).argv == plan({}).argv
@@ -456,7 +498,7 @@ def test_no_new_argument_for_old_systemd(systemd: int) -> None:
 @pytest.mark.parametrize("systemd", [261, 262])
 def test_new_systemd_is_silenced(systemd: int) -> None:
     argv = plan({}, host=replace(HOST, systemd=systemd)).argv
-    assert argv == (*HEAD[:6], "--restrict-address-families=", *HEAD[6:], *BOOT, *VOLUMES, *AUTO, BUNDLE)
+    assert argv == (*HEAD[:7], "--restrict-address-families=", *HEAD[7:], *BOOT, *VOLUMES, *AUTO, BUNDLE)
 
 
 def test_volatile_on_new_systemd() -> None:
@@ -608,7 +650,7 @@ def check_structure(found: Plan, options: Mapping[str, Any], task: TaskConfig) -
         assert name + equals in ARGUMENTS
         check_host_paths(name, value, task)
     assert not any("\0" in word for word in found.argv)
-    for once in ("--register=no", "--keep-unit", f"--machine={found.machine}"):
+    for once in ("--register=no", "--link-journal=no", "--keep-unit", f"--machine={found.machine}"):
         assert found.argv.count(once) == 1
         assert sum(word.split("=")[0] == once.split("=")[0] for word in before) == 1
 
@@ -841,11 +883,10 @@ def test_bundle() -> None:
 
 
 def test_bundle_takes_no_default_away() -> None:
-    """nspawn would take "off" for these three as soon as there is a bundle."""
-    argv = plan(command("a")).argv
-    assert {"--timezone=auto", "--resolv-conf=auto", "--link-journal=auto"} <= set(argv)
-    argv = plan(command("a", timezone="off", resolv_conf="copy-host", link_journal="no")).argv
-    assert {"--timezone=off", "--resolv-conf=copy-host", "--link-journal=no"} <= set(argv)
+    """nspawn would take "off" for these two as soon as there is a bundle."""
+    assert set(AUTO) <= set(plan(command("a")).argv)
+    argv = plan(command("a", timezone="off", resolv_conf="copy-host")).argv
+    assert {"--timezone=off", "--resolv-conf=copy-host"} <= set(argv)
     assert not [word for word in argv if word.startswith(("--settings", "--setenv"))]
 
 

@@ -896,4 +896,5 @@ def test_streams_stay_open_and_the_connection_is_kept(shared: Plugin, watcher: W
     time.sleep(max(0.0, watcher.opened + FINGERPRINT_PERIOD + 2 - time.monotonic()))
     assert all(stream.is_active() for stream in watcher.streams)
     assert set(watcher.states) <= {grpc.ChannelConnectivity.READY}
-    assert len(shared.fingerprints) == 1
+    said = [found.SerializeToString(deterministic=True) for found in shared.fingerprints]
+    assert len(said) == len(set(said)) <= 2, "the second time, where tasks of this agent are"

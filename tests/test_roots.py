@@ -100,7 +100,8 @@ PRIVATE: list[tuple[dict[str, object], str, Users | None, bool]] = [
 @pytest.mark.parametrize(("options", "place", "users", "is_mapped"), PRIVATE)
 def test_private_root(options: dict[str, object], place: str, users: Users | None, is_mapped: bool) -> None:
     found = plan(options)
-    assert found.private == PrivateRoot(("/images/debian",), place, users, is_mapped)
+    is_usr_mounted = options.get("volatile") == "yes"
+    assert found.private == PrivateRoot(("/images/debian",), place, users, is_mapped, is_usr_mounted)
     assert found.argv == ()
     assert found.values["ephemeral"] is False
     assert found.values["private_users"] is None, "the range is known when it is picked"
