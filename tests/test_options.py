@@ -857,7 +857,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "allow",
         ["root"],
-        'allow = "root": must be one of host_network, host_users, devices, disk_images, system_calls, all',
+        'allow = "root": must be one of host_network, host_users, devices, disk_images, image_write, system_calls, all',
     ),
     ("allow", "all", 'allow = "all": must be a list of strings'),
     ("user_namespacing", "no", 'user_namespacing = "no": must be true or false'),
