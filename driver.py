@@ -694,6 +694,22 @@ def call_libc(name: str, *arguments: int | bytes | None) -> int:
     return result
 
 
+OPENAT2 = 437  # system call: the same number on all machines
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x2, 0x4, 0x10
+RENAMES = 100  # how often somebody may rename directories on the way while a ".." is followed
+
+
+def open_in_root(root: int, path: str, flags: int, *, follow: bool = True, mode: int = 0) -> int:
+    """Open a path as a process with this root directory would; the kernel never leaves it, and follows 40 links at
+    most. Without `follow`, no link at all. Raises OSError."""
+    resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | (0 if follow else RESOLVE_NO_SYMLINKS)
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    for _ in range(RENAMES):
+        with contextlib.suppress(BlockingIOError):
+            return call_libc("syscall", OPENAT2, root, os.fsencode(path), how, len(how))
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
 # =====================================================================================================
 # Devices
 #
@@ -2434,10 +2450,22 @@ class Image:
     key: str = ""  # of an image in the store, which nothing may ever write to
     label: str = ""  # for people, where the path says nothing
     config: ImageConfig = ImageConfig()
+    fd: int = -1  # the image itself, open; -1 for one of the store, which is root's alone
+    is_fixed: bool = False  # only the operator can put another in its place
+    is_shared: bool = False  # other tasks run from it, and the operator lets none write to it
+
+    @property
+    def is_protected(self) -> bool:
+        return self.is_shared or bool(self.key)
+
+    @property
+    def opened(self) -> Path:
+        """Its path for this process: what has been opened, whatever is at its place by now."""
+        return self.path if self.fd < 0 else Path(f"/proc/self/fd/{self.fd}")
 
     @property
     def directories(self) -> tuple[Path, ...]:
-        return self.layers or (self.path,)
+        return self.layers or (self.opened,)
 
     @property
     def argv(self) -> list[str]:
@@ -2518,25 +2546,15 @@ def place_in_image(values: Values, path: str) -> str:
     return (values["pivot_root"] or "").split(":")[0] + path
 
 
-def open_in_image(image: Image, path: str, flags: int) -> int:
-    """Open a file of an image without following symbolic links: a container that may write to it can make any, and
-    root would follow them out of the image. Raises OSError."""
-    *parents, name = filter(None, path.split("/"))
-    fd = os.open(image.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for part in parents:
-            inner = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            os.close(fd)
-            fd = inner
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=fd)
-    finally:
-        os.close(fd)
-
-
 @contextlib.contextmanager
-def open_directory(image: Image, path: str) -> Iterator[int]:
-    """Yield a directory of an image, open in the same way."""
-    fd = open_in_image(image, f"{path}/.", os.O_PATH | os.O_DIRECTORY)
+def open_directory(root: Path, path: str) -> Iterator[int]:
+    """Yield a directory of an image, opened without following symbolic links: a container that may write to the
+    image can make any, and root would follow them. `root` must be out of reach of all tasks. Raises OSError."""
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = open_in_root(top, path, os.O_PATH | os.O_DIRECTORY, follow=False)
+    finally:
+        os.close(top)
     try:
         yield fd
     finally:
@@ -2548,12 +2566,12 @@ MAX_TEXT = 256 << 10  # bytes of an image's /etc/hosts, passwd or group
 
 def read_in_image(image: Image, values: Values, path: str) -> str:
     """Return the beginning of a file of an image, "" when it is not there or is a symbolic link."""
+    folder, name = os.path.split(place_in_image(values, path))
     for directory in image.directories if image.is_directory else ():
-        layer, place = replace(image, path=directory), place_in_image(values, path)
         try:
-            with open(open_in_image(layer, place, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-                return file.read(MAX_TEXT).decode(errors="replace") if is_regular else ""
+            with open_directory(directory, folder) as fd:
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+                return read_head(name, MAX_TEXT, fd).decode(errors="replace")
         except FileNotFoundError:  # the layers below may have it
             continue
         except OSError:
@@ -2645,18 +2663,24 @@ def redact(url: str) -> str:
     return url.partition("://")[0] + "://…"
 
 
-def read_head(path: Path, size: int) -> bytes:
+def read_head(path: Path | str, size: int, folder: int | None = None) -> bytes:
     """Return how a file begins, b"" where there is none. A pipe or a device that a task has put in its place is
     not opened: the plugin would wait for it with all its tasks."""
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                with open(f"/proc/self/fd/{fd}", "rb") as file:
-                    return file.read(size)
+            return read_opened(fd, size)
         finally:
             os.close(fd)
     return b""
+
+
+def read_opened(fd: int, size: int) -> bytes:
+    """Return how the regular file begins that a descriptor, of O_PATH, is of; b"" for what else there is."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return b""
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
+        return file.read(size)
 
 
 ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh")  # how compressed files begin
@@ -2664,12 +2688,15 @@ ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh")  # how comp
 
 def find_archive(image: Image) -> Origin | None:
     """Return the source for an image that is a tar archive, None for all others."""
-    head = b"" if image.is_directory else read_head(image.path, 512)
+    head = b"" if image.is_directory else read_opened(image.fd, 512)
     if not (head[257:262] == b"ustar" or head.startswith(ARCHIVES)):
         return None
-    status = image.path.stat()  # another file of this name is another image
+    status = os.fstat(image.fd)  # another file of this name is another image
     stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return Origin("archive", str(image.path), str(image.path), tuple(map(str, stamp)))
+
+
+MAX_VERSIONS = 10_000  # entries of a directory that are looked at: a task may fill its own
 
 
 def find_version(path: Path) -> Path | None:
@@ -2681,7 +2708,7 @@ def find_version(path: Path) -> Path | None:
         re.escape(name.removesuffix(suffix)) + r"_(?P<version>[^+]+?)(?P<tries>\+\d+(-\d+)?)?" + re.escape(suffix)
     )
     found = []
-    for entry in path.iterdir():
+    for entry in map(Path, itertools.islice(os.scandir(path), MAX_VERSIONS)):
         match = re.fullmatch(pattern, entry.name)
         if match and entry.is_dir() != bool(suffix):
             version, _, architecture = match["version"].rpartition("_")
@@ -2748,10 +2775,12 @@ def make_mount_points(root: Path) -> None:
             raise ConfigError("read_only", True, rule, "make the directory in the image") from None
 
 
-def make_mount_file(image: Image, path: str) -> None:
+def make_mount_file(root: Path, path: str) -> None:
     """Make an empty file to mount on in an image that is to be read-only."""
+    folder, name = os.path.split(path)
     try:
-        os.close(open_in_image(image, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        with open_directory(root, folder) as fd:
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=fd))
     except FileExistsError:
         return
     except OSError as error:
@@ -2759,88 +2788,130 @@ def make_mount_file(image: Image, path: str) -> None:
         raise ConfigError("read_only", True, rule, "make the file in the image") from None
 
 
-def find_in_image(root: Path, path: str, mounts: Mapping[str, str], below: Sequence[Path] = ()) -> Path | None:
-    """Resolve a path as the container would, without leaving its root; None when it is not there.
-
-    `mounts` maps targets in the container to sources on the host. `below` are the image's further layers, the
-    upper ones first.
-    """
-    pending = deque(path.split("/"))
-    done: list[str] = []
-    layers = (root, *below)
-    for _ in range(1000):  # a loop of symbolic links ends, too
-        if not pending:
-            break
-        part = pending.popleft()
-        if part in ("", "."):
-            continue
-        if part == "..":
-            above_mount = any(target.startswith(f"/{'/'.join(done)}/") for target in mounts)  # nspawn makes it
-            if not above_mount and not os.path.isdir(host_path(layers, done, mounts)):
-                return None
-            del done[-1:]
-            continue
-        here = host_path(layers, [*done, part], mounts)
-        if os.path.islink(here):
-            target = os.readlink(here)
-            if target.startswith("/"):
-                done = []
-            pending.extendleft(reversed(target.split("/")))
-        else:
-            done.append(part)
-    else:
-        return None
-    found = host_path(layers, done, mounts)
-    return found if os.path.exists(found) and not is_whiteout(found) else None
+def check_mount_points(root: Path, files: Sequence[str]) -> None:
+    """Refuse an image that lacks something to mount on, where nothing may be made in it."""
+    for path in ("/alloc", "/local", "/secrets", *files):
+        folder, name = os.path.split(path)
+        try:
+            with open_directory(root, folder) as fd:
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except OSError:
+            rule = f"the image has no {path} to mount on, and the operator lets no task write to it"
+            raise ConfigError("read_only", True, rule, "make it in the image") from None
 
 
-def host_path(layers: Sequence[Path], parts: Sequence[str], mounts: Mapping[str, str]) -> Path:
-    for length in range(len(parts), 0, -1):
-        source = mounts.get("/" + "/".join(parts[:length]))
-        if source is not None:
-            return Path(source, *parts[length:])
-    for layer in layers:
-        path = layer
-        for part in parts:
-            path = path / part
-            if not os.path.isdir(path) or os.path.islink(path):
-                break
-        if os.path.lexists(path):  # here: the thing itself, or what hides it in the layers below
-            return layer.joinpath(*parts)
-    return layers[0].joinpath(*parts)
+# What says that there is no such file, not that something is wrong with this machine.
+IS_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-def is_whiteout(path: Path) -> bool:
-    """Tell whether a layer says by this that the layers below have nothing of the name."""
-    found = os.lstat(path)
-    return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+@dataclass(frozen=True)
+class View:
+    """A container's root and what is to be mounted in it, to look files up before there is a container. Only for a
+    thread: what an image or a task has made decides how long a look takes."""
+
+    image: Path
+    mounts: Mapping[str, str] = field(default_factory=dict)  # targets in the container to sources on the host
+    pivot: str = "/"  # the directory of the image that becomes the root
+
+    def open(self, path: str, links: int = 8) -> int | None:
+        """Return the file, of O_PATH; None when it is not there. Follows `links` from the root into mounts. Raises
+        OSError when it cannot be known."""
+        path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
+        is_plain = ".." not in path.split("/")
+        place = max((point for point in self.mounts if is_plain and is_below(path, point)), key=len, default="")
+        root = os.open(self.mounts[place], os.O_PATH | os.O_CLOEXEC) if place else self.open_root()
+        if place == path:
+            return root
+        try:
+            return open_in_root(root, path[len(place) :], os.O_PATH, follow=not place)
+        except OSError as error:
+            if error.errno not in IS_MISSING or (place and error.errno == errno.ELOOP):
+                raise
+            if self.mounts and not is_plain:
+                raise OSError(errno.ESTALE, "may be in a mount") from None
+            leads = self.find_mount(root, path) if self.mounts and links and not place else ""
+        finally:
+            os.close(root)
+        return self.open(leads, links - 1) if leads else None
+
+    def open_root(self) -> int:
+        top = os.open(self.image, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return open_in_root(top, self.pivot, os.O_PATH)
+        finally:
+            os.close(top)
+
+    def find_mount(self, root: int, path: str) -> str:
+        """Return where a path leads to of which the root has nothing: into a mount, perhaps; "" for nowhere."""
+        parts = path.strip("/").split("/")
+        for length in range(min(len(parts), MAX_PARTS) - 1, -1, -1):
+            with contextlib.suppress(OSError):
+                parent = open_in_root(root, "/".join(parts[:length]) or "/", os.O_PATH | os.O_DIRECTORY)
+                try:
+                    leads = self.follow(root, parent, parts[length])
+                finally:
+                    os.close(parent)
+                leads = os.path.normpath("/".join([leads, *parts[length + 1 :]]))
+                return leads if leads != path else ""
+        return ""
+
+    def follow(self, root: int, parent: int, name: str) -> str:
+        """Return the path in the container of a file of an open directory, or what it is a link to."""
+        top, here = (os.readlink(f"/proc/self/fd/{fd}") for fd in (root, parent))
+        here = f"/{here.removeprefix(top).lstrip('/')}"
+        if not any(is_below(here, point) for point in self.mounts):
+            with contextlib.suppress(OSError):  # no link
+                name = os.readlink(name, dir_fd=parent)
+        return os.path.join(here, name)
 
 
-def explain_command(
-    command: str, search: str, root: Path, mounts: Mapping[str, str], below: Sequence[Path] = ()
-) -> str:
-    """Say why a program could not be executed, "" when it looks as if it could."""
+MAX_PARTS = 64  # of a path
+
+
+def is_below(path: str, directory: str) -> bool:
+    """Whether a path is a directory or in it; both without symbolic links and dots."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+MAX_PLACES = 64  # of a PATH
+
+
+def explain_command(command: str, search: str, view: View) -> str:
+    """Say why a program cannot be executed, "" when it looks as if it could."""
     if "/" in command and not command.startswith("/"):
         return ""  # relative to the working directory
     places = [command] if "/" in command else [f"{place}/{command}" for place in search.split(":")]
-    found = [path for place in places if (path := find_in_image(root, place, mounts, below))]
-    if not found:
+    kinds = set()
+    try:
+        for place in places[:MAX_PLACES]:
+            if (fd := view.open(place)) is not None:
+                try:
+                    kinds.add(explain_program(fd))
+                finally:
+                    os.close(fd)
+    except OSError:
+        return ""  # not known
+    if not kinds:
         where = "in the container" if "/" in command else f"in the container's PATH ({search})"
         return f'command: there is no "{command}" {where}'
-    if not any(path.is_file() and path.stat().st_mode & 0o111 for path in found):
-        return f'command: "{command}" in the container is not an executable file'
-    if all(map(is_foreign, found)):
-        return f'command: "{command}" in the container is for another machine than this {os.uname().machine}'
-    return ""
+    return "" if "" in kinds else f'command: "{command}" in the container is {min(kinds)}'
+
+
+def explain_program(fd: int) -> str:
+    """Say what is wrong with a program, "" when nothing is."""
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) and mode & 0o111):
+        return "not an executable file"
+    return f"for another machine than this {os.uname().machine}" if is_foreign(fd) else ""
 
 
 ELF_MACHINES = {"x86_64": (62, 3), "aarch64": (183, 40)}  # e_machine of what a kernel runs, 32-bit programs too
 BINFMT_MISC = Path("/proc/sys/fs/binfmt_misc")
 
 
-def is_foreign(path: Path) -> bool:
+def is_foreign(fd: int) -> bool:
     """Tell whether a program is for another architecture, and nothing (binfmt_misc) emulates that here."""
-    header, native = read_head(path, 20), ELF_MACHINES.get(os.uname().machine)
+    header, native = read_opened(fd, 20), ELF_MACHINES.get(os.uname().machine)
     if not native or len(header) < 20 or not header.startswith(b"\x7fELF"):
         return False
     machine = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
@@ -2977,11 +3048,6 @@ class Source:
         return self.is_node or is_below(self.path, "/dev")
 
 
-def is_below(path: str, directory: str) -> bool:
-    """Whether a path is a directory or in it; both without symbolic links and dots."""
-    return path == directory or path.startswith(directory.rstrip("/") + "/")
-
-
 def name_sources(values: Values) -> Iterator[tuple[str, str]]:
     """Yield option and source for everything of the host that a job names beside its image."""
     for option in ("bind", "bind_read_only"):
@@ -3005,16 +3071,55 @@ def open_source(option: str, name: str, path: str) -> Source:
 LEADS_OUT = "leads out of the task's directories"
 
 
-def check_source(option: str, name: str, source: Source, own: Mapping[str, str], config: Values) -> None:
+@contextlib.contextmanager
+def open_directories(alloc_dir: str, names: Iterable[str]) -> Iterator[dict[str, Source]]:
+    """Yield directories of an allocation, open, by their paths. There is no symbolic link on the way: other tasks
+    of the allocation can put them there. What is above the allocation's directory is the operator's."""
+    found: dict[str, Source] = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            root = os.open(alloc_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"{alloc_dir} cannot be opened: {error.strerror}; the task is not started") from None
+        stack.callback(os.close, root)
+        for name in names:
+            path = f"{alloc_dir}/{name}"
+            try:
+                fd = open_in_root(root, name, os.O_PATH | os.O_DIRECTORY, follow=False)
+            except OSError as error:
+                is_link = error.errno == errno.ELOOP
+                why = (
+                    "is a symbolic link instead of a directory" if is_link else f"cannot be used: {error.strerror}"
+                )
+                raise HostError(f"{path} {why}; the task is not started") from None
+            stack.callback(os.close, fd)
+            found[path] = Source(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode, fd)
+        yield found
+
+
+@contextlib.contextmanager
+def open_volumes(paths: Iterable[str]) -> Iterator[dict[str, Source]]:
+    """Yield what Nomad asks to be mounted, open, by its path."""
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for path in paths:
+            found[path] = open_source("volume_mount", path, path)
+            stack.callback(os.close, found[path].fd)
+        yield found
+
+
+def check_source(option: str, name: str, source: Source, own: Mapping[str, Source], config: Values) -> None:
     """Refuse a source the operator does not allow."""
-    real = {key: os.path.realpath(path) for key, path in own.items()}
-    if "alloc" in real and (source.path == real["alloc"] or is_below(source.path, f"{real['alloc']}/logs")):
+    if "alloc" in own and (source.path == own["alloc"].path or is_below(source.path, f"{own['alloc'].path}/logs")):
         rule = "holds the log pipes of all tasks of the allocation"
         raise ConfigError(option, name, rule, "use a directory below alloc, or /alloc, which is there anyway")
-    if not any(is_below(source.path, path) for path in real.values()):
+    if not is_own(source.path, own):
         if name.split("/")[0] in own:
             raise ConfigError(option, name, LEADS_OUT)
         check_outside(option, name, source.path, config)
+        folder = os.path.realpath(config["image_dir"])
+        if option == "bind" and (is_below(source.path, folder) or is_below(folder, source.path)):
+            check_gate(option, name, Gate.IMAGE_WRITE, config)  # images could be written to through it
     if source.is_device and not is_allowed(Gate.DEVICES, config):
         check_gate(option, name, Gate.DEVICE_BINDS, config)
 
@@ -3043,13 +3148,13 @@ def check_host_path(option: str, name: str, path: str, config: Values) -> None:
 
 
 @contextlib.contextmanager
-def open_sources(values: Values, own: Mapping[str, str], config: Values) -> Iterator[dict[str, Source]]:
-    """Yield what a job names, open, by its name. `own` maps a task's names for its directories to their paths."""
+def open_sources(values: Values, own: Mapping[str, Source], config: Values) -> Iterator[dict[str, Source]]:
+    """Yield what a job names, open, by its name. `own`: a task's directories, by its names for them."""
     found: dict[str, Source] = {}
     with contextlib.ExitStack() as stack:
         for option, name in name_sources(values):
             first, *rest = name.split("/")
-            path = "/".join([own[first], *rest]) if first in own else name
+            path = "/".join([f"/proc/self/fd/{own[first].fd}", *rest]) if first in own else name
             try:
                 source = open_source(option, name, path)
             except ConfigError:
@@ -3120,43 +3225,69 @@ def read_source(option: str, name: str, source: Source) -> bytes:
         raise ConfigError(option, name, f"cannot be read: {error.strerror}") from None
 
 
-def is_own(path: str, own: Mapping[str, str]) -> bool:
-    return any(is_below(path, os.path.realpath(directory)) for directory in own.values())
+def is_own(path: str, own: Mapping[str, Source]) -> bool:
+    return any(is_below(path, source.path) for source in own.values())
 
 
 @contextlib.contextmanager
-def open_image(image: Image, name: str, own: Mapping[str, str]) -> Iterator[Source | None]:
-    """Yield an image open if it is in the task's directories, where others may exchange it; else None."""
-    if not is_own(str(image.path), own):
-        yield None
-        return
-    source = open_source("image", name, str(image.path))
+def open_image(image: Image, name: str, own: Mapping[str, Source], config: Values) -> Iterator[Image]:
+    """Yield an image that has been found, open and judged. It must still be what was found: whoever may write to a
+    directory on the way, or to an image that others lie in, can exchange it at any moment."""
     try:
-        if not is_own(source.path, own) or source.is_directory is not image.is_directory:
-            raise ConfigError("image", name, "leads out of the task's directory")
-        yield source
+        fd = os.open(image.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError("image", name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
+    try:
+        found = Source(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode, fd)
+        if found.path != str(image.path) or found.is_directory is not image.is_directory:
+            rule = f"somebody put {cut(found.path)} in place of {cut(str(image.path))} during the start"
+            raise ConfigError("image", name, rule, "start the task again")
+        opened = replace(image, fd=fd, is_fixed=is_fixed(found.path, own, config))
+        check_image(opened, name, own, config)
+        may_write = is_own(found.path, own) or {Gate.IMAGE_WRITE.value, "all"} & set(config["allow"])
+        yield replace(opened, is_shared=not may_write)
     finally:
-        os.close(source.fd)
+        os.close(fd)
 
 
-def check_image_name(name: str, own: Mapping[str, str], config: Values) -> None:
+def check_image_name(name: str, own: Mapping[str, Source], config: Values) -> None:
     """Refuse a path that cannot be used as an image as one that could be, if the operator does not allow it."""
     path = os.path.normpath(name)
-    places = [*own.values(), config["image_dir"]]
+    places = [*(source.path for source in own.values()), config["image_dir"]]
     if os.path.isabs(path) and not any(is_below(path, place) for place in places):
         check_host_path("image", name, path, config)
 
 
-def check_image(image: Image, name: str, own: Mapping[str, str], config: Values) -> None:
-    """Refuse an image the operator does not allow: what is not his own is a path of the host as any other."""
+def is_fixed(path: str, own: Mapping[str, Source], config: Values) -> bool:
+    """Whether tasks cannot exchange an image: it lies in image_dir itself, or jobs may do all of that anyway."""
+    is_free = config["volumes"] and "/" in config["allow_paths"]
+    return not is_own(path, own) and (is_free or os.path.dirname(path) == os.path.realpath(config["image_dir"]))
+
+
+def check_image(image: Image, name: str, own: Mapping[str, Source], config: Values) -> None:
+    """Refuse an image the operator does not allow: what is not his own is a path of the host as any other. Below
+    image_dir are images of his, and in those what tasks have written: directories, but no file systems."""
     path, folder = str(image.path), os.path.realpath(config["image_dir"])
     places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in IMAGE_SUFFIXES]
-    if (is_image_name(name) and path in places) or is_below(path, folder):
+    if os.path.dirname(path) == folder or (is_image_name(name) and {path, os.path.dirname(path)} & {*places}):
         return
-    if not is_own(path, own):
+    if not is_own(path, own) and not is_below(path, folder):
         check_host_path("image", name, path, config)
     if not image.is_directory and not find_archive(image):
         check_gate("image", name, Gate.DISK_IMAGES, config)
+
+
+def check_image_write(image: Image, values: Values, config: Values) -> None:
+    """Refuse what would change an image that no task may write to, and that a private root does not prevent."""
+    if not image.is_shared:
+        return
+    if values["private_users_ownership"] == "chown":
+        check_gate("private_users_ownership", "chown", Gate.IMAGE_WRITE, config)
+    if not image.is_directory and not (values["read_only"] or values["ephemeral"]):
+        rule = (
+            f"is written to by the task, and the operator of this client does not allow {Gate.IMAGE_WRITE.value}"
+        )
+        raise ConfigError("image", values["image"], rule, "set read_only or ephemeral")
 
 
 # =====================================================================================================
@@ -3525,13 +3656,13 @@ def can_mount_file(image: Image, values: Values, path: str) -> bool:
         return True
     if not image.is_directory:
         return False  # nobody has looked into it
-    for candidate in (path, os.path.dirname(path)):
-        with contextlib.suppress(OSError):
-            fd = open_in_image(image, place_in_image(values, candidate), os.O_PATH)
-            try:
-                return candidate == path or os.fstatvfs(fd).f_flag & os.ST_RDONLY == 0
-            finally:
-                os.close(fd)
+    folder, name = os.path.split(place_in_image(values, path))
+    with contextlib.suppress(OSError), open_directory(image.opened, folder) as fd:
+        try:
+            os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return os.fstatvfs(fd).f_flag & os.ST_RDONLY == 0
+        return True
     return False
 
 
@@ -3622,11 +3753,12 @@ def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: s
     is_volatile = values["volatile"] not in (None, "no")
     # "Failed to set up ID mapped mounts: Device or resource busy"; measured on 252, works on 257 and 262.
     is_old = values["volatile"] in ("yes", "state") and values["user_namespacing"] and host.systemd < 257
-    if not (values["ephemeral"] or values["volatile"] == "overlay" or is_old or image.layers):
+    is_asked = values["ephemeral"] or values["volatile"] == "overlay" or (is_volatile and image.is_protected)
+    if not (is_asked or is_old or image.layers):
         return RootPlan(None, argv=tuple(image.argv))
     users = plan_users(values)
     is_mapped = users is not None and users.base != 0 and values["private_users_ownership"] != "off"
-    layers = tuple(map(str, image.directories))
+    layers = tuple(map(str, image.layers or (image.path,)))
     root = PrivateRoot(layers, "" if is_volatile else place, users, is_mapped, values["volatile"] == "yes")
     obstacle = find_obstacle(image, root, values, host, mounts)
     if not obstacle:
@@ -3634,6 +3766,9 @@ def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: s
         return RootPlan(root, {**done, "volatile": None} if values["volatile"] == "overlay" else done)
     if image.layers:
         raise ConfigError("image", str(image.path), f"cannot be used on this machine: {obstacle}")
+    if image.is_shared and image.is_directory and values["volatile"] in ("yes", "state"):
+        rule = f"cannot be had without {Gate.IMAGE_WRITE.value}, because {obstacle}"
+        raise ConfigError("volatile", values["volatile"], rule, "set it to overlay")
     if is_old:
         rule = f"needs systemd 257 or newer together with user namespaces, because {obstacle}"
         raise ConfigError("volatile", values["volatile"], rule, "set user_namespacing = false")
@@ -4059,10 +4194,20 @@ class TaskConfig:
         return f"{self.alloc_dir}/{self.name}"
 
     @property
+    def log_dir(self) -> str:
+        return f"{self.shared_dir}/logs"
+
+    @property
     def own_directories(self) -> dict[str, str]:
         """The directories a task may name without a gate, by their names."""
         paths = (self.shared_dir, f"{self.task_dir}/local", f"{self.task_dir}/secrets")
         return dict(zip(OWN_DIRECTORIES, paths, strict=True)) if self.alloc_dir else {}
+
+    @property
+    def directory_names(self) -> tuple[str, ...]:
+        """The task's directories, as below the allocation's; those above others first."""
+        own = (f"{self.name}{end}" for end in ("", "/local", "/secrets"))
+        return ("alloc", "alloc/logs", *own) if self.alloc_dir else ()
 
 
 class Mode(enum.Enum):
@@ -4255,10 +4400,11 @@ class Plan:
     stderr_path: str
     image: Image
     private: PrivateRoot | None  # None: the image is the root, in nspawn's own way
-    roots: tuple[str, ...]  # the root's directories on the host, to explain what went wrong with its command
+    pivot: str  # the directory of the image that becomes the container's root, as `find_root`
+    is_read_only: bool  # nspawn cannot make mount points in the image
     command: tuple[str, ...]
     search_path: str  # PATH of the command
-    mounts: Mapping[str, str]  # targets in the container to sources on the host
+    mounts: Mapping[str, str]  # targets in the container to their places in the keeper's namespace
     prefix: tuple[str, ...]  # what nspawn is started by
     pins: tuple[Pin, ...]
     nosuid: tuple[str, ...]  # paths that nspawn binds, in which set-user-id files shall have no effect
@@ -4270,15 +4416,23 @@ class Plan:
     journal: Journal
     notes: tuple[str, ...]  # sentences for the task's events
 
-    def mounted_image(self, state_dir: Path) -> Image:
-        """Return the image where the keeper's namespace has it."""
-        place = str(state_dir / IMAGE_PLACE)
-        is_pinned = any(pin.place == place for pin in self.pins)
-        return replace(self.image, path=Path(place)) if is_pinned else self.image
+    def find_root(self, state_dir: Path) -> Path | None:
+        """Return where the container's root is in the keeper's namespace; None when nobody has looked into it."""
+        if self.private:
+            return state_dir / "root"
+        if not self.image.is_directory:
+            return None
+        pin = self.find_pin(self.image.fd)
+        return Path(pin.place) if pin else self.image.opened
 
-    @property
-    def is_read_only(self) -> bool:
-        return "--read-only" in self.argv or "--volatile=state" in self.argv
+    def name_sources(self, line: str) -> str:
+        """Return a message of nspawn with the paths that people know."""
+        for pin in sorted(self.pins, key=lambda pin: len(pin.place), reverse=True):
+            line = line.replace(pin.place, pin.source.path)
+        return line
+
+    def find_pin(self, fd: int) -> Pin | None:
+        return next((pin for pin in self.pins if fd >= 0 and pin.source.fd == fd), None)
 
     @property
     def wants_filter(self) -> bool:
@@ -4339,7 +4493,7 @@ class Found:
     names: Names = Names()
     devices: Mapping[Device, Source] = field(default_factory=dict)
     device_rules: tuple[DeviceRule, ...] = ()  # for the devices, and what else of /dev is mounted
-    image_source: Source | None = None  # the image, if it can be exchanged by path
+    directories: Mapping[str, Source] = field(default_factory=dict)  # the task's and volumes, by their paths
     ephemeral_dir: str = ""  # the operator's, "" for the task's own directory
     account: Account | None = None
     journal_obstacle: str = ""  # why the host cannot show the task's journal, "" when it can
@@ -4354,7 +4508,8 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values), found.account)}
     given = {**values["environment"], **task.env, **network.environ}
     variables = select_variables(given)
-    volumes = plan_volumes(task, values, host, found.mounts)
+    directories = plan_pins(found.directories, state, "directories")
+    volumes = plan_volumes(task, values, host, found.mounts, directories)
     journal = plan_journal(task, values, found, root)
     pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
     arguments = [
@@ -4381,12 +4536,13 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         stderr_path=task.stderr_path,
         image=found.image,
         private=root.private,
-        roots=tuple(str(find_root(directory, values)) for directory in found.image.directories),
+        pivot=str(find_root(Path("/"), values)),
+        is_read_only=is_read_only(values),
         command=values["command"],
         search_path=variables.get("PATH") or DEFAULT_PATH,
-        mounts=plan_mount_table(values, volumes, found.sources),
+        mounts=plan_mount_table(values, volumes, pins),
         prefix=plan_prefix(values),
-        pins=(*pins.values(), *devices.values(), *image_pins),
+        pins=(*pins.values(), *directories.values(), *devices.values(), *image_pins),
         nosuid=plan_nosuid(values, volumes, pins),
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
@@ -4468,23 +4624,30 @@ def check_image_rules(values: Values, image: Image, group: GroupNetwork) -> None
 
 def pin_image(root: RootPlan, values: Values, found: Found, state: Path) -> tuple[RootPlan, list[Pin]]:
     """Have an image that others could exchange mounted at a place they cannot touch, and used from there."""
-    if found.image_source is None:
+    image = found.image
+    if image.fd < 0:
         return root, []
-    if values["ephemeral"] and not root.private:
-        rule = "would copy an image in the task's own directory"
-        raise ConfigError("ephemeral", True, rule, "leave it out: no other task uses that image")
-    place = f"{state}/{IMAGE_PLACE}"
-    argv = replace(found.image, path=Path(place)).argv if root.argv else ()
+    if values["ephemeral"] and not root.private and not image.is_fixed:
+        rule = "would have systemd-nspawn copy an image that others can exchange meanwhile"
+        remedy = "leave it out for an image of the task's own; others can lie in the client's image_dir"
+        raise ConfigError("ephemeral", True, rule, remedy)
+    # nspawn makes the copy beside the image, and there it looks for what a disk image is verified with.
+    if image.is_fixed and not root.private and (values["ephemeral"] or not image.is_directory):
+        return root, []
+    place, mode = f"{state}/{IMAGE_PLACE}", os.fstat(image.fd).st_mode
+    argv = replace(image, path=Path(place)).argv if root.argv else ()
     private = root.private and replace(root.private, layers=(place,))
-    return replace(root, argv=tuple(argv), private=private), [Pin(found.image_source, place)]
+    return replace(root, argv=tuple(argv), private=private), [Pin(Source(str(image.path), mode, image.fd), place)]
 
 
 IMAGE_PLACE, DEVICES_PLACE, BUNDLE_PLACE = "image", "devices", "bundle"  # in the state directory
 
 
-def plan_pins(sources: Mapping[str, Source], state: Path) -> dict[str, Pin]:
-    """Return a place for each source, by the name the job has for it."""
-    return {name: Pin(source, f"{state}/mounts/{number}") for number, (name, source) in enumerate(sources.items())}
+def plan_pins(sources: Mapping[str, Source], state: Path, folder: str = "mounts") -> dict[str, Pin]:
+    """Return a place for each source, by the name the job, or Nomad, has for it."""
+    return {
+        name: Pin(source, f"{state}/{folder}/{number}") for number, (name, source) in enumerate(sources.items())
+    }
 
 
 def plan_nosuid(values: Values, volumes: Sequence[Volume], pins: Mapping[str, Pin]) -> tuple[str, ...]:
@@ -4554,11 +4717,11 @@ def plan_environ(host: Host) -> dict[str, str]:
 def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
     """Return the options with what the image itself says where the job says nothing. `user` is the task's own.
 
-    An image in the store serves many: a task gets a root of its own, so that nobody writes to it.
+    An image in the store, or one that no task may write to, serves many: a task gets a root of its own.
     """
     changes: dict[str, Any] = {}
     is_volatile = values["volatile"] not in (None, "no")
-    if image.key and not is_volatile and (image.is_directory or not values["read_only"]):
+    if image.is_protected and not is_volatile and (image.is_directory or not values["read_only"]):
         changes["ephemeral"] = True
     if image.key and is_volatile and values["private_users_ownership"] in ("auto", "chown"):
         changes["private_users_ownership"] = "map"
@@ -4572,17 +4735,23 @@ def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
     return {**values, **changes}
 
 
-def check_init(plan: Plan) -> None:
+def check_init(plan: Plan, view: View) -> None:
     """Refuse to boot what has no init, before nspawn reports a container as up that ends at once."""
-    if plan.mode is not Mode.BOOT or not plan.image.is_directory:
-        return
     places = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/sbin/init")
-    top, *below = map(Path, plan.roots)
-    found = [path for place in places if (path := find_in_image(top, place, plan.mounts, below))]
-    if found and all(map(is_foreign, found)):
+    kinds = set()
+    try:
+        for place in places:
+            if (fd := view.open(place)) is not None:
+                try:
+                    kinds.add(is_foreign(fd))
+                finally:
+                    os.close(fd)
+    except OSError:
+        return  # not known: nspawn will find it, or say what it did not find
+    if kinds == {True}:
         rule = f"holds a system for another machine than this {os.uname().machine}"
         raise ConfigError("image", str(plan.image.path), rule, "use an image for this architecture")
-    if not found:
+    if not kinds:
         rule = f"the image has no init ({', '.join(places)})"
         raise ConfigError(
             "boot", True, rule, "set boot = false to run its command, or use an image of a whole system"
@@ -4620,21 +4789,25 @@ def have_other_users(values: Values) -> bool:
     return bool(values["user_namespacing"]) and not re.fullmatch(r"identity|0+(:.*)?", values["private_users"])
 
 
-def plan_volumes(task: TaskConfig, values: Values, host: Host, mounts: Mounts) -> list[Volume]:
-    """Return the task's own directories and the volumes Nomad asks for."""
+def plan_volumes(
+    task: TaskConfig, values: Values, host: Host, mounts: Mounts, pins: Mapping[str, Pin]
+) -> list[Volume]:
+    """Return the task's own directories and the volumes Nomad asks for. `pins`: by their paths."""
 
-    def volume(source: str, target: str, read_only: bool = False) -> Volume:
-        have_idmap = have_other_users(values) and mounts.have_idmap(source, host.kernel)
-        return Volume(source, target, read_only, have_idmap)
+    def volume(path: str, target: str, read_only: bool = False) -> Volume:
+        have_idmap = have_other_users(values) and mounts.have_idmap(pins[path].source.path, host.kernel)
+        return Volume(pins[path].place, target, read_only, have_idmap)
 
-    volumes = [
-        volume(task.shared_dir, "/alloc"),
-        # Not id-mapped: the log FIFOs of all tasks are here, root's alone, and shall stay out of reach. Read
-        # only because Nomad writes to these names as root (CVE-2026-8052).
-        Volume(f"{task.shared_dir}/logs", "/alloc/logs", read_only=True, have_idmap=False),
-        volume(f"{task.task_dir}/local", "/local"),
-        volume(f"{task.task_dir}/secrets", "/secrets"),
-    ]
+    volumes = []
+    if task.alloc_dir:
+        volumes = [
+            volume(task.shared_dir, "/alloc"),
+            # Not id-mapped: the log FIFOs of all tasks are here, root's alone, and shall stay out of reach. Read
+            # only because Nomad writes to these names as root (CVE-2026-8052).
+            Volume(pins[task.log_dir].place, "/alloc/logs", read_only=True, have_idmap=False),
+            volume(f"{task.task_dir}/local", "/local"),
+            volume(f"{task.task_dir}/secrets", "/secrets"),
+        ]
     for mount in task.mounts:
         is_container_path("volume_mount", mount.target)
         if mount.propagation == "bidirectional":
@@ -4647,7 +4820,11 @@ def plan_volumes(task: TaskConfig, values: Values, host: Host, mounts: Mounts) -
 
 
 def find_device_rules(
-    task: TaskConfig, values: Values, sources: Mapping[str, Source], devices: Mapping[Device, Source]
+    task: TaskConfig,
+    values: Values,
+    sources: Mapping[str, Source],
+    volumes: Mapping[str, Source],
+    devices: Mapping[Device, Source],
 ) -> Iterator[DeviceRule]:
     """Yield rules for the devices of a task: those it names, and what of /dev it or a volume mounts."""
     for device, source in devices.items():
@@ -4656,19 +4833,14 @@ def find_device_rules(
         for name in values[option]:
             yield from read_rules(sources[name], permissions)
     for mount in task.mounts:
-        with contextlib.suppress(ConfigError):  # nspawn will say that it is not there
-            source = open_source("volume_mount", mount.source, mount.source)
-            try:
-                yield from read_rules(source, "r" if mount.read_only else "rw")
-            finally:
-                os.close(source.fd)
+        yield from read_rules(volumes[mount.source], "r" if mount.read_only else "rw")
 
 
-def plan_mount_table(values: Values, volumes: Sequence[Volume], sources: Mapping[str, Source]) -> dict[str, str]:
+def plan_mount_table(values: Values, volumes: Sequence[Volume], pins: Mapping[str, Pin]) -> dict[str, str]:
     table = {volume.target.rstrip("/"): volume.source for volume in volumes}
     for option in ("bind", "bind_read_only"):
         for name, text in values[option].items():
-            table[parse_bind(text)[0].rstrip("/")] = sources[name].path
+            table[parse_bind(text)[0].rstrip("/")] = pins[name].place
     return table
 
 
@@ -5026,7 +5198,7 @@ def lock_image(image: Image) -> int | None:
     """Keep others from writing to an image, as nspawn does for `--read-only`; return what holds the lock."""
     if image.layers or image.path == Path("/"):
         return None
-    found = image.path.stat()
+    found = image.opened.stat()
     fd = take_lock(SETTINGS_ROOT / f"locks/inode-{found.st_dev}:{found.st_ino}", fcntl.F_RDLCK)
     if fd is None:
         raise TransientError(BUSY.format(image.path))
@@ -5089,29 +5261,33 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
         mount_root(plan.private, base, directory)
     except OSError as error:
         raise explain_mount(plan, error) from None
-    made = Image(directory / "root", is_directory=True)
     if plan.image.key:
-        complete_root(made)
-    prepare_image(plan, made)
+        complete_root(directory / "root")
     return arguments
 
 
-def complete_root(root: Image) -> None:
+def complete_root(root: Path) -> None:
     """Make /usr in a root of the task's own: nspawn asks for one, and an image of a registry need not have it."""
-    owner = os.stat(root.path)
+    owner = os.stat(root)
     with contextlib.suppress(OSError), open_directory(root, "/") as fd:
         os.mkdir("usr", 0o755, dir_fd=fd)
         os.chown("usr", owner.st_uid, owner.st_gid, dir_fd=fd)
 
 
-def prepare_image(plan: Plan, image: Image) -> None:
-    """Make what a read-only root needs to be mounted on."""
-    if not image.is_directory:
-        return
-    if plan.is_read_only:
-        make_mount_points(image.path)
-    for path in plan.network.mount_files:
-        make_mount_file(image, path)
+def prepare_root(plan: Plan, root: Path) -> str:
+    """Make what a read-only root needs to be mounted on. Return a sentence if the command cannot be executed."""
+    if plan.is_read_only and plan.image.is_protected and not plan.private:
+        check_mount_points(root, plan.network.mount_files)
+    elif plan.is_read_only:
+        make_mount_points(root)
+        for path in plan.network.mount_files:
+            make_mount_file(root, path)
+    view = View(root, plan.mounts, plan.pivot)
+    if plan.mode is Mode.BOOT:
+        check_init(plan, view)
+    elif plan.command:
+        return explain_command(plan.command[0], plan.search_path, view)
+    return ""
 
 
 def explain_mount(plan: Plan, error: OSError) -> DriverError:
@@ -5661,51 +5837,44 @@ fi
 """
 
 
-def check_directories(task: TaskConfig) -> None:
-    """Refuse symbolic links in the place of the task's directories: other tasks of the allocation can put them
-    there, and root would follow them. What is above the allocation's directory is the operator's."""
-    shared, own = task.shared_dir, task.task_dir
-    for path in (shared, f"{shared}/logs", own, f"{own}/local", f"{own}/secrets"):
-        if os.path.islink(path):
-            raise HostError(f"{path} is a symbolic link instead of a directory; the task is not started")
-
-
-def open_log(path: str) -> int:
+def open_log(path: str, folder: Source | None = None) -> int:
     """Open one of the task's log FIFOs for its whole life; /dev/null when nobody collects logs.
 
     Read-write, so that opening never waits for a reader, and a reader that goes away and comes back (logmon,
     with every agent restart) neither ends the payload by SIGPIPE nor loses a line. Never through a symbolic
-    link: other tasks of the allocation can write to the directory (CVE-2026-8052).
+    link: other tasks of the allocation can write to the directory (CVE-2026-8052), which is `folder`, if given.
     """
     if not path:
         path = "/dev/null"
+    name, place = (os.path.basename(path), folder.fd) if folder else (path, None)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
+        found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
     except FileNotFoundError:
         return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # disable_log_collection: nobody makes the FIFOs
     except OSError as error:
         raise HostError(f"the log path {path} cannot be opened: {error.strerror}") from None
-    mode = os.fstat(fd).st_mode
-    if not (stat.S_ISFIFO(mode) or path == "/dev/null"):
-        os.close(fd)
-        raise HostError(f"the log path {path} is neither a FIFO nor /dev/null; the task is not started")
-    return fd
+    try:
+        if not (stat.S_ISFIFO(os.fstat(found).st_mode) or path == "/dev/null"):
+            raise HostError(f"the log path {path} is neither a FIFO nor /dev/null; the task is not started")
+        return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
+    finally:
+        os.close(found)
 
 
 @contextlib.contextmanager
-def open_logs(plan: Plan) -> Iterator[list[int]]:
+def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[int]]:
     """Yield stdout and stderr for a task; they close here when the keeper has them, too."""
     with contextlib.ExitStack() as stack:
         logs = []
         for path in (plan.stdout_path, plan.stderr_path):
-            logs.append(open_log(path))
+            logs.append(open_log(path, directories.get(os.path.dirname(path))))
             stack.callback(os.close, logs[-1])
         yield logs
 
 
-def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> ProcessId:
+def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> tuple[ProcessId, str]:
     """Start the keeper in a mount namespace of its own, where the task's private root is; for `run_apart`. It gets
-    the `locks`, which are closed here."""
+    the `locks`, which are closed here. The second result is a sentence if the command cannot be executed."""
     with contextlib.ExitStack() as stack:  # the keeper has the locks, its namespace the mounts
         trees = []
         for pin in plan.pins:
@@ -5719,12 +5888,10 @@ def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[
         for path in plan.nosuid:
             cover_nosuid(path)
         stack.callback(close_all, locks)
-        if plan.private:
-            arguments = make_root(plan, state_dir, locks)
-        else:
-            arguments = []
-            prepare_image(plan, plan.mounted_image(state_dir))
-        return start_shell(plan, state_dir, stdio, arguments, locks)
+        arguments = make_root(plan, state_dir, locks) if plan.private else []
+        root = plan.find_root(state_dir)
+        why = prepare_root(plan, root) if root else ""
+        return start_shell(plan, state_dir, stdio, arguments, locks), why
 
 
 def close_all(fds: list[int]) -> None:
@@ -5790,11 +5957,9 @@ class State:
     keeper: ProcessId
     leader: ProcessId | None  # the container's PID 1; None while it is being started
     started_at: float  # Unix time
-    search_path: str
-    command: tuple[str, ...]
-    image: str  # its path, "" when unknown
-    mounts: Mapping[str, str]
-    roots: tuple[str, ...] = ()  # as `Plan.roots`
+    image: str  # its path, where nspawn leaves files beside it; else ""
+    alloc_dir: str = ""  # of the allocation, on the host
+    complaint: str = ""  # why the command cannot be executed, as far as a look at it tells
     place: str = ""  # as `PrivateRoot.place`: removed at the end
     zone: str = ""  # nspawn's bridge vz-<zone>
     ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
@@ -5821,8 +5986,6 @@ class State:
                     "mode": Mode(values["mode"]),
                     "keeper": ProcessId(**values["keeper"]),
                     "leader": ProcessId(**leader) if leader else None,
-                    "command": tuple(values["command"]),
-                    "roots": tuple(values.get("roots", ())),
                     "ports": tuple((host, inside) for host, inside in values.get("ports", ())),
                     "users": tuple((begin, count) for begin, count in values.get("users", ())),
                 }
@@ -5842,8 +6005,7 @@ class State:
         numbers = [number for process in processes for number in (process.pid, process.started)]
         numbers += [number for pair in (*self.ports, *self.users) for number in pair]
         texts = [getattr(self, name.name) for name in fields(self) if name.type == "str"]
-        texts += [*self.command, *self.roots, *self.mounts, *self.mounts.values()]
-        removed = [path for path in (self.cgroup, self.place) if path]
+        removed = [path for path in (self.cgroup, self.place, self.journal) if path]
         if not (
             all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
             and all(isinstance(text, str) for text in texts)
@@ -5853,6 +6015,7 @@ class State:
             and (not self.cgroup or self.cgroup.startswith("/sys/fs/cgroup/"))
             and self.cgroup != str(CgroupMode.HYBRID.root)
             and (not self.place or self.place.endswith(PLACE_NAME))
+            and (not self.journal or re.fullmatch(rf"{JOURNALS}/[^/]+", self.journal))
             and "/" not in self.zone
         ):
             raise ValueError
@@ -5884,8 +6047,7 @@ def split_id(task_id: str) -> tuple[str, str]:
 
 def find_alloc_dirs(states: Iterable[State]) -> set[str]:
     """Return the directories that the allocations of these tasks are in: a client has one, its alloc_dir."""
-    shared = [state.mounts.get("/alloc", "") for state in states]
-    return {os.path.dirname(os.path.dirname(path)) for path in shared if path}
+    return {os.path.dirname(state.alloc_dir) for state in states if state.alloc_dir}
 
 
 def find_journal_obstacle(task: TaskConfig) -> str:
@@ -5914,10 +6076,7 @@ def guess_state(task_id: str) -> State:
         keeper=NO_PROCESS,
         leader=None,
         started_at=0.0,
-        search_path="",
-        command=(),
         image="",
-        mounts={},
     )
 
 
@@ -6289,11 +6448,7 @@ class Task:
         nspawn reports the container as up before it executes the command; its line ("execv() failed") is in
         the task's stderr, and so is that of the shell that gets what the kernel takes for no program.
         """
-        state = self.state
-        root, *below = map(Path, state.roots or ("",))
-        if not state.command or not state.roots or not root.is_dir():
-            return ""
-        why = explain_command(state.command[0], state.search_path, root, state.mounts, below)
+        why = self.state.complaint
         return f"{why} (the system's own message is in the task's stderr)" if why else ""
 
     def find_payload(self) -> ProcessId | None:
@@ -6486,11 +6641,8 @@ class Start:
             keeper=NO_PROCESS,
             leader=None,
             started_at=time.time(),
-            search_path=plan.search_path,
-            command=plan.command,
-            image=str(plan.image.path),
-            mounts=plan.mounts,
-            roots=plan.roots,
+            image="" if plan.find_pin(plan.image.fd) else str(plan.image.path),
+            alloc_dir=task.alloc_dir,
             place=plan.private.place if plan.private else "",
             zone=plan.network.zone,
             ports=tuple((port.host, port.inside) for port in plan.network.ports.values()),
@@ -6528,7 +6680,8 @@ class Start:
         try:
             await asyncio.shield(started)
         finally:  # when the call is cancelled, too: a thread cannot be, and the keeper it starts must be known
-            self.save(keeper=await started)
+            keeper, complaint = await started
+            self.save(keeper=keeper, complaint=complaint)
 
     def save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
@@ -6586,7 +6739,8 @@ class Start:
             ended.cancel()
         if claim is None:
             record = read_record(self.directory)
-            raise explain_failure(read_nspawn_log(self.directory), record.status if record else -1)
+            lines = [self.plan.name_sources(line) for line in read_nspawn_log(self.directory)]
+            raise explain_failure(lines, record.status if record else -1)
         leader = ProcessId.of(claim.leader)
         if leader is None:  # it has ended already: the exit record tells how
             return NO_PROCESS, ()
@@ -6791,11 +6945,10 @@ class Tasks:
             raise TaskNotFound(task_id)
         return task
 
-    async def start(self, plan: Plan, config: TaskConfig) -> Task:
+    async def start(self, plan: Plan, config: TaskConfig, directories: Mapping[str, Source]) -> Task:
         # The logs first: while one writer holds them, Nomad's reader does not take the end of a left-over for the
         # end of the log.
-        check_directories(config)
-        with open_logs(plan) as logs:
+        with open_logs(plan, directories) as logs:
             await self.clear(plan)
             task = await Start(plan, self.events, config, logs).run()
         self.adopt(task)
@@ -8124,44 +8277,50 @@ class DriverService:
         if is_in_group:
             check_namespace(config.network.namespace)
         check_interfaces(values)
-        own = config.own_directories
-        image = await self.find_image(config, values)
-        values = apply_image(values, image, config.user)
-        volumes = [mount.target for mount in config.mounts]
-        account = await run_apart(lambda: find_account(image, values, volumes))
-        names = read_names(config.network, image, values)
-        with (
-            open_image(image, values["image"], own) as image_source,
-            open_sources(values, own, self.config) as sources,
-            open_devices([*name_devices(values), *config.devices]) as devices,
-        ):
-            credentials = read_credentials(values, sources)
-            place = self.config["ephemeral_dir"] or ""
-            rules = tuple(find_device_rules(config, values, sources, devices))
-            mounts = read_mounts()
+        with contextlib.ExitStack() as stack:
+            directories = stack.enter_context(open_directories(config.alloc_dir, config.directory_names))
+            own = {name: directories[path] for name, path in config.own_directories.items()}
+            image = await self.find_image(config, values, own, stack)
+            check_image_write(image, values, self.config)
+            values = apply_image(values, image, config.user)
+            targets = [mount.target for mount in config.mounts]
+            account = await run_apart(lambda: find_account(image, values, targets))
+            sources = stack.enter_context(open_sources(values, own, self.config))
+            volumes = stack.enter_context(open_volumes(mount.source for mount in config.mounts))
+            devices = stack.enter_context(open_devices([*name_devices(values), *config.devices]))
             found = Found(
-                image, mounts, sources, credentials, names, devices, rules, image_source, place, account,
-                find_journal_obstacle(config),
-            )  # fmt: skip
+                image=image,
+                mounts=read_mounts(),
+                sources=sources,
+                credentials=read_credentials(values, sources),
+                names=read_names(config.network, image, values),
+                devices=devices,
+                device_rules=tuple(find_device_rules(config, values, sources, volumes, devices)),
+                directories={**directories, **volumes},
+                ephemeral_dir=self.config["ephemeral_dir"] or "",
+                account=account,
+                journal_obstacle=find_journal_obstacle(config),
+            )
             plan = plan_task(config, values, host, found)
-            check_init(plan)
             for note in (f"Starting the container {plan.machine} from {image.label or image.path}.", *plan.notes):
                 self.events.emit(config, note)
-            return await self.tasks.start(plan, config), plan.network
+            return await self.tasks.start(plan, config, directories), plan.network
 
-    async def find_image(self, config: TaskConfig, values: Values) -> Image:
-        """Return the task's image, fetched if need be. One of the store is kept from collection by the start that
-        asks for it, and from its end on by the task's use."""
+    async def find_image(
+        self, config: TaskConfig, values: Values, own: Mapping[str, Source], stack: contextlib.ExitStack
+    ) -> Image:
+        """Return the task's image, fetched if need be, and open until the end of `stack`. One of the store is kept
+        from collection by the start that asks for it, and from its end on by the task's use."""
         task_dir = Path(config.task_dir) if config.alloc_dir else None
         image_dir = Path(self.config["image_dir"])
         origin = plan_origin(values, image_dir)
         if origin is None:
             try:
-                image = find_image(values["image"], task_dir, values, image_dir)
+                found = find_image(values["image"], task_dir, values, image_dir)
             except ConfigError:
-                check_image_name(values["image"], config.own_directories, self.config)
+                check_image_name(values["image"], own, self.config)
                 raise
-            check_image(image, values["image"], config.own_directories, self.config)
+            image = stack.enter_context(open_image(found, values["image"], own, self.config))
             origin = find_archive(image)
             if origin is None:
                 return image

@@ -54,7 +54,7 @@ from driver import (
     StoredImage,
     TransientError,
     cut,
-    find_in_image,
+    open_in_root,
     redact,
     remove_tree,
     run,
@@ -1212,10 +1212,14 @@ class Saved:
         return os.path.lexists(self.tree / name)
 
     def find(self, name: object) -> Path:
-        path = find_in_image(self.tree, str(name), {})
-        if path is None or not path.is_file():
-            raise DriverError(f"{self.shown} is no whole image: it lacks {cut(ascii(name))}")
-        return path
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, ValueError):
+            root = os.open(self.tree, os.O_PATH | os.O_CLOEXEC)
+            stack.callback(os.close, root)
+            fd = open_in_root(root, str(name), os.O_PATH)
+            stack.callback(os.close, fd)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return Path(os.readlink(f"/proc/self/fd/{fd}"))
+        raise DriverError(f"{self.shown} is no whole image: it lacks {cut(ascii(name))}")
 
     def read(self, name: object) -> Any:
         with open(self.find(name), "rb") as file, contextlib.suppress(ValueError, RecursionError):
@@ -1354,7 +1358,7 @@ class Fetch:
 
     def pin(self, path: Path) -> Path:
         """Open an archive so that nobody can exchange it any more; it must lie where it was found."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # not yet for reading: it may be a device
         if os.path.realpath(f"/proc/self/fd/{fd}") != str(path) or not stat.S_ISREG(os.fstat(fd).st_mode):
             raise DriverError(f"{path} has become something else meanwhile")
         return Path(f"/proc/self/fd/{fd}")

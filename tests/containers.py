@@ -204,15 +204,17 @@ def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None
         if (image / name).is_symlink():
             target.mkdir(parents=True, exist_ok=True)
             (target / name).symlink_to(os.readlink(image / name))
+    root = os.open(image, os.O_PATH)
     for file in (*files, "/usr/lib/os-release", "/etc/passwd", "/etc/group"):
         copy = target / file.lstrip("/")
         (target / "usr/lib64").mkdir(parents=True, exist_ok=True)
         (target / "usr/lib").mkdir(parents=True, exist_ok=True)
         (target / "usr/bin").mkdir(parents=True, exist_ok=True)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        found = driver.find_in_image(image, file, {})  # its links are absolute: followed as they are, they
-        assert found, file  # would lead to the host's libraries, which may be of another release
-        shutil.copy2(found, copy)
+        fd = driver.open_in_root(root, file, os.O_PATH)  # its links are absolute: followed as they are, they
+        shutil.copy2(f"/proc/self/fd/{fd}", copy)  # would lead to the host's libraries
+        os.close(fd)
+    os.close(root)
     (target / "usr/bin/sh").symlink_to("dash")
     for name in ("dev", "etc", "mnt", "proc", "run", "sys", "tmp", "var"):
         (target / name).mkdir(exist_ok=True)

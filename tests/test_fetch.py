@@ -546,8 +546,16 @@ def test_full_disk(server: FileServer, tmp_path: Path) -> None:
 # -- archives on this machine --------------------------------------------------------------------------------
 
 
+def find_archive(path: Path) -> driver.Origin | None:
+    fd = os.open(path, os.O_PATH)
+    try:
+        return driver.find_archive(driver.Image(path, is_directory=path.is_dir(), fd=fd))
+    finally:
+        os.close(fd)
+
+
 def archive_origin(path: Path) -> driver.Origin:
-    origin = driver.find_archive(driver.Image(path, False))
+    origin = find_archive(path)
     assert origin
     return origin
 
@@ -589,5 +597,5 @@ def test_an_archive_that_becomes_a_link(fetcher: Fetcher, tmp_path: Path) -> Non
 def test_disk_images_are_no_archives(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(bytes(4096))
-    assert driver.find_archive(driver.Image(path, False)) is None
-    assert driver.find_archive(driver.Image(tmp_path, True)) is None
+    assert find_archive(path) is None
+    assert find_archive(tmp_path) is None

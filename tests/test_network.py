@@ -280,7 +280,7 @@ def test_image_is_read_without_following_links(tmp_path: Path) -> None:
     hosts.parent.symlink_to(tmp_path / "outside")
     assert driver.read_in_image(image, values(), "/etc/hosts") == ""
     with pytest.raises(driver.ConfigError, match=r"/etc/resolv\.conf"):
-        driver.make_mount_file(image, "/etc/resolv.conf")
+        driver.make_mount_file(image.path, "/etc/resolv.conf")
     assert os.listdir(tmp_path / "outside") == ["hosts"]
     assert driver.read_in_image(replace(image, is_directory=False), values(), "/etc/hosts") == ""
 
@@ -292,8 +292,8 @@ def test_place_for_a_file(tmp_path: Path) -> None:
     assert driver.can_mount_file(image, values(), "/etc/hosts"), "nspawn makes it"
     (tmp_path / "etc").mkdir()
     assert driver.can_mount_file(image, read_only, "/etc/hosts")
-    driver.make_mount_file(image, "/etc/hosts")
-    driver.make_mount_file(image, "/etc/hosts")
+    driver.make_mount_file(image.path, "/etc/hosts")
+    driver.make_mount_file(image.path, "/etc/hosts")
     assert (tmp_path / "etc/hosts").read_text() == ""
     (tmp_path / "inner/etc").mkdir(parents=True)
     pivot = values(read_only=True, pivot_root="/inner:/old")

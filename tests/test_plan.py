@@ -61,11 +61,12 @@ HEAD = (
     "--directory=/var/lib/machines/debian",
 )
 USERS = ("--private-users=pick", "--private-users-ownership=auto")
+DIRECTORIES = f"{driver.state_directory(TASK.id)}/directories"
 VOLUMES = (
-    f"--bind={ALLOC_DIR}/alloc:/alloc:idmap",
-    f"--bind-ro={ALLOC_DIR}/alloc/logs:/alloc/logs",
-    f"--bind={ALLOC_DIR}/web/local:/local:idmap",
-    f"--bind={ALLOC_DIR}/web/secrets:/secrets:idmap",
+    f"--bind={DIRECTORIES}/0:/alloc:idmap",
+    f"--bind-ro={DIRECTORIES}/1:/alloc/logs",
+    f"--bind={DIRECTORIES}/3:/local:idmap",
+    f"--bind={DIRECTORIES}/4:/secrets:idmap",
 )
 AUTO = ("--timezone=auto", "--resolv-conf=auto")  # where nothing is said of them
 BUNDLE = f"--oci-bundle={driver.state_directory(TASK.id)}/bundle"
@@ -85,6 +86,12 @@ def find_sources(values: Mapping[str, Any]) -> dict[str, Source]:
     return {name: Source(f"/real/{name.lstrip('/')}", mode=0o040755) for name in names}
 
 
+def find_directories(task: TaskConfig) -> dict[str, Source]:
+    """The task's directories and volumes, as if they were there."""
+    paths = [*(f"{task.alloc_dir}/{name}" for name in task.directory_names), *(m.source for m in task.mounts)]
+    return {path: Source(path, mode=0o040755) for path in paths}
+
+
 def plan(
     options: Mapping[str, object],
     task: TaskConfig = TASK,
@@ -96,7 +103,15 @@ def plan(
 ) -> Plan:
     values = decode(options, bool(task.network.namespace))
     credentials = {key: b"" for key in (*values["set_credential"], *values["load_credential"])}
-    found = driver.Found(image, mounts, find_sources(values), credentials, names, account=account)
+    found = driver.Found(
+        image,
+        mounts,
+        find_sources(values),
+        credentials,
+        names,
+        directories=find_directories(task),
+        account=account,
+    )
     return driver.plan_task(task, values, host, found)
 
 
@@ -113,7 +128,7 @@ def command(*argv: str, **options: object) -> dict[str, object]:
 
 def test_set_user_id_files_of_others_have_no_effect() -> None:
     found = plan({"bind": [{"/a": "/a", "/b": "/b:idmap", "local/c": "/c:norbind,rootidmap"}]})
-    own = (f"{ALLOC_DIR}/{name}" for name in ("alloc", "web/local", "web/secrets"))
+    own = (f"{driver.state_directory(TASK.id)}/directories/{number}" for number in range(3))
     assert found.nosuid == (*own, f"{MOUNTS}/1", f"{MOUNTS}/2")
     assert plan({"user_namespacing": False}).nosuid == ()
 
@@ -595,7 +610,7 @@ def test_rest_of_the_plan() -> None:
     assert found.search_path == "/x"
     assert (found.stdout_path, found.stderr_path) == ("/o", "/e")
     assert found.private is None
-    assert found.roots == ("/var/lib/machines/debian",)
+    assert found.pivot == "/"
     assert found.copying == ""
     assert found.cgroup == f"/sys/fs/cgroup/nomad.slice/share.slice/{ALLOC}.web.scope"
     assert found.notes == tuple(
@@ -620,7 +635,7 @@ ARGUMENTS = set(
     """.split()  # noqa: SIM905 # a list of words reads better
 )
 PLACES = re.compile(
-    rf"{re.escape(str(driver.STATE_ROOT))}/[A-Za-z0-9-]+/((mounts|credentials)/\d+|etc/(resolv\.conf|hosts))"
+    rf"{re.escape(str(driver.STATE_ROOT))}/[A-Za-z0-9-]+/((mounts|directories|credentials)/\d+|etc/(resolv\.conf|hosts))"
 )
 
 
@@ -648,20 +663,17 @@ def check_structure(found: Plan, options: Mapping[str, Any], task: TaskConfig) -
         assert word.startswith("--")
         name, equals, value = word.partition("=")
         assert name + equals in ARGUMENTS
-        check_host_paths(name, value, task)
+        check_host_paths(name, value)
     assert not any("\0" in word for word in found.argv)
     for once in ("--register=no", "--link-journal=no", "--keep-unit", f"--machine={found.machine}"):
         assert found.argv.count(once) == 1
         assert sum(word.split("=")[0] == once.split("=")[0] for word in before) == 1
 
 
-def check_host_paths(name: str, value: str, task: TaskConfig) -> None:
-    """What nspawn takes from the host is at places of the driver's own, or Nomad's directories of the task."""
+def check_host_paths(name: str, value: str) -> None:
+    """What nspawn takes from the host is at places of the driver's own."""
     if name in ("--bind", "--bind-ro"):
-        source = split_fields(value)[0]
-        logs = f"{task.shared_dir}/logs"
-        nomads = {*task.own_directories.values(), logs, *(mount.source for mount in task.mounts)}
-        assert PLACES.fullmatch(source) or source in nomads
+        assert PLACES.fullmatch(split_fields(value)[0])
     if name in ("--overlay", "--overlay-ro"):
         assert all(PLACES.fullmatch(field) or field[:2] in ("", "+/") for field in split_fields(value)[:-1])
     if name == "--load-credential":
@@ -1065,7 +1077,8 @@ def volumes(
     asked: tuple[Mount, ...] = (),
 ) -> list[str]:
     task, host = replace(TASK, mounts=asked), replace(HOST, kernel=kernel)
-    planned = driver.plan_volumes(task, decode(options or {}), host, mounts)
+    pins = driver.plan_pins(find_directories(task), driver.state_directory(TASK.id), "directories")
+    planned = driver.plan_volumes(task, decode(options or {}), host, mounts, pins)
     return [argument for volume in planned for argument in volume.argv]
 
 
@@ -1099,7 +1112,7 @@ def test_only_what_can_be_mapped_is(
 @pytest.mark.parametrize("namespacing", [True, False])
 def test_logs_are_read_only_and_never_mapped(namespacing: bool) -> None:
     found = volumes({"user_namespacing": namespacing})
-    assert [word for word in found if "/logs" in word] == [f"--bind-ro={ALLOC_DIR}/alloc/logs:/alloc/logs"]
+    assert [word for word in found if "/logs" in word] == [f"--bind-ro={DIRECTORIES}/1:/alloc/logs"]
     assert [word for word in found if word.startswith("--bind-ro=")] == found[1:2]
 
 
@@ -1115,9 +1128,9 @@ def test_nomads_volumes() -> None:
     )
     points = (("/", "ext4"), ("/mnt/nfs", "nfs4"))
     assert volumes(asked=asked, mounts=Mounts(points))[4:] == [
-        "--bind=/srv/data:/data:idmap",
-        r"--bind-ro=/srv/a\:b:/ro\:x:idmap",
-        "--bind=/mnt/nfs/x:/nfs",
+        f"--bind={DIRECTORIES}/5:/data:idmap",
+        rf"--bind-ro={DIRECTORIES}/6:/ro\:x:idmap",
+        f"--bind={DIRECTORIES}/7:/nfs",
     ]
 
 
@@ -1139,13 +1152,13 @@ def test_volumes_have_absolute_targets(target: str) -> None:
 def test_mount_table() -> None:
     options = {"bind": [{"/srv/a": "/a/"}], "bind_read_only": [{"/srv/l": "/local", "/srv/b": "/b"}]}
     assert plan(options, task=replace(TASK, mounts=(Mount("/srv/v", "/v", False),))).mounts == {
-        "/alloc": f"{ALLOC_DIR}/alloc",
-        "/alloc/logs": f"{ALLOC_DIR}/alloc/logs",
-        "/local": "/real/srv/l",
-        "/secrets": f"{ALLOC_DIR}/web/secrets",
-        "/v": "/srv/v",
-        "/a": "/real/srv/a",
-        "/b": "/real/srv/b",
+        "/alloc": f"{DIRECTORIES}/0",
+        "/alloc/logs": f"{DIRECTORIES}/1",
+        "/local": f"{MOUNTS}/1",
+        "/secrets": f"{DIRECTORIES}/4",
+        "/v": f"{DIRECTORIES}/5",
+        "/a": f"{MOUNTS}/0",
+        "/b": f"{MOUNTS}/2",
     }
 
 
@@ -1616,11 +1629,8 @@ states = st.builds(
     keeper=processes,
     leader=st.none() | processes,
     started_at=st.floats(0, 1e11),
-    search_path=st.text(),
-    command=st.lists(st.text(), max_size=3).map(tuple),
     image=st.just("") | words.map("/images/{}".format),
-    mounts=st.dictionaries(st.text(), st.text(), max_size=3),
-    roots=st.lists(st.text(), max_size=3).map(tuple),
+    complaint=st.text(),
     place=st.just("") | words.map("/allocs/{}/.nspawn-root".format),
     users=st.lists(st.tuples(st.integers(0, 1 << 32), st.integers(0, 1 << 32)), max_size=3).map(tuple),
 )
@@ -1633,11 +1643,8 @@ STATE = State(
     keeper=ProcessId(10, 20),
     leader=ProcessId(11, 21),
     started_at=1.5,
-    search_path="/bin",
-    command=("a",),
     image="/i",
-    mounts={"/a": "/b"},
-    roots=("/i",),
+    complaint="c",
     place="/p/.nspawn-root",
 )
 
@@ -1660,8 +1667,9 @@ UNSAFE: list[dict[str, Any]] = [
     {"leader": ProcessId("1", 0)},  # type: ignore[arg-type]
     {"ports": ((1, "x"),)},
     {"users": ((1, 2.5),)},
-    {"command": (1,)},
-    {"mounts": {"/a": None}},
+    {"complaint": 1},
+    {"journal": "/etc"},
+    {"journal": "/var/log/journal/../../../etc"},
     {"started_at": "now"},
 ]
 
@@ -1772,6 +1780,11 @@ def test_leader_is_in_nspawns_own_message() -> None:
 # --- directories ---
 
 
+def enter_directories(task: TaskConfig) -> None:
+    with driver.open_directories(task.alloc_dir, task.directory_names):
+        pass
+
+
 def make_allocation(root: Path) -> TaskConfig:
     for name in ("alloc/logs", "web/local", "web/secrets"):
         (root / name).mkdir(parents=True)
@@ -1785,14 +1798,14 @@ def test_links_in_place_of_a_tasks_directories_are_refused(tmp_path: Path, name:
     (tmp_path / "a" / name).rename(tmp_path / "elsewhere")
     (tmp_path / "a" / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(driver.HostError, match=f"/{name} is a symbolic link instead of a directory"):
-        driver.check_directories(task)
+        enter_directories(task)
 
 
 def test_data_directory_may_lie_behind_a_link(tmp_path: Path) -> None:
     """The operator's own links are no concern: a data_dir on another disk is usual."""
     make_allocation(tmp_path / "disk/a")
     (tmp_path / "data").symlink_to(tmp_path / "disk")
-    driver.check_directories(replace(TASK, alloc_dir=str(tmp_path / "data/a")))
+    enter_directories(replace(TASK, alloc_dir=str(tmp_path / "data/a")))
     fifo = tmp_path / "data/a/alloc/logs/.web.stdout.fifo"
     os.mkfifo(fifo)
     os.close(driver.open_log(str(fifo)))

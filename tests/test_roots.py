@@ -205,49 +205,6 @@ def test_obstacles_of_volatile() -> None:
     )
 
 
-# -- layers as the container sees them -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def layers(tmp_path: Path) -> tuple[Path, Path]:
-    top, bottom = tmp_path / "top", tmp_path / "bottom"
-    for folder in (top / "usr/bin", top / "opt", bottom / "usr/bin", bottom / "opt/app", bottom / "srv/x"):
-        folder.mkdir(parents=True)
-    for file in (top / "usr/bin/new", bottom / "usr/bin/old", bottom / "usr/bin/gone", bottom / "opt/app/run"):
-        file.touch(mode=0o755)
-    (top / "usr/bin/old").touch()
-    (top / "link").symlink_to("/opt/app")
-    (top / "srv").touch()
-    return top, bottom
-
-
-def test_lookup_in_layers(layers: tuple[Path, Path]) -> None:
-    top, bottom = layers
-
-    def find(path: str) -> Path | None:
-        return driver.find_in_image(top, path, {}, [bottom])
-
-    assert find("/usr/bin/new") == top / "usr/bin/new"
-    assert find("/usr/bin/old") == top / "usr/bin/old"
-    assert find("/usr/bin/gone") == bottom / "usr/bin/gone"
-    assert find("/link/run") == bottom / "opt/app/run"
-    assert find("/opt/app/../app/run") == bottom / "opt/app/run"
-    assert find("/srv") == top / "srv"
-    assert find("/srv/x") is None, "a file hides the directory below it"
-    assert find("/nope") is None
-    assert driver.explain_command("/usr/bin/gone", "", top, {}, [bottom]) == ""
-    assert "not an executable" in driver.explain_command("/usr/bin/old", "", top, {}, [bottom])
-
-
-@pytest.mark.root
-def test_whiteouts_hide(layers: tuple[Path, Path]) -> None:
-    top, bottom = layers
-    os.mknod(top / "usr/bin/gone", stat.S_IFCHR, 0)
-    os.mknod(top / "opt/app", stat.S_IFCHR, 0)
-    for path in ("/usr/bin/gone", "/opt/app", "/opt/app/run", "/link/run"):
-        assert driver.find_in_image(top, path, {}, [bottom]) is None
-
-
 # -- ranges of ids -------------------------------------------------------------------------------------------
 
 
