@@ -4396,8 +4396,7 @@ class Plan:
     bundle: str  # the text of config.json
     cgroup: str
     limits: Mapping[str, str]  # the cgroup's control files
-    stdout_path: str
-    stderr_path: str
+    log_paths: tuple[str, str]  # of stdout and stderr
     image: Image
     private: PrivateRoot | None  # None: the image is the root, in nspawn's own way
     pivot: str  # the directory of the image that becomes the container's root, as `find_root`
@@ -4514,9 +4513,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
     pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
     arguments = [
         *render_options({**values, **root.values}),
-        *plan_binds(values, pins),
-        *render_devices(devices, values, host),
-        *render_credentials(plan_credentials(found.credentials, state)),
+        *render_sources(values, host, pins, devices, plan_credentials(found.credentials, state)),
         *network.argv,
         *itertools.chain(*(volume.argv for volume in volumes)),
         *network.render_files(state),
@@ -4532,8 +4529,7 @@ def plan_task(task: TaskConfig, values: Values, host: Host, found: Found) -> Pla
         bundle=render_bundle({**mode.environ, **variables}, found.account),
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         limits=plan_limits(task.resources, values, host.cpus),
-        stdout_path=task.stdout_path,
-        stderr_path=task.stderr_path,
+        log_paths=(task.stdout_path, task.stderr_path),
         image=found.image,
         private=root.private,
         pivot=str(find_root(Path("/"), values)),
@@ -4698,6 +4694,13 @@ def plan_credentials(credentials: Mapping[str, bytes], state: Path) -> dict[str,
 
 def render_credentials(places: Mapping[str, str]) -> list[str]:
     return [f"--load-credential={escape_field(key)}:{place}" for key, place in places.items()]
+
+
+def render_sources(
+    values: Values, host: Host, pins: Mapping[str, Pin], devices: Mapping[Device, Pin], places: Mapping[str, str]
+) -> list[str]:
+    """Return nspawn's arguments for what of the host is mounted or read. `places`: where the credentials are."""
+    return [*plan_binds(values, pins), *render_devices(devices, values, host), *render_credentials(places)]
 
 
 def render_bundle_options(values: Values, state: Path) -> Iterator[str]:
@@ -5487,14 +5490,14 @@ class Store:
             image = self.read(path.stem) if path.suffix == ".json" else None
             if image and (image.key in keys or self.last_use(image) > oldest or not is_free(image.key)):
                 kept.append(image)
-            elif path.suffix == ".json" or is_old(path, oldest):
+            elif path.suffix == ".json" or has_aged(path, oldest):
                 records.append(path)
         needed = {name for image in kept for name in image.layers} | {name for use in uses for name in use.layers}
         things = [path for folder in (self.layers, self.proofs) for path in list_directory(folder)
                   if find_owner(path) not in needed]  # fmt: skip
         things += [*list_directory(self.parts), *list_directory(self.work)]
         things += [path for path in list_directory(self.in_use) if not (STATE_ROOT / path.name).is_dir()]
-        return records + [path for path in things if is_old(path, oldest)]
+        return records + [path for path in things if has_aged(path, oldest)]
 
     def collect(self, delay: float) -> int:
         """Remove garbage; return how many things that were. What others hold the locks of stays: it is being
@@ -5527,7 +5530,7 @@ class Store:
     def remove_locks(self) -> None:
         """Remove the files of locks that nobody has held for a day."""
         for path in list_directory(self.locks):
-            if is_old(path, time.time() - 86400):
+            if has_aged(path, time.time() - 86400):
                 fd = self.try_lock(path.name, alone=True)
                 if fd is not None:
                     path.unlink()
@@ -5541,7 +5544,7 @@ def list_directory(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else []
 
 
-def is_old(path: Path, oldest: float) -> bool:
+def has_aged(path: Path, oldest: float) -> bool:
     """Tell whether something has not changed since a time; not if it is gone."""
     with contextlib.suppress(OSError):
         return path.lstat().st_ctime <= oldest
@@ -5866,7 +5869,7 @@ def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[in
     """Yield stdout and stderr for a task; they close here when the keeper has them, too."""
     with contextlib.ExitStack() as stack:
         logs = []
-        for path in (plan.stdout_path, plan.stderr_path):
+        for path in plan.log_paths:
             logs.append(open_log(path, directories.get(os.path.dirname(path))))
             stack.callback(os.close, logs[-1])
         yield logs

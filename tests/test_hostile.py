@@ -352,7 +352,7 @@ def test_file_system_put_into_a_shared_image(images: Tasks) -> None:
     """A job may write a disk image into an image, and name it: the kernel would read its file system."""
     (images.image / "srv").mkdir()
     (images.image / "srv/e.raw").write_bytes(bytes(1 << 20))
-    with pytest.raises(DriverError, match=r'allow = \["disk_images"\]'):
+    with pytest.raises(DriverError, match='"disk_images" in allow'):
         images.start("true", image=str(images.image / "srv/e.raw"), private_network=True, read_only=True)
 
 
@@ -420,7 +420,7 @@ def test_writing_to_images_takes_a_permission(
     if "bind" in options:
         options = {"bind": [{str(small.parent): "/mnt"}]}
     block = f'allow = []\nallow_paths = ["{tmp_path}"]\nimage_dir = "{small.parent}"\n'
-    refused = pytest.raises(DriverError, match=r'allow = \["image_write"\]')
+    refused = pytest.raises(DriverError, match='"image_write" in allow')
     with launch_like_agent(driver_file, block) as plugin, Tasks(plugin, small) as tasks, refused:
         tasks.start("true", private_network=True, **options)
     assert fingerprint(small) == before
@@ -1250,7 +1250,8 @@ def test_no_value_reaches_a_process_of_root(guests: Tasks, end: str) -> None:
     with watch_host(secret) as seen:
         for _ in range(max(RACES // 10, 1)):
             task = guests.start(["/bin/sleep", "600"], env=variables, process_two=True, **APART)
-            assert f"LD_PRELOAD=/{secret}{end}\0".encode() in task.exec(["/bin/cat", "/proc/2/environ"])[0]
+            given = f"LD_PRELOAD=/{secret}{end}\0".encode()
+            eventually(lambda: given in task.exec(["/bin/cat", "/proc/2/environ"])[0])  # noqa: B023 # at once
             assert secret.encode() not in Path(f"/proc/{leader(task)}/environ").read_bytes(), "nspawn's stub"
             task.destroy()
     assert not seen

@@ -128,7 +128,7 @@ def command(*argv: str, **options: object) -> dict[str, object]:
 
 def test_set_user_id_files_of_others_have_no_effect() -> None:
     found = plan({"bind": [{"/a": "/a", "/b": "/b:idmap", "local/c": "/c:norbind,rootidmap"}]})
-    own = (f"{driver.state_directory(TASK.id)}/directories/{number}" for number in range(3))
+    own = (pin.place for pin in found.pins if pin.source.path.rpartition("/")[2] in ("alloc", "local", "secrets"))
     assert found.nosuid == (*own, f"{MOUNTS}/1", f"{MOUNTS}/2")
     assert plan({"user_namespacing": False}).nosuid == ()
 
@@ -608,7 +608,7 @@ def test_rest_of_the_plan() -> None:
     assert found.mode is Mode.COMMAND
     assert found.command == ("a", "b")
     assert found.search_path == "/x"
-    assert (found.stdout_path, found.stderr_path) == ("/o", "/e")
+    assert found.log_paths == ("/o", "/e")
     assert found.private is None
     assert found.pivot == "/"
     assert found.copying == ""
