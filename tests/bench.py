@@ -391,7 +391,7 @@ def bench_exec(plugin: Plugin) -> None:
         row("throughput of stdout", f"{(size >> 20) / timed(lambda: session.wait(300)):.0f} MB/s")
         idle = memory(plugin.pid, "Rss")
         row("plugin RSS afterwards", f"{idle / 1024:.1f} MB")
-        helpers = [pid for pid in read_children(plugin.pid) if b"Entry" in read_cmdline(pid)]
+        helpers = [pid for pid in read_children(plugin.pid) if b"nspawn-enter" in read_cmdline(pid)]
         private = sum(memory(pid, "Pss") for pid in helpers)
         row("PSS of the helper, until it has been idle for 30 s", f"{private / 1024:.1f} MB")
 

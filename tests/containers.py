@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import driver
+from nspawn.linux import open_in_root
+from nspawn.process import read_children, read_stat
 from tests.agent import AgentError, Allocation, ExitResult, Plugin, Task
 from tests.leftovers import leftovers, processes
 
@@ -124,7 +125,7 @@ def nspawn(task: Task) -> int:
         if command.startswith("systemd-nspawn ") and f"--machine={task.name}-" in command
     }
     for pid in found:
-        fields = driver.read_stat(pid)
+        fields = read_stat(pid)
         if fields and int(fields[1]) not in found:
             return pid
     raise AssertionError(f"no systemd-nspawn of task {task.name}: {list(processes(task.allocation.id))}")
@@ -155,7 +156,7 @@ def is_alive(pid: int) -> bool:
 
 def zombies(pid: int) -> list[int]:
     """Children that have ended and that nobody has waited for."""
-    return [child for child in driver.read_children(pid) if (driver.read_stat(child) or ["Z"])[0] == "Z"]
+    return [child for child in read_children(pid) if (read_stat(child) or ["Z"])[0] == "Z"]
 
 
 def cpu_seconds(pid: int) -> float:
@@ -211,7 +212,7 @@ def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None
         (target / "usr/lib").mkdir(parents=True, exist_ok=True)
         (target / "usr/bin").mkdir(parents=True, exist_ok=True)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        fd = driver.open_in_root(root, file, os.O_PATH)  # its links are absolute: followed as they are, they
+        fd = open_in_root(root, file, os.O_PATH)  # its links are absolute: followed as they are, they
         shutil.copy2(f"/proc/self/fd/{fd}", copy)  # would lead to the host's libraries
         os.close(fd)
     os.close(root)

@@ -43,7 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a script
     sys.path.insert(0, str(ROOT))
 
-import driver  # noqa: E402 # what stands above is needed to find it
+from nspawn.cgroup import remove_cgroup  # noqa: E402 # what stands above is needed to find it
+from nspawn.host import read_cgroup_mode  # noqa: E402
 
 CACHE = Path(os.environ.get("IMAGE_CACHE", "/var/cache/nomad-driver-nspawn-tests"))
 CONTAINER_IMAGE = CACHE / "debian-bookworm"  # what tests run as tasks; made by build.sh
@@ -397,7 +398,7 @@ class Container(Host):
         tree = make_tree(suite)
         name = f"host-{suite}-{os.getpid()}-{os.urandom(2).hex()}"
         self.work = tempfile.TemporaryDirectory(prefix="host-")
-        self.cgroup = (driver.read_cgroup_mode().root or Path(self.work.name)) / name
+        self.cgroup = (read_cgroup_mode().root or Path(self.work.name)) / name
         self.cgroup.mkdir()
         self.disk = Path(self.work.name, "disk")
         self.disk.mkdir()
@@ -503,7 +504,7 @@ class Container(Host):
                 self.process.kill()
                 self.process.wait()
         for _ in range(50):  # killed processes leave their cgroups a moment later
-            driver.remove_cgroup(str(self.cgroup))
+            remove_cgroup(str(self.cgroup))
             if not self.cgroup.exists():
                 break
             time.sleep(0.02)

@@ -26,7 +26,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
-import driver
+from nspawn.common import SAFE_PATH
+from nspawn.images import Origin, redact
+from nspawn.store import FETCH, Store, StoredImage
 
 TOP = Path(__file__).resolve().parent.parent
 DOCKER_IMAGE = "application/vnd.docker.distribution.manifest.v2+json"
@@ -342,7 +344,7 @@ class Liar(FileServer):
             self.files[f"/v2/{name}/blobs/{blob.digest}"] = blob.data
 
     @property
-    def origin(self) -> driver.Origin:
+    def origin(self) -> Origin:
         return docker_origin(f"{self.host}/x")
 
 
@@ -532,12 +534,12 @@ class Fetcher:
     """Runs the process that fetches images as the plugin does, on a store of the test's own."""
 
     def __init__(self, root: Path) -> None:
-        self.store = driver.Store(root)
+        self.store = Store(root)
         self.environ: dict[str, str] = {}
         self.settings: dict[str, Any] = {"limit": 1 << 30, "stall": 5.0, "auth_config": "", "auth_helper": ""}
         self.insecure: list[str] = []
 
-    def request(self, origin: driver.Origin) -> dict[str, Any]:
+    def request(self, origin: Origin) -> dict[str, Any]:
         return {
             **asdict(origin), **self.settings, "insecure": self.insecure, "action": "fetch", "key": origin.key,
             "root": str(self.store.root), "asked_at": time.time(),
@@ -545,8 +547,8 @@ class Fetcher:
 
     def start(self, request: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-IS", "-X", "utf8", "-c", driver.FETCH, str(TOP)],
-            env={"PATH": driver.SAFE_PATH, "LANG": "C.UTF-8", **self.environ},
+            [sys.executable, "-IS", "-X", "utf8", "-c", FETCH, str(TOP)],
+            env={"PATH": SAFE_PATH, "LANG": "C.UTF-8", **self.environ},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         assert process.stdin
@@ -562,7 +564,7 @@ class Fetcher:
             messages.append(json.loads(line))
         return messages
 
-    def fetch(self, origin: driver.Origin) -> driver.StoredImage:
+    def fetch(self, origin: Origin) -> StoredImage:
         """Fetch an image; fails with what the process says."""
         messages = self.talk(self.request(origin))
         assert "image" in messages[-1], messages
@@ -570,7 +572,7 @@ class Fetcher:
         assert image
         return image
 
-    def refuse(self, origin: driver.Origin) -> tuple[str, str]:
+    def refuse(self, origin: Origin) -> tuple[str, str]:
         """Return the error and its kind; nothing may be there of the image."""
         last = self.talk(self.request(origin))[-1]
         assert "error" in last, last
@@ -586,12 +588,12 @@ class Fetcher:
         return int(message["collected"])
 
 
-def url_origin(url: str, type: str = "tar", **more: Any) -> driver.Origin:
-    return driver.Origin(type, url, driver.redact(url), **more)
+def url_origin(url: str, type: str = "tar", **more: Any) -> Origin:
+    return Origin(type, url, redact(url), **more)
 
 
-def docker_origin(reference: str, **more: Any) -> driver.Origin:
-    return driver.Origin("docker", reference, f"docker://{reference}", **more)
+def docker_origin(reference: str, **more: Any) -> Origin:
+    return Origin("docker", reference, f"docker://{reference}", **more)
 
 
 def layer_of(fetcher: Fetcher, server: FileServer, entries: Sequence[Entry]) -> Path:

@@ -17,7 +17,12 @@ from typing import Any
 import pytest
 
 import driver
-from driver import Exit, Mode, Record, Resources, Shortage
+from nspawn.cgroup import plan_cpu_weight, plan_limits, read_counters
+from nspawn.checks import is_size
+from nspawn.common import ConfigError
+from nspawn.job import Mode, Resources
+from nspawn.outcome import Exit, Record, Shortage, explain_shortage
+from nspawn.rules import settle_pids
 from tests import agent
 from tests.agent import Task, launch_like_agent
 from tests.containers import Tasks, eventually, keeper, kill, leader, output
@@ -31,7 +36,7 @@ VALUES = {"memory_swap_max": None, "cpu_hard_limit": False, "pids_limit": 0, "io
 
 
 def limits(resources: Resources, cpus: int = 4, **values: Any) -> dict[str, str]:
-    return driver.plan_limits(resources, {**VALUES, **values}, cpus)
+    return plan_limits(resources, {**VALUES, **values}, cpus)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +56,8 @@ def test_memory(memory: int, most: int | None, hard: object, low: int) -> None:
 def test_swap() -> None:
     for said, meant in (
         (None, "0"),
-        (driver.is_size("", "512M"), str(512 * MIB)),
-        (driver.is_size("", "infinity"), "max"),
+        (is_size("", "512M"), str(512 * MIB)),
+        (is_size("", "infinity"), "max"),
     ):
         assert limits(Resources(MIB), memory_swap_max=said)["memory.swap.max"] == meant
 
@@ -63,13 +68,13 @@ def test_cpu_weight(mhz: int, weight: int) -> None:
 
 
 def test_cpu_weight_grows_with_the_share() -> None:
-    weights = [driver.plan_cpu_weight(Resources(cpu=mhz)) for mhz in range(1, 300_000, 97)]
+    weights = [plan_cpu_weight(Resources(cpu=mhz)) for mhz in range(1, 300_000, 97)]
     assert weights == sorted(weights)
 
 
 def test_cpu_weight_on_a_machine_with_more_mhz_than_shares() -> None:
-    half = driver.plan_cpu_weight(Resources(cpu=500_000, cpu_fraction=0.5))
-    assert half == driver.plan_cpu_weight(Resources(cpu=131_072)) < 10000
+    half = plan_cpu_weight(Resources(cpu=500_000, cpu_fraction=0.5))
+    assert half == plan_cpu_weight(Resources(cpu=131_072)) < 10000
 
 
 def test_cpu_quota() -> None:
@@ -85,12 +90,12 @@ def test_other_limits() -> None:
 
 
 def test_pids_are_the_operators() -> None:
-    assert driver.settle_pids(None, 100) == 100
-    assert driver.settle_pids(50, 100) == 50
-    assert driver.settle_pids(50, 0) == 50
-    assert driver.settle_pids(None, 0) == 0
-    with pytest.raises(driver.ConfigError) as caught:
-        driver.settle_pids(200, 100)
+    assert settle_pids(None, 100) == 100
+    assert settle_pids(50, 100) == 50
+    assert settle_pids(50, 0) == 50
+    assert settle_pids(None, 0) == 0
+    with pytest.raises(ConfigError) as caught:
+        settle_pids(200, 100)
     assert str(caught.value) == (
         "pids_limit = 200: the operator of this client allows a task 100 processes; ask for fewer"
     )
@@ -104,7 +109,7 @@ SENTENCE = "the task used all the memory it may (limit 64 MiB, peak 64 MiB)"
 
 def explain(code: int, signal: int = 0, mode: Mode = Mode.COMMAND, *, by_us: bool = False, **changes: Any) -> Exit:
     shortage = dataclasses.replace(OWN, **changes)
-    return driver.explain_shortage(Exit(code, signal), mode, Record(0, False, 0.0, shortage), by_us)
+    return explain_shortage(Exit(code, signal), mode, Record(0, False, 0.0, shortage), by_us)
 
 
 @pytest.mark.parametrize(("code", "signal", "mode"), [
@@ -166,7 +171,7 @@ def test_limits_are_in_the_kernels_files(tasks: Tasks) -> None:
     assert read(task, "memory.high") == "max"
     swap = task.cgroup.path / "memory.swap.max"
     assert not swap.exists() or swap.read_text().strip() == str(32 * MIB)
-    assert int(read(task, "cpu.weight")) == driver.plan_cpu_weight(Resources(cpu=500))
+    assert int(read(task, "cpu.weight")) == plan_cpu_weight(Resources(cpu=500))
     assert read(task, "cpu.max") == "50000 100000"  # 500 of 1000 MHz on each of the stand-in's cores
     assert read(task, "cpuset.cpus.effective") == "1"
     assert read(task, "pids.max") == "50"
@@ -224,7 +229,7 @@ def test_spinner_is_held_to_its_quota(tasks: Tasks) -> None:
     time.sleep(5)
     used = (cpu_seconds(task) - before) / (time.monotonic() - start)
     assert 0.02 < used < 0.3
-    assert driver.read_counters(str(task.cgroup.path / "cpu.stat"))["nr_throttled"] > 0
+    assert read_counters(str(task.cgroup.path / "cpu.stat"))["nr_throttled"] > 0
     stats = task.stats(1)
     sample = next(stats)
     assert sample.agg_resource_usage.cpu.throttled_periods > 0
@@ -232,7 +237,7 @@ def test_spinner_is_held_to_its_quota(tasks: Tasks) -> None:
 
 
 def cpu_seconds(task: Task) -> float:
-    return driver.read_counters(str(task.cgroup.path / "cpu.stat"))["usage_usec"] / 1e6
+    return read_counters(str(task.cgroup.path / "cpu.stat"))["usage_usec"] / 1e6
 
 
 @needs_cgroup2

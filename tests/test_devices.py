@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 
 import driver
-from driver import DeviceRule
 from nomad_pb import driver_pb2
+from nspawn.devices import DeviceRule, render_policy
+from nspawn.host import read_host
+from nspawn.job import Device
+from nspawn.options import decode_options
+from nspawn.rules import have_one_path, name_devices
+from nspawn.sources import open_source, read_rules
 from tests.agent import DriverError, launch_like_agent
 from tests.containers import Tasks, make_small_image, output
 
@@ -65,7 +70,7 @@ CALCULATIONS: dict[int, Callable[[int, int], int]] = {
 
 
 def test_policy_allows_what_the_rules_say() -> None:
-    program = driver.render_policy(
+    program = render_policy(
         [DeviceRule(False, 1, 3, "rw"), DeviceRule(True, 7, 5, "w"), DeviceRule(True, 7, None, "r"),
          DeviceRule(False, 1, 5, "m"), DeviceRule(False, 1, 5, "r"), DeviceRule(True, 4095, 1048575, "r")]
     )  # fmt: skip
@@ -80,7 +85,7 @@ def test_policy_allows_what_the_rules_say() -> None:
         ("c", 4095, 1048575, "r"), ("b", 4095, 1048574, "r"),
     ):  # fmt: skip
         assert not allows(program, *refused), refused
-    assert not allows(driver.render_policy([]), "c", 1, 3, "r")
+    assert not allows(render_policy([]), "c", 1, 3, "r")
 
 
 # -- what a job says -----------------------------------------------------------------------------------------
@@ -89,17 +94,17 @@ def test_policy_allows_what_the_rules_say() -> None:
 def test_what_a_block_means() -> None:
     more = {"container_path": "/dev/cd", "cgroup_permissions": "r"}
     raw = {"image": "debian", "devices": [{"host_path": "/dev/kvm"}, {"host_path": "/dev/sg0", **more}]}
-    assert list(driver.name_devices(driver.decode_options(driver.TASK_OPTIONS, raw))) == [
-        driver.Device("/dev/kvm", "/dev/kvm", "rwm"),
-        driver.Device("/dev/sg0", "/dev/cd", "r"),
+    assert list(name_devices(decode_options(driver.TASK_OPTIONS, raw))) == [
+        Device("/dev/kvm", "/dev/kvm", "rwm"),
+        Device("/dev/sg0", "/dev/cd", "r"),
     ]
 
 
 def test_two_devices_at_one_path() -> None:
     one, two = {"host_path": "/dev/a"}, {"host_path": "/dev/b", "container_path": "/dev//a"}
     for blocks, is_wrong in (([one, two], True), ([one, {**two, "container_path": "/dev/c"}], False)):
-        values = driver.decode_options(driver.TASK_OPTIONS, {"image": "debian", "devices": blocks})
-        assert driver.have_one_path(values) is is_wrong
+        values = decode_options(driver.TASK_OPTIONS, {"image": "debian", "devices": blocks})
+        assert have_one_path(values) is is_wrong
 
 
 # -- in containers -------------------------------------------------------------------------------------------
@@ -117,7 +122,7 @@ LOOP_CONTROL = 10, 237  # a device that nothing but the devices of a job makes u
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
     """A device of the host that only its owner can open, and a link to it."""
-    assert driver.read_host().has_device_policy, "this kernel takes no BPF program for the devices of a cgroup"
+    assert read_host().has_device_policy, "this kernel takes no BPF program for the devices of a cgroup"
     os.mknod(tmp_path / "control", stat.S_IFCHR | 0o600, os.makedev(*LOOP_CONTROL))
     (tmp_path / "link").symlink_to("control")
     return tmp_path / "link"
@@ -157,7 +162,7 @@ def test_devices_of_a_job_work(tasks: Tasks, node: Path, namespaces: bool, mode:
     script += say("/dev/my/control", "/dev/null", "/dev/net/tun")
     options = {"options": {"devices": devices}, "user_namespacing": namespaces, **MODES[mode]}
     shown = ["600 0 0", " 00 00", "/dev/my/control r w", "/dev/null r w", "/dev/net/tun r w"]
-    if namespaces and driver.read_host().kernel < (6, 3):
+    if namespaces and read_host().kernel < (6, 3):
         shown[0], shown[2] = "600 65534 65534", "/dev/my/control"
     assert inside(tasks, script, **options) == shown
     assert os.stat(node).st_mode & 0o777 == 0o600
@@ -200,8 +205,8 @@ def test_bound_devices_work(tasks: Tasks, node: Path) -> None:
             assert inside(tasks, say("/dev/a"), user_namespacing=False, **bound) == [f"/dev/a {access}"]
     finally:
         place.unlink()
-    folder = driver.open_source("bind", "/dev", "/dev")
-    assert DeviceRule(False, 1, 3, "r") in driver.read_rules(folder, "r")
+    folder = open_source("bind", "/dev", "/dev")
+    assert DeviceRule(False, 1, 3, "r") in read_rules(folder, "r")
     os.close(folder.fd)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-import driver
+from nspawn import checks
+from nspawn.host import read_host
 from tests.agent import Allocation, DriverError, Task, launch_like_agent
 from tests.containers import Tasks, make_small_image, nspawn, output
 from tests.leftovers import STATE
@@ -45,7 +46,7 @@ def refusal(tasks: Tasks, **options: Any) -> str:
 
 # -- security ------------------------------------------------------------------------------------------------
 
-CAPABILITIES = {f"CAP_{name}": 1 << number for number, name in enumerate(driver.CAPABILITIES)}
+CAPABILITIES = {f"CAP_{name}": 1 << number for number, name in enumerate(checks.CAPABILITIES)}
 KNOWN = (1 << int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1) - 1
 
 
@@ -90,7 +91,7 @@ def test_system_call_filter(tasks: Tasks) -> None:
 
 def test_restrict_address_families(tasks: Tasks) -> None:
     script = "perl -e 'print socket(my $s, 2, 1, 0) ? 1 : 0, socket(my $t, 1, 1, 0) ? 1 : 0'"
-    if driver.read_host().systemd < 261:
+    if read_host().systemd < 261:
         assert "needs systemd 261 or newer" in refusal(tasks, restrict_address_families=["AF_UNIX"])
     else:
         assert run(tasks, script, restrict_address_families=["AF_UNIX"]) == "01"
@@ -546,7 +547,7 @@ def test_udev_disk_image(tasks: Tasks, image: Path, tmp_path: Path) -> None:
     assert run(
         tasks, "cat /etc/new; touch /etc/x 2>/dev/null || echo refused", **{**settings, "read_only": True}
     ) == ("refused")
-    if driver.read_host().systemd >= 254:
+    if read_host().systemd >= 254:
         assert run(tasks, "cat /etc/secret", image_policy="root=unprotected", **settings) == "inside"
         assert "polic" in refusal(tasks, image_policy="root=verity", **settings)
 

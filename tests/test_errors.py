@@ -13,15 +13,17 @@ import pytest
 
 import driver
 from nomad_pb import recoverable_error_pb2, rpc_status_pb2
+from nspawn.common import ConfigError, DriverError, HostError, TaskNotFound, TransientError
+from nspawn.options import decode_options
 
 
-def walk(kind: type[driver.DriverError]) -> Iterator[type[driver.DriverError]]:
+def walk(kind: type[DriverError]) -> Iterator[type[DriverError]]:
     yield kind
     for child in kind.__subclasses__():
         yield from walk(child)
 
 
-TREE = tuple(dict.fromkeys(walk(driver.DriverError)))
+TREE = tuple(dict.fromkeys(walk(DriverError)))
 CODES = {
     "DriverError": "FAILED_PRECONDITION",
     "ConfigError": "INVALID_ARGUMENT",
@@ -32,15 +34,15 @@ CODES = {
 }
 
 
-def make(kind: type[driver.DriverError]) -> driver.DriverError:
-    if kind is driver.ConfigError:
-        return driver.ConfigError("volatile", "maybe", "must be one of no, yes", "leave it out")
-    if kind is driver.TaskNotFound:
-        return driver.TaskNotFound("a/web/0")
+def make(kind: type[DriverError]) -> DriverError:
+    if kind is ConfigError:
+        return ConfigError("volatile", "maybe", "must be one of no, yes", "leave it out")
+    if kind is TaskNotFound:
+        return TaskNotFound("a/web/0")
     return kind("the disk is full")
 
 
-def find_code(error: driver.DriverError) -> str:
+def find_code(error: DriverError) -> str:
     return next(code for kind, code in driver.STATUS_CODES if isinstance(error, kind))
 
 
@@ -55,20 +57,12 @@ class Context:
         self.code, self.text, self.metadata = code, text, trailing_metadata
 
 
-@pytest.fixture
-def protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The modules that load_protocol would import, which also does things to the whole process."""
-    monkeypatch.setattr(driver, "grpc", grpc, raising=False)
-    monkeypatch.setattr(driver, "rpc_status_pb2", rpc_status_pb2, raising=False)
-    monkeypatch.setattr(driver, "recoverable_error_pb2", recoverable_error_pb2, raising=False)
-
-
 def test_tree_is_the_one_in_the_table() -> None:
     assert {kind.__name__ for kind in TREE} == set(CODES)
 
 
 @pytest.mark.parametrize("kind", TREE)
-def test_code(kind: type[driver.DriverError]) -> None:
+def test_code(kind: type[DriverError]) -> None:
     assert find_code(make(kind)) == CODES[kind.__name__]
 
 
@@ -83,17 +77,16 @@ def test_table_has_subclasses_before_their_parents() -> None:
     kinds = [kind for kind, _ in driver.STATUS_CODES]
     for place, kind in enumerate(kinds):
         assert not any(issubclass(kind, earlier) for earlier in kinds[:place]), kind
-    assert kinds[-1] is driver.DriverError
+    assert kinds[-1] is DriverError
 
 
 @pytest.mark.parametrize("kind", TREE)
-def test_only_transient_errors_are_tried_again(kind: type[driver.DriverError]) -> None:
-    assert make(kind).recoverable is issubclass(kind, driver.TransientError)
+def test_only_transient_errors_are_tried_again(kind: type[DriverError]) -> None:
+    assert make(kind).recoverable is issubclass(kind, TransientError)
 
 
 @pytest.mark.parametrize("kind", TREE)
-@pytest.mark.usefixtures("protocol")
-def test_abort_says_the_same_in_status_and_details(kind: type[driver.DriverError]) -> None:
+def test_abort_says_the_same_in_status_and_details(kind: type[DriverError]) -> None:
     """grpc-go makes INTERNAL of a status whose details have another code or message."""
     error, context = make(kind), Context()
     asyncio.run(driver.abort(context, error))
@@ -110,14 +103,14 @@ def test_abort_says_the_same_in_status_and_details(kind: type[driver.DriverError
 
 
 @pytest.mark.parametrize("kind", TREE)
-def test_no_class_name_in_the_text(kind: type[driver.DriverError]) -> None:
+def test_no_class_name_in_the_text(kind: type[DriverError]) -> None:
     text = str(make(kind))
     assert text
     assert not re.search(r"Error\b|Exception|Unsupported|NotFound|<class|Traceback", text)
 
 
 def test_config_error_names_option_value_rule_and_remedy() -> None:
-    error = driver.ConfigError("volatile", "maybe", "must be one of no, yes", "leave it out")
+    error = ConfigError("volatile", "maybe", "must be one of no, yes", "leave it out")
     assert str(error) == 'volatile = "maybe": must be one of no, yes; leave it out'
     assert error.option == "volatile"
 
@@ -136,12 +129,12 @@ def test_config_error_names_option_value_rule_and_remedy() -> None:
     ],
 )
 def test_config_error_shows_values_as_jobs_have_them(value: object, shown: str) -> None:
-    assert str(driver.ConfigError("x", value, "is wrong")) == f"x = {shown}: is wrong"
+    assert str(ConfigError("x", value, "is wrong")) == f"x = {shown}: is wrong"
 
 
 @pytest.mark.parametrize("length", [190, 198, 199, 1000, 1 << 20])
 def test_config_error_cuts_long_values(length: int) -> None:
-    text = str(driver.ConfigError("image", "a" * length, "is wrong"))
+    text = str(ConfigError("image", "a" * length, "is wrong"))
     assert len(text) <= len("image = ") + 201 + len(": is wrong")
     assert ("…" in text) is (length + 2 > 200)
     assert text.endswith(": is wrong")
@@ -150,19 +143,19 @@ def test_config_error_cuts_long_values(length: int) -> None:
 @pytest.mark.parametrize("name", ["bind", "bind_read_only", "port_map", "environment"])
 def test_config_error_cuts_long_keys(name: str) -> None:
     """The keys of a map are the job's, too."""
-    with pytest.raises(driver.ConfigError) as caught:
-        driver.decode_options(driver.TASK_OPTIONS, {"image": "a", name: [{"k" * 10_000: "?"}, {"-": ""}]})
+    with pytest.raises(ConfigError) as caught:
+        decode_options(driver.TASK_OPTIONS, {"image": "a", name: [{"k" * 10_000: "?"}, {"-": ""}]})
     assert len(str(caught.value)) < 1000
 
 
 def test_task_not_found_names_the_task() -> None:
-    assert str(driver.TaskNotFound("a/web/0")) == (
+    assert str(TaskNotFound("a/web/0")) == (
         "task a/web/0 is not known to this plugin, and nothing of it is left on this machine"
     )
 
 
 def test_errors_for_people_pass_as_they_are() -> None:
-    error = driver.HostError("the disk is full")
+    error = HostError("the disk is full")
     assert driver.as_driver_error(error) is error
 
 

@@ -14,6 +14,9 @@ import msgpack
 import pytest
 
 import driver
+from nspawn.host import CgroupMode, Host
+from nspawn.options import decode_options
+from nspawn.rules import check_rules, settle_values
 from tests.agent import (
     ROOT,
     Allocation,
@@ -45,26 +48,24 @@ def find_blocks(value: Any, name: str) -> Iterator[Any]:
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
 def test_example_is_valid(path: Path) -> None:
     """By the schema Nomad is given, and by everything the driver checks before it starts a task."""
-    driver.load_protocol()
-    host = driver.Host(systemd=252, kernel=(6, 1), cgroups=driver.CgroupMode.V2, problems=())
-    config = driver.decode_options(driver.PLUGIN_OPTIONS, {})
+    host = Host(systemd=252, kernel=(6, 1), cgroups=CgroupMode.V2, problems=())
+    config = decode_options(driver.PLUGIN_OPTIONS, {})
     sidecars = [sidecar["config"][0] for sidecar in find_blocks(parse_hcl(path.read_text()), "sidecar_task")]
     assert bool(sidecars) == (path.name == "connect.hcl")
     for group in parse_job(path).groups:
         for block in (*(task.config for task in group.tasks), *sidecars):
             raw = decode_config(driver.render_spec(driver.TASK_OPTIONS), block, VARIABLES)
-            values = driver.decode_options(driver.TASK_OPTIONS, driver.unpack_options(to_msgpack(raw)))
+            values = decode_options(driver.TASK_OPTIONS, driver.unpack_options(to_msgpack(raw)))
             if values["image"].startswith("docker://"):
                 values["command"] = values["command"] or ("/entrypoint",)  # such an image says it itself
             is_in_group = group.network_mode != "host"
-            driver.check_rules(driver.settle_values(values, config, is_in_group=is_in_group), host)
+            check_rules(driver.TASK_OPTIONS, settle_values(values, config, is_in_group=is_in_group), host)
 
 
 def test_hardened_operator_is_valid() -> None:
-    driver.load_protocol()
     block = plugin_config(ROOT / "example/hardened.hcl", driver.FILE_NAME)
     raw = decode_config(driver.render_spec(driver.PLUGIN_OPTIONS), block or {})
-    values = driver.decode_options(driver.PLUGIN_OPTIONS, msgpack.unpackb(to_msgpack(raw)))
+    values = decode_options(driver.PLUGIN_OPTIONS, msgpack.unpackb(to_msgpack(raw)))
     assert {name: values[name] for name in ("allow", "allow_caps", "allow_paths", "volumes")} == {
         "allow": (), "allow_caps": (), "allow_paths": (), "volumes": False,
     }  # fmt: skip

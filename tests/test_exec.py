@@ -26,6 +26,12 @@ import pytest
 
 import driver
 from nomad_pb import driver_pb2
+from nspawn.cgroup import PAGE_SIZE, find_cgroups, read_cgroup_pids
+from nspawn.common import STATE_ROOT
+from nspawn.exec import Helper, find_namespaces, is_confined
+from nspawn.files import read_text
+from nspawn.job import Mode, state_directory
+from nspawn.process import parse_status, read_children, read_inner_pid
 from tests.agent import DriverError, ExecSession, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, zombies
 
@@ -69,7 +75,7 @@ def task(shared: Plugin, image: Path) -> Iterator[Task]:
 
 
 def cgroups_of(pid: int, task: Task) -> list[str]:
-    return driver.find_cgroups(pid, str(driver_state(task)["cgroup"]))
+    return find_cgroups(pid, str(driver_state(task)["cgroup"]))
 
 
 def stream(task: Task, script: str, tty: bool = False) -> ExecSession:
@@ -180,7 +186,7 @@ def test_cgroup_is_the_tasks(task: Task) -> None:
     session = stream(task, "echo here; read -r end")
     session.wait_for(b"here\n")
     scope = f"{task.allocation.id}.task.scope/payload"
-    inside = [pid for pid in driver.read_cgroup_pids(cgroups_of(leader(task), task)[0]) if pid != leader(task)]
+    inside = [pid for pid in read_cgroup_pids(cgroups_of(leader(task), task)[0]) if pid != leader(task)]
     assert [pid for pid in inside if b"read -r end" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert all(path.endswith(scope) for pid in inside for path in cgroups_of(pid, task))
     session.send(b"\n")
@@ -197,7 +203,7 @@ OF_THE_PROCESS = re.compile(
 
 
 def confinement(text: str) -> dict[str, str]:
-    status = driver.parse_status(text.encode())
+    status = parse_status(text.encode())
     return {name: value for name, value in status.items() if not OF_THE_PROCESS.fullmatch(name)}
 
 
@@ -206,8 +212,8 @@ def payload(task: Task) -> int:
     assert isinstance(task.driver_config, dict)
     if not task.driver_config.get("process_two"):
         return 1
-    eventually(lambda: driver.is_confined(leader(task), driver.Mode.PROCESS_TWO), PATIENCE)
-    return min(map(driver.read_inner_pid, eventually(lambda: driver.read_children(leader(task)), PATIENCE)))
+    eventually(lambda: is_confined(leader(task), Mode.PROCESS_TWO), PATIENCE)
+    return min(map(read_inner_pid, eventually(lambda: read_children(leader(task)), PATIENCE)))
 
 
 def test_confinement_is_the_payloads(kind: Task) -> None:
@@ -254,7 +260,7 @@ def test_namespaces_cgroup_and_limits_are_the_payloads(kind: Task) -> None:
     session = stream(kind, "echo here; read -r end")
     session.wait_for(b"here")
     inside = child_of(kind, b"read -r end")
-    assert driver.find_namespaces(inside) == driver.find_namespaces(leader(kind)) != 0
+    assert find_namespaces(inside) == find_namespaces(leader(kind)) != 0
     for name in os.listdir(f"/proc/{inside}/ns"):
         assert os.readlink(f"/proc/{inside}/ns/{name}") == os.readlink(f"/proc/{leader(kind)}/ns/{name}"), name
     assert filters(inside) == filters(leader(kind)) != []
@@ -268,15 +274,15 @@ def child_of(task: Task, text: bytes) -> int:
     scope = root[: root.index("/payload")]
 
     def found() -> list[int]:
-        pids = driver.read_cgroup_pids(f"{scope}/payload")
-        return [pid for pid in pids if text in driver.read_text(Path(f"/proc/{pid}/cmdline")).encode()]
+        pids = read_cgroup_pids(f"{scope}/payload")
+        return [pid for pid in pids if text in read_text(Path(f"/proc/{pid}/cmdline")).encode()]
 
     return eventually(found)[0]
 
 
 def filters(pid: int) -> list[str]:
     """A process's seccomp filters as hexadecimal."""
-    program = f"import driver\nfor found in driver.Entry().read_filters({pid}): print(found.hex())"
+    program = f"from nspawn.enter import Entry\nfor found in Entry().read_filters({pid}): print(found.hex())"
     done = subprocess.run(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
@@ -358,7 +364,7 @@ def test_nothing_of_the_host_is_left_to_a_command(kind: Task, tty: bool) -> None
     assert all(re.match(r"/dev/pts/\d+$" if tty else r"pipe:", link) for link in links.values()), links
     assert shown(kind, "readlink /proc/self/root /proc/self/cwd") == "/\n/\n"
     assert shown(kind, "readlink /proc/self/exe").strip() in ("/usr/bin/readlink", "/bin/readlink")
-    host = str(driver.STATE_ROOT).encode()
+    host = str(STATE_ROOT).encode()
     session = stream(kind, "cat /proc/self/maps /proc/self/environ /proc/self/cmdline /proc/self/mountinfo")
     session.wait()
     assert host not in session.stdout and sys.executable.encode() not in session.stdout
@@ -635,7 +641,7 @@ def test_big_output_arrives_whole(task: Task) -> None:
 
 def memory(pid: int) -> int:
     """Resident bytes."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * driver.PAGE_SIZE
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_SIZE
 
 
 def test_slow_client_holds_the_command_up(task: Task, shared: Plugin) -> None:
@@ -767,7 +773,7 @@ def test_nothing_is_left_of_many(task: Task, shared: Plugin) -> None:
     run(task, "true")
 
     def count() -> tuple[int, int]:
-        return len(os.listdir(f"/proc/{shared.pid}/fd")), len(driver.read_children(shared.pid))
+        return len(os.listdir(f"/proc/{shared.pid}/fd")), len(read_children(shared.pid))
 
     time.sleep(0.5)
     before = count()
@@ -841,7 +847,7 @@ def test_after_recovery(driver_file: Path, image: Path, agent_restart: bool) -> 
 
 def test_surroundings_on_disk_are_roots_alone_and_go_with_the_task(tasks: Tasks) -> None:
     task = tasks.start(FOREVER, env={"TOKEN": "a secret"})
-    path = driver.state_directory(task.id) / "inside.json"
+    path = state_directory(task.id) / "inside.json"
     assert "a secret" in path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
     task.destroy()
@@ -864,14 +870,14 @@ def test_helper_ends_with_the_plugin_and_comes_back_when_killed(driver_file: Pat
 
 def helpers(pid: int) -> list[int]:
     """The processes of a plugin that wait for commands."""
-    return [c for c in driver.read_children(pid) if "Entry" in driver.read_text(Path(f"/proc/{c}/cmdline"))]
+    return [c for c in read_children(pid) if "nspawn-enter" in read_text(Path(f"/proc/{c}/cmdline"))]
 
 
 def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "HELPER_PATIENCE", 1.0)
+    monkeypatch.setattr("nspawn.exec.HELPER_PATIENCE", 1.0)
 
     async def scenario() -> None:
-        helper = driver.Helper()
+        helper = Helper()
         (await helper.connect()).close()
         while not (found := helpers(os.getpid())):  # unshare and sh become the helper
             await asyncio.sleep(0.01)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""fetch.py: downloads with every fault a network has, and archives that mean harm, by the real process."""
+"""nspawn/fetch.py: downloads with every fault a network has, and archives that mean harm, by the real process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-import driver
+import nspawn.images
+from nspawn.images import Image, Origin
 from tests.containers import eventually
 from tests.servers import (
     Entry,
@@ -546,15 +547,15 @@ def test_full_disk(server: FileServer, tmp_path: Path) -> None:
 # -- archives on this machine --------------------------------------------------------------------------------
 
 
-def find_archive(path: Path) -> driver.Origin | None:
+def find_archive(path: Path) -> Origin | None:
     fd = os.open(path, os.O_PATH)
     try:
-        return driver.find_archive(driver.Image(path, is_directory=path.is_dir(), fd=fd))
+        return nspawn.images.find_archive(Image(path, is_directory=path.is_dir(), fd=fd))
     finally:
         os.close(fd)
 
 
-def archive_origin(path: Path) -> driver.Origin:
+def archive_origin(path: Path) -> Origin:
     origin = find_archive(path)
     assert origin
     return origin

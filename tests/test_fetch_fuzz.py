@@ -19,8 +19,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import driver
-import fetch
+from nspawn.common import DriverError
+from nspawn.download import tag_of
+from nspawn.fetch import CERTIFICATES, Fetch, measure
+from nspawn.files import remove_tree
+from nspawn.images import Origin
+from nspawn.registry import Reference, parse_json
+from nspawn.unpack import Room, Unpacker
 from tests.servers import DOCKER_INDEX, DOCKER_LAYER, Fetcher, ImageParts, Liar, folder, make_tar
 
 DIGEST = "sha256:" + "0" * 64
@@ -72,11 +77,11 @@ def registry() -> Iterator[Liar]:
 
 
 @contextlib.contextmanager
-def fetching(origin: driver.Origin) -> Iterator[fetch.Fetch]:
+def fetching(origin: Origin) -> Iterator[Fetch]:
     with tempfile.TemporaryDirectory() as place:
         fetcher = Fetcher(Path(place, "store"))
         fetcher.settings |= {"limit": 1 << 20, "stall": 1.0}
-        yield fetch.Fetch(fetcher.store, fetcher.request(origin))
+        yield Fetch(fetcher.store, fetcher.request(origin))
 
 
 @settings(deadline=None, max_examples=50)
@@ -88,7 +93,7 @@ def test_documents(registry: Liar, manifest: Any, config: Any) -> None:
     for parts in (manifest, {**IMAGE.manifest, "config": fetch_config(registry, config)}):
         registry.serve(IMAGE)
         registry.files["/v2/x/manifests/latest"] = json.dumps(parts).encode()
-        with fetching(registry.origin) as one, contextlib.suppress(driver.DriverError):
+        with fetching(registry.origin) as one, contextlib.suppress(DriverError):
             image = one.run()
             assert one.store.read(image.key) == image
             os.fsencode("".join((*image.config.env, *image.config.command, image.config.user)))
@@ -107,8 +112,8 @@ def fetch_config(registry: Liar, config: Any) -> dict[str, Any]:
 @example(b"9" * 5000)
 @example(b"\xff")
 def test_texts_that_are_to_be_json(data: bytes) -> None:
-    with contextlib.suppress(driver.DriverError):
-        assert isinstance(fetch.parse_json(data, "the manifest"), dict)
+    with contextlib.suppress(DriverError):
+        assert isinstance(parse_json(data, "the manifest"), dict)
 
 
 HEADERS = ["Location", "Content-Length", "Content-Range", "ETag", "WWW-Authenticate", "Docker-Content-Digest",
@@ -146,25 +151,25 @@ def test_heads_of_answers(registry: Liar, status: bytes, lines: list[bytes], bod
         request.close_connection = True
 
     registry.answers = {"/v2/x/manifests/latest": answer}
-    with fetching(registry.origin) as one, contextlib.suppress(driver.DriverError):
+    with fetching(registry.origin) as one, contextlib.suppress(DriverError):
         one.run()
     registry.answers = {f"/v2/x/blobs/{IMAGE.layers[0].digest}": answer, "/file": answer}
     registry.serve(IMAGE)
-    for origin in (registry.origin, driver.Origin("tar", f"{registry.url}/file", "file")):
-        with fetching(origin) as one, contextlib.suppress(driver.DriverError):
+    for origin in (registry.origin, Origin("tar", f"{registry.url}/file", "file")):
+        with fetching(origin) as one, contextlib.suppress(DriverError):
             one.store.prepare()
             for part in (one.store.part(one.key), one.store.part(f"{one.key}.{IMAGE.layers[0].digest[7:]}")):
                 part.write_bytes(b"begun")
-                fetch.tag_of(part).write_text('"t"')
+                tag_of(part).write_text('"t"')
             one.run()
     registry.answers = {}
 
 
 @given(st.text() | st.from_regex(r"(docker://)?[\w.:@/\[\]-]{0,40}", fullmatch=True))
 def test_references(text: str) -> None:
-    with contextlib.suppress(driver.DriverError):
-        found = fetch.Reference.parse(text)
-        assert fetch.CERTIFICATES / found.host in (fetch.CERTIFICATES / found.host / "x").resolve().parents
+    with contextlib.suppress(DriverError):
+        found = Reference.parse(text)
+        assert CERTIFICATES / found.host in (CERTIFICATES / found.host / "x").resolve().parents
         assert not set("/\\@?# \n") & set(found.host) and ".." not in found.name.split("/")
 
 
@@ -244,9 +249,9 @@ def test_archives(data: bytes, is_layer: bool, cut: int) -> None:
         tree = Path(place, "a/tree")
         tree.mkdir(parents=True)
         try:
-            with contextlib.suppress(driver.DriverError):
-                fetch.Unpacker(tree, fetch.Room(1 << 20), is_layer=is_layer).run(io.BytesIO(archive))
+            with contextlib.suppress(DriverError):
+                Unpacker(tree, Room(1 << 20), is_layer=is_layer).run(io.BytesIO(archive))
             assert os.listdir(place) == ["a"] and os.listdir(Path(place, "a")) == ["tree"]
-            assert fetch.measure(tree) < 4 << 20
+            assert measure(tree) < 4 << 20
         finally:
-            driver.remove_tree(tree)
+            remove_tree(tree)

@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-import driver
 from nomad_pb import base_pb2, driver_pb2, grpc_plugin_pb2
+from nspawn.options import PERMISSIONS
 from tests.agent import PLUGIN_ENV, Allocation, DriverError, Plugin, Task, call, launch_like_agent
 from tests.containers import eventually, on_overlay
 
@@ -382,7 +382,7 @@ def test_check_says_whether_tasks_can_run(driver_file: Path, image: Path) -> Non
 
 def test_check_says_what_jobs_may_do(driver_file: Path) -> None:
     said = run_for_people(driver_file, "check").stdout
-    for gate, permission in driver.PERMISSIONS.items():
+    for gate, permission in PERMISSIONS.items():
         answer, mark = "yes" if permission.is_default else "no ", "!" if permission.gives_host else " "
         assert f"\n  {answer} {mark} {gate.value} " in said
     assert said.endswith((Path(__file__).parent.parent / "example/hardened.hcl").read_text().partition("\n\n")[2])

@@ -17,7 +17,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import driver
-from driver import CgroupMode, Host, Mounts
+from nspawn.cgroup import Usage, parse_cgroups, read_cgroup_pids, read_cgroup_usage, read_number, remove_cgroup
+from nspawn.host import (
+    CONTROLLERS,
+    IDMAP_SINCE,
+    TOOLS,
+    CgroupMode,
+    Host,
+    Mounts,
+    find_problems,
+    is_open_to_others,
+    parse_mountinfo,
+    read_cgroup_mode,
+    read_host,
+    read_mounts,
+    read_nspawn_version,
+)
+from nspawn.network import parse_addresses
+from nspawn.process import ProcessId, parse_stat, parse_status, read_stat, run_apart
 
 # -- cgroups -------------------------------------------------------------------------------------------------
 
@@ -36,11 +53,11 @@ def test_cgroup_mode(tmp_path: Path, files: list[str], mode: CgroupMode) -> None
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    assert driver.read_cgroup_mode(tmp_path) is mode
+    assert read_cgroup_mode(tmp_path) is mode
 
 
 def test_cgroup_mode_without_cgroups(tmp_path: Path) -> None:
-    assert driver.read_cgroup_mode(tmp_path / "nothing") is CgroupMode.V1
+    assert read_cgroup_mode(tmp_path / "nothing") is CgroupMode.V1
 
 
 def test_place_of_the_second_hierarchy() -> None:
@@ -77,9 +94,9 @@ def cgroup(tmp_path: Path) -> Path:
 
 
 def test_cgroup_usage(cgroup: Path) -> None:
-    usage = driver.read_cgroup_usage(str(cgroup))
+    usage = read_cgroup_usage(str(cgroup))
     assert usage is not None
-    assert usage == driver.Usage(
+    assert usage == Usage(
         at=usage.at,
         user=2.0,
         system=1.5,
@@ -98,23 +115,23 @@ def test_cgroup_usage_of_older_kernels(cgroup: Path) -> None:
     """memory.peak came with 5.19; without swap accounting there is no memory.swap.current."""
     (cgroup / "memory.peak").unlink()
     (cgroup / "memory.swap.current").unlink()
-    usage = driver.read_cgroup_usage(str(cgroup))
+    usage = read_cgroup_usage(str(cgroup))
     assert usage is not None
     assert (usage.usage, usage.peak, usage.swap) == (4096, 0, 0)
 
 
 def test_cgroup_usage_without_memory_controller(cgroup: Path) -> None:
     (cgroup / "memory.stat").unlink()
-    assert driver.read_cgroup_usage(str(cgroup)) is None
+    assert read_cgroup_usage(str(cgroup)) is None
 
 
 def test_cgroup_usage_of_nothing(tmp_path: Path) -> None:
-    assert driver.read_cgroup_usage(str(tmp_path / "gone")) is None
+    assert read_cgroup_usage(str(tmp_path / "gone")) is None
 
 
 def test_cgroup_pids(cgroup: Path) -> None:
-    assert sorted(driver.read_cgroup_pids(str(cgroup))) == [1, 2, 4194304]
-    assert driver.read_cgroup_pids(str(cgroup / "gone")) == []
+    assert sorted(read_cgroup_pids(str(cgroup))) == [1, 2, 4194304]
+    assert read_cgroup_pids(str(cgroup / "gone")) == []
 
 
 LONG = "x" * 255
@@ -123,7 +140,7 @@ LONG = "x" * 255
 @pytest.mark.root
 def test_cgroups_nested_deeply_are_removed() -> None:
     """With a path that is longer than the kernel takes, and more of them than Python's stack holds."""
-    root = driver.read_cgroup_mode().root
+    root = read_cgroup_mode().root
     assert root
     cgroup = root / f"deep-{os.getpid()}"
     cgroup.mkdir()
@@ -138,22 +155,22 @@ def test_cgroups_nested_deeply_are_removed() -> None:
         file = os.open("cgroup.procs", os.O_WRONLY, dir_fd=here)
         os.write(file, str(sleeper.pid).encode())
         os.close(file)
-        assert driver.read_cgroup_pids(str(cgroup)) == [sleeper.pid]
-        driver.remove_cgroup(str(cgroup))
+        assert read_cgroup_pids(str(cgroup)) == [sleeper.pid]
+        remove_cgroup(str(cgroup))
         assert cgroup.exists()  # what has processes is left
         sleeper.kill()
         sleeper.wait()
     finally:
         os.close(here)
-        driver.remove_cgroup(str(cgroup))
+        remove_cgroup(str(cgroup))
     assert not cgroup.exists()
 
 
 @pytest.mark.parametrize(("text", "number"), [("12\n", 12), ("max\n", 0), ("", 0)])
 def test_number_of_a_cgroup_file(tmp_path: Path, text: str, number: int) -> None:
     (tmp_path / "x").write_text(text)
-    assert driver.read_number(str(tmp_path / "x")) == number
-    assert driver.read_number(str(tmp_path / "gone")) == 0
+    assert read_number(str(tmp_path / "x")) == number
+    assert read_number(str(tmp_path / "gone")) == 0
 
 
 # -- what processes say of themselves ------------------------------------------------------------------------
@@ -168,11 +185,11 @@ odd = st.binary(max_size=15).map(lambda name: name.replace(b"\0", b"").replace(b
 def test_any_name_of_a_process(name: bytes) -> None:
     """It may hold whatever Python takes for the end of a line; the kernel writes \\n in another way."""
     numbers = [str(number).encode() for number in range(1, 50)]
-    assert driver.parse_stat(b"7 (" + name + b") S " + b" ".join(numbers) + b"\n") == [
+    assert parse_stat(b"7 (" + name + b") S " + b" ".join(numbers) + b"\n") == [
         "S",
         *(number.decode() for number in numbers),
     ]
-    status = driver.parse_status(b"Name:\t" + name + b"\nSeccomp:\t2\nUid:\t5\t5\t5\t5\n")
+    status = parse_status(b"Name:\t" + name + b"\nSeccomp:\t2\nUid:\t5\t5\t5\t5\n")
     assert status.keys() - {""} == {"Name", "Seccomp", "Uid"}
     assert (status["Seccomp"], status["Uid"]) == ("2", "5\t5\t5\t5")
 
@@ -184,7 +201,7 @@ def test_any_name_of_a_process(name: bytes) -> None:
 @example(b"\x850:name=systemd:")
 def test_any_name_of_a_cgroup(name: bytes) -> None:
     text = b"9:name=systemd:/t/payload\n8:cpu,cpuacct:/\n0::/t/payload/" + name + b"/x\n"
-    assert driver.parse_cgroups(text) == {
+    assert parse_cgroups(text) == {
         "name=systemd": "/t/payload",
         "cpu,cpuacct": "/",
         "": f"/t/payload/{os.fsdecode(name)}/x",
@@ -196,17 +213,17 @@ def test_any_name_of_a_cgroup(name: bytes) -> None:
 def test_any_name_of_an_interface(name: bytes) -> None:
     """The kernel refuses blanks as C knows them."""
     line = b"20010db8000000000000000000000001 02 40 00 80 " + name.rjust(8) + b"\n"
-    assert driver.parse_addresses("", (line * 2).decode(errors="replace")) == ("2001:db8::1",)
+    assert parse_addresses("", (line * 2).decode(errors="replace")) == ("2001:db8::1",)
 
 
 @given(st.binary(max_size=200))
 @example(b"0::")
 @example(b"::\n:\n")
 def test_any_text_of_the_kernel_is_read_or_refused(text: bytes) -> None:
-    driver.parse_status(text)
-    driver.parse_cgroups(text)
+    parse_status(text)
+    parse_cgroups(text)
     with contextlib.suppress(ValueError):
-        driver.parse_stat(text)
+        parse_stat(text)
 
 
 # -- mounts --------------------------------------------------------------------------------------------------
@@ -223,7 +240,7 @@ MOUNTINFO = r"""
 
 
 def test_mountinfo() -> None:
-    assert driver.parse_mountinfo(MOUNTINFO).points == (
+    assert parse_mountinfo(MOUNTINFO).points == (
         ("/sys", "sysfs"),
         ("/", "ext4"),
         ("/srv/a b\tc\nd\\e#f", "xfs"),
@@ -235,7 +252,7 @@ def test_mountinfo() -> None:
 
 
 def test_mountinfo_of_nothing() -> None:
-    assert driver.parse_mountinfo("") == Mounts(())
+    assert parse_mountinfo("") == Mounts(())
 
 
 @pytest.mark.parametrize("character", ["\v", "\f", "\r", "\x1c", "\x1e", "\x85", "\u2028", "\u2029", "\udc85"])
@@ -244,7 +261,7 @@ def test_mountinfo_has_lines_that_end_with_a_line_feed_only(character: str) -> N
     name: one such name, of any driver's job, must not keep all others from starting."""
     name = f"/alloc/we{character}b/secrets"
     text = f"100 27 0:42 / {name} rw - tmpfs tmpfs rw\n101 27 0:43 / /x rw - xfs /dev/x rw\n"
-    assert driver.parse_mountinfo(text).points == ((name, "tmpfs"), ("/x", "xfs"))
+    assert parse_mountinfo(text).points == ((name, "tmpfs"), ("/x", "xfs"))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +281,7 @@ def test_mountinfo_has_lines_that_end_with_a_line_feed_only(character: str) -> N
     ],
 )
 def test_filesystem_of_a_path(path: str, filesystem: str) -> None:
-    assert driver.parse_mountinfo(MOUNTINFO).filesystem(path) == filesystem
+    assert parse_mountinfo(MOUNTINFO).filesystem(path) == filesystem
 
 
 def test_later_mounts_cover_earlier_ones() -> None:
@@ -278,7 +295,7 @@ def test_filesystem_without_mounts() -> None:
 
 
 def test_mounts_of_this_machine() -> None:
-    mounts = driver.read_mounts()
+    mounts = read_mounts()
     assert mounts.filesystem("/proc/self") == "proc"
     assert mounts.filesystem("/") != ""
 
@@ -317,7 +334,7 @@ def test_idmap_asks_for_the_path_itself() -> None:
 
 
 def test_idmap_table_is_the_one_above() -> None:
-    assert driver.IDMAP_SINCE == IDMAP
+    assert IDMAP_SINCE == IDMAP
 
 
 # -- what is missing -----------------------------------------------------------------------------------------
@@ -328,17 +345,17 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that holds every tool, as the only one searched; and a machine with an identity, run by root."""
     path = tmp_path / "bin"
     path.mkdir()
-    for tool in driver.TOOLS:
+    for tool in TOOLS:
         (path / tool).write_text("#!/bin/sh\n")
         (path / tool).chmod(0o755)
-    monkeypatch.setattr(driver, "SAFE_PATH", str(path))
+    monkeypatch.setattr("nspawn.host.SAFE_PATH", str(path))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     return path
 
 
 def problems(systemd: int = 252) -> list[str]:
     """The problems of this machine, but for its identity, which is not what these tests are about."""
-    return [text for text in driver.find_problems(systemd) if "machine-id" not in text]
+    return [text for text in find_problems(systemd) if "machine-id" not in text]
 
 
 @pytest.mark.parametrize("systemd", [249, 252, 257, 262])
@@ -374,14 +391,14 @@ def test_tool_that_cannot_be_executed(tools: Path) -> None:
 
 
 def test_every_tool_has_a_package() -> None:
-    assert driver.TOOLS == PACKAGES
+    assert TOOLS == PACKAGES
 
 
 def test_keeper_starts_only_tools_that_are_checked() -> None:
     """A missing one would be found out by the first task."""
     for tool in ("mount", "sed"):
         assert f"{tool} " in driver.KEEPER
-        assert tool in driver.TOOLS
+        assert tool in TOOLS
 
 
 def test_not_root(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,10 +416,10 @@ def test_several_problems_are_several_sentences(tools: Path) -> None:
 
 
 def test_healthy() -> None:
-    host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(driver.CONTROLLERS))
+    host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(CONTROLLERS))
     assert host.is_healthy
     assert host.sentence == "Healthy"
-    assert host.limits == driver.CONTROLLERS
+    assert host.limits == CONTROLLERS
     less = "Healthy (tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
     assert replace(host, has_device_policy=False).sentence == less
 
@@ -440,11 +457,11 @@ def test_nspawn_version(tmp_path: Path, script: str, version: int) -> None:
     tool = tmp_path / "systemd-nspawn"
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
-    assert driver.read_nspawn_version(str(tool), tool.stat().st_mtime) == version
+    assert read_nspawn_version(str(tool), tool.stat().st_mtime) == version
 
 
 def test_nspawn_version_without_nspawn(tmp_path: Path) -> None:
-    assert driver.read_nspawn_version(str(tmp_path / "nothing"), 0.0) == 0
+    assert read_nspawn_version(str(tmp_path / "nothing"), 0.0) == 0
 
 
 def test_nspawn_version_is_asked_again_after_an_upgrade(tmp_path: Path) -> None:
@@ -453,14 +470,14 @@ def test_nspawn_version_is_asked_again_after_an_upgrade(tmp_path: Path) -> None:
         tool.write_text(f"#!/bin/sh\necho systemd {version}\necho >>{tmp_path}/asked\n")
         tool.chmod(0o755)
         for _ in range(3):
-            assert driver.read_nspawn_version(str(tool), float(number)) == version
+            assert read_nspawn_version(str(tool), float(number)) == version
     assert len((tmp_path / "asked").read_text()) == 2
 
 
 def test_this_host() -> None:
-    host = driver.read_host()
+    host = read_host()
     assert host.kernel >= (3, 0)
-    assert host.cgroups is driver.read_cgroup_mode()
+    assert host.cgroups is read_cgroup_mode()
     assert all(problem.endswith(".") for problem in host.problems)
 
 
@@ -476,8 +493,8 @@ def test_process_of_any_name(tmp_path: Path, name: str) -> None:
     program.symlink_to("/bin/sleep")
     with subprocess.Popen([program, "60"]) as process:
         try:
-            fields = driver.read_stat(process.pid)
-            found = driver.ProcessId.of(process.pid)
+            fields = read_stat(process.pid)
+            found = ProcessId.of(process.pid)
             assert fields is not None
             assert int(fields[1]) == os.getpid()
             assert found is not None and found.is_alive
@@ -485,16 +502,16 @@ def test_process_of_any_name(tmp_path: Path, name: str) -> None:
         finally:
             process.kill()
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert driver.ProcessId.of(process.pid) is None  # a zombie is no live process
-    assert driver.read_stat(process.pid) is None
+        assert ProcessId.of(process.pid) is None  # a zombie is no live process
+    assert read_stat(process.pid) is None
     assert not found.is_alive
 
 
 def test_process_identity_is_more_than_its_number() -> None:
-    this = driver.ProcessId.of(os.getpid())
+    this = ProcessId.of(os.getpid())
     assert this is not None and this.is_alive
-    assert not driver.ProcessId(this.pid, this.started + 1).is_alive
-    assert not driver.ProcessId(this.pid, this.started + 1).send(0)
+    assert not ProcessId(this.pid, this.started + 1).is_alive
+    assert not ProcessId(this.pid, this.started + 1).send(0)
     assert this.send(0)
 
 
@@ -505,7 +522,7 @@ def test_work_in_a_thread_may_be_given_up() -> None:
     async def scenario() -> None:
         loop, go = asyncio.get_running_loop(), threading.Event()
         loop.set_exception_handler(lambda _, context: complaints.append(context))
-        waiting = asyncio.create_task(driver.run_apart(go.wait))
+        waiting = asyncio.create_task(run_apart(go.wait))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
@@ -539,12 +556,12 @@ def test_directories_that_others_can_get_to(mode: int, owner: tuple[int, int], i
         inside.mkdir()
         os.chown(place, *owner)
         os.chmod(place, mode)
-        assert driver.is_open_to_others(str(inside)) is is_open
-    assert not driver.is_open_to_others(str(inside)), "nothing is there"
+        assert is_open_to_others(str(inside)) is is_open
+    assert not is_open_to_others(str(inside)), "nothing is there"
 
 
 def test_health_says_what_others_can_get_to() -> None:
-    host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(driver.CONTROLLERS), open_places=("/a",))
+    host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(CONTROLLERS), open_places=("/a",))
     assert host.is_healthy
     assert host.sentence == (
         "Healthy (other users of this machine can get to /a: a set-user-id file that a task makes there makes "

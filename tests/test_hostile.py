@@ -27,9 +27,17 @@ from typing import Any
 
 import pytest
 
-import driver
-import fetch
+import nspawn.registry
 from nomad_pb import driver_pb2
+from nspawn import common
+from nspawn.cgroup import read_cgroup_pids
+from nspawn.download import Client, check_address
+from nspawn.host import read_cgroup_mode
+from nspawn.images import Origin
+from nspawn.job import plan_machine, state_directory
+from nspawn.linux import AT_FDCWD, call_libc
+from nspawn.process import ProcessId, read_status
+from nspawn.registry import Credentials, Reference
 from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, leader, make_small_image, output, zombies
 from tests.servers import (
@@ -144,7 +152,7 @@ def test_no_stored_state_names_a_process_of_the_host(prisoners: Tasks, driver_fi
     with subprocess.Popen(["sleep", "600"]) as victim, launch_like_agent(driver_file) as second:
         try:
             genuine = task.handle.driver_state
-            forged = {**driver_state(task), role: dataclasses.asdict(driver.ProcessId.of_child(victim.pid))}
+            forged = {**driver_state(task), role: dataclasses.asdict(ProcessId.of_child(victim.pid))}
             task.handle.driver_state = json.dumps(forged).encode()
             with pytest.raises(DriverError, match=f"process {victim.pid} is not the (first|keeper) of"):
                 task.recover(second)
@@ -164,7 +172,7 @@ def test_no_name_of_a_cgroup_leads_a_command_out(prisoners: Tasks, end: str) -> 
         open(my $procs, ">", "$place/cgroup.procs"); print $procs "1"; close $procs or die $!;
         print "moved\\n"; sleep 1 while 1;
     """
-    root = driver.read_cgroup_mode().root
+    root = read_cgroup_mode().root
     assert root
     target = root / f"target-{os.getpid()}"
     target.mkdir()
@@ -174,7 +182,7 @@ def test_no_name_of_a_cgroup_leads_a_command_out(prisoners: Tasks, end: str) -> 
         session = task.exec_streaming(["sh", "-c", "echo here; read -r end"])
         session.wait_for(b"here\n")
         assert (target / "cgroup.procs").read_text() == ""
-        found = driver.read_cgroup_pids(f"{driver_state(task)['cgroup']}/payload")
+        found = read_cgroup_pids(f"{driver_state(task)['cgroup']}/payload")
         assert len(found) == 2
         session.send(b"\n")
         assert session.wait().exit_code == 0
@@ -204,7 +212,7 @@ def test_deep_directories_of_a_killed_nspawn_are_removed(prisoners: Tasks) -> No
     """It keeps in the state directory what a task has changed of an overlay."""
     task = imprison(prisoners, "sleep 1 while 1")
     task.stop(timeout=0)
-    here = os.open(driver.state_directory(task.id), os.O_RDONLY)
+    here = os.open(state_directory(task.id), os.O_RDONLY)
     for name in ["tmp"] + ["a"] * 1200:
         os.mkdir(name, dir_fd=here)
         below = os.open(name, os.O_RDONLY, dir_fd=here)
@@ -212,7 +220,7 @@ def test_deep_directories_of_a_killed_nspawn_are_removed(prisoners: Tasks) -> No
         here = below
     os.close(here)
     task.destroy()
-    assert not driver.state_directory(task.id).exists()
+    assert not state_directory(task.id).exists()
 
 
 # -- exec ----------------------------------------------------------------------------------------------------
@@ -232,7 +240,7 @@ def test_no_command_runs_with_fewer_filters_than_its_payload(prisoners: Tasks) -
     """
     task = imprison(prisoners, program)
     task.logmon.wait_for("racing\n")
-    status = driver.read_status(leader(task))
+    status = read_status(leader(task))
     wanted = f"{status['Seccomp']} {status['Seccomp_filters']}\n"
     script = "grep -E '^Seccomp(_filters)?:' /proc/self/status | tr -dc '0-9\\n' | xargs"
     refused = 0
@@ -290,7 +298,7 @@ def images(driver_file: Path, image: Path, tmp_path: Path) -> Iterator[Tasks]:
 
 
 def exchange(path: Path, other: Path) -> None:
-    driver.call_libc("renameat2", driver.AT_FDCWD, os.fsencode(path), driver.AT_FDCWD, os.fsencode(other), 2)
+    call_libc("renameat2", AT_FDCWD, os.fsencode(path), AT_FDCWD, os.fsencode(other), 2)
 
 
 @contextlib.contextmanager
@@ -476,7 +484,7 @@ def ask_for_credentials(registry: Liar) -> Answer:
     return answer
 
 
-def see(fetcher: Fetcher, origin: driver.Origin) -> str:
+def see(fetcher: Fetcher, origin: Origin) -> str:
     """Return what the process that fetches says; nothing of the secret may be in the image."""
     last = fetcher.talk(fetcher.request(origin))[-1]
     image = fetcher.store.read(origin.key)
@@ -509,7 +517,7 @@ def test_layers_of_others_by_another_digest(fetcher: Fetcher, liar: Liar, privat
 def test_layers_of_others_in_an_archive(fetcher: Fetcher, private: ImageParts, tmp_path: Path) -> None:
     files = {**private.save(), "0/layer.tar": Blob(gzip.compress(make_tar([folder("usr")])))}
     (tmp_path / "mine.tar").write_bytes(pack_files(files))
-    origin = driver.Origin("archive", str(tmp_path / "mine.tar"), "mine")
+    origin = Origin("archive", str(tmp_path / "mine.tar"), "mine")
     assert "contents are not what the image says" in see(fetcher, origin)
 
 
@@ -656,10 +664,10 @@ def test_addresses_of_clouds(fetcher: Fetcher, server: FileServer, address: str)
     "2001:0:102:304:0:0:5601:5601",
 ])  # fmt: skip
 def test_addresses_in_other_forms(address: str) -> None:
-    with pytest.raises(driver.DriverError, match="images are not fetched from there"):
-        fetch.check_address(address)
+    with pytest.raises(common.DriverError, match="images are not fetched from there"):
+        check_address(address)
     for other in ("127.0.0.1", "::1", "192.0.2.7", "2001:db8::a9fe:a9fe", "64:ff9b::c000:207", "fd00:ec3::1"):
-        fetch.check_address(other)
+        check_address(other)
 
 
 @pytest.mark.parametrize(
@@ -737,11 +745,11 @@ def test_authorization_does_not_go_to_another_host(fetcher: Fetcher, liar: Liar)
 
 def test_credentials_stay_on_encrypted_ways(fetcher: Fetcher, tmp_path: Path) -> None:
     """A registry with TLS whose challenge names a token server without."""
-    client = fetch.Client(5)
-    reference = fetch.Reference.parse("docker://registry.example/x")
-    registry = fetch.Registry(client, reference, fetch.Credentials("ci", "secret"), is_plain=False)
+    client = Client(5)
+    reference = Reference.parse("docker://registry.example/x")
+    registry = nspawn.registry.Registry(client, reference, Credentials("ci", "secret"), is_plain=False)
     with FileServer() as server:
-        with pytest.raises(driver.DriverError, match="without encryption"):
+        with pytest.raises(common.DriverError, match="without encryption"):
             registry.authorize([f'Bearer realm="{server.url}/token",service="x"'])
         assert server.seen == []
 
@@ -878,8 +886,8 @@ def test_no_name_takes_the_machine_of_another_task(prisoners: Tasks) -> None:
 
 def test_start_removes_no_task_of_another_name(prisoners: Tasks) -> None:
     first = imprison(prisoners, "sleep 1 while 1", name="first")
-    path = driver.state_directory(first.id) / "state.json"
-    machine = driver.plan_machine("second", first.allocation.id)
+    path = state_directory(first.id) / "state.json"
+    machine = plan_machine("second", first.allocation.id)
     path.write_text(json.dumps({**driver_state(first), "machine": machine}))
     with pytest.raises(DriverError, match=f"the machine name {machine}, which is that of the task {first.id}"):
         imprison(prisoners, "sleep 1 while 1", name="second", allocation=first.allocation)

@@ -17,7 +17,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import driver
-from driver import ConfigError, Image, View
+from nspawn.common import ConfigError
+from nspawn.images import (
+    MAX_TEXT,
+    Account,
+    Image,
+    ImageConfig,
+    Origin,
+    View,
+    compare_versions,
+    explain_command,
+    find_account,
+    find_archive,
+    find_image,
+    image_places,
+    is_foreign,
+    plan_origin,
+    read_head,
+)
+from nspawn.options import decode_options
+from nspawn.plan import apply_image, render_bundle
 
 
 @pytest.fixture
@@ -45,7 +64,7 @@ def make_tree(path: Path, tree: str = "usr") -> Path:
 
 def find(name: str, task_dir: Path | None = None, **options: object) -> Image:
     values: dict[str, Any] = {"ephemeral": False, "volatile": None, "pivot_root": None, **options}
-    return driver.find_image(name, task_dir, values, image_dir())
+    return find_image(name, task_dir, values, image_dir())
 
 
 def image_dir() -> Path:
@@ -178,8 +197,8 @@ def test_not_found(machines: Path, task_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".", ".."])
 def test_dots_are_no_names(machines: Path, name: str) -> None:
     """They would be the directory of all images, and the one it is in."""
-    assert not any(place.is_relative_to(machines) for place in driver.image_places(name, None, machines))
-    assert machines / "x" in driver.image_places("x", None, machines)
+    assert not any(place.is_relative_to(machines) for place in image_places(name, None, machines))
+    assert machines / "x" in image_places("x", None, machines)
 
 
 @pytest.mark.parametrize("name", ["a" * 256, "a/" + "b" * 256, "/" + "a" * 5000, "/" + "a/" * 5000])
@@ -362,7 +381,7 @@ def test_path_in_a_mount(root: Path, mounts: dict[str, str], tmp_path: Path, pat
 def test_path_that_leads_out_of_a_mount_is_not_judged(root: Path, mounts: dict[str, str], path: str) -> None:
     with pytest.raises(OSError):
         find_in(root, path, mounts)
-    assert driver.explain_command(path, SEARCH, View(root, mounts)) == ""
+    assert explain_command(path, SEARCH, View(root, mounts)) == ""
 
 
 parts = st.sampled_from(
@@ -415,13 +434,13 @@ SEARCH = "/usr/local/bin:/usr/bin:/bin"
     ],
 )
 def test_why_a_command_did_not_run(root: Path, command: str, why: str) -> None:
-    assert driver.explain_command(command, SEARCH, View(root)) == why
+    assert explain_command(command, SEARCH, View(root)) == why
 
 
 def test_later_places_of_the_path_count(root: Path) -> None:
     (root / "usr/local/bin").mkdir(parents=True)
     (root / "usr/local/bin/sh").touch()
-    assert driver.explain_command("sh", SEARCH, View(root)) == ""
+    assert explain_command("sh", SEARCH, View(root)) == ""
 
 
 def test_command_in_a_mount(root: Path, tmp_path: Path) -> None:
@@ -429,17 +448,17 @@ def test_command_in_a_mount(root: Path, tmp_path: Path) -> None:
     tool.parent.mkdir()
     tool.touch()
     mounts = {"/local": str(tmp_path / "local")}
-    assert driver.explain_command("/local/tool", SEARCH, View(root, mounts)) == (
+    assert explain_command("/local/tool", SEARCH, View(root, mounts)) == (
         'command: "/local/tool" in the container is not an executable file'
     )
     tool.chmod(0o755)
-    assert driver.explain_command("/local/tool", SEARCH, View(root, mounts)) == ""
+    assert explain_command("/local/tool", SEARCH, View(root, mounts)) == ""
 
 
 @pytest.mark.parametrize("command", ["./run", "bin/run", "../app/bin/run"])
 def test_commands_relative_to_the_working_directory_are_not_judged(root: Path, command: str) -> None:
     """They start in `working_directory`, which is not known here: "there is no" would often be wrong."""
-    assert driver.explain_command(command, SEARCH, View(root)) == ""
+    assert explain_command(command, SEARCH, View(root)) == ""
 
 
 # -- versions ------------------------------------------------------------------------------------------------
@@ -450,9 +469,9 @@ def test_versions_in_order() -> None:
     where it is installed."""
     plain = ["1~rc1", "1~rc2", "1", "1^post1", "1.0", "1.1", "1.2a", "1.10", "2", "11", "123~rc1", "123"]
     for number, old in enumerate(plain):
-        assert driver.compare_versions(old, old) == 0
+        assert compare_versions(old, old) == 0
         for new in plain[number + 1 :]:
-            assert driver.compare_versions(old, new) < 0 < driver.compare_versions(new, old), (old, new)
+            assert compare_versions(old, new) < 0 < compare_versions(new, old), (old, new)
             if shutil.which("systemd-analyze"):
                 argv = ["systemd-analyze", "compare-versions", old, "lt", new]
                 done = subprocess.run(argv, stdout=subprocess.DEVNULL, check=False, timeout=10)
@@ -461,7 +480,7 @@ def test_versions_in_order() -> None:
 
 @given(st.text("019ab.-~^+_", max_size=6), st.text("019ab.-~^+_", max_size=6))
 def test_versions_have_an_order(left: str, right: str) -> None:
-    assert (driver.compare_versions(left, right) > 0) == (driver.compare_versions(right, left) < 0)
+    assert (compare_versions(left, right) > 0) == (compare_versions(right, left) < 0)
 
 
 def test_newest_version(machines: Path) -> None:
@@ -502,10 +521,10 @@ def test_a_version_that_leads_out(machines: Path, task_dir: Path, tmp_path: Path
 # -- where images are fetched from ---------------------------------------------------------------------------
 
 
-def plan(machines: Path, image: str, auth: dict[str, str] | None = None, /, **block: Any) -> driver.Origin | None:
+def plan(machines: Path, image: str, auth: dict[str, str] | None = None, /, **block: Any) -> Origin | None:
     (options,) = [option.fields for option in driver.TASK_OPTIONS if option.name == "image_download"]
-    decoded = driver.decode_options(options, block) if block else None
-    return driver.plan_origin({"image": image, "image_download": decoded, "auth": auth}, machines)
+    decoded = decode_options(options, block) if block else None
+    return plan_origin({"image": image, "image_download": decoded, "auth": auth}, machines)
 
 
 def test_origin_of_a_url(machines: Path) -> None:
@@ -568,23 +587,23 @@ def test_contradictions(machines: Path, image: str, block: dict[str, Any], words
 
 
 def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -> None:
-    config = driver.ImageConfig(("A=1", "B=2"), ("/entry", "cmd"), "www", "/srv", "SIGQUIT")
+    config = ImageConfig(("A=1", "B=2"), ("/entry", "cmd"), "www", "/srv", "SIGQUIT")
     image = Image(machines, True, key="k", config=config)
     unset: dict[str, Any] = {
         "boot": False, "command": (), "environment": {"B": "job"}, "working_directory": None, "user": None,
         "read_only": False, "volatile": None, "private_users_ownership": "auto", "ephemeral": False,
         "pivot_root": None,
     }  # fmt: skip
-    found = driver.apply_image(unset, image, "")
+    found = apply_image(unset, image, "")
     assert found["command"] == ("/entry", "cmd") and found["environment"] == {"A": "1", "B": "job"}
     assert (found["user"], found["working_directory"], found["ephemeral"]) == ("www", "/srv", True)
     said = {**unset, "command": ("/mine",), "working_directory": "/x", "user": "me"}
-    found = driver.apply_image(said, image, "task")
+    found = apply_image(said, image, "task")
     assert (found["command"], found["working_directory"], found["user"]) == (("/mine",), "/x", "me")
-    assert driver.apply_image(unset, image, "task")["user"] == "task"
-    booted = driver.apply_image({**unset, "boot": True}, image, "")
+    assert apply_image(unset, image, "task")["user"] == "task"
+    booted = apply_image({**unset, "boot": True}, image, "")
     assert booted["command"] == () and booted["environment"] == {"B": "job"}
-    volatile = driver.apply_image({**unset, "volatile": "state"}, image, "")
+    volatile = apply_image({**unset, "volatile": "state"}, image, "")
     assert not volatile["ephemeral"] and volatile["private_users_ownership"] == "map"
 
 
@@ -621,10 +640,10 @@ def test_account(tmp_path: Path, user: str, found: tuple[object, ...] | str) -> 
     values |= {"overlay": (), "overlay_read_only": ()}
     if isinstance(found, str):
         with pytest.raises(ConfigError, match=found):
-            driver.find_account(image, values)
+            find_account(image, values)
     else:
-        assert driver.find_account(image, values) == driver.Account(*found)  # type: ignore[arg-type]
-    assert driver.find_account(image, {**values, "boot": True}) is None
+        assert find_account(image, values) == Account(*found)  # type: ignore[arg-type]
+    assert find_account(image, {**values, "boot": True}) is None
 
 
 @pytest.mark.parametrize(
@@ -641,10 +660,10 @@ def test_user_that_only_the_container_knows(tmp_path: Path, more: dict[str, Any]
     (tmp_path / "etc/passwd").write_text("www:x:33:34::/srv:\n")
     values: dict[str, Any] = {"user": "www", "boot": False, "pivot_root": None, "bind": {"/a": "/etc/passwd/x"}}
     values |= {"bind_read_only": {}, "overlay": (), "overlay_read_only": ()}
-    assert driver.find_account(Image(tmp_path, True), values) == driver.Account("www", 33, 34, (), "/srv")
+    assert find_account(Image(tmp_path, True), values) == Account("www", 33, 34, (), "/srv")
     volumes = more.pop("volumes", [])
-    assert driver.find_account(Image(tmp_path, True), {**values, **more}, volumes) is None
-    assert driver.find_account(Image(tmp_path, False), values) is None
+    assert find_account(Image(tmp_path, True), {**values, **more}, volumes) is None
+    assert find_account(Image(tmp_path, False), values) is None
 
 
 LINES = st.text(st.sampled_from("root:x0123456789\n\r\0\x0b\x85,/-+ é\u2028"), max_size=60) | st.text(max_size=30)
@@ -660,44 +679,44 @@ def test_any_passwd_and_user(passwd: str, group: str, user: str) -> None:
             (Path(folder) / "etc" / name).write_bytes(text.encode(errors="surrogatepass"))
         values = {"user": user, "boot": False, "pivot_root": None}
         try:
-            found = driver.find_account(Image(Path(folder), True, key="k"), values)
+            found = find_account(Image(Path(folder), True, key="k"), values)
         except ConfigError as error:
             assert error.option == "user"
             return
     assert found is not None or not user
     if found:
         assert all(0 <= number < 10**9 and number != 65535 for number in (found.uid, found.gid, *found.groups))
-        driver.render_bundle({}, found)
+        render_bundle({}, found)
         assert found.uid or user.partition(":")[0].strip("0") in ("", "root") or ":0:" in passwd or ":00" in passwd
 
 
 def test_end_of_a_long_passwd_is_no_line(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
-    line = f"{'x' * (driver.MAX_TEXT - len('www:x:33:3'))}\n"
+    line = f"{'x' * (MAX_TEXT - len('www:x:33:3'))}\n"
     (tmp_path / "etc/passwd").write_text(f"{line[1:]}www:x:33:34::/srv:\n")
     values = {"user": "www", "boot": False, "pivot_root": None, "bind": {}, "bind_read_only": {}}
     values |= {"overlay": (), "overlay_read_only": ()}
-    assert driver.find_account(Image(tmp_path, True), values) is None
+    assert find_account(Image(tmp_path, True), values) is None
 
 
 FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (22).to_bytes(2, "little")  # s390
 
 
 def test_programs_of_other_machines(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "BINFMT_MISC", tmp_path)
+    monkeypatch.setattr("nspawn.images.BINFMT_MISC", tmp_path)
     tool = root / "usr/bin/foreign"
     tool.write_bytes(FOREIGN)
     tool.chmod(0o755)
     machine = os.uname().machine
-    assert driver.explain_command("/usr/bin/foreign", SEARCH, View(root)) == (
+    assert explain_command("/usr/bin/foreign", SEARCH, View(root)) == (
         f'command: "/usr/bin/foreign" in the container is for another machine than this {machine}'
     )
     (tmp_path / "qemu-s390x").touch()
-    assert driver.explain_command("/usr/bin/foreign", SEARCH, View(root)) == ""
+    assert explain_command("/usr/bin/foreign", SEARCH, View(root)) == ""
     for data in (b"", b"#!/bin/sh\n", FOREIGN[:19], Path("/proc/self/exe").read_bytes()):
         tool.write_bytes(data)
         fd = os.open(tool, os.O_PATH)
-        assert not driver.is_foreign(fd)
+        assert not is_foreign(fd)
         os.close(fd)
 
 
@@ -707,7 +726,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("init")
     for name in ("init", "link"):
         fd = os.open(tmp_path / name, os.O_PATH | os.O_NOFOLLOW)
-        assert not driver.is_foreign(fd)
-        assert driver.find_archive(Image(tmp_path / name, is_directory=False, fd=fd)) is None
+        assert not is_foreign(fd)
+        assert find_archive(Image(tmp_path / name, is_directory=False, fd=fd)) is None
         os.close(fd)
-    assert driver.read_head(tmp_path / "missing", 1) == b""
+    assert read_head(tmp_path / "missing", 1) == b""

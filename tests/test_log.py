@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import driver
+from nspawn.common import LEVELS, Log, render_log
 
 TOP = Path(__file__).resolve().parent.parent
 NOW = datetime.datetime(2026, 11, 23, 20, 8, 1, 42, datetime.timezone.utc)
@@ -41,7 +41,7 @@ def parse(line: bytes) -> dict[str, str]:
 
 
 def test_line() -> None:
-    line = driver.render_log("info", "the task has ended", {"task": "a/web/0", "code": 3}, NOW)
+    line = render_log("info", "the task has ended", {"task": "a/web/0", "code": 3}, NOW)
     assert line == (
         b'{"@level": "info", "@message": "the task has ended", "@timestamp": "2026-11-23T20:08:01.000042+00:00", '
         b'"@module": "nspawn", "task": "a/web/0", "code": "3"}\n'
@@ -53,26 +53,26 @@ def test_line() -> None:
 def test_timestamp_has_six_digits_and_an_offset(microsecond: int, hours: float) -> None:
     zone = datetime.timezone(datetime.timedelta(hours=hours))
     now = NOW.replace(microsecond=microsecond, tzinfo=zone)
-    text = parse(driver.render_log("info", "x", {}, now))["@timestamp"]
+    text = parse(render_log("info", "x", {}, now))["@timestamp"]
     assert datetime.datetime.fromisoformat(text) == now
 
 
-@pytest.mark.parametrize("level", driver.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_levels(level: str) -> None:
-    assert parse(driver.render_log(level, "x", {}, NOW))["@level"] == level
+    assert parse(render_log(level, "x", {}, NOW))["@level"] == level
 
 
 @pytest.mark.parametrize("level", ["warning", "critical", "INFO", ""])
 def test_other_levels_are_refused(level: str) -> None:
     with pytest.raises(AssertionError):
-        driver.render_log(level, "x", {}, NOW)
+        render_log(level, "x", {}, NOW)
 
 
-@given(st.sampled_from(driver.LEVELS), texts, st.dictionaries(texts, values, max_size=8))
+@given(st.sampled_from(LEVELS), texts, st.dictionaries(texts, values, max_size=8))
 @example("info", "x", {"@message": "y", "@level": None, "@timestamp": 1, "@module": [], "@": 2, "": 3})
 @example("info", "x", {"@@level": "y", "level": "z"})
 def test_any_line_is_acceptable(level: str, message: str, logged: dict[str, object]) -> None:
-    entry = parse(driver.render_log(level, message, logged, NOW))
+    entry = parse(render_log(level, message, logged, NOW))
     assert entry["@level"] == level
     assert entry["@message"] == message
     assert entry["@module"] == "nspawn"
@@ -85,7 +85,7 @@ def test_long_lines_are_cut(character: str, count: int) -> None:
     """A character outside the basic plane is two escapes of six bytes in JSON."""
     long = character * 100_000
     logged = {f"value_{number}": long for number in range(count)}
-    entry = parse(driver.render_log("error", long, logged, NOW))
+    entry = parse(render_log("error", long, logged, NOW))
     assert entry["@message"].startswith(character)
     assert entry["@level"] == "error"
     assert set(entry) >= FIXED
@@ -93,28 +93,28 @@ def test_long_lines_are_cut(character: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [200, 1000, 20_000])
 def test_many_values_leave_level_and_time_whole(count: int) -> None:
-    parse(driver.render_log("error", "m" * 100_000, {f"v{number}": "x" * 9 for number in range(count)}, NOW))
+    parse(render_log("error", "m" * 100_000, {f"v{number}": "x" * 9 for number in range(count)}, NOW))
 
 
 def test_long_key() -> None:
-    parse(driver.render_log("error", "x", {"k" * 100_000: "v"}, NOW))
+    parse(render_log("error", "x", {"k" * 100_000: "v"}, NOW))
 
 
 def test_short_values_stay_whole_beside_a_long_one() -> None:
-    entry = parse(driver.render_log("error", "internal error", {"trace": "x" * 100_000, "task": "a/web/0"}, NOW))
+    entry = parse(render_log("error", "internal error", {"trace": "x" * 100_000, "task": "a/web/0"}, NOW))
     assert (entry["@message"], entry["task"]) == ("internal error", "a/web/0")
     assert len(entry["trace"]) > 500
 
 
 def test_bind_adds_values_and_leaves_the_parent_alone() -> None:
-    parent = driver.Log(task="a")
+    parent = Log(task="a")
     child = parent.bind(machine="m", task="b")
     assert (parent.values, child.values) == ({"task": "a"}, {"task": "b", "machine": "m"})
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warn", "error"])
 def test_methods_write_one_line_to_stderr(level: str, capfd: pytest.CaptureFixture[str]) -> None:
-    getattr(driver.Log(task="a").bind(machine="m"), level)("hello", task="b")
+    getattr(Log(task="a").bind(machine="m"), level)("hello", task="b")
     out, err = capfd.readouterr()
     entry = parse(err.encode())
     assert out == ""
@@ -122,7 +122,7 @@ def test_methods_write_one_line_to_stderr(level: str, capfd: pytest.CaptureFixtu
 
 
 def run_logger(stderr: int) -> subprocess.CompletedProcess[str]:
-    script = "import driver\nfor n in range(3): driver.log.info('x' * 10000)\nprint('alive', flush=True)"
+    script = "from nspawn.common import log\nfor n in range(3): log.info('x' * 10000)\nprint('alive', flush=True)"
     return subprocess.run(
         [sys.executable, "-c", script],
         cwd=TOP,

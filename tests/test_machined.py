@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from driver import ProcessId
+from nspawn.process import ProcessId
 from tests.agent import Task, launch_like_agent
 from tests.containers import Tasks, eventually, leader, output
 from tests.hosts import needs_systemd

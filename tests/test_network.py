@@ -10,8 +10,26 @@ from typing import Any
 
 import pytest
 
-import driver
-from driver import Dns, GroupNetwork, HostError, Image, Names, NetworkMode, Port
+from nspawn.common import ConfigError, HostError
+from nspawn.images import Image, place_in_image, read_in_image
+from nspawn.job import Dns, GroupNetwork, Port, state_directory
+from nspawn.network import (
+    NAME_FILES,
+    NAT_ELEMENT,
+    NAT_RULE,
+    Names,
+    NetworkMode,
+    can_mount_file,
+    check_namespace,
+    explain_no_address,
+    find_port_maps,
+    parse_addresses,
+    plan_name_files,
+    plan_network,
+    read_resolv_conf,
+    render_resolv_conf,
+)
+from nspawn.roots import make_mount_file
 from tests.test_plan import ALLOC, AUTO, BOOT, BUNDLE, HEAD, TASK, USERS, VOLUMES, decode, plan
 
 GROUP = GroupNetwork(namespace=f"/var/run/netns/{ALLOC}")
@@ -57,7 +75,7 @@ def test_group_maps_ports_itself() -> None:
 
 def test_variables_tell_the_port_inside() -> None:
     ports = {"http-alt": Port(20080), "db": Port(20432, 5432)}
-    found = driver.plan_network(GroupNetwork(ports=ports), values(port_map=[{"http-alt": 80}]), Names(), "m")
+    found = plan_network(GroupNetwork(ports=ports), values(port_map=[{"http-alt": 80}]), Names(), "m")
     assert found.environ == {"NOMAD_PORT_http_alt": "80", "NOMAD_ALLOC_PORT_http_alt": "80"}
     task = replace(TASK, network=GroupNetwork(ports=ports), env={"NOMAD_PORT_http_alt": "20080"})
     bundle = plan({"port_map": [{"http-alt": 80}]}, task=task).bundle
@@ -79,7 +97,7 @@ HOST_RESOLV_CONF = (
     "# made by hand\nnameserver 192.0.2.53\nnameserver 2001:db8::53\nsearch example.com\noptions edns0\n"
 )
 LOCALHOST = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
-STATE_DIR = driver.state_directory(TASK.id)
+STATE_DIR = state_directory(TASK.id)
 RESOLV_CONF_MOUNT = f"--bind-ro={STATE_DIR}/etc/resolv.conf:/etc/resolv.conf"
 HOSTS_MOUNT = f"--bind-ro={STATE_DIR}/etc/hosts:/etc/hosts"
 
@@ -103,23 +121,21 @@ HOSTS_MOUNT = f"--bind-ro={STATE_DIR}/etc/hosts:/etc/hosts"
     ],
 )
 def test_resolv_conf(dns: Dns, text: str) -> None:
-    assert driver.render_resolv_conf(HOST_RESOLV_CONF, dns) == text
+    assert render_resolv_conf(HOST_RESOLV_CONF, dns) == text
 
 
 def test_last_search_line_counts() -> None:
-    assert (
-        driver.render_resolv_conf("search a b\nsearch c\nnameserver\n;nameserver 1.1.1.1", Dns()) == "search c\n"
-    )
+    assert render_resolv_conf("search a b\nsearch c\nnameserver\n;nameserver 1.1.1.1", Dns()) == "search c\n"
 
 
 def test_name_server_of_the_hosts_loopback_is_looked_behind(tmp_path: Path) -> None:
     stub, uplink, absent = tmp_path / "stub", tmp_path / "uplink", tmp_path / "absent"
     stub.write_text("nameserver 127.0.0.53\noptions edns0 trust-ad\n")
     uplink.write_text("nameserver 192.0.2.53\n")
-    assert driver.read_resolv_conf([str(absent), str(stub), str(uplink)]) == uplink.read_text()
-    assert driver.read_resolv_conf([str(stub), str(absent)]) == stub.read_text()
-    assert driver.read_resolv_conf([str(uplink), str(stub)]) == uplink.read_text()
-    assert driver.read_resolv_conf([str(absent)]) == ""
+    assert read_resolv_conf([str(absent), str(stub), str(uplink)]) == uplink.read_text()
+    assert read_resolv_conf([str(stub), str(absent)]) == stub.read_text()
+    assert read_resolv_conf([str(uplink), str(stub)]) == uplink.read_text()
+    assert read_resolv_conf([str(absent)]) == ""
 
 
 def test_unreachable_name_server_is_told() -> None:
@@ -148,7 +164,7 @@ def test_unreachable_name_server_is_told() -> None:
 )
 def test_hosts(image: str, addresses: tuple[str, ...], extra: list[str], text: str) -> None:
     names = Names(hosts=image, addresses=addresses)
-    files = driver.plan_name_files(GROUP, values(extra_hosts=extra), names, "web")
+    files = plan_name_files(GROUP, values(extra_hosts=extra), names, "web")
     assert files["/etc/hosts"] == text
 
 
@@ -185,7 +201,7 @@ def test_name_files(options: dict[str, Any], network: GroupNetwork, mounts: list
 
 def test_name_files_an_image_has_no_place_for() -> None:
     """Nobody asked for them, so that is no reason not to start; a dns block is one."""
-    names = Names(missing=frozenset(driver.NAME_FILES))
+    names = Names(missing=frozenset(NAME_FILES))
     assert plan({"read_only": True}, task=replace(TASK, network=GROUP), names=names).network.files == {}
     network = replace(GROUP, dns=Dns(("10.0.0.1",)))
     files = plan({"read_only": True}, task=replace(TASK, network=network), names=names).network.files
@@ -198,7 +214,7 @@ def test_name_files_an_image_has_no_place_for() -> None:
     "item", ["db", "db:", ":192.0.2.7", "db:192.0.2", "d b:192.0.2.7", "db:1.2.3.4\nx", "a\nb:1.2.3.4"]
 )
 def test_extra_host_is_a_name_and_an_address(item: str) -> None:
-    with pytest.raises(driver.ConfigError, match="must be NAME:ADDRESS"):
+    with pytest.raises(ConfigError, match="must be NAME:ADDRESS"):
         values(extra_hosts=[item])
 
 
@@ -211,7 +227,7 @@ def test_address_timeout(text: str | None, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["5", "s", "-1s", "1 s", "1d", "5s\n", "٣s"])
 def test_address_timeout_is_a_duration(text: str) -> None:
-    with pytest.raises(driver.ConfigError, match="must be a duration"):
+    with pytest.raises(ConfigError, match="must be a duration"):
         values(address_timeout=text)
 
 
@@ -248,9 +264,7 @@ def test_mode(options: dict[str, Any], mode: NetworkMode) -> None:
     ],
 )
 def test_second_network_beside_the_groups_is_refused(option: str, value: object) -> None:
-    with pytest.raises(
-        driver.ConfigError, match=f"{option} = .* cannot be combined with the network of the group; "
-    ):
+    with pytest.raises(ConfigError, match=f"{option} = .* cannot be combined with the network of the group; "):
         plan({option: value}, task=replace(TASK, network=GROUP))
 
 
@@ -268,38 +282,38 @@ def test_image_is_read_without_following_links(tmp_path: Path) -> None:
     (image.path / "etc").mkdir(parents=True)
     hosts = image.path / "etc/hosts"
     hosts.write_text("10.0.0.1 db\n")
-    assert driver.read_in_image(image, values(), "/etc/hosts") == "10.0.0.1 db\n"
+    assert read_in_image(image, values(), "/etc/hosts") == "10.0.0.1 db\n"
     hosts.unlink()
     hosts.symlink_to(tmp_path / "outside/hosts")
-    assert driver.read_in_image(image, values(), "/etc/hosts") == ""
+    assert read_in_image(image, values(), "/etc/hosts") == ""
     hosts.unlink()
     os.mkfifo(hosts)
-    assert driver.read_in_image(image, values(), "/etc/hosts") == ""
+    assert read_in_image(image, values(), "/etc/hosts") == ""
     hosts.unlink()
     hosts.parent.rmdir()
     hosts.parent.symlink_to(tmp_path / "outside")
-    assert driver.read_in_image(image, values(), "/etc/hosts") == ""
-    with pytest.raises(driver.ConfigError, match=r"/etc/resolv\.conf"):
-        driver.make_mount_file(image.path, "/etc/resolv.conf")
+    assert read_in_image(image, values(), "/etc/hosts") == ""
+    with pytest.raises(ConfigError, match=r"/etc/resolv\.conf"):
+        make_mount_file(image.path, "/etc/resolv.conf")
     assert os.listdir(tmp_path / "outside") == ["hosts"]
-    assert driver.read_in_image(replace(image, is_directory=False), values(), "/etc/hosts") == ""
+    assert read_in_image(replace(image, is_directory=False), values(), "/etc/hosts") == ""
 
 
 def test_place_for_a_file(tmp_path: Path) -> None:
     image = Image(tmp_path, is_directory=True)
     read_only = values(read_only=True)
-    assert not driver.can_mount_file(image, read_only, "/etc/hosts")
-    assert driver.can_mount_file(image, values(), "/etc/hosts"), "nspawn makes it"
+    assert not can_mount_file(image, read_only, "/etc/hosts")
+    assert can_mount_file(image, values(), "/etc/hosts"), "nspawn makes it"
     (tmp_path / "etc").mkdir()
-    assert driver.can_mount_file(image, read_only, "/etc/hosts")
-    driver.make_mount_file(image.path, "/etc/hosts")
-    driver.make_mount_file(image.path, "/etc/hosts")
+    assert can_mount_file(image, read_only, "/etc/hosts")
+    make_mount_file(image.path, "/etc/hosts")
+    make_mount_file(image.path, "/etc/hosts")
     assert (tmp_path / "etc/hosts").read_text() == ""
     (tmp_path / "inner/etc").mkdir(parents=True)
     pivot = values(read_only=True, pivot_root="/inner:/old")
-    assert driver.place_in_image(pivot, "/etc/hosts") == "/inner/etc/hosts"
-    assert driver.can_mount_file(image, pivot, "/etc/hosts")
-    assert not driver.can_mount_file(replace(image, is_directory=False), read_only, "/etc/hosts")
+    assert place_in_image(pivot, "/etc/hosts") == "/inner/etc/hosts"
+    assert can_mount_file(image, pivot, "/etc/hosts")
+    assert not can_mount_file(replace(image, is_directory=False), read_only, "/etc/hosts")
 
 
 FIB_TRIE = """\
@@ -326,14 +340,14 @@ fe8000000000000000fc00fffe000001 02 40 20 80     eth0
 
 
 def test_addresses() -> None:
-    assert driver.parse_addresses(FIB_TRIE, IF_INET6) == ("10.0.0.2", "fd00::2")
-    assert driver.parse_addresses("", "") == ()
+    assert parse_addresses(FIB_TRIE, IF_INET6) == ("10.0.0.2", "fd00::2")
+    assert parse_addresses("", "") == ()
 
 
 def test_check_namespace() -> None:
-    driver.check_namespace("/proc/self/ns/net")
+    check_namespace("/proc/self/ns/net")
     with pytest.raises(HostError):
-        driver.check_namespace("/etc")
+        check_namespace("/etc")
 
 
 # -- what is told of addresses -------------------------------------------------------------------------------
@@ -351,7 +365,7 @@ def test_check_namespace() -> None:
     ],
 )
 def test_missing_address_is_explained(mode: NetworkMode, booted: bool, networkd: bool, words: str) -> None:
-    assert words in driver.explain_no_address(mode, booted, networkd)
+    assert words in explain_no_address(mode, booted, networkd)
 
 
 NFT = """\
@@ -373,11 +387,9 @@ IPTABLES = """\
 
 
 def test_port_maps_are_found() -> None:
-    assert driver.find_port_maps(NFT, driver.NAT_ELEMENT, [(8080, 80)]) == [
+    assert find_port_maps(NFT, NAT_ELEMENT, [(8080, 80)]) == [
         "6 . 8080 : 192.168.233.150 . 80",
         "17 . 8080 : 192.168.233.150 . 80",
     ]
-    assert driver.find_port_maps(NFT, driver.NAT_ELEMENT, [(8080, 82)]) == []
-    assert driver.find_port_maps(IPTABLES, driver.NAT_RULE, [(8080, 80)]) == [
-        IPTABLES.splitlines()[number] for number in (1, 3)
-    ]
+    assert find_port_maps(NFT, NAT_ELEMENT, [(8080, 82)]) == []
+    assert find_port_maps(IPTABLES, NAT_RULE, [(8080, 80)]) == [IPTABLES.splitlines()[number] for number in (1, 3)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""fetch.py and registries: a real one (Debian's docker-registry), and one that means harm."""
+"""nspawn/fetch.py and registries: a real one (Debian's docker-registry), and one that means harm."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-import fetch
-from driver import DriverError, ImageConfig, Origin
+from nspawn.common import DriverError
+from nspawn.images import ImageConfig, Origin
+from nspawn.registry import Reference, read_image_config
 from tests.servers import (
     DOCKER_INDEX,
     Blob,
@@ -666,7 +667,7 @@ def test_saved_images_that_lie(fetcher: Fetcher, tmp_path: Path) -> None:
     ],
 )
 def test_reference(text: str, expected: tuple[str, ...]) -> None:
-    found = fetch.Reference.parse(text)
+    found = Reference.parse(text)
     assert (found.host, found.name, found.tag, found.digest) == expected
 
 
@@ -677,7 +678,7 @@ def test_reference(text: str, expected: tuple[str, ...]) -> None:
 )  # fmt: skip
 def test_no_reference(text: str) -> None:
     with pytest.raises(DriverError, match="no name of an image"):
-        fetch.Reference.parse(text)
+        Reference.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -686,4 +687,4 @@ def test_no_reference(text: str) -> None:
      {"config": {"Env": ["no equals sign"], "WorkingDir": "a\0b"}}],
 )  # fmt: skip
 def test_configurations_of_any_form(config: dict[str, Any]) -> None:
-    assert fetch.read_image_config(config) == ImageConfig()
+    assert read_image_config(config) == ImageConfig()

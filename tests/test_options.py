@@ -14,14 +14,30 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import driver
-from driver import PLUGIN_OPTIONS, TASK_OPTIONS, CgroupMode, ConfigError, Host, Kind, Option
-from nomad_pb import hcl_spec_pb2
+from driver import PLUGIN_OPTIONS, TASK_OPTIONS
+from nspawn.checks import any_of
+from nspawn.common import ConfigError, DriverError
+from nspawn.host import CgroupMode, Host
+from nspawn.options import (
+    PERMISSIONS,
+    Gate,
+    Kind,
+    Option,
+    decode_map,
+    decode_number,
+    decode_options,
+    decode_string,
+    is_said,
+    render_row,
+)
+from nspawn.process import run
+from nspawn.rules import RULES, Rule, check_gates, check_rules, settle_values
 from tests import agent
 
 ALL_OPTIONS = (*TASK_OPTIONS, *PLUGIN_OPTIONS)
 BY_NAME = {option.name: option for option in (*PLUGIN_OPTIONS, *TASK_OPTIONS)}
 PLUGIN_ONLY = [option for option in PLUGIN_OPTIONS if option.name != "user_namespacing"]
-CONFIG = driver.decode_options(PLUGIN_OPTIONS, {})
+CONFIG = decode_options(PLUGIN_OPTIONS, {})
 # The options of the Go driver, with their types: jobs written for it run unchanged.
 GO_OPTIONS = {
     "boot": ("bool", True),
@@ -60,16 +76,16 @@ def decode(**options: object) -> dict[str, Any]:
     """Decode a job's options as they come over the wire: packed, and with every key of the schema."""
     raw: dict[str, object] = {name: None for option in TASK_OPTIONS for name in option.names}
     packed = msgpack.packb({**raw, **options, "image": options.get("image", "debian")})
-    return driver.decode_options(TASK_OPTIONS, driver.unpack_options(packed))
+    return decode_options(TASK_OPTIONS, driver.unpack_options(packed))
 
 
 def settle(**options: object) -> dict[str, Any]:
-    return driver.settle_values(decode(**options), CONFIG)
+    return settle_values(decode(**options), CONFIG)
 
 
 def refusal(options: Sequence[Option], raw: Mapping[str, object]) -> str:
     with pytest.raises(ConfigError) as caught:
-        driver.decode_options(options, raw)
+        decode_options(options, raw)
     return str(caught.value)
 
 
@@ -129,16 +145,15 @@ def example_of(option: Option, options: Sequence[Option]) -> str:
 
 def decode_hcl(options: Sequence[Option], body: str) -> dict[str, Any]:
     """Decode HCL the way a client does: by the schema, over the wire."""
-    driver.load_protocol()
     packed = agent.to_msgpack(agent.decode_config(driver.render_spec(options), body))
-    return driver.decode_options(options, driver.unpack_options(packed))
+    return decode_options(options, driver.unpack_options(packed))
 
 
 @pytest.mark.parametrize("options", [TASK_OPTIONS, PLUGIN_OPTIONS], ids=["task", "plugin"])
 def test_every_example_is_a_value_other_than_the_default(options: Sequence[Option]) -> None:
     for option in options:
         value = decode_hcl(options, example_of(option, options))[option.name]
-        assert (value != option.default and driver.is_said(value)) or value is False, option.name
+        assert (value != option.default and is_said(value)) or value is False, option.name
         for inner in option.fields:
             body = example_of(inner, option.fields)
             assert decode_hcl(option.fields, body)[inner.name] not in (None, inner.default), inner.name
@@ -270,7 +285,7 @@ def test_every_option_of_nspawn_is_offered_or_has_a_reason() -> None:
 
 def test_options_are_nspawns_own() -> None:
     """What this machine's nspawn has is in the list above, by its long name."""
-    shown = driver.run(["systemd-nspawn", "--help"], timeout=30)
+    shown = run(["systemd-nspawn", "--help"], timeout=30)
     have = set(re.findall(r"(?m)^\s+(?:-\w )?(--[a-z0-9-]+)", shown))
     assert len(have) > 50
     assert have <= set(NSPAWN)
@@ -287,11 +302,11 @@ def test_row_of_the_reference() -> None:
         '"x"',
         default="y",
         aliases=("b",),
-        choices=driver.any_of("x", "y", z=260),
+        choices=any_of("x", "y", z=260),
         since=251,
-        gate=driver.Gate.DEVICES,
+        gate=Gate.DEVICES,
     )
-    assert driver.render_row(option, "block.") == (
+    assert render_row(option, "block.") == (
         '| `block.a` | string | "y" | First. One of `x`, `y`, `z`. Needs systemd 251. `z` needs systemd 260. '
         'Also called `b`. The operator decides: `allow`: devices. | `a = "x"` |'
     )
@@ -325,8 +340,7 @@ def test_block_of_the_go_driver() -> None:
 
 
 @pytest.mark.parametrize("options", [TASK_OPTIONS, PLUGIN_OPTIONS])
-def test_schema(options: Sequence[Option], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "hcl_spec_pb2", hcl_spec_pb2, raising=False)
+def test_schema(options: Sequence[Option]) -> None:
     spec = driver.render_spec(options)
     assert spec.WhichOneof("block") == "object"
     assert set(spec.object.attributes) == {name for option in options for name in option.names}
@@ -399,7 +413,7 @@ def test_decoded_order_of_maps_is_the_jobs() -> None:
     [(42, 42), ("42", 42), (5_000_000_000, 5_000_000_000), (-3, -3), (1e3, 1000), ("1e3", 1000), (0, 0)],
 )
 def test_number(value: object, expected: int) -> None:
-    number = driver.decode_number("x", value)
+    number = decode_number("x", value)
     assert number == expected
     assert type(number) is int
 
@@ -407,7 +421,7 @@ def test_number(value: object, expected: int) -> None:
 @pytest.mark.parametrize("value", [1.5, 0.25, "0.1", "x", "", None, True, [], {}, "nan", float("nan")])
 def test_no_whole_number(value: object) -> None:
     with pytest.raises(ConfigError, match="must be a whole number"):
-        driver.decode_number("x", value)
+        decode_number("x", value)
 
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "1e400", "9" * 400, float("inf")])
@@ -442,18 +456,18 @@ def test_plugin_options() -> None:
         "auth": None,
         "disable_log_collection": False,
     }
-    assert driver.decode_options(PLUGIN_OPTIONS, {}) == usual
-    assert driver.decode_options(PLUGIN_OPTIONS, {"enabled": None, "volumes": False}) == usual | {"volumes": False}
+    assert decode_options(PLUGIN_OPTIONS, {}) == usual
+    assert decode_options(PLUGIN_OPTIONS, {"enabled": None, "volumes": False}) == usual | {"volumes": False}
 
 
 @pytest.mark.parametrize("name", ["allow_paths", "allow_caps", "allow"])
 def test_an_empty_list_of_what_is_allowed_allows_nothing(name: str) -> None:
-    assert driver.decode_options(PLUGIN_OPTIONS, {name: []})[name] == ()
+    assert decode_options(PLUGIN_OPTIONS, {name: []})[name] == ()
 
 
 def test_what_is_allowed_can_be_added_to() -> None:
-    usual = driver.decode_options(PLUGIN_OPTIONS, {})["allow"]
-    assert driver.decode_options(PLUGIN_OPTIONS, {"allow": ["default", "devices"]})["allow"] == (*usual, "devices")
+    usual = decode_options(PLUGIN_OPTIONS, {})["allow"]
+    assert decode_options(PLUGIN_OPTIONS, {"allow": ["default", "devices"]})["allow"] == (*usual, "devices")
 
 
 json_values = st.recursive(
@@ -504,10 +518,10 @@ def test_any_config_is_taken_or_refused_in_one_line(config: dict[object, object]
     """Whatever a job's msgpack holds: no other error than ours, and no line break or control character in it."""
     packed = msgpack.packb({"image": "x", **config})
     try:
-        values = driver.settle_values(driver.decode_options(TASK_OPTIONS, driver.unpack_options(packed)), CONFIG)
-        driver.check_gates(values, HARDENED)
-        driver.check_rules(values, make_host())
-    except driver.DriverError as error:
+        values = settle_values(decode_options(TASK_OPTIONS, driver.unpack_options(packed)), CONFIG)
+        check_gates(TASK_OPTIONS, values, HARDENED)
+        check_rules(TASK_OPTIONS, values, make_host())
+    except DriverError as error:
         assert str(error).isprintable()
         assert len(str(error)) < 10000
 
@@ -515,9 +529,7 @@ def test_any_config_is_taken_or_refused_in_one_line(config: dict[object, object]
 @pytest.mark.parametrize("name", ["image", "bind", "command", "devices"])
 def test_very_deep_value(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} = "):
-        driver.decode_options(
-            TASK_OPTIONS, driver.unpack_options(msgpack.packb({"image": "x", name: nested(500)}))
-        )
+        decode_options(TASK_OPTIONS, driver.unpack_options(msgpack.packb({"image": "x", name: nested(500)})))
 
 
 @pytest.mark.parametrize("packed", [b"", msgpack.packb({})])
@@ -529,13 +541,13 @@ def test_unpack_nothing(packed: bytes) -> None:
     "packed", [b"\xc1", b"\x81", b"\x81\xa1a", b"\xa1\xff", b"\x80\x80", b"\x81\x91\x01\x01", b"\x91" * 2000]
 )
 def test_unpack_garbage(packed: bytes) -> None:
-    with pytest.raises(driver.DriverError, match=r"^the configuration cannot be read: it is no msgpack$"):
+    with pytest.raises(DriverError, match=r"^the configuration cannot be read: it is no msgpack$"):
         driver.unpack_options(packed)
 
 
 @pytest.mark.parametrize("value", [None, 1, "a", []])
 def test_unpack_no_map(value: object) -> None:
-    with pytest.raises(driver.DriverError, match=r"^the configuration is no map$"):
+    with pytest.raises(DriverError, match=r"^the configuration is no map$"):
         driver.unpack_options(msgpack.packb(value))
 
 
@@ -1092,12 +1104,12 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
 @pytest.mark.parametrize(("options", "systemd", "sentence"), BROKEN)
 def test_broken_rule(options: dict[str, object], systemd: int, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        driver.check_rules(settle(**options), make_host(systemd))
+        check_rules(TASK_OPTIONS, settle(**options), make_host(systemd))
     assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize("rule", driver.RULES, ids=lambda rule: f"{rule.option}: {rule.rule}")
-def test_every_rule_is_broken_above(rule: driver.Rule) -> None:
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.option}: {rule.rule}")
+def test_every_rule_is_broken_above(rule: Rule) -> None:
     assert any(sentence.startswith(rule.option) and rule.rule in sentence for _, _, sentence in BROKEN)
     assert rule.option in BY_NAME
     assert rule.remedy
@@ -1134,7 +1146,7 @@ def test_every_rule_is_broken_above(rule: driver.Rule) -> None:
     ],
 )
 def test_kept_rules(options: dict[str, object], systemd: int) -> None:
-    driver.check_rules(settle(**options), make_host(systemd))
+    check_rules(TASK_OPTIONS, settle(**options), make_host(systemd))
 
 
 def test_values_in_sentences_are_json() -> None:
@@ -1164,12 +1176,12 @@ def test_values_in_sentences_are_json() -> None:
     ],
 )
 def test_settled(options: dict[str, object], config: dict[str, object], expected: dict[str, object]) -> None:
-    found = driver.settle_values(decode(**options), CONFIG | config)
+    found = settle_values(decode(**options), CONFIG | config)
     assert {name: found[name] for name in expected} == expected
 
 
 def test_settled_in_the_network_of_a_group() -> None:
-    found = driver.settle_values(decode(ports=["http"]), CONFIG, is_in_group=True)
+    found = settle_values(decode(ports=["http"]), CONFIG, is_in_group=True)
     assert (found["network_veth"], found["ports"]) == (False, ())
 
 
@@ -1209,13 +1221,13 @@ FORBIDDEN: list[tuple[dict[str, object], str, str]] = [
 def test_gate(options: dict[str, object], said: str, gate: str) -> None:
     values = settle(**options)
     with pytest.raises(ConfigError) as caught:
-        driver.check_gates(values, HARDENED)
+        check_gates(TASK_OPTIONS, values, HARDENED)
     assert str(caught.value) == (
         f"{said}: the operator of this client does not allow {gate}; "
         f'it takes "{gate}" in allow in its plugin block'
     )
     for words in ((gate,), ("all",)):
-        driver.check_gates(values, HARDENED | {"allow": words})
+        check_gates(TASK_OPTIONS, values, HARDENED | {"allow": words})
 
 
 @pytest.mark.parametrize(
@@ -1235,12 +1247,12 @@ def test_gate(options: dict[str, object], said: str, gate: str) -> None:
     ],
 )
 def test_hardened_operators_allow(options: dict[str, object]) -> None:
-    driver.check_gates(settle(**options), HARDENED)
+    check_gates(TASK_OPTIONS, settle(**options), HARDENED)
 
 
 def test_network_of_a_group_is_not_the_hosts() -> None:
-    values = driver.settle_values(decode(), CONFIG, is_in_group=True)
-    driver.check_gates(values, HARDENED, is_in_group=True)
+    values = settle_values(decode(), CONFIG, is_in_group=True)
+    check_gates(TASK_OPTIONS, values, HARDENED, is_in_group=True)
 
 
 @pytest.mark.parametrize("option", ["capability", "ambient_capability"])
@@ -1248,16 +1260,16 @@ def test_capabilities_are_the_operators(option: str) -> None:
     values = settle(**{option: ["CAP_NET_ADMIN", "sys_admin"]})
     hardened = HARDENED | {"allow": ("ambient_capabilities",)}
     with pytest.raises(ConfigError) as caught:
-        driver.check_gates(values, hardened)
+        check_gates(TASK_OPTIONS, values, hardened)
     assert str(caught.value) == (
         f'{option} = "CAP_SYS_ADMIN": the operator of this client does not allow this capability; '
         "its plugin block has allow_caps = CAP_NET_ADMIN"
     )
-    driver.check_gates(values, hardened | {"allow_caps": ("all",)})
+    check_gates(TASK_OPTIONS, values, hardened | {"allow_caps": ("all",)})
     with pytest.raises(ConfigError, match=r"allow_caps = none$"):
-        driver.check_gates(values, hardened | {"allow_caps": ()})
+        check_gates(TASK_OPTIONS, values, hardened | {"allow_caps": ()})
     with pytest.raises(ConfigError, match=r'^capability = "all"'):
-        driver.check_gates(settle(capability=["all"]), HARDENED)
+        check_gates(TASK_OPTIONS, settle(capability=["all"]), HARDENED)
 
 
 def test_every_gate_of_a_row_has_its_case() -> None:
@@ -1267,7 +1279,7 @@ def test_every_gate_of_a_row_has_its_case() -> None:
 
 
 def test_every_gate_is_explained_once() -> None:
-    assert list(driver.PERMISSIONS) == list(driver.Gate)
+    assert list(PERMISSIONS) == list(Gate)
 
 
 # -- from HCL, by the schema Nomad is given ------------------------------------------------------------------
@@ -1284,13 +1296,12 @@ def test_every_gate_is_explained_once() -> None:
     ids=["blocks", "attributes", "lists", "two blocks"],
 )
 def test_every_form_of_a_map_arrives(body: str) -> None:
-    driver.load_protocol()
     body = body.replace(" a = ", ' "/a" = ') if "bind =" in body else body.replace(" a = ", " host_path = ")
     spec = driver.render_spec(driver.TASK_OPTIONS)
     packed = agent.to_msgpack(agent.decode_config(spec, f'image = "debian"\n{body}'))
     raw = driver.unpack_options(packed)
     source = "/a" if '"/a"' in body else "host_path"
-    assert driver.decode_map("bind", raw["bind"], driver.decode_string) == {source: "/b"}
-    values = driver.decode_options(driver.TASK_OPTIONS, {**raw, "bind": None})
+    assert decode_map("bind", raw["bind"], decode_string) == {source: "/b"}
+    values = decode_options(driver.TASK_OPTIONS, {**raw, "bind": None})
     assert (values["environment"], values["port_map"]) == ({"FOO": "bar"}, {"http": 80})
     assert values["boot"] is True

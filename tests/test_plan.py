@@ -18,28 +18,41 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import driver
-from driver import (
-    TASK_OPTIONS,
-    CgroupMode,
-    ConfigError,
-    DriverError,
-    Exit,
+from driver import TASK_OPTIONS
+from nspawn import checks
+from nspawn.cgroup import plan_cgroup
+from nspawn.checks import RESOLV_CONF, USER, escape_field, parse_bind
+from nspawn.common import STATE_ROOT, ConfigError, DriverError, HostError, TransientError
+from nspawn.host import CgroupMode, Host, Mounts
+from nspawn.images import Account, Image
+from nspawn.job import (
     GroupNetwork,
-    Host,
-    Image,
     Mode,
     Mount,
-    Mounts,
-    Names,
-    Plan,
     Port,
-    ProcessId,
-    Record,
-    Source,
-    State,
     TaskConfig,
-    TransientError,
+    parse_signal,
+    plan_machine,
+    render_signal,
+    state_directory,
 )
+from nspawn.network import Names
+from nspawn.options import decode_options
+from nspawn.outcome import MESSAGES, Exit, Record, explain_exit, explain_failure, find_message, parse_nspawn_log
+from nspawn.plan import (
+    DEFAULT_PATH,
+    Found,
+    Plan,
+    check_environment,
+    plan_pins,
+    plan_task,
+    plan_volumes,
+    render_bundle,
+)
+from nspawn.process import ProcessId
+from nspawn.rules import settle_values
+from nspawn.sources import Source, name_sources, open_directories
+from nspawn.state import State, split_id
 
 ALLOC = "6b1f1c2e-0d3a-4c5e-9f7a-1234567890ab"
 ALLOC_DIR = f"/var/nomad/alloc/{ALLOC}"
@@ -61,7 +74,7 @@ HEAD = (
     "--directory=/var/lib/machines/debian",
 )
 USERS = ("--private-users=pick", "--private-users-ownership=auto")
-DIRECTORIES = f"{driver.state_directory(TASK.id)}/directories"
+DIRECTORIES = f"{state_directory(TASK.id)}/directories"
 VOLUMES = (
     f"--bind={DIRECTORIES}/0:/alloc:idmap",
     f"--bind-ro={DIRECTORIES}/1:/alloc/logs",
@@ -69,20 +82,20 @@ VOLUMES = (
     f"--bind={DIRECTORIES}/4:/secrets:idmap",
 )
 AUTO = ("--timezone=auto", "--resolv-conf=auto")  # where nothing is said of them
-BUNDLE = f"--oci-bundle={driver.state_directory(TASK.id)}/bundle"
+BUNDLE = f"--oci-bundle={state_directory(TASK.id)}/bundle"
 
 
-CONFIG = driver.decode_options(driver.PLUGIN_OPTIONS, {})
+CONFIG = decode_options(driver.PLUGIN_OPTIONS, {})
 
 
 def decode(options: Mapping[str, object], is_in_group: bool = False) -> dict[str, Any]:
-    values = driver.decode_options(TASK_OPTIONS, {"image": "debian", **options})
-    return driver.settle_values(values, CONFIG, is_in_group=is_in_group)
+    values = decode_options(TASK_OPTIONS, {"image": "debian", **options})
+    return settle_values(values, CONFIG, is_in_group=is_in_group)
 
 
 def find_sources(values: Mapping[str, Any]) -> dict[str, Source]:
     """What a job names, as if it were there."""
-    names = dict.fromkeys(name for _, name in driver.name_sources(values))
+    names = dict.fromkeys(name for _, name in name_sources(values))
     return {name: Source(f"/real/{name.lstrip('/')}", mode=0o040755) for name in names}
 
 
@@ -99,11 +112,11 @@ def plan(
     mounts: Mounts = EXT4,
     names: Names = NO_NAMES,
     image: Image = IMAGE,
-    account: driver.Account | None = None,
+    account: Account | None = None,
 ) -> Plan:
     values = decode(options, bool(task.network.namespace))
     credentials = {key: b"" for key in (*values["set_credential"], *values["load_credential"])}
-    found = driver.Found(
+    found = Found(
         image,
         mounts,
         find_sources(values),
@@ -112,7 +125,7 @@ def plan(
         directories=find_directories(task),
         account=account,
     )
-    return driver.plan_task(task, values, host, found)
+    return plan_task(TASK_OPTIONS, task, values, host, found)
 
 
 def network(ports: Mapping[str, int]) -> GroupNetwork:
@@ -149,8 +162,8 @@ def test_whole_argv() -> None:
 # The usual arguments between the image and the volumes.
 BOOT = ("--boot", "--console=read-only", *USERS, "--network-veth")
 RUN = ("--console=pipe", *USERS, "--network-veth")
-MOUNTS = f"{driver.state_directory(TASK.id)}/mounts"
-CREDENTIALS = f"{driver.state_directory(TASK.id)}/credentials"
+MOUNTS = f"{state_directory(TASK.id)}/mounts"
+CREDENTIALS = f"{state_directory(TASK.id)}/credentials"
 HEX = "ab" * 32
 
 # options, arguments between the image and the volumes, arguments after "--"
@@ -617,7 +630,7 @@ def test_rest_of_the_plan() -> None:
         f"The variable {name!r} is not passed on: systemd-nspawn accepts letters, digits and underscores only."
         for name in ("1", "A-B")
     )
-    assert plan(command("a")).search_path == driver.DEFAULT_PATH
+    assert plan(command("a")).search_path == DEFAULT_PATH
 
 
 # Names of arguments that a plan may have. A job can fill in values, and choose among these, nothing else.
@@ -635,7 +648,7 @@ ARGUMENTS = set(
     """.split()  # noqa: SIM905 # a list of words reads better
 )
 PLACES = re.compile(
-    rf"{re.escape(str(driver.STATE_ROOT))}/[A-Za-z0-9-]+/((mounts|directories|credentials)/\d+|etc/(resolv\.conf|hosts))"
+    rf"{re.escape(str(STATE_ROOT))}/[A-Za-z0-9-]+/((mounts|directories|credentials)/\d+|etc/(resolv\.conf|hosts))"
 )
 
 
@@ -689,11 +702,11 @@ words = st.one_of(
 paths = words.filter(lambda text: ".." not in text).map(lambda text: "/" + text)
 binds = st.lists(st.dictionaries(paths, paths, max_size=3), max_size=2)
 names = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,9}\Z") | st.sampled_from(["LD_PRELOAD", "PATH", "TERM"])
-users = words.filter(driver.USER.fullmatch)
+users = words.filter(USER.fullmatch)
 interfaces = st.lists(st.from_regex(r"\A[a-z0-9-]{1,7}(:[a-z0-9-]{1,7})?\Z"), max_size=2)
 capabilities = st.lists(st.sampled_from(["all", "net_admin", "CAP_CHOWN,sys_time"]), max_size=2)
 credentials = st.dictionaries(st.from_regex(r"\A[!-.0-9;-~]{3,9}\Z"), words, max_size=2)
-field_paths = paths.map(driver.escape_field)
+field_paths = paths.map(escape_field)
 overlays = st.lists(
     st.builds(
         lambda lower, target: f"{lower}::{target}",
@@ -728,7 +741,7 @@ valid_options = st.fixed_dictionaries(
         "hostname": st.just("a.b"),
         "extra_hosts": st.lists(st.sampled_from(["db:192.0.2.7", "a.b:::1"]), max_size=2),
         "address_timeout": st.sampled_from(["0s", "1.5m"]),
-        "resolv_conf": st.sampled_from(driver.RESOLV_CONF),
+        "resolv_conf": st.sampled_from(RESOLV_CONF),
         "bind": binds,
         "bind_read_only": binds,
         "tmpfs": st.lists(paths.map(lambda path: path.replace(":", "")), max_size=2),
@@ -818,7 +831,7 @@ task_names = st.text(st.characters(exclude_characters="/\\\0", exclude_categorie
     ],
 )
 def test_machine_name(name: str, alloc_id: str, machine: str) -> None:
-    assert driver.plan_machine(name, alloc_id) == machine
+    assert plan_machine(name, alloc_id) == machine
 
 
 @given(task_names, st.just(ALLOC) | st.text(st.characters(exclude_categories=["Cs"])))
@@ -826,7 +839,7 @@ def test_machine_name(name: str, alloc_id: str, machine: str) -> None:
 @example("é" * 100, ALLOC)
 @example("a" * 20 + "-" * 20, ALLOC)
 def test_any_task_has_a_valid_machine_name(name: str, alloc_id: str) -> None:
-    machine = driver.plan_machine(name, alloc_id)
+    machine = plan_machine(name, alloc_id)
     assert MACHINE_NAME.fullmatch(machine)
     assert ".." not in machine
 
@@ -839,13 +852,13 @@ def test_any_task_has_a_valid_machine_name(name: str, alloc_id: str) -> None:
 @example({"web_1", "web-1-c703c3ba9dda9d34"})
 @example({"-", "3973e022e93220f9"})
 def test_tasks_of_an_allocation_have_different_machine_names(distinct: set[str]) -> None:
-    machines = {driver.plan_machine(name, ALLOC) for name in distinct}
+    machines = {plan_machine(name, ALLOC) for name in distinct}
     assert len(machines) == len(distinct)
 
 
 @given(task_names)
 def test_machine_name_holds_the_whole_allocation_id(name: str) -> None:
-    assert driver.plan_machine(name, ALLOC).endswith(f"-{ALLOC}")
+    assert plan_machine(name, ALLOC).endswith(f"-{ALLOC}")
 
 
 # -- environment ---------------------------------------------------------------------------------------------
@@ -886,12 +899,12 @@ def test_bundle_keeps_every_byte(value: str) -> None:
 
 
 def test_bundle() -> None:
-    account = driver.Account("www", 33, 34, (50, 7), "/srv")
-    assert driver.render_bundle({"HOME": "ü", "A": "b"}, account) == (
+    account = Account("www", 33, 34, (50, 7), "/srv")
+    assert render_bundle({"HOME": "ü", "A": "b"}, account) == (
         '{"ociVersion": "1.0.0", "process": {"env": ["A=b", "HOME=\\u00fc", "LOGNAME=www", "USER=www"], '
         '"user": {"uid": 33, "gid": 34, "additionalGids": [50, 7]}}}'
     )
-    assert driver.render_bundle({}, None) == '{"ociVersion": "1.0.0", "process": {"env": []}}'
+    assert render_bundle({}, None) == '{"ociVersion": "1.0.0", "process": {"env": []}}'
 
 
 def test_bundle_takes_no_default_away() -> None:
@@ -930,7 +943,7 @@ def test_environment_arrives_exactly(variables: dict[str, str]) -> None:
 def test_value_that_is_no_text() -> None:
     """An image's config can hold half of a surrogate pair."""
     with pytest.raises(ConfigError) as caught:
-        driver.check_environment({"A": "x\ud800"})
+        check_environment({"A": "x\ud800"})
     assert str(caught.value) == (
         'env = "A": the value must not hold the character U+D800: systemd-nspawn takes text only; '
         "put the value into a file with a template block"
@@ -944,9 +957,9 @@ LIMIT = 131072  # MAX_ARG_STRLEN of the kernel: bytes of one string, with the fi
 def test_largest_variable(name: str, letter: str) -> None:
     room = LIMIT - len(name) - 2
     largest = letter * (room // len(letter.encode()))
-    driver.check_environment({name: largest})
+    check_environment({name: largest})
     with pytest.raises(ConfigError) as caught:
-        driver.check_environment({name: largest + letter})
+        check_environment({name: largest + letter})
     assert str(caught.value) == (
         f'env = "{name}": a variable may have 128 KiB, this one has 128; '
         "put the value into a file with a template block"
@@ -955,20 +968,20 @@ def test_largest_variable(name: str, letter: str) -> None:
 
 def test_size_is_said() -> None:
     with pytest.raises(ConfigError, match="this one has 300;"):
-        driver.check_environment({"A": "a" * (300 << 10)})
+        check_environment({"A": "a" * (300 << 10)})
 
 
 def test_largest_environment() -> None:
     """The kernel takes 2 MiB for arguments and environment together."""
     variables = {f"A{number}": "a" * 102_394 for number in range(16)}
     with pytest.raises(ConfigError) as caught:
-        driver.check_environment(variables)
+        check_environment(variables)
     assert str(caught.value) == (
         'env = "1599 KiB": all variables together may have 1536 KiB; '
         "put large values into files with template blocks"
     )
     del variables["A0"]
-    driver.check_environment(variables)
+    check_environment(variables)
 
 
 def test_nomads_variables_win() -> None:
@@ -993,7 +1006,7 @@ def test_booted_systems_have_no_colours(
 
 def test_user_of_the_image_has_a_home(tmp_path: Path) -> None:
     """nspawn sets these three for a user by name only. The job's own win."""
-    account = driver.Account("www", 33, 34, (), "/srv")
+    account = Account("www", 33, 34, (), "/srv")
     found = plan(command("a", user="www"), task=replace(TASK, env={"HOME": "/mine"}), account=account)
     assert read_bundle(found.bundle) == {"HOME": "/mine", "USER": "www", "LOGNAME": "www"}
     assert not [word for word in found.argv if word.startswith("-u")]
@@ -1031,7 +1044,7 @@ OWN = f"nomad.slice/share.slice/{ALLOC}.web.scope"
     ],
 )
 def test_cgroup(mode: CgroupMode, given_path: str, expected: str) -> None:
-    assert driver.plan_cgroup(mode, given_path, ALLOC, "web") == expected
+    assert plan_cgroup(mode, given_path, ALLOC, "web") == expected
 
 
 @pytest.mark.parametrize(
@@ -1039,7 +1052,7 @@ def test_cgroup(mode: CgroupMode, given_path: str, expected: str) -> None:
 )
 def test_root_cgroup_is_never_a_tasks(given_path: str) -> None:
     """The end of the task would be the end of the machine: all processes in its cgroup are killed."""
-    assert driver.plan_cgroup(CgroupMode.V2, given_path, ALLOC, "web") == f"/sys/fs/cgroup/{OWN}"
+    assert plan_cgroup(CgroupMode.V2, given_path, ALLOC, "web") == f"/sys/fs/cgroup/{OWN}"
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
@@ -1051,7 +1064,7 @@ def test_root_cgroup_is_never_a_tasks(given_path: str) -> None:
 @example(ALLOC, "é" * 300)
 @example(ALLOC, "a" * 163)
 def test_own_cgroup_is_one_folder_whatever_the_name(alloc_id: str, name: str) -> None:
-    path = driver.plan_cgroup(CgroupMode.V2, "", alloc_id, name)
+    path = plan_cgroup(CgroupMode.V2, "", alloc_id, name)
     parent, _, folder = path.rpartition("/")
     assert parent == "/sys/fs/cgroup/nomad.slice/share.slice"
     assert re.fullmatch(r"[\w.~%-]+\.scope", folder, re.ASCII)
@@ -1063,7 +1076,7 @@ def test_own_cgroup_is_one_folder_whatever_the_name(alloc_id: str, name: str) ->
 @example({"a" * 300, "a" * 301})
 @example({"a/b", "a%2Fb"})
 def test_own_cgroups_are_distinct(distinct: set[str]) -> None:
-    found = {driver.plan_cgroup(CgroupMode.V2, "", ALLOC, name) for name in distinct}
+    found = {plan_cgroup(CgroupMode.V2, "", ALLOC, name) for name in distinct}
     assert len(found) == len(distinct)
 
 
@@ -1077,8 +1090,8 @@ def volumes(
     asked: tuple[Mount, ...] = (),
 ) -> list[str]:
     task, host = replace(TASK, mounts=asked), replace(HOST, kernel=kernel)
-    pins = driver.plan_pins(find_directories(task), driver.state_directory(TASK.id), "directories")
-    planned = driver.plan_volumes(task, decode(options or {}), host, mounts, pins)
+    pins = plan_pins(find_directories(task), state_directory(TASK.id), "directories")
+    planned = plan_volumes(task, decode(options or {}), host, mounts, pins)
     return [argument for volume in planned for argument in volume.argv]
 
 
@@ -1164,14 +1177,14 @@ def test_mount_table() -> None:
 
 @given(st.text(), st.text("\\:a"), st.sampled_from(["", ":idmap"]))
 def test_paths_are_escaped_for_nspawn(source: str, target: str, option: str) -> None:
-    text = f"{driver.escape_field(source)}:{driver.escape_field(target)}{option}"
+    text = f"{escape_field(source)}:{escape_field(target)}{option}"
     assert split_fields(text) == [source, target, *option.split(":")[1:]]
 
 
 @given(st.lists(st.text(), min_size=1))
 def test_fields_are_split_as_nspawn_does(fields: list[str]) -> None:
-    text = ":".join(driver.escape_field(field) for field in fields)
-    assert driver.split_fields(text) == split_fields(text) == fields
+    text = ":".join(escape_field(field) for field in fields)
+    assert checks.split_fields(text) == split_fields(text) == fields
 
 
 @pytest.mark.parametrize(
@@ -1187,7 +1200,7 @@ def test_fields_are_split_as_nspawn_does(fields: list[str]) -> None:
     ],
 )
 def test_bind_options(text: str, path: str, options: str) -> None:
-    assert driver.parse_bind(text) == (path, options)
+    assert parse_bind(text) == (path, options)
 
 
 # -- signals -------------------------------------------------------------------------------------------------
@@ -1213,7 +1226,7 @@ def test_bind_options(text: str, path: str, options: str) -> None:
     ],
 )
 def test_signal(name: str, number: int) -> None:
-    assert driver.parse_signal(name) == number
+    assert parse_signal(name) == number
 
 
 @pytest.mark.parametrize(
@@ -1223,7 +1236,7 @@ def test_signal(name: str, number: int) -> None:
 )
 def test_no_signal(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        driver.parse_signal(name)
+        parse_signal(name)
     assert str(caught.value).startswith("signal = ")
     assert str(caught.value).endswith(": is no signal; use a name such as SIGTERM, SIGHUP or SIGRTMIN+4")
 
@@ -1231,7 +1244,7 @@ def test_no_signal(name: str) -> None:
 @given(st.text())
 def test_any_name_is_a_signal_or_refused(name: str) -> None:
     try:
-        number = driver.parse_signal(name)
+        number = parse_signal(name)
     except ConfigError:
         return
     assert 0 < number < signal.NSIG
@@ -1239,7 +1252,7 @@ def test_any_name_is_a_signal_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("number", range(1, signal.NSIG))
 def test_signal_names_can_be_read_back(number: int) -> None:
-    assert driver.parse_signal(driver.render_signal(number)) == number
+    assert parse_signal(render_signal(number)) == number
 
 
 @pytest.mark.parametrize(
@@ -1298,7 +1311,7 @@ def test_nspawn_log() -> None:
         "a line without a header\n"
         "<27>systemd-nspawn[1]: a[2]: b\n"
     )
-    assert driver.parse_nspawn_log(text) == [
+    assert parse_nspawn_log(text) == [
         "Failed to resolve user nouser.",
         "blanks around",
         "a line without a header",
@@ -1307,7 +1320,7 @@ def test_nspawn_log() -> None:
 
 
 def test_nspawn_log_of_nothing() -> None:
-    assert driver.parse_nspawn_log("") == []
+    assert parse_nspawn_log("") == []
 
 
 # nspawn's words (of 252 where not said) and ours.
@@ -1469,15 +1482,15 @@ EXPLAINED: list[tuple[str, str, bool]] = [
 
 @pytest.mark.parametrize(("line", "sentence", "transient"), EXPLAINED)
 def test_known_message(line: str, sentence: str, transient: bool) -> None:
-    known = driver.find_message(["something else", line, "No space left on device"])
+    known = find_message(["something else", line, "No space left on device"])
     assert known is not None
     assert str(known) == f"{sentence} (systemd-nspawn: {line})"
     assert type(known) is (TransientError if transient else DriverError)
-    failure = driver.explain_failure([line], 1)
+    failure = explain_failure([line], 1)
     assert (str(failure), type(failure)) == (str(known), type(known))
 
 
-@pytest.mark.parametrize("pattern", [pattern for pattern, _, _ in driver.MESSAGES])
+@pytest.mark.parametrize("pattern", [pattern for pattern, _, _ in MESSAGES])
 def test_every_message_is_explained_above(pattern: str) -> None:
     assert any(re.search(pattern, line) for line, _, _ in EXPLAINED)
 
@@ -1492,23 +1505,23 @@ def test_every_message_is_explained_above(pattern: str) -> None:
     ],
 )
 def test_unknown_message(lines: list[str]) -> None:
-    assert driver.find_message(lines) is None
+    assert find_message(lines) is None
 
 
 def test_failure_with_unknown_words_repeats_the_last_ones() -> None:
-    failure = driver.explain_failure(["first", "a.", "b {0}.", "c."], 1)
+    failure = explain_failure(["first", "a.", "b {0}.", "c."], 1)
     assert str(failure) == "systemd-nspawn could not start the container: a. b {0}. c."
     assert type(failure) is DriverError
 
 
 def test_failure_without_words() -> None:
-    failure = driver.explain_failure([], 137)
+    failure = explain_failure([], 137)
     assert str(failure) == "systemd-nspawn ended with status 137 before the container was up, and said nothing"
     assert failure.recoverable
 
 
 def test_braces_in_messages_are_only_text() -> None:
-    known = driver.find_message(["Failed to resolve user {0}{x}."])
+    known = find_message(["Failed to resolve user {0}{x}."])
     assert str(known).startswith('user: there is no user "{0}{x}" in the container')
 
 
@@ -1554,13 +1567,13 @@ EXITS: list[tuple[str, Mode, int, list[str], int, int, int, str]] = [
     ids=[row[0] for row in EXITS],
 )
 def test_exit(mode: Mode, status: int, lines: list[str], sent: int, code: int, number: int, error: str) -> None:
-    found = driver.explain_exit(mode, Record(status, False, 5.0), lines, "", sent)
+    found = explain_exit(mode, Record(status, False, 5.0), lines, "", sent)
     assert found == Exit(code, number, error, 5.0)
 
 
 @pytest.mark.parametrize("mode", Mode)
 def test_exit_of_a_killed_nspawn(mode: Mode) -> None:
-    found = driver.explain_exit(mode, Record(137, True, 5.0), [], "", 0)
+    found = explain_exit(mode, Record(137, True, 5.0), [], "", 0)
     why = "systemd-nspawn itself was killed (status 137); the container was ended with it"
     assert found == Exit(137, 9, why, 5.0)
 
@@ -1568,7 +1581,7 @@ def test_exit_of_a_killed_nspawn(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("is_orphaned", [True, False])
 def test_exit_by_the_driver(mode: Mode, is_orphaned: bool) -> None:
-    found = driver.explain_exit(mode, Record(255, is_orphaned, 5.0), [KILLED], "killed: too slow", 15)
+    found = explain_exit(mode, Record(255, is_orphaned, 5.0), [KILLED], "killed: too slow", 15)
     assert found == Exit(137, 9, "killed: too slow", 5.0)
 
 
@@ -1582,7 +1595,7 @@ def test_exit_by_the_driver(mode: Mode, is_orphaned: bool) -> None:
 @example(Mode.COMMAND, Record(1, False, 5.0), ["Container x terminated by signal 99."], 0)
 def test_every_end_has_an_explanation(mode: Mode, record: Record, lines: list[str], sent: int) -> None:
     """An exception here would leave the task running for ever in Nomad's eyes."""
-    found = driver.explain_exit(mode, record, lines, "", sent)
+    found = explain_exit(mode, record, lines, "", sent)
     assert 0 <= found.code <= 255
     assert found.at == record.at
 
@@ -1601,8 +1614,8 @@ SOCKET_PATH = 107  # bytes in a sockaddr_un, without the final NUL
 @example(f"{ALLOC}/{'é' * 200}/0a1b2c3d")
 @example("a\0b\n")
 def test_state_directory(task_id: str) -> None:
-    path = driver.state_directory(task_id)
-    assert path.parent == driver.STATE_ROOT
+    path = state_directory(task_id)
+    assert path.parent == STATE_ROOT
     assert path.name not in (".", "..")
     assert re.fullmatch(r"[A-Za-z0-9-]+", path.name)
     assert len(f"{path}/notify".encode()) <= SOCKET_PATH
@@ -1614,7 +1627,7 @@ def test_state_directory(task_id: str) -> None:
 @example({"x" * 60 + "1", "x" * 60 + "2"})
 @example({f"{ALLOC}/web/0a1b2c3d", f"{ALLOC}/web/0a1b2c3e"})
 def test_state_directories_are_distinct(ids: set[str]) -> None:
-    assert len({driver.state_directory(task_id) for task_id in ids}) == len(ids)
+    assert len({state_directory(task_id) for task_id in ids}) == len(ids)
 
 
 processes = st.builds(ProcessId, st.integers(1, 1 << 22), st.integers(0, 1 << 62))
@@ -1681,7 +1694,7 @@ def test_state_comes_back(state: State) -> None:
 
 
 def test_state_directory_of_a_state() -> None:
-    assert STATE.directory == driver.state_directory(STATE.task_id)
+    assert STATE.directory == state_directory(STATE.task_id)
 
 
 @pytest.mark.parametrize(
@@ -1745,7 +1758,7 @@ def test_garbage_is_no_state(text: str | bytes) -> None:
     [(TASK.id, ALLOC, "web"), ("a/b/c/0a1b2c3d", "a", "b/c"), ("a", "a", "")],
 )
 def test_event_names_its_task(task_id: str, alloc_id: str, name: str) -> None:
-    assert driver.split_id(task_id) == (alloc_id, name)
+    assert split_id(task_id) == (alloc_id, name)
 
 
 # --- what a container says to its notify socket ---
@@ -1781,7 +1794,7 @@ def test_leader_is_in_nspawns_own_message() -> None:
 
 
 def enter_directories(task: TaskConfig) -> None:
-    with driver.open_directories(task.alloc_dir, task.directory_names):
+    with open_directories(task.alloc_dir, task.directory_names):
         pass
 
 
@@ -1797,7 +1810,7 @@ def test_links_in_place_of_a_tasks_directories_are_refused(tmp_path: Path, name:
     task = make_allocation(tmp_path / "a")
     (tmp_path / "a" / name).rename(tmp_path / "elsewhere")
     (tmp_path / "a" / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(driver.HostError, match=f"/{name} is a symbolic link instead of a directory"):
+    with pytest.raises(HostError, match=f"/{name} is a symbolic link instead of a directory"):
         enter_directories(task)
 
 

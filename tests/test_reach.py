@@ -22,8 +22,9 @@ from typing import Any
 
 import pytest
 
-import driver
 from nomad_pb import driver_pb2
+from nspawn.job import plan_machine
+from nspawn.state import ZONE_LOCK
 from tests.agent import Allocation, DriverError, Plugin, Resources, Task, free_port, launch_like_agent
 from tests.agent import Port as GivenPort
 from tests.containers import Tasks, eventually, is_alive, keeper, kill, leader, make_small_image, nspawn, output
@@ -279,7 +280,7 @@ def test_names_in_a_group(
 
 
 def driver_name(task: Task) -> str:
-    return driver.plan_machine(task.name, task.allocation.id)
+    return plan_machine(task.name, task.allocation.id)
 
 
 def test_names_without_a_dns_block_are_the_hosts(group: Group, tasks: Tasks) -> None:
@@ -508,7 +509,7 @@ def test_zone_of_killed_nspawns_is_removed_with_the_last(tasks: Tasks) -> None:
     assert f"vz-{zone}" in links(), "if not, somebody else cleans up, and this test is empty"
     second.destroy()
     assert f"vz-{zone}" not in links()
-    assert not Path(driver.ZONE_LOCK).exists()
+    assert not Path(ZONE_LOCK).exists()
 
 
 @pytest.mark.parametrize("killed", [False, True])

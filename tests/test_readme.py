@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import driver
+from nspawn.common import PLUGIN_NAME
 from tests.agent import parse_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,4 +43,4 @@ def test_example_jobs_use_this_driver() -> None:
     for path in jobs:
         if path.name not in ("config.hcl", "hardened.hcl"):
             parse_job(path)
-            assert f'driver = "{driver.PLUGIN_NAME}"' in path.read_text()
+            assert f'driver = "{PLUGIN_NAME}"' in path.read_text()

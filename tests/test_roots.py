@@ -26,8 +26,15 @@ from typing import Any
 import pytest
 
 import driver
-from driver import TASK_OPTIONS, CgroupMode, ConfigError, Host, Image, Mounts, PrivateRoot, RootPlan, Users
+from driver import TASK_OPTIONS
 from nomad_pb import driver_pb2
+from nspawn.common import ConfigError, TransientError
+from nspawn.host import CgroupMode, Host, Mounts
+from nspawn.images import Image
+from nspawn.linux import enter_namespace, take_lock
+from nspawn.options import decode_options
+from nspawn.roots import UID_LOCKS, PrivateRoot, RootPlan, Users, mount_root, pick_users, plan_root
+from nspawn.rules import settle_values
 from tests.agent import Allocation, DriverError, Task, call, launch_like_agent
 from tests.containers import (
     Tasks,
@@ -56,9 +63,9 @@ PLACE = "/alloc/web/.nspawn-root"
 def plan(
     options: Mapping[str, object], image: Image = IMAGE, host: Host = HOST, mounts: Mounts = EXT4
 ) -> RootPlan:
-    raw = driver.decode_options(TASK_OPTIONS, {"image": "debian", **options})
-    values = driver.settle_values(raw, driver.decode_options(driver.PLUGIN_OPTIONS, {}))
-    return driver.plan_root(image, values, host, mounts, PLACE)
+    raw = decode_options(TASK_OPTIONS, {"image": "debian", **options})
+    values = settle_values(raw, decode_options(driver.PLUGIN_OPTIONS, {}))
+    return plan_root(image, values, host, mounts, PLACE)
 
 
 def on(**places: str) -> Mounts:
@@ -211,13 +218,13 @@ def test_obstacles_of_volatile() -> None:
 @pytest.fixture
 def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Directories in place of systemd's locks and of /etc."""
-    monkeypatch.setattr(driver, "UID_LOCKS", tmp_path / "locks")
-    monkeypatch.setattr(driver, "ACCOUNTS", tmp_path)
+    monkeypatch.setattr("nspawn.roots.UID_LOCKS", tmp_path / "locks")
+    monkeypatch.setattr("nspawn.roots.ACCOUNTS", tmp_path)
     return tmp_path / "locks"
 
 
 def pick(machine: str = "web-1") -> tuple[int, int]:
-    base, fd = driver.pick_users(machine)
+    base, fd = pick_users(machine)
     assert base % 65536 == 0
     assert 0x80000 <= base < 0x6FFF0000, "systemd's ranges for containers"
     return base, fd
@@ -250,7 +257,7 @@ def test_a_lock_that_was_removed_counts_no_more(locks: Path) -> None:
     """Whoever removes stale locks may do so between the opening and the locking of the file."""
     base, fd = pick()
     (locks / str(base)).unlink()
-    assert driver.take_lock(locks / str(base), fcntl.F_WRLCK) is not None
+    assert take_lock(locks / str(base), fcntl.F_WRLCK) is not None
     os.close(fd)
 
 
@@ -269,8 +276,8 @@ def test_ranges_of_accounts_are_left_alone(locks: Path, name: str) -> None:
 
 def test_huge_subordinate_range(locks: Path) -> None:
     (locks.parent / "subuid").write_text("alice:0:4294967295\n")
-    with pytest.raises(driver.TransientError, match="no range of 65536 user ids is free"):
-        driver.pick_users("web-1")
+    with pytest.raises(TransientError, match="no range of 65536 user ids is free"):
+        pick_users("web-1")
 
 
 @pytest.mark.root
@@ -588,7 +595,7 @@ def test_locks_are_held_as_long_as_the_container_lives(
     tasks: Tasks, small: Path, victim: Callable[[Task], int]
 ) -> None:
     task = tasks.start(FOREVER, image=str(small), ephemeral=True)
-    lock = driver.UID_LOCKS / str(base(task))
+    lock = UID_LOCKS / str(base(task))
     assert is_locked(lock)
     status = small.stat()
     image_lock = Path(f"/run/systemd/nspawn/locks/inode-{status.st_dev}:{status.st_ino}")
@@ -755,7 +762,7 @@ def wait_clean(task: Task, image: Path) -> None:
             *mounts_anywhere(task.allocation.id),
             *filter(os.path.lexists, [place(task)]),
             *snapshots(image),
-            *driver.UID_LOCKS.glob("*"),
+            *UID_LOCKS.glob("*"),
             *Path("/run/systemd/nspawn/locks").glob("*"),
         ]
 
@@ -926,7 +933,7 @@ def in_thread(work: Callable[[], None]) -> None:
 
     def run() -> None:
         try:
-            driver.enter_namespace()
+            enter_namespace()
             work()
         except BaseException as error:
             failed.append(error)
@@ -955,7 +962,7 @@ def test_many_layers(tmp_path: Path) -> None:
     changes.mkdir()
 
     def look() -> None:
-        driver.mount_root(PrivateRoot(tuple(layers), str(changes), Users(), is_mapped=True), 1 << 20, state)
+        mount_root(PrivateRoot(tuple(layers), str(changes), Users(), is_mapped=True), 1 << 20, state)
         merged = state / "root"
         assert (merged / "etc/all").read_text() == "119"
         assert {path.name for path in merged.iterdir()} == {f"only{n}" for n in range(120) if n != 7} | {"etc"}

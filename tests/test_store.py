@@ -22,6 +22,8 @@ import pytest
 
 import driver
 from nomad_pb import driver_pb2
+from nspawn.files import remove_tree
+from nspawn.store import Fetches, Store, StoredImage
 from tests.agent import AgentError, DriverError, Plugin, Task, driver_error, launch_like_agent
 from tests.containers import Tasks, eventually, is_alive, kill, make_small_image, output
 from tests.leftovers import processes
@@ -46,12 +48,12 @@ pytestmark = pytest.mark.root
 
 
 @pytest.fixture
-def store() -> Iterator[driver.Store]:
+def store() -> Iterator[Store]:
     """The plugin's own store, emptied: the tests run where it is theirs."""
-    yield from empty(driver.Store())
+    yield from empty(Store())
 
 
-def empty(store: driver.Store) -> Iterator[driver.Store]:
+def empty(store: Store) -> Iterator[Store]:
     def clear() -> None:
         for path in (store.images, store.layers, store.parts, store.work, store.in_use):
             shutil.rmtree(path, ignore_errors=True)
@@ -62,7 +64,7 @@ def empty(store: driver.Store) -> Iterator[driver.Store]:
 
 
 @pytest.fixture
-def tasks(plugin: Plugin, image: Path, store: driver.Store) -> Iterator[Tasks]:
+def tasks(plugin: Plugin, image: Path, store: Store) -> Iterator[Tasks]:
     with Tasks(plugin, image) as made:
         yield made
 
@@ -74,7 +76,7 @@ def download(url: str, **more: object) -> dict[str, Any]:
 # -- tasks from fetched images -------------------------------------------------------------------------------
 
 
-def test_task_from_an_address(tasks: Tasks, server: FileServer, archive: bytes, store: driver.Store) -> None:
+def test_task_from_an_address(tasks: Tasks, server: FileServer, archive: bytes, store: Store) -> None:
     server.files["/image.tar.gz"] = gzip.compress(archive, 1)
     config = download(f"{server.url}/image.tar.gz")
     script = "echo hello; touch /usr/written; ls /usr"
@@ -183,7 +185,7 @@ def test_stop_signal_of_the_image(tasks: Tasks, archive: bytes, tmp_path: Path) 
         assert task.wait(20).exit_code == 7
 
 
-def test_booted_system_and_other_roots(tasks: Tasks, image: Path, tmp_path: Path, store: driver.Store) -> None:
+def test_booted_system_and_other_roots(tasks: Tasks, image: Path, tmp_path: Path, store: Store) -> None:
     """An image of the store with everything that changes what the root is."""
     (tmp_path / "debian.tar").write_bytes(pack_tree(image))
     name = str(tmp_path / "debian.tar")
@@ -259,7 +261,7 @@ def test_several_processes_at_once_fetch_once(server: FileServer, archive: bytes
 
 @pytest.mark.parametrize("way", ["cancel", "stop", "destroy", "shutdown"])
 def test_a_start_that_is_ended_ends_the_fetch(
-    driver_file: Path, image: Path, store: driver.Store, server: FileServer, way: str
+    driver_file: Path, image: Path, store: Store, server: FileServer, way: str
 ) -> None:
     """Whoever ends it; unless another task waits for the image, too."""
     server.answers["/image"] = stall(bytes(100000), 1000)
@@ -312,7 +314,7 @@ def fetchers(plugin: int) -> list[int]:
             if b"fetch.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
 
 
-def test_a_killed_plugin_takes_its_fetch_along(driver_file: Path, store: driver.Store, server: FileServer) -> None:
+def test_a_killed_plugin_takes_its_fetch_along(driver_file: Path, store: Store, server: FileServer) -> None:
     server.answers["/image"] = stall(bytes(100000), 1000)
     with launch_like_agent(driver_file) as plugin, Tasks(plugin, Path("/nothing")) as tasks:
         task = tasks.make("echo hello", **download(f"{server.url}/image"))
@@ -336,7 +338,7 @@ def test_a_killed_plugin_takes_its_fetch_along(driver_file: Path, store: driver.
 
 
 def test_collection_spares_what_is_used(
-    tasks: Tasks, server: FileServer, archive: bytes, store: driver.Store, tmp_path: Path
+    tasks: Tasks, server: FileServer, archive: bytes, store: Store, tmp_path: Path
 ) -> None:
     server.files |= {"/used": archive, "/unused": make_tar([folder("usr")])}
     task = tasks.start("sleep 300", **download(f"{server.url}/used"))
@@ -354,7 +356,7 @@ def test_collection_spares_what_is_used(
     assert not list(store.work.iterdir()) and not list(store.parts.iterdir())
 
 
-def test_shared_layers_stay(registry_images: tuple[Fetcher, list[driver.StoredImage]]) -> None:
+def test_shared_layers_stay(registry_images: tuple[Fetcher, list[StoredImage]]) -> None:
     """Of two images with a common layer one goes."""
     fetcher, (first, second) = registry_images
     os.utime(fetcher.store.images / f"{first.key}.json", (1, 1))
@@ -366,7 +368,7 @@ def test_shared_layers_stay(registry_images: tuple[Fetcher, list[driver.StoredIm
 
 
 @pytest.fixture
-def registry_images(tmp_path: Path) -> Iterator[tuple[Fetcher, list[driver.StoredImage]]]:
+def registry_images(tmp_path: Path) -> Iterator[tuple[Fetcher, list[StoredImage]]]:
     from tests.servers import docker_origin
 
     fetcher = Fetcher(tmp_path / "store")
@@ -377,7 +379,7 @@ def registry_images(tmp_path: Path) -> Iterator[tuple[Fetcher, list[driver.Store
         yield fetcher, [fetcher.fetch(docker_origin(f"{registry.host}/{name}")) for name in ("one", "two")]
 
 
-def test_the_plugin_collects(driver_file: Path, image: Path, store: driver.Store, server: FileServer,
+def test_the_plugin_collects(driver_file: Path, image: Path, store: Store, server: FileServer,
                              archive: bytes) -> None:  # fmt: skip
     """When a task is destroyed, after the delay of the plugin's block."""
     server.files["/image"] = archive
@@ -393,8 +395,7 @@ def test_the_plugin_collects_without_any_task(
     tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its looks at the host, which are half a minute apart."""
-    driver.load_protocol()
-    monkeypatch.setattr(driver, "FINGERPRINT_PERIOD", 0.1)
+    monkeypatch.setattr("driver.FINGERPRINT_PERIOD", 0.1)
     server.files["/image"] = make_tar([folder("usr")])
     fetcher = Fetcher(tmp_path / "store")
     fetcher.fetch(url_origin(f"{server.url}/image"))
@@ -405,7 +406,7 @@ def test_the_plugin_collects_without_any_task(
 
     async def collect() -> None:
         service = driver.DriverService()
-        service.fetches = driver.Fetches(fetcher.store)
+        service.fetches = Fetches(fetcher.store)
         service.config["image_gc_delay"] = 0.0
         looking = asyncio.create_task(look_at_host(service))
         while any(fetcher.store.images.iterdir()) or any(fetcher.store.layers.iterdir()):
@@ -427,7 +428,7 @@ def test_images_for_people(tasks: Tasks, server: FileServer, archive: bytes, dri
 
 
 def test_kill_at_any_moment_of_fetch_and_start(
-    driver_file: Path, image: Path, store: driver.Store, server: FileServer, archive: bytes
+    driver_file: Path, image: Path, store: Store, server: FileServer, archive: bytes
 ) -> None:
     """SIGKILL, 51 times: to the plugin, or to all it has started for a task; all works then, nothing is left."""
     server.files["/image"] = gzip.compress(archive, 1)
@@ -469,7 +470,7 @@ def test_kill_at_any_moment_of_fetch_and_start(
 def test_trees_of_any_depth_are_removed(tmp_path: Path) -> None:
     """Deeper than Python's stack, than paths may be long, and than there may be open files."""
     make_deep(tmp_path / "tree", 5000)
-    driver.remove_tree(tmp_path / "tree")
+    remove_tree(tmp_path / "tree")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -477,8 +478,8 @@ def test_large_directories_are_removed(tmp_path: Path) -> None:
     for number in range(2500):
         (tmp_path / f"tree/{number}/inner").mkdir(parents=True)
         (tmp_path / f"tree/{number}.txt").touch()
-    driver.remove_tree(tmp_path / "tree")
-    driver.remove_tree(tmp_path / "tree")  # again: there is nothing
+    remove_tree(tmp_path / "tree")
+    remove_tree(tmp_path / "tree")  # again: there is nothing
     assert list(tmp_path.iterdir()) == []
 
 
@@ -492,14 +493,14 @@ def test_removal_leaves_what_links_and_mounts_lead_to(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "tree/mounted")], check=True)
     try:
         (tmp_path / "tree/mounted/file").touch()
-        driver.remove_tree(tmp_path / "tree")
+        remove_tree(tmp_path / "tree")
         assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
             "kept", "kept/file", "tree", "tree/mounted", "tree/mounted/file",
         ]  # fmt: skip
     finally:
         subprocess.run(["umount", str(tmp_path / "tree/mounted")], check=True)
     (tmp_path / "link").symlink_to(tmp_path / "kept")
-    driver.remove_tree(tmp_path / "link")
+    remove_tree(tmp_path / "link")
     assert (tmp_path / "kept/file").exists() and not (tmp_path / "link").is_symlink()
 
 
@@ -509,7 +510,7 @@ def test_what_a_container_has_sealed_is_removed(tmp_path: Path) -> None:
     (tmp_path / "tree/file").touch()
     for flag, name in (("+i", "file"), ("+i", "sealed/inner"), ("+a", "sealed")):
         subprocess.run(["chattr", flag, str(tmp_path / "tree" / name)], check=True)
-    driver.remove_tree(tmp_path / "tree")
+    remove_tree(tmp_path / "tree")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -518,7 +519,7 @@ def test_what_a_container_has_sealed_is_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"key": 1}', "[" * 9999])
 def test_damaged_records_are_none(tmp_path: Path, text: str) -> None:
-    store = driver.Store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     store.prepare()
     (store.images / "abc.json").write_text(text)
     (store.in_use / "task").write_text(text)

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Where a task's processes live, what they may use and what they use.
+
+<task>/keeper is the shim's; <task>/supervisor and <task>/payload are made by nspawn itself, with --keep-unit.
+<task> is the cgroup Nomad made, or one of the same shape. It is never the agent's own: the task would end with
+the agent's service. On hosts with v1 controllers the v2 hierarchy beside them serves to find and kill processes,
+and the usage is added up from the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import math
+import os
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nspawn.common import HostError, is_below
+from nspawn.files import read_text
+from nspawn.host import CONTROLLERS, CgroupMode, read_cgroup_mode
+from nspawn.job import Resources
+from nspawn.options import Values
+from nspawn.process import ProcessId, read_children, read_stat
+
+
+def plan_cgroup(mode: CgroupMode, given: str, alloc_id: str, task_name: str) -> str:
+    """Return the path of the task's cgroup, "" where there is no v2 hierarchy.
+
+    `given` is what Nomad sends since 1.3; with v1 controllers it names a cpuset, which is not for us.
+    """
+    if mode.root is None:
+        return ""
+    given = os.path.normpath(given)
+    if given.startswith(f"{mode.root}/"):
+        return given
+    name = urllib.parse.quote(f"{alloc_id}.{task_name}", safe="")
+    if len(name) > 200:
+        name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return f"{mode.root}/nomad.slice/share.slice/{name}.scope"
+
+
+MIN_SHARES, MAX_SHARES = 2, 1 << 18  # of a v1 cgroup: what Nomad's numbers and the formula below stand on
+CPU_PERIOD = 100_000  # microseconds
+
+
+def plan_cpu_weight(resources: Resources) -> int:
+    """Return the weight for a number of MHz, by the formula that Nomad's own drivers use (opencontainers/cgroups):
+    1024 shares weigh the usual 100, and the ends meet at 1 and 10000."""
+    shares = float(resources.cpu)
+    if resources.cpu_fraction and shares / resources.cpu_fraction >= MAX_SHARES:
+        shares = resources.cpu_fraction * MAX_SHARES  # the machine as a whole has more than fits
+    bits = math.log2(min(max(shares, MIN_SHARES), MAX_SHARES))
+    return min(max(math.ceil(10 ** ((bits * bits + 125 * bits) / 612 - 7 / 34)), 1), 10000)
+
+
+def plan_limits(resources: Resources, values: Values, cpus: int) -> dict[str, str]:
+    """Return the contents of the task's control files: names as in `memory.max`.
+
+    What is above the reservation is given back first when memory gets short (memory.low). There is no memory.high:
+    it would slow down every task that uses what it may, on an idle machine, too.
+    """
+    limits: dict[str, str] = {}
+    if resources.memory:
+        most = resources.memory_max
+        limits["memory.max"] = "max" if most is None else str(max(resources.memory, most))
+        limits["memory.low"] = str(resources.memory) if most != 0 else "0"
+        limits["memory.swap.max"] = values["memory_swap_max"] or "0"
+    if resources.cpu:
+        limits["cpu.weight"] = str(plan_cpu_weight(resources))
+    if values["cpu_hard_limit"] and resources.cpu_fraction:
+        quota = max(round(resources.cpu_fraction * cpus * CPU_PERIOD), 1000)  # the kernel's least
+        limits["cpu.max"] = f"{quota} {CPU_PERIOD}"
+    if resources.cores:
+        limits["cpuset.cpus"] = resources.cores
+    if values["pids_limit"]:
+        limits["pids.max"] = str(values["pids_limit"])
+    if values["io_weight"]:
+        limits["io.weight"] = str(values["io_weight"])
+    return limits
+
+
+# What a container may nest and make: more than systemd and other containers inside need, and little enough for
+# whoever walks through it. The kernel counts from the task's cgroup on, where nobody inside can change it.
+CGROUP_BOUNDS = {"cgroup.max.depth": "64", "cgroup.max.descendants": "10000"}
+
+
+def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
+    """Make a task's cgroup with its limits; return the controllers that cannot be had there.
+
+    All controllers are switched on, so that a booted system can set limits of its own. Raises HostError when a
+    limit cannot be set although its controller is there.
+    """
+    place = Path(cgroup)
+    (place / "keeper").mkdir(parents=True, exist_ok=True)
+    ancestors = [parent for parent in reversed(place.parents) if (parent / "cgroup.subtree_control").exists()]
+    for parent in ancestors:
+        enabled = read_text(parent / "cgroup.subtree_control").split()
+        for controller in read_text(parent / "cgroup.controllers").split():
+            if controller in CONTROLLERS and controller not in enabled:
+                with contextlib.suppress(OSError):
+                    write_control(parent / "cgroup.subtree_control", f"+{controller}")
+    have = read_text(place / "cgroup.controllers").split()
+    for name, value in {**CGROUP_BOUNDS, **limits}.items():
+        if name.split(".")[0] in ("cgroup", *have) and not (
+            name == "memory.swap.max" and not (place / name).exists()
+        ):
+            try:
+                write_control(place / name, value)
+            except OSError as error:
+                raise HostError(
+                    f"the limit {name} = {value} cannot be set in {cgroup}: {error.strerror}"
+                ) from None
+    return sorted({name.split(".")[0] for name in limits} - set(have))
+
+
+def write_control(path: Path, value: str) -> None:
+    """Write a control file; unlike Path.write_text it makes none."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def open_cgroup(path: str, parent: int | None = None) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+
+
+def walk_cgroup(cgroup: str) -> Iterator[tuple[int, str]]:
+    """Yield all cgroups below one, each after those below it, as its parent's descriptor and its name.
+
+    A container may nest them deeply, up to paths that are longer than the kernel takes: nothing here is recursive,
+    and there is one descriptor at a time. What is not there any more is left out.
+    """
+    try:
+        here = open_cgroup(cgroup)
+    except FileNotFoundError:
+        return
+    names: list[str] = []
+    waiting = [list_cgroups(here)]
+    try:
+        while waiting:
+            if waiting[-1]:
+                name = waiting[-1].pop()
+                try:
+                    below = open_cgroup(name, here)
+                except FileNotFoundError:
+                    continue
+                waiting.append(list_cgroups(below))
+                names.append(name)
+            elif names:  # back: the parent of a removed cgroup is still its parent
+                waiting.pop()
+                below = open_cgroup("..", here)
+                yield below, names.pop()
+            else:
+                return
+            os.close(here)
+            here = below
+    finally:
+        os.close(here)
+
+
+def list_cgroups(directory: int) -> list[str]:
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
+def read_cgroup_pids(cgroup: str) -> list[int]:
+    """Return all processes in a cgroup and below it, [] for the cgroup "". Takes as long as the container has made
+    cgroups and processes: for `run_apart`."""
+    if not cgroup:
+        return []
+    places = (f"/proc/self/fd/{parent}/{name}" for parent, name in walk_cgroup(cgroup))
+    return [pid for place in itertools.chain([cgroup], places) for pid in read_members(place)]
+
+
+def read_members(cgroup: str) -> list[int]:
+    """Return the processes in a cgroup itself. Raises OSError when the host cannot tell."""
+    try:
+        return [int(pid) for pid in Path(cgroup, "cgroup.procs").read_bytes().split()]
+    except OSError as error:
+        # Removed; being removed; threads without processes, which are listed further up.
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+            return []
+        raise
+
+
+def read_cgroup_processes(cgroup: str) -> list[ProcessId]:
+    """As read_cgroup_pids, with identities."""
+    return [found for pid in read_cgroup_pids(cgroup) if (found := ProcessId.of(pid))]
+
+
+def read_counters(path: str) -> dict[str, int]:
+    """Read a file of lines `name number`, {} when it is not there."""
+    return parse_counters(read_text(Path(path)))
+
+
+def parse_counters(text: str) -> dict[str, int]:
+    lines = (line.partition(" ") for line in text.split("\n"))
+    return {name: int(number) for name, _, number in lines if number.isdigit()}
+
+
+def read_number(path: str) -> int:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A task's use of the machine at one moment: CPU in seconds since its start, memory in bytes."""
+
+    at: float  # time.monotonic()
+    user: float
+    system: float
+    rss: int
+    usage: int
+    cache: int = 0
+    swap: int = 0
+    peak: int = 0
+    throttled_periods: int = 0
+    throttled_time: int = 0  # nanoseconds
+    is_cgroup: bool = False  # memory is the cgroup's own number
+
+
+def read_cgroup_usage(cgroup: str) -> Usage | None:
+    """Return the cgroup's numbers, None where it has no memory controller."""
+    memory = read_counters(f"{cgroup}/memory.stat")
+    if not memory:
+        return None
+    cpu = read_counters(f"{cgroup}/cpu.stat")
+    return Usage(
+        at=time.monotonic(),
+        user=cpu.get("user_usec", 0) / 1e6,
+        system=cpu.get("system_usec", 0) / 1e6,
+        rss=memory.get("anon", 0),
+        cache=memory.get("file", 0),
+        usage=read_number(f"{cgroup}/memory.current"),
+        swap=read_number(f"{cgroup}/memory.swap.current"),
+        peak=read_number(f"{cgroup}/memory.peak"),
+        throttled_periods=cpu.get("nr_throttled", 0),
+        throttled_time=cpu.get("throttled_usec", 0) * 1000,
+        is_cgroup=True,
+    )
+
+
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+
+
+def read_process_usage(pids: Sequence[int]) -> Usage:
+    """Add up the processes: the time of ended children counts once their parent has waited for them."""
+    user = system = rss = usage = 0
+    for pid in pids:
+        fields = read_stat(pid)
+        if fields is None:
+            continue
+        user += int(fields[11]) + int(fields[13])
+        system += int(fields[12]) + int(fields[14])
+        with contextlib.suppress(OSError):
+            pages = Path(f"/proc/{pid}/statm").read_text().split()
+            usage += int(pages[1]) * PAGE_SIZE
+            rss += (int(pages[1]) - int(pages[2])) * PAGE_SIZE
+    return Usage(time.monotonic(), user / CLOCK_TICKS, system / CLOCK_TICKS, rss, usage)
+
+
+def read_descendants(pid: int) -> list[int]:
+    """Return a process and all below it, for hosts without a v2 hierarchy."""
+    found = [pid]
+    for known in found:
+        found += read_children(known)
+    return found
+
+
+def kill_cgroup(cgroup: str) -> bool:
+    """Kill every process in a cgroup and below; False where the kernel (before 5.14) cannot."""
+    if not cgroup:
+        return False
+    try:
+        Path(cgroup, "cgroup.kill").write_text("1")
+    except OSError:
+        return False
+    return True
+
+
+SYSTEMD_HIERARCHY = "/sys/fs/cgroup/systemd"
+
+
+def find_mirrors(cgroup: str) -> list[str]:
+    """Return a cgroup and, on hybrid hosts, its mirror in systemd's v1 hierarchy: nspawn keeps both in step."""
+    hybrid, other = f"{CgroupMode.HYBRID.root}/", SYSTEMD_HIERARCHY
+    is_mirrored = cgroup.startswith(hybrid) and os.path.isdir(other)
+    return [cgroup, *([f"{other}/{cgroup[len(hybrid) :]}"] if is_mirrored else [])]
+
+
+def remove_cgroup(cgroup: str) -> None:
+    """Remove a cgroup and all below it, and its mirror; leave what has processes."""
+    for root in find_mirrors(cgroup):
+        for parent, name in walk_cgroup(root):
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=parent)
+        with contextlib.suppress(OSError):
+            os.rmdir(root)
+
+
+def parse_cgroups(text: bytes) -> dict[str, str]:
+    """Return a process's cgroups by their controllers, from /proc/PID/cgroup: "" is the v2 hierarchy. Lines end at
+    nothing but \\n, the one thing that the kernel allows in no name."""
+    lines = (line.split(b":", 2) for line in text.split(b"\n"))
+    return {os.fsdecode(line[1]): os.fsdecode(line[2]) for line in lines if len(line) == 3}
+
+
+def read_cgroups(pid: int) -> dict[str, str]:
+    """Return parse_cgroups of a process, {} when it is gone."""
+    try:
+        return parse_cgroups(Path(f"/proc/{pid}/cgroup").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+
+
+def find_cgroups(pid: int, cgroup: str) -> list[str]:
+    """Return where below a cgroup, and below its mirror, a process is; [] when it is elsewhere. A booted systemd
+    has moved from payload/ to init.scope: a cgroup with others below it may have no processes."""
+    roots = {"": str(read_cgroup_mode().root), "name=systemd": SYSTEMD_HIERARCHY}
+    paths = read_cgroups(pid)
+    found = []
+    for place, (controllers, root) in zip(find_mirrors(cgroup) if cgroup else (), roots.items(), strict=False):
+        path = f"{root}{paths.get(controllers, '')}"
+        if is_below(path, place) and ".." not in path.split("/"):  # the kernel's word for what it does not show
+            found.append(path)
+        elif not controllers:
+            return []
+    return found

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What a row's `check` and `render` can be.
+
+A check raises ConfigError or returns the value, in one spelling where there are several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nspawn.common import ConfigError
+from nspawn.options import PERMISSIONS, Check, Gate
+
+
+def is_container_path(name: str, value: str) -> str:
+    if not value.startswith("/"):
+        raise ConfigError(name, value, "must be an absolute path inside the container")
+    if ".." in value.split("/"):
+        raise ConfigError(name, value, 'must not contain ".."')
+    return value
+
+
+def are_container_paths(name: str, value: Sequence[str]) -> Sequence[str]:
+    return tuple(is_container_path(name, path) for path in value)
+
+
+def is_pivot_root(name: str, value: str) -> str:
+    if value.count(":") > 1:
+        raise ConfigError(name, value, "must be PATH or PATH:PATH")
+    for part in value.split(":"):
+        is_container_path(name, part)
+    return value
+
+
+def matches(pattern: str, rule: str) -> Check:
+    """Make a check of a string, or of each string in a list."""
+
+    def check(name: str, value: Any) -> Any:
+        for item in (value,) if isinstance(value, str) else value:
+            if not re.fullmatch(pattern, item):
+                raise ConfigError(name, item, rule)
+        return value
+
+    return check
+
+
+def is_between(low: int, high: int, what: str = "a whole number") -> Check:
+    def check(name: str, value: int) -> int:
+        if not low <= value <= high:
+            raise ConfigError(name, value, f"must be {what} from {low} to {high}")
+        return value
+
+    return check
+
+
+BIND_OPTIONS = ("rbind", "norbind", "idmap", "noidmap", "rootidmap", "owneridmap")
+
+
+def parse_bind(target: str) -> tuple[str, str]:
+    """Split `/path:options` as nspawn has it; a colon that no options follow belongs to the path."""
+    path, colon, options = target.rpartition(":")
+    if colon and all(option in BIND_OPTIONS for option in options.split(",")):
+        return path, options
+    return target, ""
+
+
+def are_binds(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    for source, target in value.items():
+        is_source(f"{name}.{source}", source, shown=target)
+        is_container_path(f"{name}.{source}", parse_bind(target)[0])
+    return value
+
+
+OWN_DIRECTORIES = ("alloc", "local", "secrets")  # of a task, as it names them itself
+
+
+def is_source(name: str, path: str, shown: object) -> None:
+    """Check where something comes from: a path of the host, or one in the task's own directories."""
+    own = path.split("/")[0] in OWN_DIRECTORIES
+    if not (path.startswith("/") or own):
+        rule = "the source must be an absolute path of the host, or one that begins with alloc, local or secrets"
+        raise ConfigError(name, shown, rule)
+    if own and ".." in path.split("/"):
+        raise ConfigError(name, shown, 'the source must not contain ".."')
+
+
+def split_fields(text: str) -> list[str]:
+    """Split at colons, as nspawn does: a backslash makes the next character an ordinary one."""
+    return [
+        re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL)
+        for part in re.findall(r"(?:^|:)((?:\\.|[^:\\])*)", text, re.DOTALL)
+    ]
+
+
+def are_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
+    """The directory that takes the changes must be a temporary one: systemd-nspawn opens it and its work directory
+    by path, when somebody who can write there may have exchanged them."""
+    for item in value:
+        *sources, target = split_fields(item)
+        if len(sources) < 2 or not all(sources[:-1]):
+            form = "LOWER::TARGET" if name == "overlay" else "LOWER:LOWER:TARGET with the topmost last"
+            raise ConfigError(name, item, f"must be {form}")
+        if sources[-1] and name == "overlay":
+            rule = "the field before the target must be empty: changes are kept in memory"
+            raise ConfigError(name, item, rule, "use bind for a directory that keeps changes")
+        for source in filter(None, sources):
+            if not source.startswith("+/"):
+                is_source(name, source, shown=item)
+        is_container_path(name, target)
+    return value
+
+
+def is_of_image(overlays: Sequence[str]) -> bool:
+    """Whether an overlay names a directory of the image: a link there leads systemd-nspawn to one of the host."""
+    return any(source.startswith("+/") for item in overlays for source in split_fields(item)[:-1])
+
+
+# systemd-nspawn takes all that mount(8) knows: "bind" and "remount" would act on file systems of the host.
+TMPFS_OPTION = (
+    r"(size|nr_blocks|nr_inodes|mode|uid|gid|huge)=[\w%.-]+|ro|rw|nodev"
+    r"|(no)?(exec|suid|atime|diratime|swap)|(rel|strict)atime|lazytime"
+)
+
+
+def are_tmpfs(name: str, value: Sequence[str]) -> Sequence[str]:
+    for item in value:
+        path, colon, options = item.partition(":")
+        if colon and not all(re.fullmatch(TMPFS_OPTION, option, re.ASCII) for option in options.split(",")):
+            rule = "must be PATH or PATH:OPTIONS, with options of tmpfs, as in /run/cache:size=100M,mode=755"
+            raise ConfigError(name, item, rule)
+        is_container_path(name, path)
+    return value
+
+
+def are_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
+    for label, port in value.items():
+        is_between(1, 65535, "a port")(f"{name}.{label}", port)
+    return value
+
+
+def is_duration(name: str, value: str) -> float:
+    """Return the seconds of a duration as Nomad's jobs have it: `500ms`, `2s`, `1m`."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)", value, re.ASCII)
+    if not match:
+        raise ConfigError(name, value, "must be a duration such as 500ms, 5s or 1m")
+    return float(match[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+def are_extra_hosts(name: str, value: Sequence[str]) -> Sequence[str]:
+    for item in value:
+        host, _, address = item.partition(":")
+        if not (re.fullmatch(HOSTNAME, host) and is_address(address)):
+            raise ConfigError(name, item, "must be NAME:ADDRESS, as in db:192.0.2.7 or db:2001:db8::7")
+    return value
+
+
+def is_address(text: str) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            socket.inet_pton(family, text)
+            return True
+    return False
+
+
+def are_variables(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    for key in value:
+        if not VARIABLE.fullmatch(key):
+            raise ConfigError(
+                name,
+                key,
+                "the name of a variable is letters, digits and underscores, and no digit comes first",
+            )
+    return value
+
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # nspawn refuses others: "Cannot assign environment variable"
+# What systemd refuses in a text beside the NUL: surrogates and the code points that are never characters.
+NEVER_CHARACTERS = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+NO_TEXT = re.compile(f"[\\0\ud800-\udfff\ufdd0-\ufdef{NEVER_CHARACTERS}]")
+
+CAPABILITIES = tuple(
+    """
+    CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
+    NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT
+    SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE
+    AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ
+    PERFMON BPF CHECKPOINT_RESTORE
+    """.split()  # noqa: SIM905 # a list of words reads better
+)
+
+
+def are_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
+    """Return capabilities as CAP_NET_ADMIN, from that, docker's net_admin, or lists with commas."""
+    found = []
+    for item in (part.strip() for text in value for part in text.split(",")):
+        plain = item.upper().removeprefix("CAP_")
+        if item.lower() != "all" and plain not in CAPABILITIES:
+            raise ConfigError(name, item, "is no capability", "use a name such as CAP_NET_ADMIN, or all")
+        found.append("all" if item.lower() == "all" else f"CAP_{plain}")
+    return tuple(found)
+
+
+def are_single_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
+    found = are_capabilities(name, value)
+    if "all" in found:
+        raise ConfigError(name, "all", "must be a list of single capabilities")
+    return found
+
+
+RLIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE", "NICE", "NOFILE", "NPROC", "RSS",
+           "RTPRIO", "RTTIME", "SIGPENDING", "STACK")  # fmt: skip
+
+
+def are_rlimits(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    """Return limits by their full names, from RLIMIT_NOFILE or docker's nofile."""
+    found = {}
+    for key, limit in value.items():
+        plain = key.upper().removeprefix("RLIMIT_")
+        if plain not in RLIMITS:
+            known = ", ".join(limit.lower() for limit in RLIMITS)
+            raise ConfigError(f"{name}.{key}", limit, "is no resource limit", f"the limits are {known}")
+        if not re.fullmatch(r"(\d{1,19}|infinity)(:(\d{1,19}|infinity))?", limit):
+            raise ConfigError(f"{name}.{key}", limit, "must be LIMIT or SOFT:HARD, each a number or infinity")
+        soft, _, hard = limit.partition(":")
+        if hard and float(soft.replace("infinity", "inf")) > float(hard.replace("infinity", "inf")):
+            raise ConfigError(f"{name}.{key}", limit, "the soft limit must not be above the hard one")
+        found[f"RLIMIT_{plain}"] = limit
+    return found
+
+
+CREDENTIAL = re.compile(r"(?!\.{1,2}$)[!-.0-9;-~]{1,255}", re.ASCII)  # printable, without "/" and ":"
+
+
+def are_credentials(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    for key in value:
+        if not CREDENTIAL.fullmatch(key):
+            raise ConfigError(name, key, 'the name of a credential is printable ASCII without "/" and ":"')
+    return value
+
+
+def are_credential_files(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    for key, path in are_credentials(name, value).items():
+        is_source(f"{name}.{key}", path, shown=path)
+    return value
+
+
+def is_range(name: str, value: str) -> str:
+    """no, yes, pick, identity, BASE or BASE:COUNT, as in nspawn's --private-users=."""
+    if re.fullmatch(r"no|yes|pick|identity", value):
+        return value
+    rule = "must be pick, identity, no, or BASE or BASE:COUNT with numbers of users"
+    match = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}))?", value)
+    if not match:
+        raise ConfigError(name, value, rule)
+    base, count = int(match[1]), int(match[2] or 65536)
+    if not (count and base + count < 1 << 32):
+        raise ConfigError(name, value, "the range must not be empty and must end below 4294967295")
+    return value
+
+
+def is_image_address(name: str, value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+\S*|(docker://)?(?!.*://)[\w.:@/\[\]-]+", value, re.ASCII):
+        raise ConfigError(
+            name, value, "must be an http:// or https:// address, or the name of an image in a registry"
+        )
+    return value
+
+
+def is_checksum(name: str, value: str) -> str:
+    algorithm, colon, digits = value.rpartition(":")
+    lengths = {"sha256": 64, "sha512": 128, "sha384": 96}
+    if len(digits) != lengths.get(algorithm if colon else "sha256") or not re.fullmatch("[0-9a-fA-F]+", digits):
+        raise ConfigError(name, value, 'must be "sha256:" and 64 hexadecimal digits, or so for sha384 and sha512')
+    return value
+
+
+def is_platform(name: str, value: str) -> str:
+    if not re.fullmatch(r"linux/[a-z0-9_]+(/[a-z0-9.]+)?", value):
+        raise ConfigError(name, value, "must be linux/ARCHITECTURE or linux/ARCHITECTURE/VARIANT")
+    return value
+
+
+def is_helper(name: str, value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
+        raise ConfigError(name, value, "must be the end of a program's name, after docker-credential-")
+    return value
+
+
+def is_positive(name: str, value: int) -> int:
+    if value <= 0:
+        raise ConfigError(name, value, "must be a number above 0")
+    return value
+
+
+def is_host_directory(name: str, value: str) -> str:
+    if not value.startswith("/") or ".." in value.split("/"):
+        raise ConfigError(name, value, 'must be an absolute path of the host without ".."')
+    return value
+
+
+def are_host_directories(name: str, value: Sequence[str]) -> Sequence[str]:
+    return tuple(is_host_directory(name, path) for path in value)
+
+
+def are_gates(name: str, value: Sequence[str]) -> Sequence[str]:
+    """Return the permissions that are allowed, with what `default` stands for."""
+    known = [gate.value for gate in Gate if gate.is_word] + ["default", "all"]
+    found: list[str] = []
+    for word in value:
+        if word not in known:
+            raise ConfigError(name, word, f"must be one of {', '.join(known)}")
+        found += DEFAULT_GATES if word == "default" else (word,)
+    return tuple(dict.fromkeys(found))
+
+
+DEFAULT_GATES = tuple(
+    gate.value for gate, permission in PERMISSIONS.items() if gate.is_word and permission.is_default
+)
+
+
+is_interface = matches(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", "must be the name of a network interface")
+are_interfaces = matches(
+    r"(?!\.{1,2}(:|$))[!-.0-9;-~]{1,15}(:(?!\.{1,2}$)[!-.0-9;-~]{1,15})?",
+    "must be the name of an interface of the host, or HOST:CONTAINER, each of up to 15 characters",
+)
+is_printable = matches(r"[ -~]+", "must be printable ASCII")
+ACCOUNT = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+HOSTNAME = r"(?=.{1,64}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
+USER = re.compile(r"(?!-)[^\s:/,\x00-\x1f\x7f]{1,256}")
+
+
+def is_user(name: str, value: str) -> str:
+    if not USER.fullmatch(value):
+        raise ConfigError(name, value, "must be the name or the number of a user inside the container")
+    return value
+
+
+MAX_PIDS = 4 << 20  # the kernel's
+SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def is_size(name: str, value: str) -> str:
+    """Return a size in bytes, or "max", as the kernel's control files have it."""
+    if value == "infinity":
+        return "max"
+    match = re.fullmatch(r"(\d{1,15})([KMGT]?)", value, re.ASCII)
+    if not match:
+        raise ConfigError(name, value, "must be a size such as 512M or 2G, or infinity")
+    return str(int(match[1]) * SIZES[match[2]])
+
+
+# Renderers, for what is more than one word a value.
+
+
+def escape_field(text: str) -> str:
+    """Escape for nspawn's colon-separated fields."""
+    return text.replace("\\", "\\\\").replace(":", "\\:")
+
+
+def pairs(argument: str, value: Mapping[str, str]) -> list[str]:
+    return [f"{argument}={key}={item}" for key, item in value.items()]
+
+
+def tmpfs(argument: str, value: Sequence[str]) -> list[str]:
+    return [f"{argument}={item}" for item in (text.replace("\\", "\\\\") for text in value)]
+
+
+def glued(argument: str, value: str) -> list[str]:
+    return [f"{argument}{value}"]
+
+
+def ambient(argument: str, value: Sequence[str]) -> list[str]:
+    """nspawn wants them among the container's capabilities, too."""
+    return [f"{name}={item}" for item in value for name in ("--capability", argument)]
+
+
+def joined(argument: str, value: Sequence[str]) -> list[str]:
+    return [f"{argument}={' '.join(value)}"]
+
+
+RESOLV_CONF = ("auto", "off", "delete") + tuple(
+    f"{how}-{what}" for how in ("copy", "replace", "bind") for what in ("host", "static", "uplink", "stub")
+)
+
+
+def any_of(*choices: str, **since: int) -> dict[str, int]:
+    """Return choices for a row; those that need a systemd version come with it."""
+    return {**dict.fromkeys(choices, 0), **since}

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Enters a running container and executes a command there, confined as its payload is.
+
+The command gets the payload's namespaces and cgroup, bounding set, no_new_privs, seccomp filters and limits, and
+runs as the task's user. nsenter would give it the host's capabilities, no filter and no limit.
+
+A program of its own that imports nothing of ours: nspawn/exec.py reads its text and hands it to a new Python.
+`serve` forks for each command. The command is a child of the plugin, so no process of ours stays beside it, and
+it is killed when the plugin ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import marshal
+import os
+import signal
+import socket
+import stat
+import struct
+import sys
+import termios
+import time
+
+
+class Entry:
+    """One process that enters a container.
+
+    `serve` forks for each message; that process makes itself what the payload is, forks once more (only a
+    fork can enter a process namespace), and the last one executes the command. Everything is given up before
+    that fork: a container without a user namespace has the capability to look into any process it sees. What it
+    sees for a moment has only the command's rights, no descriptor but those of the command and a socket whose
+    words the plugin does not trust, and files of the host only from mounts that are read-only (CVE-2019-5736).
+    The working directory and root are the container's since `setns` (CVE-2024-21626).
+    """
+
+    CLONE_PARENT = 0x8000
+    PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, PTRACE_GET_FILTER = 0x4206, 0x4207, 17, 0x420C
+    PR_PDEATHSIG, PR_DUMPABLE, PR_KEEPCAPS, PR_SECCOMP, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 4, 8, 22, 23, 24
+    PR_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
+    CAP_SYS_ADMIN = 1 << 21
+    TIOCSPTLCK, TIOCGPTPEER = 0x40045431, 0x5441
+    WALL = 0x40000000  # __WALL
+    PATIENCE = 2  # seconds for others to let go of a process
+    MAX_FILE = 16 << 20  # bytes of a container's passwd or group that are read
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        self.libc.ptrace.restype = self.libc.syscall.restype = ctypes.c_long
+        self.libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+        self.libc.syscall.argtypes = [ctypes.c_long] * 6
+        calls = {"x86_64": {"clone": 56, "keyctl": 250}, "aarch64": {"clone": 220, "keyctl": 219}}
+        self.calls = calls[os.uname().machine]
+        self.obstacle = ""
+        for number in range(1, signal.NSIG):
+            try:
+                signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE, and that would be inherited
+            except (OSError, ValueError):  # those of the C library, SIGKILL and SIGSTOP
+                continue
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    def check(self, result: int, what: str) -> int:
+        if result < 0:
+            raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        return result
+
+    def prctl(self, option: int, first: int, second: int = 0) -> int:
+        return self.check(self.libc.prctl(option, first, second, 0, 0), f"prctl {option}")
+
+    def fork(self) -> int:
+        """Fork a sibling: whoever started `serve` becomes the parent, and is told of the end."""
+        flags = self.CLONE_PARENT | signal.SIGCHLD
+        return self.check(self.libc.syscall(self.calls["clone"], flags, 0, 0, 0, 0), "fork")
+
+    def serve(self) -> None:
+        """Take connections from standard input until it ends. What commands are about never gets here: the next
+        one's container might read it."""
+        server = socket.socket(fileno=0)
+        self.obstacle = self.find_obstacle()
+        while True:
+            _, descriptors = self.receive(server, 1)
+            if not descriptors:
+                return
+            if self.fork() == 0:
+                self.control = socket.socket(fileno=descriptors[0])
+                self.enter()
+            os.close(descriptors[0])
+
+    def receive(self, connection: socket.socket, size: int) -> tuple[bytes, list[int]]:
+        data, ancillary, _, _ = connection.recvmsg(size, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
+        packed = ancillary[0][2] if ancillary else b""
+        return data, [int.from_bytes(packed[at : at + 4], sys.byteorder) for at in range(0, len(packed), 4)]
+
+    def say(self, message: str, descriptors: list[int] | None = None) -> None:
+        packed = b"".join(number.to_bytes(4, sys.byteorder) for number in descriptors or [])
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if packed else []
+        try:
+            self.control.sendmsg([message.encode(errors="replace")[:2000]], ancillary, socket.MSG_NOSIGNAL)
+        except OSError:  # the plugin is gone, or has given the command up
+            return
+
+    def enter(self) -> None:
+        """Do everything for one command, and never return."""
+        status = 1
+        try:
+            self.say("helper")
+            _, (plan_file, process) = self.receive(self.control, 100)
+            with open(plan_file, "rb") as file:
+                self.plan = marshal.load(file)
+            self.prctl(self.PR_DUMPABLE, 0)  # nobody inside may look into what comes from outside
+            filters = self.read_filters(self.plan["leader"]) if self.plan["has_seccomp"] else []
+            self.check(self.libc.setns(process, self.plan["namespaces"]), "setns")
+            self.check(self.libc.syscall(self.calls["keyctl"], 1, 0, 0, 0, 0), "keyctl")  # no keys of the host's
+            user = self.find_user(self.plan["user"])
+            self.become(user)
+            self.open_stdio()
+            self.confine(user[0], filters)
+            if self.fork():
+                os._exit(0)
+            status, message = self.execute(user)
+            self.say(f"failed {message}")
+        except SystemExit as error:
+            self.say(f"error {error}")
+        except BaseException as error:
+            self.say(f"error the command could not be started: {error}")
+        os._exit(status)
+
+    def find_obstacle(self) -> str:
+        """Say why filters cannot be read on this host, "" when they can. Asked before a container has a say: of a
+        process of ours, which has none that its parent does not have."""
+        pid = self.check(self.libc.fork(), "fork")
+        if pid == 0:
+            self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
+            while True:
+                signal.pause()
+        try:
+            self.attach(pid, time.monotonic() + 10)
+            self.libc.ptrace(self.PTRACE_GET_FILTER, pid, 0, None)
+            reason = self.get_errno()
+            return (
+                ""
+                if reason in (errno.EINVAL, errno.ENOENT)
+                else f"PTRACE_SECCOMP_GET_FILTER: {os.strerror(reason)}"
+            )
+        except OSError as error:
+            return f"ptrace: {error.strerror}"
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def get_errno(self) -> int:
+        return ctypes.get_errno()
+
+    def read_filters(self, pid: int) -> list[bytes]:
+        """Return the seccomp filters of a process, the oldest first (measured; ptrace(2) says the opposite). Stops
+        it for some microseconds. A command has all of them, or there is none: whatever goes wrong is said."""
+        if self.obstacle:
+            raise SystemExit(f"the seccomp filters of the payload cannot be read on this host: {self.obstacle}")
+        filters: list[bytes] = []
+        try:
+            self.attach(pid, time.monotonic() + self.PATIENCE)
+            while (length := self.libc.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), None)) > 0:
+                buffer = ctypes.create_string_buffer(8 * length)
+                self.check(self.libc.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), ctypes.addressof(buffer)),
+                           "ptrace")  # fmt: skip
+                filters.append(buffer.raw)
+            if (
+                self.get_errno() != errno.ENOENT or not filters
+            ):  # ENOENT is what the kernel says after the last one
+                raise OSError(self.get_errno(), os.strerror(self.get_errno()))
+        except OSError as error:
+            raise SystemExit(f"the seccomp filters of the payload cannot be read: {error.strerror}") from None
+        finally:
+            self.libc.ptrace(self.PTRACE_DETACH, pid, None, None)
+        return filters
+
+    def attach(self, pid: int, deadline: float) -> None:
+        """Trace a process and wait until it has stopped. There can be one tracer: another command's entry soon
+        gives way; one inside might want a command without filters, or that this waits for ever."""
+        while self.libc.ptrace(self.PTRACE_SEIZE, pid, None, None) < 0:
+            if self.get_errno() != errno.EPERM:
+                raise OSError(self.get_errno(), os.strerror(self.get_errno()))
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "another process is tracing the container's first one")
+            time.sleep(0.005)
+        self.check(self.libc.ptrace(self.PTRACE_INTERRUPT, pid, None, None), "ptrace")
+        while os.waitpid(pid, self.WALL | os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, "the container's first process does not stop for it")
+            time.sleep(0.0002)
+
+    def find_user(self, name: bytes) -> tuple[int, int, list[int], bytes]:
+        """Return ids, further groups and home of a user by the container's own files."""
+        if known := self.plan["account"]:
+            return known["uid"], known["gid"], known["groups"], known["home"].encode()
+        if name in (b"", b"root", b"0"):
+            self.plan["user"] = b"root"
+            return 0, 0, [], b"/root"
+        for line in self.read(b"/etc/passwd").split(b"\n"):
+            entry = line.split(b":")
+            if len(entry) > 5 and name in (entry[0], entry[2]):
+                groups = [line.split(b":") for line in self.read(b"/etc/group").split(b"\n")]
+                # A user named by number gets none from nspawn either.
+                further = [int(group[2]) for group in groups if len(group) > 3 and name in group[3].split(b",")]
+                self.plan["user"] = entry[0]
+                return int(entry[2]), int(entry[3]), further, entry[5]
+        raise SystemExit(f'user: there is no user "{os.fsdecode(name)}" in the container\'s /etc/passwd')
+
+    def read(self, path: bytes) -> bytes:
+        """Read a file of the container, whatever may stand in its place."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            with open(fd, "rb") as file:
+                return file.read(self.MAX_FILE) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        except OSError:
+            return b""
+
+    def become(self, user: tuple[int, int, list[int], bytes]) -> None:
+        """Take the payload's bounding set and the user's ids; what is permitted stays until `confine`."""
+        number = 0
+        while self.libc.prctl(self.PR_CAPBSET_READ, number, 0, 0, 0) >= 0:
+            if not self.plan["bounding"] >> number & 1:
+                self.prctl(self.PR_CAPBSET_DROP, number)
+            number += 1
+        os.umask(0o022)  # nspawn's for its payload; systemd as the first process has taken 0 for itself
+        self.libc.personality(self.plan["personality"])
+        self.prctl(self.PR_KEEPCAPS, 1)
+        os.setgroups(user[2])
+        os.setresgid(user[1], user[1], user[1])
+        os.setresuid(user[0], user[0], user[0])
+        if user[0]:
+            # Files are opened as the user. What is inheritable must be said while it is permitted.
+            self.set_capabilities(0, self.CAP_SYS_ADMIN | self.plan["ambient"], self.plan["inheritable"])
+        try:
+            os.chdir(self.plan["directory"])
+        except OSError as error:
+            where = os.fsdecode(self.plan["directory"])
+            raise SystemExit(f"working_directory: {where} in the container: {error.strerror}") from None
+
+    def open_stdio(self) -> None:
+        """Make the command's stdin, stdout and stderr, owned by its user, and hand the other ends out."""
+        if self.plan["tty"]:
+            ours, given = self.open_terminal()
+        else:
+            pipes = [os.pipe() for _ in range(2 if self.plan["merge"] else 3)]
+            pipes += pipes[1:] if self.plan["merge"] else []
+            ours = [pipes[0][0], pipes[1][1], pipes[2][1]]
+            given = [pipes[0][1], *dict.fromkeys([pipes[1][0], pipes[2][0]])]
+        self.say("stdio", given)
+        if self.plan["tty"]:
+            self.control.recv(100)  # the window has its size
+        for number, descriptor in enumerate(ours):
+            os.dup2(descriptor, number)
+        control = self.control.fileno()
+        os.closerange(3, control)
+        os.closerange(control + 1, 1024)
+
+    def open_terminal(self) -> tuple[list[int], list[int]]:
+        """Open a terminal of the container's own. Nothing is resolved outside, and only a terminal will do."""
+        try:
+            master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if os.fstat(master).st_rdev != os.makedev(5, 2):
+                raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+            fcntl.ioctl(master, self.TIOCSPTLCK, bytes(4))
+            slave = fcntl.ioctl(master, self.TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY)
+        except OSError as error:
+            raise SystemExit(f"no terminal can be opened in the container: {error.strerror}") from None
+        return [slave] * 3, [master]
+
+    def confine(self, uid: int, filters: list[bytes]) -> None:
+        """Take the payload's filters, and its capabilities: after this nothing can be undone."""
+        ambient = self.plan["ambient"]
+        rights = ambient if uid else self.plan["bounding"]
+        inheritable = self.plan["inheritable"] | ambient  # a user's payload has none, until systemd 262
+        needed = rights | self.CAP_SYS_ADMIN  # to install filters
+        self.set_capabilities(needed, needed, inheritable)
+        if self.plan["no_new_privs"]:
+            self.prctl(self.PR_NO_NEW_PRIVS, 1)
+        for program in filters:
+            buffer = ctypes.create_string_buffer(program, len(program))
+            packed = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
+            self.prctl(self.PR_SECCOMP, 2, ctypes.addressof(ctypes.create_string_buffer(packed, len(packed))))
+        self.set_capabilities(rights, rights, inheritable)
+        for number in range(64):
+            if ambient >> number & 1:
+                self.check(self.libc.prctl(self.PR_CAP_AMBIENT, 2, number, 0, 0), "prctl")
+
+    def set_capabilities(self, *sets: int) -> None:
+        """Set the effective, permitted and inheritable ones."""
+        words = [value >> shift & 0xFFFFFFFF for shift in (0, 32) for value in sets]
+        header = struct.pack("Ii", 0x20080522, 0)
+        self.check(self.libc.capset(header, struct.pack("6I", *words)), "capset")
+
+    def execute(self, user: tuple[int, int, list[int], bytes]) -> tuple[int, str]:
+        """Execute the command; return the status and words of a shell that cannot."""
+        self.say("command")  # first of all: the plugin has to know of its child, whatever fails from here on
+        os.setsid()
+        if self.plan["tty"]:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
+        argv, name = self.plan["argv"], self.plan["argv"][0]
+        login = self.plan["user"]
+        env = {b"HOME": user[3], b"USER": login, b"LOGNAME": login, **self.plan["env"]}
+        if self.plan["tty"]:
+            env.setdefault(b"TERM", b"xterm")
+        shown, search = os.fsdecode(name), env[b"PATH"]
+        denied = ""
+        for path in [name] if b"/" in name else [os.path.join(place, name) for place in search.split(b":")]:
+            try:
+                os.execve(path, argv, env)
+            except (FileNotFoundError, NotADirectoryError):
+                if os.path.lexists(path):
+                    denied = f'"{os.fsdecode(path)}" in the container needs an interpreter that is not there'
+            except OSError as error:
+                denied = f'"{os.fsdecode(path)}" in the container cannot be executed: {error.strerror}'
+        if denied:
+            return 126, denied
+        where = "in the container" if b"/" in name else f"in the container's PATH ({os.fsdecode(search)})"
+        return 127, f'there is no "{shown}" {where}'
+
+
+if __name__ == "__main__":
+    os.closerange(3, 1024)  # the file this was read from
+    Entry().serve()

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The short-lived process that fetches an image into the store; `Fetches` of nspawn/store.py starts it.
+
+The lock of the image's key is held all along: whoever asks for the same image meanwhile waits, and finds it
+there. The locks of its layers are shared: no layer is collected meanwhile, and nobody waits for another image's
+download, which a stranger could make last forever.
+
+skopeo and umoci would be five more packages on every client (23 MB on Debian 12) and would replace registry.py
+alone: umoci unpacks all layers of an image into one tree, so images could not share them, and the rest is needed
+for archives and addresses anyway.
+
+Everything that comes from outside is a stranger's: addresses, redirects, sizes, names, links. A thing gets its
+name in the store when it is whole and its digest is right, never before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nspawn.common import DriverError, TransientError, cut
+from nspawn.download import (
+    Client,
+    Download,
+    check_checksum,
+    check_published,
+    discard,
+    explain_status,
+    explaining,
+    hash_file,
+    start_tool,
+    tell,
+    telling,
+    too_large,
+)
+from nspawn.files import remove_tree
+from nspawn.images import redact
+from nspawn.process import run
+from nspawn.registry import (
+    INDEXES,
+    LAYERS,
+    Credentials,
+    Platform,
+    Reference,
+    Registry,
+    Saved,
+    check_platform,
+    choose_manifest,
+    find_credentials,
+    read_image_config,
+    read_layer_names,
+    want_digest,
+    want_size,
+)
+from nspawn.store import Store, StoredImage
+from nspawn.unpack import Room, Source, Unpacker, copy_sparse, decompressed
+
+MAX_MEMORY = 1 << 30  # bytes of address space: headers and dictionaries of archives can ask for any amount
+
+
+@contextlib.contextmanager
+def hold(store: Store, name: str, *, alone: bool = False) -> Iterator[None]:
+    """Hold a lock, waiting for it."""
+    with telling():
+        while (fd := store.try_lock(name, alone=alone)) is None:
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+@dataclass
+class Fetch:
+    """One request. `values` is what the plugin says of the image."""
+
+    store: Store
+    values: Mapping[str, Any]
+    limit: int = 0
+    client: Client = field(init=False)
+    work: Path = field(init=False)
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    room: Room = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.limit = int(self.values["limit"])
+        self.room = Room(self.limit)
+        self.client = Client(float(self.values["stall"]))
+        self.work = self.store.work / self.key
+
+    @property
+    def key(self) -> str:
+        return str(self.values["key"])
+
+    def keep(self, name: str, *, alone: bool = False) -> None:
+        """Hold a lock until the image is in the store."""
+        self.held.enter_context(hold(self.store, name, alone=alone))
+
+    def run(self) -> StoredImage:
+        self.store.prepare()
+        with self.held:
+            self.keep(self.key, alone=True)
+            found = self.store.read(self.key)
+            if found and not self.is_old(found):
+                return found
+            self.remove_work()
+            try:
+                self.work.mkdir(mode=0o700)
+                image = self.fetch(found)
+            except TransientError as error:
+                if not found or self.values["force"]:
+                    raise
+                tell(note=f"{error}; the copy of {found.name} that is here already is used")
+                image = found
+            except DriverError:
+                self.discard_parts()  # what is wrong is not gone on with
+                raise
+            finally:
+                self.remove_work()
+            self.store.write(image)
+            return image
+
+    def remove_work(self) -> None:
+        with telling():
+            remove_tree(self.work)
+
+    def discard_parts(self) -> None:
+        for path in self.store.parts.glob(f"{self.key}*"):
+            path.unlink()
+
+    def is_old(self, found: StoredImage) -> bool:
+        """Tell whether to ask again where the image comes from; not if somebody has while this waited."""
+        return bool(self.values["force"] or self.values["refresh"]) and found.checked_at < self.values["asked_at"]
+
+    def fetch(self, found: StoredImage | None) -> StoredImage:
+        kind = self.values["type"]
+        if kind == "docker":
+            return self.fetch_docker(found)
+        path = Path(self.values["place"]) if kind == "archive" else self.download()
+        if kind == "archive":
+            path = self.pin(path)
+        image = self.image((self.convert(path),)) if kind == "raw" else self.load(path)
+        self.discard_parts()
+        return image
+
+    def image(self, layers: tuple[str, ...], **more: Any) -> StoredImage:
+        now = time.time()
+        with telling():
+            sizes = tuple(measure(self.store.layer(name)) for name in layers)
+        return StoredImage(self.key, self.values["name"], self.values["type"], layers, sizes, now, now, **more)
+
+    def pin(self, path: Path) -> Path:
+        """Open an archive so that nobody can exchange it any more; it must lie where it was found."""
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # not yet for reading: it may be a device
+        if os.path.realpath(f"/proc/self/fd/{fd}") != str(path) or not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise DriverError(f"{path} has become something else meanwhile")
+        return Path(f"/proc/self/fd/{fd}")
+
+    def download(self) -> Path:
+        """Fetch and check what an address holds."""
+        with explaining(self.values["place"]):
+            parts = urllib.parse.urlsplit(self.values["place"])
+        credentials = Credentials(self.values.get("username") or "", self.values.get("password") or "")
+        if "@" in parts.netloc and not credentials.header:
+            names = [urllib.parse.unquote(part or "") for part in (parts.username, parts.password)]
+            credentials = Credentials(*names)
+        url = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        part = self.store.part(self.key)
+        file = Download(self.client, url, part, limit=self.limit)
+        try:
+            file.run(lambda: credentials.header)
+        except urllib.error.HTTPError as error:
+            raise explain_status(error, redact(url)) from None
+        if self.values["checksum"]:
+            check_checksum(part, self.values["checksum"])
+        if self.values["verify"] != "no":
+            check_published(self.client, url, credentials.header, part, self.values["verify"], self.work)
+        return part
+
+    def load(self, path: Path) -> StoredImage:
+        """Bring what an archive holds into the store: the tree of a system, or an image of layers."""
+        tree = self.work / "tree"
+        name = "tar-" + self.unpack(path, tree, Room(self.limit))
+        saved = Saved(tree, self.values["name"])
+        if not saved.is_there:
+            self.commit(tree, name)
+            return self.image((name,))
+        config, blobs = saved.parts()
+        check_platform(config, Platform.parse(""), saved.shown)
+        layers = read_layer_names(config, len(blobs), saved.shown)
+        for blob, layer in zip(blobs, layers, strict=True):
+            self.keep(layer)
+            self.bring_layer(blob, layer)
+        return self.stack(layers, config)
+
+    def stack(self, layers: Sequence[str], config: Mapping[str, Any], digest: str = "") -> StoredImage:
+        """Return an image of layers, the lowest first, and its maker's configuration."""
+        names = dict.fromkeys((*reversed(layers), self.make_skeleton()))  # overlayfs takes none twice
+        return self.image(tuple(names), digest=digest, config=read_image_config(config))
+
+    def unpack(self, path: Path, tree: Path, room: Room, wanted: str = "") -> str:
+        """Unpack an archive to a new directory; return its contents' digest, which must be what is wanted."""
+        tree.mkdir(mode=0o755)
+        unpacker = Unpacker(tree, room, is_layer=bool(wanted))
+        digest = ""
+        # Outside, so that the tool ends; what has filled the memory is free afterwards.
+        with contextlib.suppress(MemoryError), decompressed(path) as stream:
+            digest = unpacker.run(stream)
+        if not digest:
+            raise DriverError("the archive needs more memory to unpack than it may have")
+        if wanted:
+            check_contents(digest, wanted)
+        if unpacker.devices:
+            tell(note=f"{unpacker.devices} device nodes of the archive were left out")
+        return digest
+
+    def convert(self, path: Path) -> str:
+        """Make a disk image out of a download: decompressed, from qcow2 to raw, with holes."""
+        name = f"{hash_file(path, 'sha256')}.raw"
+        disk = self.work / "disk.raw"
+        with decompressed(path) as stream, open(disk, "wb") as target:
+            source = Source(stream, self.limit, "unpacking")
+            copy_sparse(source, target)
+        with open(disk, "rb") as file:
+            head = file.read(32)
+        if head.startswith(b"QFI\xfb"):
+            size = int.from_bytes(head[24:32], "big")  # clusters may be named again and again: not the file's
+            if size > self.limit:
+                raise too_large(f"the disk image has {size} bytes", self.limit)
+            disk = convert_qcow2(disk, self.work)
+        if disk.stat().st_size > self.limit:
+            raise too_large(f"the disk image has {disk.stat().st_size} bytes", self.limit)
+        check_disk(disk)
+        disk.chmod(0o600)
+        self.commit(disk, name)
+        return name
+
+    def commit(self, made: Path, name: str) -> None:
+        """Give something whole its name in the store. What is there already is the same: names are digests."""
+        self.keep(name)
+        with telling():  # without the sync a power failure might leave the name alone
+            run(["sync", "--file-system", str(made)], timeout=600)
+        target = self.store.layer(name)
+        try:
+            if not target.exists():
+                made.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+
+    def fetch_docker(self, found: StoredImage | None) -> StoredImage:
+        reference = Reference.parse(self.values["place"])
+        client = Client(self.client.stall, sorted((CERTIFICATES / reference.host).glob("*.crt")))
+        credentials = find_credentials(reference.host, self.values)
+        registry = Registry(client, reference, credentials, reference.host in self.values["insecure"])
+        wanted = Platform.parse(self.values.get("platform") or "")
+        manifest, digest = registry.read_manifest(reference.version)
+        if manifest["mediaType"] in INDEXES:
+            chosen = choose_manifest(manifest, wanted, registry.shown)
+            manifest, _ = registry.read_manifest(chosen)
+        if manifest["mediaType"] in INDEXES:
+            raise DriverError(f"{registry.shown} is a list of lists of images")
+        if found and found.digest == digest:
+            return replace(found, checked_at=time.time())
+        config = registry.read_config(manifest.get("config") or {})
+        check_platform(config, wanted, registry.shown)
+        return self.stack(self.fetch_layers(registry, manifest, config), config, digest)
+
+    def make_skeleton(self) -> str:
+        """Make what nspawn wants of every tree, as the lowest layer: an image may hold one program and no more."""
+        self.keep(SKELETON)
+        if not self.store.layer(SKELETON).exists():
+            tree = self.work / "skeleton"
+            for name in ("alloc", "dev", "etc", "local", "proc", "run", "secrets", "sys", "tmp", "usr", "var"):
+                (tree / name).mkdir(parents=True)
+            (tree / "tmp").chmod(0o1777)
+            self.commit(tree, SKELETON)
+        return SKELETON
+
+    def fetch_layers(
+        self, registry: Registry, manifest: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> list[str]:
+        """Return the names of the layers, the lowest first."""
+        descriptors = manifest.get("layers")
+        if not isinstance(descriptors, list):
+            raise DriverError(f"{registry.shown} is no image of file system layers")
+        layers = read_layer_names(config, len(descriptors), registry.shown)
+        for descriptor in descriptors:
+            want_digest(descriptor)
+            if not LAYERS.fullmatch(str(descriptor.get("mediaType"))) or descriptor.get("urls"):
+                kind = cut(str(descriptor.get("mediaType")))
+                raise DriverError(f"{registry.shown} has a layer of a kind that is not fetched ({kind})")
+        total = sum(want_size(descriptor, self.limit) for descriptor in descriptors)
+        if total > self.limit:
+            raise too_large(f"{registry.shown} has layers of {total} bytes", self.limit)
+        for descriptor, name in zip(descriptors, layers, strict=True):
+            self.fetch_layer(registry, descriptor, name)
+        return layers
+
+    def fetch_layer(self, registry: Registry, descriptor: Mapping[str, Any], name: str) -> None:
+        """Bring one layer into the store.
+
+        What is there already may be another job's secret, and its digest is none. So the server that has sent it
+        must give it to this job, too; any other server must send all of it. So must one that is spoken to without
+        encryption: who answers there is not known.
+        """
+        digest = want_digest(descriptor)
+        proof = find_proof(self.store, name, registry.server, digest)
+        if proof.exists() and registry.server.startswith("https://"):
+            self.keep(name)
+            if self.store.layer(name).exists():
+                registry.check_access(descriptor)
+                self.room.take(measure(self.store.layer(name)))
+                return
+        # The part is this image's own: what another has begun may be another's secret, or nonsense.
+        part = self.store.part(f"{self.key}.{digest.partition(':')[2]}")
+        registry.download(descriptor, part, self.limit)
+        try:
+            self.keep(name)
+            self.bring_layer(part, name)
+        finally:
+            discard(part)
+        proof.touch(mode=0o600)
+
+    def bring_layer(self, path: Path, name: str) -> None:
+        """Unpack a layer into the store. If it is there already, see to it that the job has what it names."""
+        wanted = name.partition("-")[2]
+        if self.store.layer(name).exists():
+            with decompressed(path) as stream:
+                source = Source(stream, 2 * self.limit, "checking")
+                source.drain()
+            check_contents(source.digest.hexdigest(), wanted)
+            self.room.take(measure(self.store.layer(name)))
+            return
+        tree = self.work / "layer"
+        self.unpack(path, tree, self.room, wanted)
+        self.commit(tree, name)
+        with telling():
+            remove_tree(tree)  # if another was faster
+
+
+def find_proof(store: Store, layer: str, server: str, digest: str) -> Path:
+    """Return the file that says that a server has sent a blob of this digest, and that it unpacks to the layer."""
+    mark = hashlib.sha256(json.dumps([server, digest]).encode()).hexdigest()[:32]
+    return store.proofs / f"{layer}.{mark}"
+
+
+def check_contents(digest: str, wanted: str) -> None:
+    if digest != wanted:
+        raise DriverError(f"a layer's contents are not what the image says they are (sha256:{wanted})")
+
+
+SKELETON = "skeleton-1"
+CERTIFICATES = Path("/etc/docker/certs.d")  # docker's own place for those of single registries
+
+
+def measure(path: Path) -> int:
+    """Return the bytes that a layer takes on disk."""
+    size = path.lstat().st_blocks
+    for _, folders, names, fd in os.fwalk(path):  # not by paths, which may be too long from here
+        size += sum(os.lstat(name, dir_fd=fd).st_blocks for name in (*folders, *names))
+    return size * 512
+
+
+def convert_qcow2(disk: Path, work: Path) -> Path:
+    """systemd-pull reads the format without any other package; a file address keeps it off the network."""
+    root = work / "pulled"
+    root.mkdir()
+    source = work / "disk.qcow2"
+    disk.rename(source)
+    argv = ["/usr/lib/systemd/systemd-pull", "raw", f"--image-root={root}", "--verify=no", "--settings=no",
+            "--roothash=no", "--roothash-signature=no", "--verity=no", "--sync=no",
+            f"file://{source}", "-"]  # fmt: skip
+    tool = start_tool(argv, "systemd-container", stdout=subprocess.DEVNULL)
+    with telling():
+        status = tool.wait()
+    made = list(root.glob(".raw-*.raw"))
+    if status or len(made) != 1:
+        raise DriverError("the qcow2 image cannot be converted: it is damaged, or needs another file")
+    made[0].rename(work / "disk.raw")
+    return work / "disk.raw"
+
+
+def check_disk(disk: Path) -> None:
+    """Refuse what is plainly no disk image: a page of HTML, an archive, nothing at all."""
+    with open(disk, "rb") as file:
+        head = file.read(4096)
+    if len(head) < 4096 or head.lstrip()[:1] in (b"<", b"{"):
+        raise DriverError("this is no disk image")
+    if head[257:262] == b"ustar":
+        raise DriverError('this is a tar archive; set type = "tar"')
+
+
+def main() -> None:
+    """Do what the request on stdin says; tell how it went on stdout."""
+    request = json.loads(sys.stdin.readline())
+    os.umask(0o022)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    store = Store(Path(request["root"]))
+    try:
+        if request["action"] == "collect":
+            tell(collected=store.collect(request["delay"]))
+            return
+        image = Fetch(store, request).run()
+    except DriverError as error:
+        tell(error=cut(str(error), 2000), kind=type(error).__name__)
+    except MemoryError:
+        tell(error="the image needs more memory to unpack than it may have", kind="DriverError")
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = (
+            f"the disk under {store.root} is full" if full else f"{error.filename or store.root}: {error.strerror}"
+        )
+        tell(error=what, kind="TransientError" if full else "HostError")
+    else:
+        tell(image=image.key)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Reading, writing and removing files and trees."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import stat
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nspawn.common import log
+
+
+def read_text(path: Path) -> str:
+    """Return what a file holds, "" when it cannot be read. Line ends stay as they are: names that a job or a
+    container has chosen may hold a carriage return."""
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def write_file(path: Path, text: str, mode: int = 0o600) -> None:
+    """Write a file that is either whole or not there, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.new")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(fd, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+    temporary.rename(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file, or a directory and all that is in it. Never follows a link below `path.parent`, never enters
+    another mount. What cannot be removed is logged, and all else goes. Blocks for as long as it takes: call it in
+    the event loop only for what no job has made."""
+    remover = TreeRemover()
+    try:
+        remover.run(path)
+    except OSError as error:
+        remover.errors.append(error)
+    finally:
+        remover.close()
+    if remover.errors:
+        shown = "; ".join(map(str, remover.errors[:5]))
+        log.warn("cannot remove all of a tree", path=str(path), errors=len(remover.errors), first=shown)
+
+
+@dataclass
+class TreeLevel:
+    """A directory that is being emptied."""
+
+    name: str  # in the directory above it
+    above: tuple[int, int]  # device and inode of that directory
+    pending: list[str] = field(default_factory=list)  # directories in it that are emptied next
+    stuck: set[str] = field(default_factory=set)  # what cannot be removed
+
+
+class TreeRemover:
+    """Empties directories of any depth, with two descriptors and no recursion: shutil.rmtree needs a descriptor
+    and a frame of Python a level (until 3.13), and paths end at 4,096 bytes. It goes down by names and up by "..",
+    which must be the directory that it came from."""
+
+    BATCH = 1000  # names kept at a time: a directory may hold millions
+
+    def __init__(self) -> None:
+        self.here = -1
+        self.errors: list[OSError] = []
+
+    def run(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.here = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            levels = [TreeLevel("", (0, 0), [path.name])]
+            while levels[0].pending or levels[1:]:
+                level = levels[-1]
+                if level.pending:
+                    levels += self.enter(level.pending.pop(), level)
+                elif len(levels) > 1 and not self.empty(level):
+                    levels.pop()
+                    self.leave(level, levels[-1])
+
+    def close(self) -> None:
+        if self.here >= 0:
+            os.close(self.here)
+
+    def enter(self, name: str, level: TreeLevel) -> list[TreeLevel]:
+        """Go into a directory and return its level; anything else is removed."""
+        try:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.here)
+        except NotADirectoryError:
+            self.remove(os.unlink, name, level)
+            return []
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self.errors.append(error)
+            level.stuck.add(name)
+            return []
+        if is_other_mount(inner, self.here):
+            os.close(inner)
+            self.errors.append(OSError(errno.EXDEV, "another file system is mounted there", name))
+            level.stuck.add(name)
+            return []
+        outer, self.here = self.here, inner
+        above = os.fstat(outer)
+        os.close(outer)
+        return [TreeLevel(name, (above.st_dev, above.st_ino))]
+
+    def empty(self, level: TreeLevel) -> list[str]:
+        """Remove the files of a directory, and note some of the directories in it: none when it is done."""
+        with os.scandir(self.here) as entries:
+            for entry in entries:
+                if entry.name in level.stuck:
+                    continue
+                if not entry.is_dir(follow_symlinks=False):
+                    self.remove(os.unlink, entry.name, level)
+                else:
+                    level.pending.append(entry.name)
+                    if len(level.pending) == self.BATCH:
+                        break
+        return level.pending
+
+    def leave(self, level: TreeLevel, above: TreeLevel) -> None:
+        """Go up, and remove the directory that has been left."""
+        outer = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.here)
+        os.close(self.here)
+        self.here = outer
+        found = os.fstat(outer)
+        if (found.st_dev, found.st_ino) != level.above:
+            raise OSError(errno.ESTALE, "was moved while it was being removed", level.name)
+        if level.stuck:
+            above.stuck.add(level.name)
+        else:
+            self.remove(os.rmdir, level.name, above)
+
+    def remove(self, how: Callable[..., None], name: str, level: TreeLevel) -> None:
+        try:
+            try:
+                how(name, dir_fd=self.here)
+            except PermissionError:  # root may do all, but for what `chattr` has set
+                unseal(self.here, name)
+                how(name, dir_fd=self.here)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.errors.append(error)
+            level.stuck.add(name)
+
+
+def is_other_mount(inner: int, outer: int) -> bool:
+    """Tell whether something is mounted on a directory. A subvolume of btrfs has a device of its own, too, but is
+    no mount."""
+    if os.fstat(inner).st_dev == os.fstat(outer).st_dev:
+        return False
+    texts = (read_text(Path(f"/proc/self/fdinfo/{fd}")) for fd in (inner, outer))
+    first, second = (re.findall(r"^mnt_id:.*", text, re.MULTILINE) for text in texts)
+    return first != second
+
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_SEALS = 0x10 | 0x20  # immutable, append-only
+
+
+def unseal(directory: int, name: str) -> None:
+    """Take off what keeps even root from removing a file: a container without a user namespace may set it."""
+    with contextlib.suppress(OSError):
+        clear_seals(directory)
+        kind = os.lstat(name, dir_fd=directory).st_mode
+        if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                clear_seals(fd)
+            finally:
+                os.close(fd)
+
+
+def clear_seals(fd: int) -> None:
+    flags = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+    number = struct.unpack("=Q", flags)[0]
+    if number & FS_SEALS:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", number & ~FS_SEALS))

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Facts about this machine, read and never changed.
+
+What is missing becomes one sentence each in the fingerprint's health description.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nspawn.common import SAFE_PATH
+from nspawn.devices import can_restrict_devices
+from nspawn.files import read_text
+from nspawn.process import read_status, run
+
+FINGERPRINT_PERIOD = 30.0  # seconds between two looks at the host
+
+
+class CgroupMode(enum.Enum):
+    """How the kernel's control groups are mounted."""
+
+    V2 = "v2"
+    HYBRID = "hybrid"  # v1 controllers, and a v2 hierarchy without controllers beside them
+    V1 = "v1"
+
+    @property
+    def root(self) -> Path | None:
+        """The mount point of the v2 hierarchy."""
+        paths = {CgroupMode.V2: Path("/sys/fs/cgroup"), CgroupMode.HYBRID: Path("/sys/fs/cgroup/unified")}
+        return paths.get(self)
+
+
+CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the machine offers."""
+
+    systemd: int  # major version of systemd-nspawn, 0 when it is not installed
+    kernel: tuple[int, int]
+    cgroups: CgroupMode
+    problems: tuple[str, ...]
+    cpus: int = 1
+    controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
+    has_device_policy: bool = True  # whether tasks can be kept from devices that are not theirs
+    is_filtered: bool = False  # whether this process has seccomp filters itself: then it sees those of no other
+    open_places: tuple[str, ...] = ()  # directories that tasks write to and other users of the host can get to
+
+    @property
+    def is_healthy(self) -> bool:
+        return not self.problems
+
+    @property
+    def sentence(self) -> str:
+        """The health description."""
+        return " ".join(self.problems or ("Healthy", *self.shortcomings))
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """The controllers that limit what a task may use."""
+        return tuple(controller for controller in CONTROLLERS if controller in self.controllers)
+
+    @property
+    def shortcomings(self) -> Iterator[str]:
+        """What tasks have to do without, a sentence a thing."""
+        missing = [controller for controller in CONTROLLERS if controller not in self.controllers]
+        if missing and self.cgroups is CgroupMode.V2:
+            yield f"(tasks run without limits of {', '.join(missing)}: the cgroup v2 controllers are missing)"
+        elif missing:
+            yield "(tasks run without resource limits: they need cgroup v2)"
+        if not self.has_device_policy:
+            yield "(tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
+        if self.is_filtered:
+            yield "(no commands can be run in tasks: the agent has a seccomp filter, as of SystemCallFilter=)"
+        yield from map(explain_open_place, self.open_places)
+
+
+def explain_open_place(place: str) -> str:
+    """A container's root is the host's root on files there, and may make them set-user-id; inside that has no
+    effect, on the host it has."""
+    return (
+        f"(other users of this machine can get to {place}: a set-user-id file that a task makes there makes them "
+        f"root; run chmod 0700 {place})"
+    )
+
+
+def is_open_to_others(path: str) -> bool:
+    """Whether users other than root can get to a directory: every one on the way lets somebody pass. False for one
+    that is not there."""
+    place = Path(path).absolute()
+    try:
+        found = [os.stat(directory) for directory in (place, *place.parents)]
+    except OSError:
+        return False
+    return all(
+        info.st_mode & stat.S_IXOTH or (info.st_mode & stat.S_IXGRP and info.st_gid) or info.st_uid
+        for info in found
+    )
+
+
+TOOLS = {
+    "systemd-nspawn": "systemd-container",
+    "choom": "util-linux",
+    "unshare": "util-linux",
+    "mount": "util-linux",
+    "sed": "sed",
+    "rm": "coreutils",
+    "sh": "dash",
+}
+
+MINIMUM_SYSTEMD = 249
+
+
+def read_cgroup_mode(root: Path = Path("/sys/fs/cgroup")) -> CgroupMode:
+    if (root / "cgroup.controllers").exists():
+        return CgroupMode.V2
+    return CgroupMode.HYBRID if (root / "unified/cgroup.procs").exists() else CgroupMode.V1
+
+
+@functools.lru_cache(maxsize=4)
+def read_nspawn_version(path: str, modified: float) -> int:
+    """Return nspawn's major version; asked again only when the file has changed."""
+    match = re.match(r"systemd (\d+)", run([path, "--version"], timeout=10))
+    return int(match[1]) if match else 0
+
+
+def find_problems(systemd: int) -> Iterator[str]:
+    """Yield a sentence for each thing without which no task can run."""
+    if os.geteuid() != 0:
+        yield "The Nomad client must run as root to start containers."
+    for tool, package in TOOLS.items():
+        if not shutil.which(tool, path=SAFE_PATH):
+            yield f"{tool} is not installed: install the package {package}."
+    if 0 < systemd < MINIMUM_SYSTEMD:
+        yield f"systemd-nspawn is version {systemd}; {MINIMUM_SYSTEMD} or newer is needed."
+    try:
+        have_id = bool(Path("/etc/machine-id").read_text().strip())
+    except OSError:
+        have_id = False
+    if not have_id:  # nspawn: "Failed to retrieve machine ID", always fatal
+        yield "/etc/machine-id is missing or empty: run systemd-machine-id-setup."
+
+
+@functools.lru_cache(maxsize=1)
+def read_boot_id() -> str:
+    """Return what tells this run of the kernel from all others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+UNIT_PATHS = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+
+
+def have_machined() -> bool:
+    """Whether systemd-machined can be called: the call starts it, unless it is masked."""
+    if not all(map(os.path.exists, ("/run/systemd/system", "/run/dbus/system_bus_socket"))):
+        return False
+    found = [path for folder in UNIT_PATHS if os.path.lexists(path := f"{folder}/systemd-machined.service")]
+    return (
+        bool(found) and os.path.realpath(found[0]) != "/dev/null" and bool(shutil.which("busctl", path=SAFE_PATH))
+    )
+
+
+def read_host() -> Host:
+    nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
+    systemd = read_nspawn_version(nspawn, os.stat(nspawn).st_mtime) if nspawn else 0
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return Host(
+        systemd=systemd,
+        kernel=(int(release[1]), int(release[2])) if release else (0, 0),
+        cgroups=(mode := read_cgroup_mode()),
+        problems=tuple(find_problems(systemd)),
+        cpus=os.cpu_count() or 1,
+        controllers=frozenset(read_text(mode.root / "cgroup.controllers").split()) if mode.root else frozenset(),
+        has_device_policy=mode.root is not None and can_restrict_devices(),
+        is_filtered=read_status(os.getpid()).get("Seccomp") not in (None, "0"),
+    )
+
+
+# Kernels from which a file system can be the source of an id-mapped mount. What is not listed (overlay, nfs,
+# fuse, 9p, ...) cannot; overlay answers "Invalid argument" on every kernel measured up to 7.2.
+IDMAP_SINCE = {
+    "ext4": (5, 12),
+    "xfs": (5, 12),
+    "vfat": (5, 12),
+    "btrfs": (5, 15),
+    "ntfs3": (5, 15),
+    "f2fs": (5, 18),
+    "erofs": (5, 19),
+    "squashfs": (6, 2),
+    "tmpfs": (6, 3),
+}
+
+
+@dataclass(frozen=True)
+class Mounts:
+    """The mounts of this process, to ask which file system a path is on."""
+
+    # mount point and file system, in mountinfo's order: later ones cover earlier ones
+    points: tuple[tuple[str, str], ...]
+
+    def filesystem(self, path: str) -> str:
+        best = ("", "")
+        for point, kind in self.points:
+            inside = path == point or path.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best[0]):
+                best = (point, kind)
+        return best[1]
+
+    def have_idmap(self, path: str, kernel: tuple[int, int]) -> bool:
+        since = IDMAP_SINCE.get(self.filesystem(path))
+        return since is not None and kernel >= since
+
+
+def parse_mountinfo(text: str) -> Mounts:
+    points = []
+    for line in filter(None, text.split("\n")):  # not splitlines: a path may hold what else ends a line
+        left, _, right = line.partition(" - ")
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split(" ")[4])
+        points.append((point, right.split(" ")[0]))
+    return Mounts(tuple(points))
+
+
+def read_mounts() -> Mounts:
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape"))

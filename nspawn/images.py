@@ -1,0 +1,569 @@
+# SPDX-License-Identifier: MPL-2.0
+"""From the name of an image to something nspawn can run, or to the source it has to be fetched from.
+
+Also who a command runs as: USER or, in an image of a registry, USER:GROUP, each a name or a number, as in docker.
+The driver looks them up in the image's own files and gives nspawn numbers: nspawn itself would run the image's
+`getent`, which many images do not have (distroless, scratch) or only in a form it cannot use (Alpine). Images are
+only read here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import stat
+import sys
+import urllib.parse
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nspawn.checks import NO_TEXT, USER, is_user, parse_bind, split_fields
+from nspawn.common import MACHINES_ROOT, ConfigError, cut, is_below
+from nspawn.linux import open_in_root
+from nspawn.options import Values
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What an image's maker says of how its command is run: the configuration of an OCI image."""
+
+    env: tuple[str, ...] = ()  # NAME=VALUE
+    command: tuple[str, ...] = ()  # Entrypoint, then Cmd
+    user: str = ""
+    working_directory: str = ""
+    stop_signal: str = ""
+
+
+@dataclass(frozen=True)
+class Image:
+    path: Path  # what the job names: a directory, a disk image or a device
+    is_directory: bool
+    layers: tuple[Path, ...] = ()  # directories, topmost first, where `path` is not the only one
+    key: str = ""  # of an image in the store, which nothing may ever write to
+    label: str = ""  # for people, where the path says nothing
+    config: ImageConfig = ImageConfig()
+    fd: int = -1  # the image itself, open; -1 for one of the store, which is root's alone
+    is_fixed: bool = False  # only the operator can put another in its place
+    is_shared: bool = False  # other tasks run from it, and the operator lets none write to it
+
+    @property
+    def is_protected(self) -> bool:
+        return self.is_shared or bool(self.key)
+
+    @property
+    def opened(self) -> Path:
+        """Its path for this process: what has been opened, whatever is at its place by now."""
+        return self.path if self.fd < 0 else Path(f"/proc/self/fd/{self.fd}")
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        return self.layers or (self.opened,)
+
+    @property
+    def argv(self) -> list[str]:
+        return [f"--directory={self.path}" if self.is_directory else f"--image={self.path}"]
+
+
+def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path = MACHINES_ROOT) -> Image:
+    """Return the image a job names.
+
+    A name without a slash is one in `image_dir`; a relative path is looked up in the task's directory (where
+    artifacts land), then in the plugin's, as the Go driver did.
+    """
+    path = find_image_path(name, task_dir, image_dir)
+    check_tree(path, name, values)
+    return Image(path, path.is_dir())
+
+
+def explain_linked_usr() -> ConfigError:
+    """systemd-nspawn would follow such a link on the host (measured on 252)."""
+    return ConfigError("volatile", "yes", "needs an image whose /usr is no symbolic link", 'use "overlay"')
+
+
+def check_tree(path: Path, name: str, values: Values) -> None:
+    """Refuse what nspawn cannot run."""
+    mode = path.stat().st_mode
+    if path == Path("/") and not (values["ephemeral"] or values["volatile"] in ("yes", "state")):
+        raise ConfigError("image", name, "is the host's own root", "set ephemeral, or volatile to yes or state")
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise ConfigError("image", name, "must be a directory, a disk image or a block device")
+    if stat.S_ISDIR(mode) and not any((root / "usr").is_dir() for root in (path, find_root(path, values))):
+        raise ConfigError("image", name, "has no /usr directory, so it is no operating system tree")
+    if values["volatile"] == "yes" and (path / "usr").is_symlink():
+        raise explain_linked_usr()
+
+
+def find_root(path: Path, values: Values) -> Path:
+    """Return the directory of an image that becomes the container's root."""
+    return path / (values["pivot_root"] or "").split(":")[0].lstrip("/")
+
+
+def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
+    candidates = list(image_places(name, task_dir, image_dir))
+    for candidate in candidates:
+        found = Path(os.path.realpath(candidate))
+        if not os.path.exists(found):  # unlike Path.exists it takes a name that is too long for one of nothing
+            continue
+        if found.suffix == ".v" and found.is_dir():
+            found = Path(os.path.realpath(find_version(found) or no_version(name, found)))
+        inside = task_dir if task_dir and candidate.is_relative_to(task_dir) else Path("/")
+        if not found.is_relative_to(os.path.realpath(inside)):
+            raise ConfigError("image", name, "leads out of the task's directory")
+        return found
+    rule = f"not found (looked for {', '.join(cut(str(place)) for place in candidates)})"
+    raise ConfigError("image", name, rule, f"give the path of an image, or the name of one in {image_dir}")
+
+
+def image_places(name: str, task_dir: Path | None, image_dir: Path) -> Iterator[Path]:
+    if name.startswith("/"):
+        yield Path(name)
+        return
+    if is_image_name(name):
+        yield from (image_dir / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES)
+    if task_dir:
+        yield task_dir / name
+    yield Path(sys.argv[0]).resolve().parent / name
+    yield Path.cwd() / name
+
+
+IMAGE_SUFFIXES = ("", ".raw", ".v", ".raw.v")
+
+
+def is_image_name(name: str) -> bool:
+    return "/" not in name and name not in (".", "..")
+
+
+def place_in_image(values: Values, path: str) -> str:
+    """Return where a path of the container is in the image."""
+    return (values["pivot_root"] or "").split(":")[0] + path
+
+
+@contextlib.contextmanager
+def open_directory(root: Path, path: str) -> Iterator[int]:
+    """Yield a directory of an image, opened without following symbolic links: a container that may write to the
+    image can make any, and root would follow them. `root` must be out of reach of all tasks. Raises OSError."""
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = open_in_root(top, path, os.O_PATH | os.O_DIRECTORY, follow=False)
+    finally:
+        os.close(top)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+MAX_TEXT = 256 << 10  # bytes of an image's /etc/hosts, passwd or group
+
+
+def read_in_image(image: Image, values: Values, path: str) -> str:
+    """Return the beginning of a file of an image, "" when it is not there or is a symbolic link."""
+    folder, name = os.path.split(place_in_image(values, path))
+    for directory in image.directories if image.is_directory else ():
+        try:
+            with open_directory(directory, folder) as fd:
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+                return read_head(name, MAX_TEXT, fd).decode(errors="replace")
+        except FileNotFoundError:  # the layers below may have it
+            continue
+        except OSError:
+            break
+    return ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an image comes from that is not simply there: an address, a registry, or an archive to unpack."""
+
+    type: str  # tar, raw, docker, archive
+    place: str  # a URL, a reference, or a path
+    name: str  # for people, without credentials
+    identity: tuple[str, ...] = ()  # what else makes it another image
+    verify: str = "no"
+    checksum: str = ""
+    platform: str = ""
+    username: str = ""
+    password: str = ""
+    force: bool = False  # ask the place even when the image is in the store, and fail when it does not answer
+    refresh: bool = False  # ask, and take what is there when it does not answer
+
+    @property
+    def key(self) -> str:
+        """The image's name in the store. Credentials are part of it: what one job may fetch is not for all."""
+        parts = (self.type, self.place, *self.identity, self.verify, self.checksum, self.platform, self.username)
+        secret = hashlib.sha256(self.password.encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*parts, secret]).encode()).hexdigest()[:40]
+
+
+DOCKER = "docker://"
+
+
+def plan_origin(values: Values, image_dir: Path) -> Origin | None:
+    """Return where an image is to be fetched from; None when it is on this machine."""
+    name, block, auth = values["image"], values["image_download"], values["auth"] or {}
+    if name.startswith(DOCKER):
+        if block:
+            rule = "says a second time where the image comes from"
+            raise ConfigError(
+                "image_download", redact(block["url"]), rule, f"set image to a name without {DOCKER}"
+            )
+        block = {"type": "docker", "url": name, "verify": None, "force": False, "checksum": None, "platform": None}
+    elif "://" in name:
+        rule = f"must be a path, the name of an image, or an address that begins with {DOCKER}"
+        raise ConfigError("image", redact(name), rule, "give other addresses in image_download { url = ... }")
+    elif not block or (not block["force"] and is_image_name(name) and have_image(image_dir, name)):
+        return None
+    check_download(block)
+    is_docker = block["type"] == "docker"
+    place = block["url"].removeprefix(DOCKER)
+    is_latest = place.endswith(":latest") or not re.search(r"[:@][^/]*$", place)
+    return Origin(
+        type=block["type"],
+        place=place,
+        name=DOCKER + place if is_docker else redact(place),
+        verify="no" if is_docker else block["verify"],
+        checksum=block["checksum"] or "",
+        platform=block["platform"] or "",
+        force=block["force"],
+        refresh=is_docker and is_latest,
+        username=auth.get("username") or "",
+        password=auth.get("password") or "",
+    )
+
+
+def have_image(image_dir: Path, name: str) -> bool:
+    return any((image_dir / f"{name}{suffix}").exists() for suffix in IMAGE_SUFFIXES)
+
+
+def check_download(block: Values) -> None:
+    is_docker = block["type"] == "docker"
+    if block["url"].startswith(("http://", "https://")) == is_docker:
+        rule = "must be HOST/NAME:TAG for an image in a registry" if is_docker else "must be an http(s) address"
+        raise ConfigError("image_download.url", redact(block["url"]), rule, "or set type to what is there")
+    for option in ("checksum",) if is_docker else ("platform",):
+        if block[option]:
+            rule = f'has no meaning with type = "{block["type"]}"'
+            remedy = "name the image by its digest, NAME@sha256:..." if is_docker else "leave it out"
+            raise ConfigError(f"image_download.{option}", block[option], rule, remedy)
+
+
+def redact(url: str) -> str:
+    """Return an address without what may be a secret in it."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return url.partition("://")[0] + "://…"
+
+
+def read_head(path: Path | str, size: int, folder: int | None = None) -> bytes:
+    """Return how a file begins, b"" where there is none. A pipe or a device that a task has put in its place is
+    not opened: the plugin would wait for it with all its tasks."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            return read_opened(fd, size)
+        finally:
+            os.close(fd)
+    return b""
+
+
+def read_opened(fd: int, size: int) -> bytes:
+    """Return how the regular file begins that a descriptor, of O_PATH, is of; b"" for what else there is."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return b""
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
+        return file.read(size)
+
+
+ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh")  # how compressed files begin
+
+
+def find_archive(image: Image) -> Origin | None:
+    """Return the source for an image that is a tar archive, None for all others."""
+    head = b"" if image.is_directory else read_opened(image.fd, 512)
+    if not (head[257:262] == b"ustar" or head.startswith(ARCHIVES)):
+        return None
+    status = os.fstat(image.fd)  # another file of this name is another image
+    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return Origin("archive", str(image.path), str(image.path), tuple(map(str, stamp)))
+
+
+MAX_VERSIONS = 10_000  # entries of a directory that are looked at: a task may fill its own
+
+
+def find_version(path: Path) -> Path | None:
+    """Return the newest of the versions of an image that a directory NAME.v holds, as systemd.v(7) has it: entries
+    NAME_VERSION or, for NAME.raw.v, NAME_VERSION.raw; after the version may come _ARCHITECTURE and +TRIES."""
+    name = path.name.removesuffix(".v")
+    suffix = ".raw" if name.endswith(".raw") else ""
+    pattern = (
+        re.escape(name.removesuffix(suffix)) + r"_(?P<version>[^+]+?)(?P<tries>\+\d+(-\d+)?)?" + re.escape(suffix)
+    )
+    found = []
+    for entry in map(Path, itertools.islice(os.scandir(path), MAX_VERSIONS)):
+        match = re.fullmatch(pattern, entry.name)
+        if match and entry.is_dir() != bool(suffix):
+            version, _, architecture = match["version"].rpartition("_")
+            if not version or architecture not in FOREIGN | {*ARCHITECTURES.values()}:
+                version, architecture = match["version"], ""
+            if architecture in ("", ARCHITECTURES.get(os.uname().machine)):
+                has_tries = not re.match(r"\+0+(-|$)", match["tries"] or "")
+                found.append((has_tries, version, entry))
+    rank = functools.cmp_to_key(compare_versions)
+    return max(found, key=lambda entry: (entry[0], rank(entry[1])))[2] if found else None
+
+
+def no_version(name: str, path: Path) -> Path:
+    form = path.name.removesuffix(".v").removesuffix(".raw") + "_VERSION"
+    raise ConfigError(
+        "image", name, f"{path} holds no version of it", f"name its entries {form}, as systemd.v(7) says"
+    )
+
+
+ARCHITECTURES = {  # of uname to systemd's names
+    "x86_64": "x86-64", "aarch64": "arm64", "i686": "x86", "armv7l": "arm", "riscv64": "riscv64", "s390x": "s390x",
+    "ppc64le": "ppc64-le", "loongarch64": "loongarch64",
+}  # fmt: skip
+
+
+FOREIGN = frozenset((
+    "alpha", "arc", "arc-be", "arm-be", "arm64-be", "cris", "hppa", "ia64", "m68k", "mips", "mips-le", "mips64",
+    "mips64-le", "nios2", "ppc", "ppc-le", "ppc64", "riscv32", "s390", "sh", "sh64", "sparc", "sparc64", "tilegx",
+))  # fmt: skip
+
+
+def compare_versions(left: str, right: str) -> int:
+    """Compare as the UAPI group's version format specification says; negative when `left` is the older one."""
+    a, b = (deque(re.findall(r"\d+|[A-Za-z]+|[-~^.]", version)) for version in (left, right))
+    while True:
+        first, second = (queue[0] if queue else "" for queue in (a, b))
+        if "~" in (first, second) and first != second:
+            return -1 if first == "~" else 1
+        if not first or not second:
+            return bool(first) - bool(second)
+        for separator in "-^.":
+            if separator in (first, second) and first != second:
+                return -1 if first == separator else 1
+        if first.isdigit() != second.isdigit():  # a number is newer than letters
+            return 1 if first.isdigit() else -1
+        if first.isdigit() and int(first) != int(second):
+            return int(first) - int(second)
+        if not first.isdigit() and first != second:
+            return -1 if first < second else 1
+        a.popleft()
+        b.popleft()
+
+
+# What says that there is no such file, not that something is wrong with this machine.
+IS_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+@dataclass(frozen=True)
+class View:
+    """A container's root and what is to be mounted in it, to look files up before there is a container. Only for a
+    thread: what an image or a task has made decides how long a look takes."""
+
+    image: Path
+    mounts: Mapping[str, str] = field(default_factory=dict)  # targets in the container to sources on the host
+    pivot: str = "/"  # the directory of the image that becomes the root
+
+    def open(self, path: str, links: int = 8) -> int | None:
+        """Return the file, of O_PATH; None when it is not there. Follows `links` from the root into mounts. Raises
+        OSError when it cannot be known."""
+        path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
+        is_plain = ".." not in path.split("/")
+        place = max((point for point in self.mounts if is_plain and is_below(path, point)), key=len, default="")
+        root = os.open(self.mounts[place], os.O_PATH | os.O_CLOEXEC) if place else self.open_root()
+        if place == path:
+            return root
+        try:
+            return open_in_root(root, path[len(place) :], os.O_PATH, follow=not place)
+        except OSError as error:
+            if error.errno not in IS_MISSING or (place and error.errno == errno.ELOOP):
+                raise
+            if self.mounts and not is_plain:
+                raise OSError(errno.ESTALE, "may be in a mount") from None
+            leads = self.find_mount(root, path) if self.mounts and links and not place else ""
+        finally:
+            os.close(root)
+        return self.open(leads, links - 1) if leads else None
+
+    def open_root(self) -> int:
+        top = os.open(self.image, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return open_in_root(top, self.pivot, os.O_PATH)
+        finally:
+            os.close(top)
+
+    def find_mount(self, root: int, path: str) -> str:
+        """Return where a path leads to of which the root has nothing: into a mount, perhaps; "" for nowhere."""
+        parts = path.strip("/").split("/")
+        for length in range(min(len(parts), MAX_PARTS) - 1, -1, -1):
+            with contextlib.suppress(OSError):
+                parent = open_in_root(root, "/".join(parts[:length]) or "/", os.O_PATH | os.O_DIRECTORY)
+                try:
+                    leads = self.follow(root, parent, parts[length])
+                finally:
+                    os.close(parent)
+                leads = os.path.normpath("/".join([leads, *parts[length + 1 :]]))
+                return leads if leads != path else ""
+        return ""
+
+    def follow(self, root: int, parent: int, name: str) -> str:
+        """Return the path in the container of a file of an open directory, or what it is a link to."""
+        top, here = (os.readlink(f"/proc/self/fd/{fd}") for fd in (root, parent))
+        here = f"/{here.removeprefix(top).lstrip('/')}"
+        if not any(is_below(here, point) for point in self.mounts):
+            with contextlib.suppress(OSError):  # no link
+                name = os.readlink(name, dir_fd=parent)
+        return os.path.join(here, name)
+
+
+MAX_PARTS = 64  # of a path
+MAX_PLACES = 64  # of a PATH
+
+
+def explain_command(command: str, search: str, view: View) -> str:
+    """Say why a program cannot be executed, "" when it looks as if it could."""
+    if "/" in command and not command.startswith("/"):
+        return ""  # relative to the working directory
+    places = [command] if "/" in command else [f"{place}/{command}" for place in search.split(":")]
+    kinds = set()
+    try:
+        for place in places[:MAX_PLACES]:
+            if (fd := view.open(place)) is not None:
+                try:
+                    kinds.add(explain_program(fd))
+                finally:
+                    os.close(fd)
+    except OSError:
+        return ""  # not known
+    if not kinds:
+        where = "in the container" if "/" in command else f"in the container's PATH ({search})"
+        return f'command: there is no "{command}" {where}'
+    return "" if "" in kinds else f'command: "{command}" in the container is {min(kinds)}'
+
+
+def explain_program(fd: int) -> str:
+    """Say what is wrong with a program, "" when nothing is."""
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) and mode & 0o111):
+        return "not an executable file"
+    return f"for another machine than this {os.uname().machine}" if is_foreign(fd) else ""
+
+
+ELF_MACHINES = {"x86_64": (62, 3), "aarch64": (183, 40)}  # e_machine of what a kernel runs, 32-bit programs too
+BINFMT_MISC = Path("/proc/sys/fs/binfmt_misc")
+
+
+def is_foreign(fd: int) -> bool:
+    """Tell whether a program is for another architecture, and nothing (binfmt_misc) emulates that here."""
+    header, native = read_opened(fd, 20), ELF_MACHINES.get(os.uname().machine)
+    if not native or len(header) < 20 or not header.startswith(b"\x7fELF"):
+        return False
+    machine = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
+    return machine not in native and not list(BINFMT_MISC.glob("qemu-*"))
+
+
+@dataclass(frozen=True)
+class Account:
+    """A user of a container."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]  # further ones
+    home: str
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What nspawn sets for a user by name, and does not for one by number."""
+        return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
+
+
+def find_account(image: Image, values: Values, volumes: Iterable[str] = ()) -> Account | None:
+    """Return the user for the command. None: nspawn has to look it up in the container. That is so for a disk
+    image, where the job mounts files over the image's, and for a name that is not in /etc/passwd, because systemd
+    knows further ones (`bind_user`). `volumes` are the targets of Nomad's mounts."""
+    wanted = values["user"]
+    if not wanted or values["boot"] or not image.is_directory:
+        return None
+    if not image.key and hides_accounts(values, volumes):
+        return None
+    name, _, group = wanted.partition(":")
+    name = is_user("user", name or "root")
+    groups = read_entries(image, values, "/etc/group")
+    gid = find_group(wanted, group, groups)
+    if name in ("root", "0"):
+        return Account("root", 0, gid or 0, (), "/root")
+    for entry in read_entries(image, values, "/etc/passwd"):
+        if len(entry) > 5 and name in (entry[0], entry[2]) and is_id(entry[2]) and is_id(entry[3]):
+            return parse_account(entry, gid, groups)
+    if is_number(wanted, name):
+        return Account(name, int(name), gid or 0, (), "/")
+    if not image.key:
+        return None
+    raise ConfigError("user", wanted, "the image's /etc/passwd has no such user", "give the user's number")
+
+
+def hides_accounts(values: Values, volumes: Iterable[str]) -> bool:
+    """Tell whether something is mounted over the image's passwd or group."""
+    binds = [parse_bind(text)[0] for name in ("bind", "bind_read_only") for text in values[name].values()]
+    overlays = [split_fields(item)[-1] for name in ("overlay", "overlay_read_only") for item in values[name]]
+    targets = {os.path.normpath(f"/{target}").lstrip("/") for target in (*binds, *overlays, *volumes)}
+    return not targets.isdisjoint(("", "etc", "etc/passwd", "etc/group"))
+
+
+def read_entries(image: Image, values: Values, path: str) -> list[list[str]]:
+    """Return the fields of an image's passwd or group, line by line."""
+    text = read_in_image(image, values, path)
+    if len(text.encode()) >= MAX_TEXT:
+        text = text.rpartition("\n")[0]  # the last line may have been cut in the middle of a number
+    return [line.split(":") for line in text.split("\n")]
+
+
+def parse_account(entry: Sequence[str], gid: int | None, groups: Sequence[Sequence[str]]) -> Account:
+    """Return the user of a line of passwd. A group that was asked for takes the place of all others."""
+    name, uid, home = entry[0] if USER.fullmatch(entry[0]) else entry[2], int(entry[2]), entry[5]
+    if not home.startswith("/") or NO_TEXT.search(home):
+        home = "/"
+    if gid is not None:
+        return Account(name, uid, gid, (), home)
+    members = [group for group in groups if len(group) > 3 and is_id(group[2]) and name in group[3].split(",")]
+    return Account(name, uid, int(entry[3]), tuple(int(group[2]) for group in members), home)
+
+
+def find_group(wanted: str, group: str, groups: Sequence[Sequence[str]]) -> int | None:
+    """Return the number of a group, None where none is asked for."""
+    if not group:
+        return None
+    numbers = [int(entry[2]) for entry in groups if len(entry) > 2 and entry[0] == group and is_id(entry[2])]
+    if not numbers and not is_number(wanted, group):
+        raise ConfigError("user", wanted, f"the image has no group {cut(group)}", "give the group's number")
+    return numbers[0] if numbers else int(group)
+
+
+def is_number(wanted: str, text: str) -> bool:
+    """Tell whether a name is a number. Raises ConfigError for one that no user has."""
+    if text.isascii() and text.isdigit() and not is_id(text):
+        raise ConfigError("user", wanted, "numbers of users go up to 999999999, and 65535 is none", "give another")
+    return is_id(text)
+
+
+def is_id(text: str) -> bool:
+    """Tell whether a text is the number of a user or group. 65535 is none for systemd: it is -1 in 16 bits."""
+    return bool(re.fullmatch(r"\d{1,9}", text, re.ASCII)) and int(text) != 0xFFFF
+
+
+BUSY = (
+    "image: {0} is in use by another container that may write to it; "
+    "set ephemeral, read_only or volatile for all tasks that share it"
+)

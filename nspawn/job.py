@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What Nomad says of a task, free of protobuf, and the names and signals that come from it. Pure."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nspawn.checks import OWN_DIRECTORIES
+from nspawn.common import STATE_ROOT, ConfigError
+from nspawn.options import Values
+
+UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device node of the host for a container."""
+
+    host_path: str
+    task_path: str
+    permissions: str = "rwm"  # to read, to write, to make with mknod(2)
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port of the group's or the task's network block."""
+
+    host: int
+    to: int = 0  # the one inside; 0: the same
+    host_ip: str = ""
+
+    @property
+    def inside(self) -> int:
+        return self.to or self.host
+
+
+@dataclass(frozen=True)
+class Dns:
+    """The group's dns block. What it leaves out is the host's, as with Nomad's own drivers."""
+
+    servers: tuple[str, ...] = ()
+    searches: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.servers or self.searches or self.options)
+
+
+@dataclass(frozen=True)
+class GroupNetwork:
+    """What Nomad says of a task's network."""
+
+    namespace: str = ""  # a path; "" in host mode
+    ports: Mapping[str, Port] = field(default_factory=dict)  # by label
+    dns: Dns = Dns()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What Nomad grants a task."""
+
+    memory: int = 0  # bytes that are reserved for it, 0: unknown
+    memory_max: int | None = 0  # bytes it may use when the machine has them; 0: as many as reserved, None: any
+    cpu: int = 0  # MHz, which are its weight among the others
+    cpu_fraction: float = 0.0  # of all the machine's MHz
+    cores: str = ""  # those reserved for it, as in 0,2-3
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A volume Nomad asks for (host volume, CSI, device plugin)."""
+
+    source: str
+    target: str
+    read_only: bool
+    propagation: str = ""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What Nomad says of a task, free of protobuf."""
+
+    id: str  # <allocation>/<task>/<8 hex digits>, new for every start
+    name: str
+    alloc_id: str
+    alloc_dir: str  # of the allocation, on the host
+    options: Mapping[str, object]  # the job's `config` block
+    user: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    stdout_path: str = "/dev/null"
+    stderr_path: str = "/dev/null"
+    cgroup: str = ""
+    resources: Resources = Resources()
+    network: GroupNetwork = GroupNetwork()
+    mounts: tuple[Mount, ...] = ()
+    devices: tuple[Device, ...] = ()  # of device plugins
+
+    @property
+    def shared_dir(self) -> str:
+        return f"{self.alloc_dir}/alloc"
+
+    @property
+    def task_dir(self) -> str:
+        return f"{self.alloc_dir}/{self.name}"
+
+    @property
+    def log_dir(self) -> str:
+        return f"{self.shared_dir}/logs"
+
+    @property
+    def own_directories(self) -> dict[str, str]:
+        """The directories a task may name without a gate, by their names."""
+        paths = (self.shared_dir, f"{self.task_dir}/local", f"{self.task_dir}/secrets")
+        return dict(zip(OWN_DIRECTORIES, paths, strict=True)) if self.alloc_dir else {}
+
+    @property
+    def directory_names(self) -> tuple[str, ...]:
+        """The task's directories, as below the allocation's; those above others first."""
+        own = (f"{self.name}{end}" for end in ("", "/local", "/secrets"))
+        return ("alloc", "alloc/logs", *own) if self.alloc_dir else ()
+
+
+class Mode(enum.Enum):
+    """What the container's PID 1 is. It decides who gets a signal, and what one means."""
+
+    BOOT = "boot"
+    COMMAND = "command"  # the command itself: a signal it has no handler for is ignored
+    PROCESS_TWO = "process_two"  # nspawn's stub; the command is PID 2
+
+    @classmethod
+    def of(cls, values: Values) -> Mode:
+        if values["boot"]:
+            return cls.BOOT
+        return cls.PROCESS_TWO if values["process_two"] else cls.COMMAND
+
+    @property
+    def console(self) -> str:
+        # A booted systemd writes nothing to its console in pipe mode (measured on 252 and 257); a pty would
+        # merge a command's stdout and stderr and end its lines with CR LF.
+        return "read-only" if self is Mode.BOOT else "pipe"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {"TERM": "dumb"} if self is Mode.BOOT else {}  # no colours and no cursor movement in the logs
+
+    def stop_signal(self, name: str) -> int:
+        """Return the signal that asks the payload to end. `name` is the job's kill_signal, "" when unset.
+
+        For systemd SIGTERM means "re-exec" and SIGINT "reboot"; who writes one of them as kill_signal means
+        "end", which is SIGRTMIN+4 (poweroff). Others are sent as they are.
+        """
+        number = parse_signal(name) if name else signal.SIGTERM
+        if self is Mode.BOOT and number in (signal.SIGTERM, signal.SIGINT):
+            return signal.SIGRTMIN + 4
+        return number
+
+
+def parse_signal(name: str) -> int:
+    """Return the number of SIGTERM, TERM, 15 or SIGRTMIN+4."""
+    match = re.fullmatch(r"(?:SIG)?(RTMIN|RTMAX)([+-]\d{1,2})|(?:SIG)?([A-Z][A-Z0-9]*)|(\d{1,3})", name.upper())
+    if match:
+        base, offset, plain, digits = match.groups()
+        known = signal.Signals.__members__.get(f"SIG{base or plain}")
+        number = int(digits) if digits else int(known or 0) + int(offset or 0)
+        if 0 < number < signal.NSIG:
+            return number
+    raise ConfigError("signal", name, "is no signal", "use a name such as SIGTERM, SIGHUP or SIGRTMIN+4")
+
+
+def render_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number > signal.SIGRTMIN else str(number)
+
+
+def plan_machine(task_name: str, alloc_id: str) -> str:
+    """Return the machine's name, <task>-<allocation>, in nspawn's alphabet and 64 characters.
+
+    What differs from the task's name ends in 64 bits of a digest, and so does a name that looks like one of these:
+    no two tasks of an allocation have one name.
+    """
+    alloc = re.sub(r"[^A-Za-z0-9-]+", "-", alloc_id)[:36].strip("-") or "alloc"
+    room = 64 - len(alloc) - 1
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", task_name).strip("-")
+    if name != task_name or len(name) > room or re.fullmatch(r"(.*-)?[0-9a-f]{16}", name):
+        digest = hashlib.sha256(task_name.encode()).hexdigest()[:16]
+        name = f"{name[: room - 17].strip('-')}-{digest}".lstrip("-")
+    return f"{name}-{alloc}"
+
+
+def render_readable(task_id: str) -> str:
+    """Return the beginning of an id for a file's name: the allocation's, which has 36 characters, and a bit."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", task_id)[:40]
+
+
+def state_directory(task_id: str) -> Path:
+    """Return where a task's files are: found from the id alone, short enough for a socket's path, and never
+    outside the state root whatever the id holds."""
+    return STATE_ROOT / f"{render_readable(task_id)}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The C library and the kernel's calls, by their own names."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+
+@functools.lru_cache(maxsize=1)
+def load_libc() -> Any:
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def call_libc(name: str, *arguments: int | bytes | None) -> int:
+    """Call a function of the C library that Python does not have; raise OSError when it says -1."""
+    import ctypes
+
+    result = int(getattr(load_libc(), name)(*arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+OPENAT2 = 437  # system call: the same number on all machines
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x2, 0x4, 0x10
+RENAMES = 100  # how often somebody may rename directories on the way while a ".." is followed
+
+
+def open_in_root(root: int, path: str, flags: int, *, follow: bool = True, mode: int = 0) -> int:
+    """Open a path as a process with this root directory would; the kernel never leaves it, and follows 40 links at
+    most. Without `follow`, no link at all. Raises OSError."""
+    resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | (0 if follow else RESOLVE_NO_SYMLINKS)
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    for _ in range(RENAMES):
+        with contextlib.suppress(BlockingIOError):
+            return call_libc("syscall", OPENAT2, root, os.fsencode(path), how, len(how))
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+CLONE_NEWNET = 0x40000000
+CLONE_FS, CLONE_NEWNS = 0x200, 0x20000
+MS_NOSUID, MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x4000, 1 << 19, 2
+OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE = -100, 0x1000, 0x8000, 1
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
+MOUNT_ATTR_NOSUID, MOUNT_ATTR_IDMAP = 0x2, 0x100000
+
+
+def mount_filesystem(kind: str, target: str, flags: int = 0, options: str = "") -> None:
+    call_libc("mount", kind.encode(), os.fsencode(target), kind.encode(), flags, os.fsencode(options))
+
+
+def enter_namespace() -> None:
+    """Put this thread into a new mount namespace. What the host mounts later shows up in it, not the reverse."""
+    call_libc("unshare", CLONE_FS | CLONE_NEWNS)
+    mount_filesystem("none", "/", MS_REC | MS_SLAVE)
+
+
+def attach_tree(tree: int, target: str) -> None:
+    call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+    call_libc("mount", None, os.fsencode(target), None, MS_REC | MS_SLAVE, None)
+
+
+def attach_layer(source: str, target: str, users_fd: int | None) -> None:
+    """Mount a directory, with the ids of a user namespace if one is given."""
+    tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(source), OPEN_TREE_CLONE | os.O_CLOEXEC)
+    try:
+        if users_fd is not None:
+            attributes = struct.pack("QQQQ", MOUNT_ATTR_IDMAP, 0, 0, users_fd)
+            call_libc("syscall", MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, len(attributes))
+        call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+LOCK_FORMAT = "hhqqi"  # struct flock
+
+
+def take_lock(path: Path, kind: int) -> int | None:
+    """Lock a file as systemd does; return the descriptor that holds the lock, None when somebody else has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(LOCK_FORMAT, kind, os.SEEK_SET, 0, 0, 0))
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # whoever had it before removed the file

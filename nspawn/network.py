@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Where a container's network comes from, and what is in its /etc/resolv.conf and /etc/hosts.
+
+The namespace of a group (bridge, none, cni) is Nomad's: the shim and nspawn enter it, and nspawn is told of no
+network at all. --network-namespace-path would do the same, but without user namespaces before 262
+(systemd#36363). Disk images need it all the same: nspawn mounts them only in the host's network, where it hears
+from udev. What goes through a group's namespace (ports, Consul Connect) is up to Nomad and CNI. All other
+networks are options of nspawn. The driver makes no firewall rules; nspawn makes its own for --port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nspawn.checks import parse_bind
+from nspawn.common import ConfigError, HostError, cut
+from nspawn.files import read_text
+from nspawn.images import Image, open_directory, place_in_image, read_in_image
+from nspawn.job import Dns, GroupNetwork, Port
+from nspawn.linux import CLONE_NEWNET
+from nspawn.options import Values
+from nspawn.process import run
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a container's /etc/resolv.conf and /etc/hosts are made from, see read_names."""
+
+    resolv_conf: str = ""  # the host's
+    hosts: str = ""  # the image's
+    addresses: tuple[str, ...] = ()  # of the group's namespace
+    missing: frozenset[str] = frozenset()  # files of NAME_FILES that cannot be mounted in the image
+
+
+NAME_FILES = ("/etc/resolv.conf", "/etc/hosts")
+
+
+# Run inside the group's namespace, before the keeper. Root of a user namespace has no rights over a network
+# namespace made outside of it: without these it could neither listen on ports below 1024 nor ping. Docker sets
+# the same two; they go with the namespace.
+ENTER_NAMESPACE = r"""
+exec 4>&2 2>/dev/null
+echo 0 >/proc/sys/net/ipv4/ip_unprivileged_port_start
+echo "0 2147483647" >/proc/sys/net/ipv4/ping_group_range
+exec "$@" 2>&4 4>&-
+"""
+
+
+class NetworkMode(enum.Enum):
+    """Where the container's network comes from."""
+
+    HOST = "host"
+    NONE = "none"  # a namespace with nothing but loopback in it
+    GROUP = "group"
+    VETH = "veth"  # a link to the host, which gives out addresses on it
+    BRIDGE = "bridge"  # on a network that somebody else looks after
+    INTERFACE = "interface"  # the same, without a link to the host
+
+    @classmethod
+    def of(cls, group: GroupNetwork, values: Values) -> NetworkMode:
+        if group.namespace:
+            return cls.GROUP
+        for mode, names in MODE_OPTIONS.items():
+            if any(values[name] for name in names):
+                return mode
+        return cls.HOST
+
+    @property
+    def has_address(self) -> bool:
+        """Whether the container is to get an address of its own after it has started."""
+        return self in (NetworkMode.VETH, NetworkMode.BRIDGE, NetworkMode.INTERFACE)
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether other machines can reach the container's own address."""
+        return self in (NetworkMode.BRIDGE, NetworkMode.INTERFACE)
+
+
+# The first that is set counts: addresses of a LAN before those that are for this host alone.
+MODE_OPTIONS = {
+    NetworkMode.BRIDGE: ("network_bridge",),
+    NetworkMode.INTERFACE: ("network_macvlan", "network_ipvlan", "network_interface"),
+    NetworkMode.VETH: ("network_zone", "network_veth"),
+    NetworkMode.NONE: ("private_network", "network_veth_extra"),
+}
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """How one container gets its network."""
+
+    mode: NetworkMode = NetworkMode.HOST
+    zone: str = ""
+    address_timeout: float = 0.0  # seconds
+    ports: Mapping[str, Port] = field(default_factory=dict)  # those that nspawn maps, by label
+    values: Mapping[str, Any] = field(default_factory=dict)  # options as they are to be rendered
+    entry: tuple[str, ...] = ()  # what starts the keeper in another network namespace
+    argv: tuple[str, ...] = ()  # of nspawn
+    environ: Mapping[str, str] = field(default_factory=dict)  # for the payload
+    files: Mapping[str, str] = field(default_factory=dict)  # paths inside to texts, to be mounted read-only
+    mount_files: tuple[str, ...] = ()  # to be made in a read-only image, to mount on
+    notes: tuple[str, ...] = ()  # sentences for the task's events
+
+    def render_files(self, directory: Path) -> list[str]:
+        """Return nspawn's arguments for the files, which lie in the task's state directory."""
+        return [f"--bind-ro={directory}{path}:{path}" for path in self.files]
+
+
+def plan_network(
+    group: GroupNetwork, values: Values, names: Names, machine: str, *, is_disk: bool = False
+) -> NetworkPlan:
+    """Return the network of a task."""
+    files = plan_name_files(group, values, names, machine)
+    network = NetworkPlan(
+        mode=NetworkMode.of(group, values),
+        address_timeout=values["address_timeout"] or 0.0,
+        zone=values["network_zone"] or "",
+        values={"resolv_conf": "off"} if "/etc/resolv.conf" in files else {},
+        files=files,
+        mount_files=tuple(place_in_image(values, path) for path in files if is_read_only(values)),
+        notes=tuple(explain_dns(group, values, files)),
+    )
+    if group.namespace and is_disk:  # without user namespaces: see check_image_rules
+        return replace(network, argv=(f"--network-namespace-path={group.namespace}",))
+    if group.namespace:
+        set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if values["user_namespacing"] else ()
+        entry = ("nsenter", f"--net={group.namespace}", "--", *set_up)
+        return replace(network, entry=entry)
+    ports = {label: find_port(group, "ports", label, label) for label in values["ports"]}
+    for label, to in values["port_map"].items():
+        ports[label] = replace(find_port(group, f"port_map.{label}", label, to), to=to)
+    return replace(
+        network,
+        ports=ports,
+        argv=tuple(argument for port in ports.values() for argument in render_port(port)),
+        environ=plan_port_environ(ports),
+        notes=(*network.notes, *(note for label, port in ports.items() for note in explain_port(label, port))),
+    )
+
+
+def find_port(group: GroupNetwork, option: str, label: str, shown: object) -> Port:
+    port = group.ports.get(label)
+    if port is None:
+        rule = "no port of this label in the group's or task's network block"
+        known = f"the labels are {', '.join(group.ports) or 'none'}"
+        raise ConfigError(option, shown, rule, known)
+    return port
+
+
+def render_port(port: Port) -> list[str]:
+    return [f"--port={protocol}:{port.host}:{port.inside}" for protocol in ("tcp", "udp")]
+
+
+def plan_port_environ(ports: Mapping[str, Port]) -> dict[str, str]:
+    """Return the variables that tell the port inside. Nomad does not know of port_map; it knows of `to`."""
+    names = {label: re.sub(r"[^A-Za-z0-9_]", "_", label) for label in ports}
+    kinds = ("NOMAD_PORT", "NOMAD_ALLOC_PORT")
+    return {f"{kind}_{names[label]}": str(port.inside) for label, port in ports.items() for kind in kinds}
+
+
+def explain_port(label: str, port: Port) -> Iterator[str]:
+    """Say where nspawn's mapping differs from what Nomad shows: it is for all addresses of the host but loopback
+    ones (measured on 252, 257 and 262)."""
+    if port.host_ip.startswith("127.") or port.host_ip == "::1":
+        yield (
+            f"The port {label!r} cannot be reached at {port.host_ip}:{port.host}: systemd-nspawn maps ports at "
+            "the host's other addresses only. Bridge mode has no such limit."
+        )
+
+
+NO_ADDRESS = "The container has no address after {limit:g} s: "
+
+
+def explain_no_address(mode: NetworkMode, is_booted: bool, have_networkd: bool) -> str:
+    """Say what may be missing when a container gets no address."""
+    if mode is NetworkMode.VETH and not have_networkd:
+        return (
+            "systemd-networkd, which gives out addresses on the host's end of its link, does not run on this host "
+            "(systemctl enable --now systemd-networkd); or use bridge mode, or network_veth = false."
+        )
+    if not is_booted:
+        return "a command has no DHCP client beside it; use bridge mode, network_veth = false, or boot = true."
+    if mode is NetworkMode.VETH:
+        return "is a DHCP client, such as systemd-networkd, enabled in the image?"
+    return "is a DHCP client enabled in the image, and does a DHCP server answer on that network?"
+
+
+NETWORKD_IS_ACTIVE = "/run/systemd/units/invocation:systemd-networkd.service"  # systemd's link, to nowhere
+
+
+def have_networkd() -> bool:
+    """Whether systemd-networkd runs. Where only its socket does, the first link of a container starts it."""
+    return os.path.lexists(NETWORKD_IS_ACTIVE)
+
+
+# Elements of nspawn's map in nftables, `6 . 8080 : 10.0.0.2 . 80`, and its rules where it uses iptables: before
+# 259, on kernels without nftables.
+NAT_ELEMENT = re.compile(r"\S+ \. (\d+) : [0-9a-f.:]+ \. (\d+)")
+NAT_RULE = re.compile(r"-A ((?:PREROUTING|OUTPUT) .*--dport (\d+) .*-j DNAT --to-destination \S+:(\d+))")
+
+
+def find_port_maps(text: str, pattern: re.Pattern[str], ports: Sequence[tuple[int, int]]) -> list[str]:
+    """Return the elements or rules that map one of `ports`, pairs of a port of the host and one inside."""
+    found = [(match[0], match.groups()[-2:]) for match in pattern.finditer(text)]
+    return [whole for whole, (host, inside) in found if (int(host), int(inside)) in ports]
+
+
+def plan_name_files(group: GroupNetwork, values: Values, names: Names, machine: str) -> dict[str, str]:
+    """Return the texts of /etc/resolv.conf and /etc/hosts where they are the driver's to make: in a group's
+    network, which the image cannot know, and for a dns block. What the job mounts there itself stays."""
+    policy = values["resolv_conf"]
+    files = {}
+    if not group.dns.is_empty or (group.namespace and policy in (None, "auto")):
+        files["/etc/resolv.conf"] = render_resolv_conf(names.resolv_conf, group.dns)
+    if group.namespace or values["extra_hosts"]:
+        own = names.addresses or ("127.0.1.1",)
+        lines = [f"{address} {values['hostname'] or machine}" for address in own]
+        for item in values["extra_hosts"]:
+            host, _, address = item.partition(":")
+            lines.append(f"{address} {host}")
+        files["/etc/hosts"] = render_hosts(names.hosts, lines)
+    targets = (*values["bind"].values(), *values["bind_read_only"].values())
+    mounted = {parse_bind(target)[0].rstrip("/") for target in targets}
+    asked = {"/etc/resolv.conf": not group.dns.is_empty, "/etc/hosts": bool(values["extra_hosts"])}
+    return {
+        path: text
+        for path, text in files.items()
+        if not mounted & {path, "/etc", ""} and (asked[path] or path not in names.missing)
+    }
+
+
+def render_resolv_conf(host: str, dns: Dns) -> str:
+    """Return a resolv.conf of the group's dns block, and of the host's lines for what the block leaves out."""
+    given = {"nameserver": dns.servers, "search": dns.searches, "options": dns.options}
+    lines = []
+    for name, values in given.items():
+        words = values or tuple(find_resolv_conf(host, name))
+        if name == "nameserver":
+            lines += [f"nameserver {server}" for server in words]
+        elif words:
+            lines.append(f"{name} {' '.join(words)}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def find_resolv_conf(text: str, name: str) -> list[str]:
+    """Return the words of all lines of a resolv.conf that begin with `name`; of several search lines the last
+    counts, as for the resolver."""
+    found = [line.split()[1:] for line in text.split("\n") if line.split()[:1] == [name]]
+    return found[-1] if name == "search" and found else [word for words in found for word in words]
+
+
+def render_hosts(image: str, own: Sequence[str]) -> str:
+    """Return the lines of the image's file but those for names in `own`, and the lines `own`."""
+    names = {name for line in own for name in line.split()[1:]}
+    lines = [line for line in filter(None, image.split("\n")) if not names & set(line.split("#")[0].split()[1:])]
+    if not any("localhost" in line.split("#")[0].split()[1:] for line in lines):
+        lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback", *lines]
+    return "".join(f"{line}\n" for line in (*lines, *own))
+
+
+def explain_dns(group: GroupNetwork, values: Values, files: Mapping[str, str]) -> Iterator[str]:
+    """Say what of a resolv.conf may surprise."""
+    policy, text = values["resolv_conf"], files.get("/etc/resolv.conf")
+    if text is None:
+        return
+    if policy not in (None, "auto", "off"):
+        yield f"/etc/resolv.conf comes from the group's dns block; resolv_conf = {json.dumps(policy)} is ignored."
+    servers = find_resolv_conf(text, "nameserver")
+    if group.namespace and servers and all(server.startswith(("127.", "::1")) for server in servers):
+        yield (
+            f"The host's name server {servers[0]} cannot be reached from the group's network: name one in the "
+            "group's dns block."
+        )
+
+
+RESOLV_CONF_PATHS = (
+    "/etc/resolv.conf",
+    "/run/systemd/resolve/resolv.conf",
+    "/run/NetworkManager/no-stub-resolv.conf",
+)
+
+
+def read_resolv_conf(paths: Sequence[str] = RESOLV_CONF_PATHS) -> str:
+    """Return the host's resolv.conf. A name server on its loopback (systemd-resolved) is of use to the host alone:
+    then the file that names the servers behind it."""
+    texts = [text for path in paths if (text := read_text(Path(path)))]
+    for text in texts:
+        servers = find_resolv_conf(text, "nameserver")
+        if servers and not all(server.startswith(("127.", "::1")) for server in servers):
+            return text
+    return texts[0] if texts else ""
+
+
+def parse_addresses(fib_trie: str, if_inet6: str) -> tuple[str, ...]:
+    """Return the addresses of a network namespace that others can reach, IPv4 first, from files of /proc/net."""
+    found = re.findall(r"\|-- ([\d.]+)\n\s+/32 host LOCAL", fib_trie)
+    for line in filter(None, if_inet6.split("\n")):
+        # The name of the interface comes last, and may hold what else Python takes for blanks and line ends.
+        digits, _, _, scope, flags = line.split(" ")[:5]
+        if scope == "00" and not int(flags, 16) & IFA_F_TENTATIVE:
+            found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
+    return tuple(dict.fromkeys(address for address in found if not address.startswith(("127.", "169.254."))))
+
+
+IFA_F_TENTATIVE = 0x40  # being checked for duplicates; cannot be used yet
+
+
+def read_addresses(pid: int) -> tuple[str, ...]:
+    """Return the addresses of a process's network namespace."""
+    return parse_addresses(*(read_text(Path(f"/proc/{pid}/net/{name}")) for name in ("fib_trie", "if_inet6")))
+
+
+def read_group_addresses(namespace: str) -> tuple[str, ...]:
+    """Return the addresses of a group's namespace. /proc/net is that of the process which reads it."""
+    command = ["nsenter", f"--net={namespace}", "--", "cat", "/proc/net/fib_trie", "/proc/net/if_inet6"]
+    text = run(command, timeout=10)
+    inet6 = [line for line in text.split("\n") if re.match(r"[0-9a-f]{32} ", line)]
+    return parse_addresses(text, "\n".join(inet6))
+
+
+def read_names(group: GroupNetwork, image: Image, values: Values) -> Names:
+    """Read what the container's name files depend on; nothing where they are not the driver's to make."""
+    if not group.namespace and group.dns.is_empty and not values["extra_hosts"]:
+        return Names()
+    return Names(
+        resolv_conf=read_resolv_conf(),
+        hosts=read_in_image(image, values, "/etc/hosts"),
+        addresses=read_group_addresses(group.namespace) if group.namespace else (),
+        missing=frozenset(path for path in NAME_FILES if not can_mount_file(image, values, path)),
+    )
+
+
+def is_read_only(values: Values) -> bool:
+    """Whether nspawn cannot make mount points, because the image is mounted read-only before it comes to that."""
+    return bool(values["read_only"]) or values["volatile"] == "state"
+
+
+def can_mount_file(image: Image, values: Values, path: str) -> bool:
+    """Whether nspawn will find a file to mount on, or can make one, or make_mount_points can."""
+    if not is_read_only(values):
+        return True
+    if not image.is_directory:
+        return False  # nobody has looked into it
+    folder, name = os.path.split(place_in_image(values, path))
+    with contextlib.suppress(OSError), open_directory(image.opened, folder) as fd:
+        try:
+            os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return os.fstatvfs(fd).f_flag & os.ST_RDONLY == 0
+        return True
+    return False
+
+
+def check_interfaces(values: Values) -> None:
+    """Refuse interfaces that the host does not have: of network_interface nspawn 257 and 262 say nothing."""
+    for option in MODE_OPTIONS[NetworkMode.INTERFACE]:
+        for item in values[option]:
+            name = item.partition(":")[0]
+            try:
+                socket.if_nametoindex(name)
+            except OSError:
+                rule = "the host has no interface of this name"
+                raise ConfigError(option, name, rule, "`ip link` on the host lists them") from None
+
+
+NS_GET_NSTYPE = 0xB703  # ioctl: which kind of namespace a file is
+
+
+def check_namespace(path: str) -> None:
+    """Raise HostError unless there is a network namespace at `path`."""
+    try:
+        with open(path, "rb") as file:
+            kind = fcntl.ioctl(file, NS_GET_NSTYPE)
+    except OSError as error:
+        gone = "is not there" if error.errno == errno.ENOENT else "is no network namespace"
+        raise HostError(
+            f"the network namespace of the group, {cut(path)}, {gone}; the task is not started"
+        ) from None
+    if kind != CLONE_NEWNET:
+        raise HostError(f"{cut(path)} is a namespace, but not of a network; the task is not started")

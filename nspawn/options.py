@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What an option is: its type, its decoding, nspawn's argument for it, its line in the manual.
+
+The options themselves are the rows at the top of driver.py. Every value arrives as the agent's msgpack has it:
+every key of the schema is present, and nil where the job says nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nspawn.common import ConfigError
+
+Values = Mapping[str, Any]
+
+
+class Kind(enum.Enum):
+    """The type of an option, by its name in Nomad's hclspec.
+
+    The types are the Go driver's: a map is a list of maps, so that both `x { a = "b" }` and
+    `x = { "/a" = "/b" }` arrive. An attribute of type map(string) would accept neither.
+    """
+
+    BOOL = "bool"
+    NUMBER = "number"
+    STRING = "string"
+    STRINGS = "list(string)"
+    STRING_MAP = "list(map(string))"
+    NUMBER_MAP = "list(map(number))"
+    BLOCK = "block"
+    BLOCKS = "list(block)"
+
+    @property
+    def is_block(self) -> bool:
+        return self in (Kind.BLOCK, Kind.BLOCKS)
+
+    def decode(self, name: str, value: object) -> object:
+        """Return the value as the plan uses it; raise ConfigError on anything that is not of this type."""
+        decoders: dict[Kind, Callable[[str, object], object]] = {
+            Kind.BOOL: decode_bool,
+            Kind.NUMBER: decode_number,
+            Kind.STRING: decode_string,
+            Kind.STRINGS: decode_strings,
+            Kind.STRING_MAP: functools.partial(decode_map, decode=decode_string),
+            Kind.NUMBER_MAP: functools.partial(decode_map, decode=decode_number),
+        }
+        return decoders[self](name, value)
+
+
+def decode_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(name, value, "must be true or false")
+    return value
+
+
+def decode_string(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ConfigError(name, value, "must be a string")
+    if "\0" in value:
+        raise ConfigError(name, value, "must not hold a NUL character")
+    return value
+
+
+def decode_number(name: str, value: object) -> int:
+    """Numbers that a float cannot hold exactly arrive as strings."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            if float(value) == int(float(value)):
+                return int(float(value))
+    raise ConfigError(name, value, "must be a whole number")
+
+
+def decode_strings(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(name, value, "must be a list of strings")
+    return tuple(decode_string(name, item) for item in value)
+
+
+def decode_map(name: str, value: object, decode: Callable[[str, object], object]) -> dict[str, object]:
+    """Fold a list of maps from left to right: of two equal keys the later one wins, as in the Go driver."""
+    maps = value if isinstance(value, (list, tuple)) else [value]
+    folded: dict[str, object] = {}
+    for item in maps:
+        if not isinstance(item, Mapping):
+            raise ConfigError(name, value, "must be a map")
+        for key, entry in item.items():
+            folded[decode_string(name, key)] = decode(f"{name}.{key}", entry)
+    return folded
+
+
+class Gate(enum.Enum):
+    """A permission: something the operator of a client allows jobs, or does not.
+
+    The value is a word of the plugin's `allow`; the last two have options of their own.
+    """
+
+    HOST_NETWORK = "host_network"
+    HOST_USERS = "host_users"
+    DISK_IMAGES = "disk_images"
+    IMAGE_WRITE = "image_write"
+    DEVICE_BINDS = "device_binds"
+    PIVOT_ROOT = "pivot_root"
+    DEVICES = "devices"
+    SYSTEM_CALLS = "system_calls"
+    HOST_INTERFACES = "host_interfaces"
+    HOST_ACCOUNTS = "host_accounts"
+    HOST_CREDENTIALS = "host_credentials"
+    HOST_OVERLAYS = "host_overlays"
+    AMBIENT_CAPABILITIES = "ambient_capabilities"
+    SELINUX_LABELS = "selinux_labels"
+    LINK_JOURNAL = "link_journal"
+    PRIORITY = "priority"
+    CAPABILITIES = "allow_caps"
+    PATHS = "allow_paths"
+
+    @property
+    def is_word(self) -> bool:
+        return self not in (Gate.CAPABILITIES, Gate.PATHS)
+
+    @property
+    def reference(self) -> str:
+        return f"`allow`: {self.value}" if self.is_word else f"`{self.value}`"
+
+
+@dataclass(frozen=True)
+class Permission:
+    """What a gate is about, for people."""
+
+    meaning: str  # what a job can do with it
+    is_default: bool = False  # whether an empty plugin block allows it: jobs of the Go driver use it
+    gives_host: bool = False  # whether a job that has it can become root of the host
+
+
+PERMISSIONS: Mapping[Gate, Permission] = {
+    Gate.HOST_NETWORK: Permission(
+        "use the host's network, with its loopback interface and what listens there, and join its bridges",
+        is_default=True,
+    ),
+    Gate.HOST_USERS: Permission(
+        "run as the host's root, without a user namespace, or with a range of users of its choice",
+        is_default=True,
+        gives_host=True,
+    ),
+    Gate.DISK_IMAGES: Permission(
+        "let the host's kernel mount a file system of the job's making, which no kernel is safe from",
+        is_default=True,
+    ),
+    Gate.IMAGE_WRITE: Permission(
+        "write to images that other tasks run from, and change the owners of their files", is_default=True
+    ),
+    Gate.DEVICE_BINDS: Permission(
+        "mount device nodes of the host, such as its disks, by `bind`", is_default=True, gives_host=True
+    ),
+    # systemd-nspawn follows links of the image to it on the host (measured on 252).
+    Gate.PIVOT_ROOT: Permission(
+        "make a directory of the host that holds a system its root, by a link in its image",
+        is_default=True,
+        gives_host=True,
+    ),
+    Gate.DEVICES: Permission("use any device of the host, such as its disks, by `devices`", gives_host=True),
+    Gate.SYSTEM_CALLS: Permission("make system calls that nspawn forbids: more of the kernel to attack"),
+    Gate.HOST_INTERFACES: Permission(
+        "take interfaces away from the host, make others on it, and be a machine of its own in the host's LAN"
+    ),
+    Gate.HOST_ACCOUNTS: Permission(
+        "write to the home directories of the host's users, and so act as them", gives_host=True
+    ),
+    Gate.HOST_CREDENTIALS: Permission("read any file of the host below `allow_paths`, as root"),
+    Gate.HOST_OVERLAYS: Permission("read any directory of the host below `allow_paths`"),
+    Gate.AMBIENT_CAPABILITIES: Permission(
+        "give a command of an ordinary user the capabilities that `allow_caps` allows"
+    ),
+    Gate.SELINUX_LABELS: Permission("choose the SELinux labels of its processes and files"),
+    Gate.LINK_JOURNAL: Permission("keep its journal among the host's own, in `/var/log/journal`"),
+    Gate.PRIORITY: Permission("run before all other processes of the host, by the limits rtprio and nice"),
+    Gate.CAPABILITIES: Permission(
+        "have these capabilities: in a user namespace over its own things only, with host_users over the host",
+        is_default=True,
+    ),
+    Gate.PATHS: Permission(
+        "read and write what is below these directories of the host as root: by default all there is",
+        is_default=True,
+        gives_host=True,
+    ),
+}
+
+
+Check = Callable[[str, Any], Any]
+Render = Callable[[str, Any], list[str]]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a task or of the plugin.
+
+    `check` raises ConfigError, or returns the value as it is used from there on. `choices` maps what is allowed
+    to the systemd version each needs, 0 for any. `argument` is nspawn's option; `render` makes its arguments
+    where one word a value will not do.
+    """
+
+    name: str
+    kind: Kind
+    doc: str
+    example: str = ""  # a value, as a job has it in HCL
+    default: Any = None  # what an unset option is; None: unset
+    required: bool = False
+    aliases: tuple[str, ...] = ()
+    check: Check | None = None
+    choices: Mapping[str, int] = field(default_factory=dict)
+    since: int = 0  # the systemd version it needs, 0 for any supported one
+    gate: Gate | None = None
+    opens: Callable[[Any], bool] = bool  # whether a value alone needs the gate, where that is one of `allow`
+    argument: str = ""  # "": the plan uses the value by itself
+    render: Render | None = None
+    fields: tuple[Option, ...] = ()  # of a BLOCK or BLOCKS
+
+    def decode(self, value: object) -> Any:
+        if value is None or value == "":  # HCL cannot say "unset" in an expression: "" means the same
+            if self.required:
+                raise ConfigError(self.name, value, "is required" if value is None else "must not be empty")
+            return self.default
+        if self.kind is Kind.BLOCK:
+            return self.decode_block(value)
+        decoded = self.decode_blocks(value) if self.kind is Kind.BLOCKS else self.kind.decode(self.name, value)
+        if self.choices and decoded not in self.choices:
+            raise ConfigError(self.name, decoded, f"must be one of {', '.join(self.choices)}")
+        return self.check(self.name, decoded) if self.check and decoded not in ((), {}) else decoded
+
+    def decode_block(self, value: object) -> Any:
+        if not isinstance(value, Mapping):
+            raise ConfigError(self.name, value, "must be a block")
+        try:
+            return decode_options(self.fields, value)
+        except ConfigError as error:
+            raise error.within(self.name) from None
+
+    def decode_blocks(self, value: object) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(self.name, value, "must be blocks")
+        return tuple(map(self.decode_block, value))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    def needed_systemd(self, value: object) -> int:
+        """Return the systemd version that this value of the option needs."""
+        return max(self.since, self.choices.get(value, 0) if isinstance(value, str) else 0)
+
+    def argv(self, value: Any) -> list[str]:
+        """Return nspawn's arguments, each one word, so that no value can become an argument of its own."""
+        if not self.argument or not is_said(value):
+            return []
+        if self.render:
+            return self.render(self.argument, value)
+        if self.kind is Kind.BOOL:
+            return [self.argument]
+        items = value if self.kind is Kind.STRINGS else (value,)
+        return [f"{self.argument}={item}" for item in items]
+
+
+def is_judged_apart(value: object) -> bool:
+    """Stands for `opens` where it takes more than the value to tell whether the gate is needed."""
+    return False
+
+
+def is_said(value: object) -> bool:
+    """Whether a value is more than an option left alone; a 0 is."""
+    return value is not None and value is not False and value not in ("", (), {})
+
+
+def decode_options(options: Sequence[Option], raw: Mapping[str, object]) -> dict[str, Any]:
+    """Return every option's value; raise ConfigError for what is unknown, missing or wrong."""
+    names = [name for option in options for name in option.names]
+    for key in raw:
+        if key not in names:
+            raise ConfigError(str(key), raw[key], "no such option", f"the options are {', '.join(names)}")
+    return {option.name: decode_named(option, raw) for option in options}
+
+
+def decode_named(option: Option, raw: Mapping[str, object]) -> Any:
+    """Return what is said under any of an option's names; what is wrong is said of the name the job uses."""
+    said = [name for name in option.names if raw.get(name) is not None]
+    if len(said) > 1:
+        raise ConfigError(said[1], raw[said[1]], f"is another name of {option.name}", "set one of the two")
+    if not said:
+        return option.decode(None)
+    return (option if said[0] == option.name else replace(option, name=said[0])).decode(raw[said[0]])
+
+
+def render_gates() -> str:
+    """Return a table of what operators may allow. "The host": whether a job can become root of the host by it."""
+    lines = ["| permission | with an empty block | the host | with it a job can |", "|---|---|---|---|"]
+    for gate, permission in PERMISSIONS.items():
+        usual = "yes" if permission.is_default else "no"
+        lines.append(
+            f"| {gate.reference} | {usual} | {'yes' if permission.gives_host else ''} | {permission.meaning} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def render_table(options: Sequence[Option]) -> str:
+    lines = ["| option | type | default | meaning | example |", "|---|---|---|---|---|"]
+    for option in options:
+        lines.append(render_row(option, ""))
+        lines += [render_row(inner, f"{option.name}.") for inner in option.fields]
+    return "\n".join(lines) + "\n"
+
+
+def render_row(option: Option, prefix: str) -> str:
+    default = "required" if option.required else ""
+    if option.default is not None and option.default not in ((), {}):
+        default = json.dumps(option.default)
+    notes = [option.doc]
+    if option.choices:
+        notes.append(f"One of {', '.join(f'`{choice}`' for choice in option.choices)}.")
+    for version in sorted({option.since, *option.choices.values()} - {0}):
+        which = [choice for choice, since in option.choices.items() if since == version]
+        notes.append(f"{'`' + '`, `'.join(which) + '` needs' if which else 'Needs'} systemd {version}.")
+    if option.aliases:
+        notes.append(f"Also called {', '.join(f'`{alias}`' for alias in option.aliases)}.")
+    if option.gate:
+        notes.append(f"The operator decides: {option.gate.reference}.")
+    equals = " " if option.kind.is_block else " = "
+    cells = (f"`{prefix}{option.name}`", option.kind.value, default, " ".join(notes))
+    return f"| {' | '.join(cells)} | `{option.name}{equals}{option.example}` |"
+
+
+def is_allowed(gate: Gate, config: Values) -> bool:
+    return not {gate.value, "all"}.isdisjoint(config["allow"])
+
+
+def check_gate(name: str, value: object, gate: Gate, config: Values) -> None:
+    if not is_allowed(gate, config):
+        rule = f"the operator of this client does not allow {gate.value}"
+        raise ConfigError(name, value, rule, f'it takes "{gate.value}" in allow in its plugin block')

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What becomes the container's root: the image itself, or a private root laid over the image.
+
+A private root is an overlay: its upper directory takes what the task changes. With user namespaces the lower
+directories are id-mapped mounts of the image, so no file is copied or given another owner. An image of any size
+serves any number of tasks at once, and each starts as fast as without (measured on 252 and 257, Linux 6.1 to
+6.18). nspawn itself copies the image for `--ephemeral`, and into memory for `--volatile=overlay`, to change the
+owners.
+
+Private roots are mounted in a mount namespace that only the task's shim and nspawn are in: no kill -9 can leave a
+mount behind, and the host never sees one. What is in use while a task runs (its range of ids, its image) is
+locked in systemd-nspawn's own way. The shim and nspawn hold the locks, so a lock ends with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nspawn.common import SETTINGS_ROOT, ConfigError, TransientError
+from nspawn.files import read_text
+from nspawn.host import Host, Mounts
+from nspawn.images import BUSY, Image, explain_linked_usr, open_directory
+from nspawn.linux import (
+    AT_EMPTY_PATH,
+    AT_FDCWD,
+    AT_RECURSIVE,
+    MNT_DETACH,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_SETATTR,
+    MOVE_MOUNT,
+    MOVE_MOUNT_F_EMPTY_PATH,
+    MOVE_MOUNT_T_EMPTY_PATH,
+    MS_NODEV,
+    OPEN_TREE,
+    OPEN_TREE_CLONE,
+    attach_layer,
+    attach_tree,
+    call_libc,
+    mount_filesystem,
+    take_lock,
+)
+from nspawn.options import Gate, Values
+from nspawn.process import open_user_namespace
+
+
+def check_mount_points(root: Path, files: Sequence[str]) -> None:
+    """Refuse an image that lacks something to mount on, where nothing may be made in it."""
+    for path in ("/alloc", "/local", "/secrets", *files):
+        folder, name = os.path.split(path)
+        try:
+            with open_directory(root, folder) as fd:
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except OSError:
+            rule = f"the image has no {path} to mount on, and the operator lets no task write to it"
+            raise ConfigError("read_only", True, rule, "make it in the image") from None
+
+
+@dataclass(frozen=True)
+class Users:
+    """A range of the host's ids for the users of a container."""
+
+    base: int | None = None  # None: picked when the task starts
+    count: int = 0x10000
+
+
+@dataclass(frozen=True)
+class PrivateRoot:
+    """A root of the task's own."""
+
+    layers: tuple[str, ...]  # directories of the image, topmost first
+    place: str  # directory on the host for what the task changes; "" keeps it in memory
+    users: Users | None  # None: without a user namespace
+    is_mapped: bool  # the image's files are shown with the users' ids; else they have them already
+    is_usr_mounted: bool = False  # systemd-nspawn takes its /usr from it, by path
+
+
+# In the task's directory, which is out of reach of all tasks: they see what is in it. In `ephemeral_dir` it is the
+# end of the name of a machine's directory.
+PLACE_NAME = ".nspawn-root"
+UPPER_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "tmpfs"})
+OVERLAY_IDMAP = (5, 19)  # the first kernel whose overlay takes id-mapped layers
+
+
+@dataclass(frozen=True)
+class RootPlan:
+    """How one container gets its root."""
+
+    private: PrivateRoot | None  # None: nspawn's own way
+    values: Mapping[str, Any] = field(default_factory=dict)  # options as they are to be rendered
+    argv: tuple[str, ...] = ()  # of nspawn; a private root's are known when it is made
+    copying: str = ""  # a sentence about the copy nspawn makes of the image
+
+
+def plan_place(task_dir: str, ephemeral_dir: str, machine: str) -> str:
+    """Return the directory for what a task changes."""
+    return f"{ephemeral_dir}/{machine}{PLACE_NAME}" if ephemeral_dir else f"{task_dir}/{PLACE_NAME}"
+
+
+def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: str) -> RootPlan:
+    """Return how the container gets its root. `place`: directory for what it changes."""
+    is_volatile = values["volatile"] not in (None, "no")
+    # "Failed to set up ID mapped mounts: Device or resource busy"; measured on 252, works on 257 and 262.
+    is_old = values["volatile"] in ("yes", "state") and values["user_namespacing"] and host.systemd < 257
+    is_asked = values["ephemeral"] or values["volatile"] == "overlay" or (is_volatile and image.is_protected)
+    if not (is_asked or is_old or image.layers):
+        return RootPlan(None, argv=tuple(image.argv))
+    users = plan_users(values)
+    is_mapped = users is not None and users.base != 0 and values["private_users_ownership"] != "off"
+    layers = tuple(map(str, image.layers or (image.path,)))
+    root = PrivateRoot(layers, "" if is_volatile else place, users, is_mapped, values["volatile"] == "yes")
+    obstacle = find_obstacle(image, root, values, host, mounts)
+    if not obstacle:
+        done = {"ephemeral": False, "private_users": None, "private_users_ownership": None}
+        return RootPlan(root, {**done, "volatile": None} if values["volatile"] == "overlay" else done)
+    if image.layers:
+        raise ConfigError("image", str(image.path), f"cannot be used on this machine: {obstacle}")
+    if image.is_shared and image.is_directory and values["volatile"] in ("yes", "state"):
+        rule = f"cannot be had without {Gate.IMAGE_WRITE.value}, because {obstacle}"
+        raise ConfigError("volatile", values["volatile"], rule, "set it to overlay")
+    if is_old:
+        rule = f"needs systemd 257 or newer together with user namespaces, because {obstacle}"
+        raise ConfigError("volatile", values["volatile"], rule, "set user_namespacing = false")
+    return RootPlan(None, argv=tuple(image.argv), copying=explain_copy(values, image, mounts, obstacle))
+
+
+def plan_users(values: Values) -> Users | None:
+    if not values["user_namespacing"]:
+        return None
+    if values["private_users"] == "identity":
+        return Users(0)
+    base, _, count = values["private_users"].partition(":")
+    return Users(int(base), int(count or Users.count)) if base.isdigit() else Users()
+
+
+def find_obstacle(image: Image, root: PrivateRoot, values: Values, host: Host, mounts: Mounts) -> str:
+    """Say why there can be no private root, "" when there can be one."""
+    if not image.is_directory:
+        return "the image is no directory"
+    for option, own in (("private_users", "yes"), ("private_users_ownership", "foreign")):
+        if values[option] == own:
+            return f"{option} = {own} is a way of its own"
+    if root.is_mapped and host.kernel < OVERLAY_IDMAP:
+        version = ".".join(map(str, host.kernel))
+        return f"Linux {version} has no id-mapped overlays (5.19 has), which user namespaces need"
+    for layer in root.layers if root.is_mapped else ():
+        if not mounts.have_idmap(layer, host.kernel):
+            return f"{layer} is on {mounts.filesystem(layer)}, which cannot be id-mapped for a user namespace"
+    if root.place and mounts.filesystem(root.place) not in UPPER_FILESYSTEMS:
+        return f"{root.place} is on {mounts.filesystem(root.place)}, which cannot hold what a task changes"
+    return ""
+
+
+def explain_copy(values: Values, image: Image, mounts: Mounts, obstacle: str) -> str:
+    """Say for the task's events what takes its time, "" when nothing does."""
+    if not obstacle or mounts.filesystem(str(image.path)) == "btrfs":  # nspawn makes a snapshot there
+        return ""
+    if values["ephemeral"]:
+        return f"ephemeral: systemd-nspawn makes a full copy of the image first, because {obstacle}."
+    if values["user_namespacing"] and image.is_directory:
+        return f"volatile: systemd-nspawn copies the whole image into memory first, because {obstacle}."
+    return ""
+
+
+def cover_nosuid(path: str) -> None:
+    """Mount a file or directory over itself, for this thread's namespace, so that set-user-id files in it have no
+    effect, nor in what binds it."""
+    flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
+    try:
+        tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
+    except FileNotFoundError:  # nspawn will say so
+        return
+    try:
+        attributes = struct.pack("QQQQ", MOUNT_ATTR_NOSUID, 0, 0, 0)
+        flags = AT_EMPTY_PATH | AT_RECURSIVE
+        call_libc("syscall", MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
+        attach_tree(tree, path)
+    finally:
+        os.close(tree)
+
+
+def mount_root(root: PrivateRoot, base: int, directory: Path) -> None:
+    """Mount a private root at `directory`/root, for this thread's namespace. `base`: where its ids begin on the
+    host."""
+    for name in ("lower", "upper", "root"):
+        (directory / name).mkdir(mode=0o700)
+    os.chdir(directory)  # of this thread alone. Relative names keep the options short: the kernel takes 4 KiB
+    users_fd = open_user_namespace(base, root.users.count) if root.users and root.is_mapped else None
+    lower = []
+    try:
+        for number, layer in enumerate(root.layers):
+            os.mkdir(f"lower/{number}")
+            attach_layer(layer, f"lower/{number}", users_fd)
+            lower.append(f"lower/{number}")
+    finally:
+        if users_fd is not None:
+            os.close(users_fd)
+    if root.place:
+        attach_layer(root.place, "upper", None)
+    else:
+        mount_filesystem("tmpfs", "upper", options="mode=0700,size=10%,nr_inodes=1m")  # as systemd-nspawn's own
+    make_upper(lower[0])
+    # "volatile": what is thrown away at the end need not reach the disk, and the end need not sync the disk. With
+    # "redirect_dir" directories of the image can be renamed; without "metacopy" no upper file shows the data of
+    # another lower one. Both rest on attributes that only root of the host can write.
+    options = f"lowerdir={':'.join(lower)},upperdir=upper/upper,workdir=upper/work"
+    options += ",redirect_dir=on,metacopy=off,index=off,volatile"
+    mount_filesystem("overlay", "root", MS_NODEV, options)  # nodev: as systemd-nspawn mounts disk images
+    for path in (*lower, "upper"):  # the overlay has its own
+        call_libc("umount2", path.encode(), MNT_DETACH)
+    if root.is_usr_mounted:
+        fix_usr("root/usr")
+
+
+def fix_usr(path: str) -> None:
+    """Mount a root's /usr over itself: whatever others put in its place in the image, the path leads there."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        raise explain_linked_usr() from None
+    try:
+        tree = call_libc("syscall", OPEN_TREE, fd, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC)
+        try:
+            flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+            call_libc("syscall", MOVE_MOUNT, tree, b"", fd, b"", flags)
+        finally:
+            os.close(tree)
+    finally:
+        os.close(fd)
+
+
+def make_upper(lower: str) -> None:
+    """Make the overlay's upper directory; its mode and owner are those of the container's root."""
+    os.mkdir("upper/work", mode=0o700)
+    os.mkdir("upper/upper", mode=0o700)
+    found = os.stat(lower)  # as the container sees it: with its ids
+    os.chown("upper/upper", found.st_uid, found.st_gid)
+    os.chmod("upper/upper", stat.S_IMODE(found.st_mode))
+
+
+def lock_image(image: Image) -> int | None:
+    """Keep others from writing to an image, as nspawn does for `--read-only`; return what holds the lock."""
+    if image.layers or image.path == Path("/"):
+        return None
+    found = image.opened.stat()
+    fd = take_lock(SETTINGS_ROOT / f"locks/inode-{found.st_dev}:{found.st_ino}", fcntl.F_RDLCK)
+    if fd is None:
+        raise TransientError(BUSY.format(image.path))
+    return fd
+
+
+UID_LOCKS = Path("/run/systemd/nspawn-uid")
+ACCOUNTS = Path("/etc")  # where passwd, group, subuid and subgid are
+FIRST_SLOT, LAST_SLOT = 0x8, 0x6FFF  # systemd's ranges for containers, in ranges of 65536 ids
+
+
+def pick_users(machine: str) -> tuple[int, int]:
+    """Return where a range of ids begins that nothing else uses, and the descriptor that holds its lock. Tasks and
+    systemd-nspawn's own picks meet at the lock; the rest is what can be seen of others."""
+    taken = read_taken_slots()
+    first = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:4], "big")  # as a rule the same for a name
+    count = LAST_SLOT - FIRST_SLOT
+    for number in range(count):
+        slot = FIRST_SLOT + (first + number) % count
+        if slot in taken:
+            continue
+        fd = take_lock(UID_LOCKS / str(slot << 16), fcntl.F_WRLCK)
+        if fd is not None:
+            return slot << 16, fd
+    raise TransientError("no range of 65536 user ids is free on this machine")
+
+
+def read_taken_slots() -> set[int]:
+    """Return the ranges that users, groups, subordinate ids or processes of this machine are in."""
+    slots = set()
+    for name, column in (("passwd", 2), ("group", 2), ("subuid", 1), ("subgid", 1)):
+        for line in read_text(ACCOUNTS / name).splitlines():
+            values = line.split(":")[column:]
+            with contextlib.suppress(ValueError, IndexError):
+                first = int(values[0])
+                count = int(values[1]) if name.startswith("sub") else 1
+                slots |= set(range(first >> 16, ((first + count - 1) >> 16) + 1)[: LAST_SLOT + 1])
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError):  # ended
+            slots.add(entry.stat().st_uid >> 16)
+    return slots
+
+
+def complete_root(root: Path) -> None:
+    """Make /usr in a root of the task's own: nspawn asks for one, and an image of a registry need not have it."""
+    owner = os.stat(root)
+    with contextlib.suppress(OSError), open_directory(root, "/") as fd:
+        os.mkdir("usr", 0o755, dir_fd=fd)
+        os.chown("usr", owner.st_uid, owner.st_gid, dir_fd=fd)
+
+
+def make_mount_points(root: Path) -> None:
+    """Make the directories a task finds its own ones at: nspawn makes what is missing in a writable image, but
+    mounts a read-only one before it comes to that."""
+    for name in ("alloc", "local", "secrets"):
+        try:
+            (root / name).mkdir(mode=0o755)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            rule = f"the image has no /{name} to mount on, and none can be made in it ({error.strerror})"
+            raise ConfigError("read_only", True, rule, "make the directory in the image") from None
+
+
+def make_mount_file(root: Path, path: str) -> None:
+    """Make an empty file to mount on in an image that is to be read-only."""
+    folder, name = os.path.split(path)
+    try:
+        with open_directory(root, folder) as fd:
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=fd))
+    except FileExistsError:
+        return
+    except OSError as error:
+        rule = f"the image has no {path} to mount on, and none can be made in it ({error.strerror})"
+        raise ConfigError("read_only", True, rule, "make the file in the image") from None

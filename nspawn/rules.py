@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Rules about two options at a time, and what the operator has to allow because it opens the host.
+
+Also what options that are not set become when that depends on other options or on the operator.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nspawn.checks import parse_bind
+from nspawn.common import ConfigError
+from nspawn.host import Host
+from nspawn.job import Device
+from nspawn.options import Gate, Option, Values, check_gate, is_said
+
+
+def settle_values(values: Values, config: Values, *, is_in_group: bool = False) -> dict[str, Any]:
+    """Return a task's options with what depends on other options, or on the operator, filled in."""
+    values = dict(values)
+    if values["user_namespacing"] is None:
+        values["user_namespacing"] = config["user_namespacing"]
+    if values["private_users"] == "no":
+        values["user_namespacing"] = False
+    # Not -U: it silently does without a user namespace where it cannot have one.
+    users = ("pick", "auto") if values["user_namespacing"] else (None, None)
+    for name, usual in zip(("private_users", "private_users_ownership"), users, strict=True):
+        values[name] = usual and (values[name] or usual)
+    values["pids_limit"] = settle_pids(values["pids_limit"], config["pids_limit"])
+    if values["network_veth"] is None:
+        values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
+    if is_in_group:  # its network is Nomad's, with the ports; the Go driver's jobs leave network_veth at true
+        check_group_options(values)
+        values |= {"network_veth": False, "ports": ()}
+    return values
+
+
+def settle_pids(wanted: int | None, allowed: int) -> int:
+    """Return how many processes a task may have, 0 for any number."""
+    if wanted and allowed and wanted > allowed:
+        rule = f"the operator of this client allows a task {allowed} processes"
+        raise ConfigError("pids_limit", wanted, rule, "ask for fewer")
+    return wanted or allowed
+
+
+# What gives a container a network of its own, beside network_veth.
+OWN_NETWORK = (
+    "private_network",
+    "network_zone",
+    "network_bridge",
+    "network_veth_extra",
+    "network_macvlan",
+    "network_ipvlan",
+    "network_interface",
+)
+
+
+def check_group_options(values: Values) -> None:
+    """Refuse what would be a second network, or a second mapping of ports, beside the group's."""
+    for name in ("port_map", *OWN_NETWORK):
+        if values[name]:
+            remedy = "leave it out, or the group's network block"
+            if name == "port_map":
+                remedy = "write `to = PORT` into the port's block of the group's network"
+            raise ConfigError(name, values[name], "cannot be combined with the network of the group", remedy)
+
+
+def have_own_network(values: Values) -> bool:
+    return values["network_veth"] or any(values[name] for name in OWN_NETWORK)
+
+
+def have_link(values: Values) -> bool:
+    """Whether the container has the link that nspawn can forward ports through."""
+    return bool(values["network_veth"] or values["network_zone"] or values["network_bridge"])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What two options, or an option and the host, may not be together."""
+
+    option: str
+    is_broken: Callable[[Values, Host], bool]
+    rule: str
+    remedy: str = ""
+
+
+def together(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...]:
+    """Make rules that an option excludes others."""
+
+    def rule(other: str) -> Rule:
+        def is_broken(value: Values, host: Host) -> bool:
+            return bool(value[option] and value[other])
+
+        return Rule(option, is_broken, f"cannot be combined with {other}", remedy)
+
+    return tuple(map(rule, others))
+
+
+def needs(option: str, other: str) -> Rule:
+    """Make the rule that an option is nothing without another one."""
+    return Rule(
+        option,
+        lambda value, host: bool(value[option]) and not value[other],
+        f"needs {other}",
+        f"set {other}, too",
+    )
+
+
+def needs_link(option: str) -> Rule:
+    return Rule(
+        option,
+        lambda value, host: bool(value[option]) and not have_link(value),
+        "needs a network of the container's own",
+        "leave network_veth at true, or listen on the host's port itself",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    *together("process_two", ("boot",), "set boot = false to run a command, or leave process_two out"),
+    Rule(
+        "command",
+        lambda value, host: not value["boot"] and not value["command"],
+        "is required when boot is false",
+        'name the program and its arguments, as in command = ["/bin/sleep", "60"]',
+    ),
+    *together("user", ("boot",), "set boot = false: an init must run as root"),
+    *together("ambient_capability", ("boot",), "set boot = false: an init has its capabilities by itself"),
+    # The payload is PID 2 and can never say READY (measured on 252, 257 and 262).
+    *together("notify_ready", ("process_two",), "leave process_two out: only PID 1 can say that it is ready"),
+    needs_link("ports"),
+    needs_link("port_map"),
+    *together("network_zone", ("network_bridge",), "a link can be joined to one bridge only"),
+    Rule(
+        "volatile",
+        lambda value, host: value["volatile"] not in (None, "no") and value["ephemeral"],
+        "cannot be combined with ephemeral",
+        "either one already throws all changes away",
+    ),
+    Rule(
+        "private_users_ownership",
+        lambda value, host: (
+            value["private_users_ownership"] == "chown"
+            and (value["read_only"] or value["volatile"] not in (None, "no"))
+        ),
+        "cannot be combined with read_only or volatile",
+        "leave it out: the image's files are then mapped",
+    ),
+    Rule(
+        "bind_user",
+        lambda value, host: bool(value["bind_user"]) and not value["user_namespacing"],
+        "needs user namespaces",
+        "set user_namespacing = true",
+    ),
+    needs("bind_user_shell", "bind_user"),
+    needs("bind_user_group", "bind_user"),
+    needs("root_hash_sig", "root_hash"),
+    needs("private_users_delegate", "user_namespacing"),
+    Rule(
+        "load_credential",
+        lambda value, host: bool(value["load_credential"].keys() & value["set_credential"].keys()),
+        "names a credential that set_credential sets, too",
+        "give it one of the two ways",
+    ),
+    Rule(
+        "devices",
+        lambda value, host: have_one_path(value),
+        "has something else at the same path in the container",
+        "give each device a container_path of its own, which no bind has",
+    ),
+)
+
+
+def name_devices(values: Values) -> Iterator[Device]:
+    for block in values["devices"]:
+        path = block["host_path"]
+        yield Device(path, block["container_path"] or path, block["cgroup_permissions"])
+
+
+def have_one_path(values: Values) -> bool:
+    """Whether two devices, or one and a bind, are to be at the same path in the container."""
+    devices = [os.path.normpath(device.task_path.lstrip("/")) for device in name_devices(values)]
+    binds = [
+        os.path.normpath(parse_bind(text)[0].lstrip("/"))
+        for name in ("bind", "bind_read_only")
+        for text in values[name].values()
+    ]
+    return len({*devices, *binds}) < len(devices) + len({*binds})
+
+
+def check_rules(rows: Sequence[Option], values: Values, host: Host) -> None:
+    for option in rows:
+        value = values[option.name]
+        needed = option.needed_systemd(value)
+        if needed > host.systemd and is_said(value):
+            rule = f"needs systemd {needed} or newer, and this host has {host.systemd}"
+            raise ConfigError(option.name, value, rule, "leave it out, or constrain the job to newer hosts")
+    for broken in RULES:
+        if broken.is_broken(values, host):
+            raise ConfigError(broken.option, values[broken.option], broken.rule, broken.remedy)
+
+
+def check_gates(rows: Sequence[Option], values: Values, config: Values, *, is_in_group: bool = False) -> None:
+    """Refuse what the operator does not allow. Paths are judged when they have been opened, see sources.py. The
+    network of a group is not the host's."""
+    for option in rows:
+        if option.gate and option.gate.is_word and option.opens(values[option.name]):
+            check_gate(option.name, values[option.name], option.gate, config)
+    if not is_in_group and not have_own_network(values):
+        check_gate("network_veth", values["network_veth"], Gate.HOST_NETWORK, config)
+    for name in ("capability", "ambient_capability"):
+        for capability in values[name]:
+            if capability not in config["allow_caps"] and "all" not in config["allow_caps"]:
+                rule = "the operator of this client does not allow this capability"
+                allowed = ", ".join(config["allow_caps"]) or "none"
+                raise ConfigError(name, capability, rule, f"its plugin block has allow_caps = {allowed}")

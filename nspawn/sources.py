@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Paths of the host that a job names: opened once, judged, then read or mounted from the descriptor.
+
+Whoever may write to a directory on the way can swap a part of the path at any moment. So a path is opened, what
+was opened is judged by what the operator allows, and that is what is mounted or read, wherever the path leads by
+then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nspawn.checks import OWN_DIRECTORIES, split_fields
+from nspawn.common import ConfigError, HostError, cut, is_below
+from nspawn.devices import DeviceRule
+from nspawn.images import IMAGE_SUFFIXES, Image, find_archive, is_image_name
+from nspawn.job import Device
+from nspawn.linux import (
+    AT_EMPTY_PATH,
+    AT_RECURSIVE,
+    MS_NOSUID,
+    OPEN_TREE,
+    OPEN_TREE_CLONE,
+    call_libc,
+    mount_filesystem,
+    open_in_root,
+)
+from nspawn.options import Gate, Option, Values, check_gate, is_allowed
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open file or directory of the host."""
+
+    path: str  # where it was when it was opened, without symbolic links
+    mode: int
+    fd: int = -1
+    number: int = 0  # of a device node
+
+    @property
+    def is_node(self) -> bool:
+        return stat.S_ISCHR(self.mode) or stat.S_ISBLK(self.mode)
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_device(self) -> bool:
+        return self.is_node or is_below(self.path, "/dev")
+
+
+def name_sources(values: Values) -> Iterator[tuple[str, str]]:
+    """Yield option and source for everything of the host that a job names beside its image."""
+    for option in ("bind", "bind_read_only"):
+        yield from ((option, source) for source in values[option])
+    for option in ("overlay", "overlay_read_only"):
+        for item in values[option]:
+            yield from ((option, source) for source in split_fields(item)[:-1] if source.startswith("/") or
+                        source.split("/")[0] in OWN_DIRECTORIES)  # fmt: skip
+    yield from (("load_credential", source) for source in values["load_credential"].values())
+
+
+def open_source(option: str, name: str, path: str) -> Source:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(option, name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
+    found = os.fstat(fd)
+    return Source(os.readlink(f"/proc/self/fd/{fd}"), found.st_mode, fd, found.st_rdev)
+
+
+LEADS_OUT = "leads out of the task's directories"
+
+
+@contextlib.contextmanager
+def open_directories(alloc_dir: str, names: Iterable[str]) -> Iterator[dict[str, Source]]:
+    """Yield directories of an allocation, open, by their paths. There is no symbolic link on the way: other tasks
+    of the allocation can put them there. What is above the allocation's directory is the operator's."""
+    found: dict[str, Source] = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            root = os.open(alloc_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"{alloc_dir} cannot be opened: {error.strerror}; the task is not started") from None
+        stack.callback(os.close, root)
+        for name in names:
+            path = f"{alloc_dir}/{name}"
+            try:
+                fd = open_in_root(root, name, os.O_PATH | os.O_DIRECTORY, follow=False)
+            except OSError as error:
+                is_link = error.errno == errno.ELOOP
+                why = (
+                    "is a symbolic link instead of a directory" if is_link else f"cannot be used: {error.strerror}"
+                )
+                raise HostError(f"{path} {why}; the task is not started") from None
+            stack.callback(os.close, fd)
+            found[path] = Source(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode, fd)
+        yield found
+
+
+@contextlib.contextmanager
+def open_volumes(paths: Iterable[str]) -> Iterator[dict[str, Source]]:
+    """Yield what Nomad asks to be mounted, open, by its path."""
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for path in paths:
+            found[path] = open_source("volume_mount", path, path)
+            stack.callback(os.close, found[path].fd)
+        yield found
+
+
+def check_source(
+    rows: Sequence[Option], option: str, name: str, source: Source, own: Mapping[str, Source], config: Values
+) -> None:
+    """Refuse a source the operator does not allow."""
+    if "alloc" in own and (source.path == own["alloc"].path or is_below(source.path, f"{own['alloc'].path}/logs")):
+        rule = "holds the log pipes of all tasks of the allocation"
+        raise ConfigError(option, name, rule, "use a directory below alloc, or /alloc, which is there anyway")
+    if not is_own(source.path, own):
+        if name.split("/")[0] in own:
+            raise ConfigError(option, name, LEADS_OUT)
+        check_outside(rows, option, name, source.path, config)
+        folder = os.path.realpath(config["image_dir"])
+        if option == "bind" and (is_below(source.path, folder) or is_below(folder, source.path)):
+            check_gate(option, name, Gate.IMAGE_WRITE, config)  # images could be written to through it
+    if source.is_device and not is_allowed(Gate.DEVICES, config):
+        check_gate(option, name, Gate.DEVICE_BINDS, config)
+
+
+def check_outside(rows: Sequence[Option], option: str, name: str, path: str, config: Values) -> None:
+    """Refuse a path of the host that the operator does not allow this option."""
+    gate = next(row.gate for row in rows if row.name == option)
+    if gate and gate.is_word:
+        check_gate(option, name, gate, config)
+    check_host_path(option, name, path, config)
+
+
+def check_host_path(option: str, name: str, path: str, config: Values) -> None:
+    """Refuse a path that is not below what the operator allows. `path` is without symbolic links; where there is
+    nothing to be opened it is the name the job says, so that a refusal does not tell what is there."""
+    if not config["volumes"]:
+        rule = "the operator of this client does not let tasks mount anything of the host (volumes = false)"
+        raise ConfigError(option, name, rule, "use the task's own directories, alloc, local and secrets")
+    allowed = config["allow_paths"]
+    places = [*allowed, *map(os.path.realpath, allowed)]
+    if not any(is_below(path, place) for place in places):
+        is_led = any(is_below(os.path.normpath(name), place) for place in places)
+        leads = f" (it is {cut(path)})" if is_led else ""
+        rule = f"the operator of this client does not allow this path{leads}"
+        raise ConfigError(option, name, rule, f"allowed is what is below {', '.join(allowed) or 'nothing'}")
+
+
+@contextlib.contextmanager
+def open_sources(
+    rows: Sequence[Option], values: Values, own: Mapping[str, Source], config: Values
+) -> Iterator[dict[str, Source]]:
+    """Yield what a job names, open, by its name. `own`: a task's directories, by its names for them."""
+    found: dict[str, Source] = {}
+    with contextlib.ExitStack() as stack:
+        for option, name in name_sources(values):
+            first, *rest = name.split("/")
+            path = "/".join([f"/proc/self/fd/{own[first].fd}", *rest]) if first in own else name
+            try:
+                source = open_source(option, name, path)
+            except ConfigError:
+                if first not in own:
+                    check_outside(rows, option, name, os.path.normpath(name), config)
+                elif not is_own(os.path.realpath(path), own):
+                    raise ConfigError(option, name, LEADS_OUT) from None
+                raise
+            stack.callback(os.close, source.fd)
+            check_source(rows, option, name, source, own, config)
+            found[name] = source
+        yield found
+
+
+@contextlib.contextmanager
+def open_devices(devices: Iterable[Device]) -> Iterator[dict[Device, Source]]:
+    """Yield device nodes, open: the job's, and those of device plugins, which are the operator's."""
+    found: dict[Device, Source] = {}
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            source = open_source("devices.host_path", device.host_path, device.host_path)
+            stack.callback(os.close, source.fd)
+            if not source.is_node:
+                remedy = "name each node in a directory by itself, and other files in bind"
+                raise ConfigError("devices.host_path", device.host_path, "must be a device node", remedy)
+            found[device] = source
+        yield found
+
+
+MAX_NODES = 1024  # in a directory
+
+
+def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:
+    """Yield a rule for a node, or for each in a directory of /dev."""
+    if source.is_node:
+        yield DeviceRule.of(source.mode, source.number, permissions)
+    if not (source.is_directory and source.is_device):
+        return
+    files = (f"{place}/{name}" for place, _, names in os.walk(f"/proc/self/fd/{source.fd}/") for name in names)
+    for path in itertools.islice(files, MAX_NODES):
+        with contextlib.suppress(OSError):  # gone
+            found = os.lstat(path)
+            if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
+                yield DeviceRule.of(found.st_mode, found.st_rdev, permissions)
+
+
+MAX_CREDENTIALS = 1 << 20  # bytes of all together, systemd's own limit
+
+
+def read_credentials(values: Values, sources: Mapping[str, Source]) -> dict[str, bytes]:
+    """Return what each credential holds."""
+    found = {key: value.encode() for key, value in values["set_credential"].items()}
+    for key, name in values["load_credential"].items():
+        found[key] = read_source(f"load_credential.{key}", name, sources[name])
+    if sum(map(len, found.values())) > MAX_CREDENTIALS:
+        raise ConfigError("load_credential", sorted(found), "credentials may have 1 MiB together")
+    return found
+
+
+def read_source(option: str, name: str, source: Source) -> bytes:
+    """Return what a source holds."""
+    if not stat.S_ISREG(source.mode):
+        raise ConfigError(option, name, "must be a file")
+    try:
+        with open(f"/proc/self/fd/{source.fd}", "rb") as file:
+            return file.read(MAX_CREDENTIALS + 1)
+    except OSError as error:
+        raise ConfigError(option, name, f"cannot be read: {error.strerror}") from None
+
+
+def is_own(path: str, own: Mapping[str, Source]) -> bool:
+    return any(is_below(path, source.path) for source in own.values())
+
+
+@contextlib.contextmanager
+def open_image(image: Image, name: str, own: Mapping[str, Source], config: Values) -> Iterator[Image]:
+    """Yield an image that has been found, open and judged. It must still be what was found: whoever may write to a
+    directory on the way, or to an image that others lie in, can exchange it at any moment."""
+    try:
+        fd = os.open(image.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError("image", name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
+    try:
+        found = Source(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode, fd)
+        if found.path != str(image.path) or found.is_directory is not image.is_directory:
+            rule = f"somebody put {cut(found.path)} in place of {cut(str(image.path))} during the start"
+            raise ConfigError("image", name, rule, "start the task again")
+        opened = replace(image, fd=fd, is_fixed=is_fixed(found.path, own, config))
+        check_image(opened, name, own, config)
+        may_write = is_own(found.path, own) or {Gate.IMAGE_WRITE.value, "all"} & set(config["allow"])
+        yield replace(opened, is_shared=not may_write)
+    finally:
+        os.close(fd)
+
+
+def check_image_name(name: str, own: Mapping[str, Source], config: Values) -> None:
+    """Refuse a path that cannot be used as an image as one that could be, if the operator does not allow it."""
+    path = os.path.normpath(name)
+    places = [*(source.path for source in own.values()), config["image_dir"]]
+    if os.path.isabs(path) and not any(is_below(path, place) for place in places):
+        check_host_path("image", name, path, config)
+
+
+def is_fixed(path: str, own: Mapping[str, Source], config: Values) -> bool:
+    """Whether tasks cannot exchange an image: it lies in image_dir itself, or jobs may do all of that anyway."""
+    is_free = config["volumes"] and "/" in config["allow_paths"]
+    return not is_own(path, own) and (is_free or os.path.dirname(path) == os.path.realpath(config["image_dir"]))
+
+
+def check_image(image: Image, name: str, own: Mapping[str, Source], config: Values) -> None:
+    """Refuse an image the operator does not allow: what is not his own is a path of the host as any other. Below
+    image_dir are images of his, and in those what tasks have written: directories, but no file systems."""
+    path, folder = str(image.path), os.path.realpath(config["image_dir"])
+    places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in IMAGE_SUFFIXES]
+    if os.path.dirname(path) == folder or (is_image_name(name) and {path, os.path.dirname(path)} & {*places}):
+        return
+    if not is_own(path, own) and not is_below(path, folder):
+        check_host_path("image", name, path, config)
+    if not image.is_directory and not find_archive(image):
+        check_gate("image", name, Gate.DISK_IMAGES, config)
+
+
+def check_image_write(image: Image, values: Values, config: Values) -> None:
+    """Refuse what would change an image that no task may write to, and that a private root does not prevent."""
+    if not image.is_shared:
+        return
+    if values["private_users_ownership"] == "chown":
+        check_gate("private_users_ownership", "chown", Gate.IMAGE_WRITE, config)
+    if not image.is_directory and not (values["read_only"] or values["ephemeral"]):
+        rule = (
+            f"is written to by the task, and the operator of this client does not allow {Gate.IMAGE_WRITE.value}"
+        )
+        raise ConfigError("image", values["image"], rule, "set read_only or ephemeral")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A source and the place, which nobody else can touch, that it is mounted at for nspawn."""
+
+    source: Source
+    place: str  # in the task's state directory
+    is_node: bool = False  # there shall be a device node like the source, not the source itself
+
+
+def clone_source(source: Source) -> int:
+    """Return a mount of an open file or directory, with what is mounted below it, that is nowhere yet."""
+    flags = OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC
+    try:
+        return call_libc("syscall", OPEN_TREE, source.fd, b"", flags)
+    except OSError as error:
+        raise HostError(f"{cut(source.path)} cannot be mounted: {error.strerror}") from None
+
+
+def make_nodes(pins: Sequence[Pin], directory: Path) -> None:
+    """Make copies of device nodes, in a file system of this thread's namespace. A container may do to them what it
+    likes, and, unlike the host's /dev, the file system can be id-mapped: their owner is the same inside."""
+    if not pins:
+        return
+    mount_filesystem("tmpfs", str(directory), MS_NOSUID, "mode=0700,size=64k,nr_inodes=4k")
+    for pin in pins:
+        found = os.fstat(pin.source.fd)
+        try:
+            os.mknod(pin.place, found.st_mode, found.st_rdev)
+        except OSError as error:
+            why = f"no node can be made: {error.strerror}"
+            raise HostError(f"{cut(pin.source.path)} cannot be used in a container: {why}") from None
+        os.chown(pin.place, found.st_uid, found.st_gid)
+        os.chmod(pin.place, stat.S_IMODE(found.st_mode))

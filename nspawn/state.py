@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What outlives the plugin: the state of a started task, its events, and the removal of all that is left of it.
+
+What is needed to find a task again is in its State, both in the handle that Nomad keeps and in the state
+directory: either one is enough. Removal works on what is there, even if the start was interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import glob
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import struct
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO
+
+from nspawn.cgroup import kill_cgroup, plan_cgroup, read_cgroup_processes, remove_cgroup
+from nspawn.common import SETTINGS_ROOT, STATE_ROOT, log, render_line
+from nspawn.files import remove_tree
+from nspawn.host import CgroupMode, read_boot_id, read_cgroup_mode
+from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_readable, state_directory
+from nspawn.linux import LOCK_FORMAT
+from nspawn.network import NAT_ELEMENT, NAT_RULE, find_port_maps
+from nspawn.plan import JOURNALS, name_journal
+from nspawn.process import NO_PROCESS, ProcessId, run_apart, run_tool
+from nspawn.roots import PLACE_NAME, UID_LOCKS
+from nspawn.store import Store
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a started task, in a form that outlives the plugin."""
+
+    task_id: str
+    machine: str
+    mode: Mode
+    cgroup: str
+    boot_id: str
+    keeper: ProcessId
+    leader: ProcessId | None  # the container's PID 1; None while it is being started
+    started_at: float  # Unix time
+    image: str  # its path, where nspawn leaves files beside it; else ""
+    alloc_dir: str = ""  # of the allocation, on the host
+    complaint: str = ""  # why the command cannot be executed, as far as a look at it tells
+    place: str = ""  # as `PrivateRoot.place`: removed at the end
+    zone: str = ""  # nspawn's bridge vz-<zone>
+    ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
+    stop_signal: str = ""  # the image's own wish, for jobs without a kill_signal
+    users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
+    journal: str = ""  # as `Journal.place`, once it has been made: removed at the end
+
+    @property
+    def directory(self) -> Path:
+        return state_directory(self.task_id)
+
+    def render(self) -> str:
+        return json.dumps({**asdict(self), "version": STATE_VERSION, "mode": self.mode.value})
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> State:
+        """Raise ValueError on what this version cannot read."""
+        try:
+            values = json.loads(text)
+            version = values.pop("version")
+            if version == STATE_VERSION:
+                leader = values["leader"]
+                changes = {
+                    "mode": Mode(values["mode"]),
+                    "keeper": ProcessId(**values["keeper"]),
+                    "leader": ProcessId(**leader) if leader else None,
+                    "ports": tuple((host, inside) for host, inside in values.get("ports", ())),
+                    "users": tuple((begin, count) for begin, count in values.get("users", ())),
+                }
+                known = {name.name for name in fields(cls)}  # a later release may have written more
+                state = cls(**{name: value for name, value in {**values, **changes}.items() if name in known})
+                state.check()
+                return state
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError("the task's stored state cannot be read: it is damaged") from None
+        rule = f"it is of version {version!r}, this plugin knows version {STATE_VERSION}"
+        raise ValueError(f"the task's stored state cannot be read: {rule}")
+
+    def check(self) -> None:
+        """Raise ValueError when a field cannot be what `render` has written: what is named here is killed and
+        removed."""
+        processes = [self.keeper, *([self.leader] if self.leader else [])]
+        numbers = [number for process in processes for number in (process.pid, process.started)]
+        numbers += [number for pair in (*self.ports, *self.users) for number in pair]
+        texts = [getattr(self, name.name) for name in fields(self) if name.type == "str"]
+        removed = [path for path in (self.cgroup, self.place, self.journal) if path]
+        if not (
+            all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and type(self.started_at) in (int, float)
+            and re.fullmatch(r"[A-Za-z0-9-]{1,64}", self.machine)
+            and all(path.startswith("/") and ".." not in path.split("/") for path in removed)
+            and (not self.cgroup or self.cgroup.startswith("/sys/fs/cgroup/"))
+            and self.cgroup != str(CgroupMode.HYBRID.root)
+            and (not self.place or self.place.endswith(PLACE_NAME))
+            and (not self.journal or re.fullmatch(rf"{JOURNALS}/[^/]+", self.journal))
+            and "/" not in self.zone
+        ):
+            raise ValueError
+
+
+def read_state(directory: Path) -> State | None:
+    """Return what is known of a task, None when there is no such file or it is damaged. Raises OSError when the
+    host cannot tell."""
+    try:
+        return State.parse((directory / "state.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def read_states(alloc_id: str = "") -> Iterator[State]:
+    """Yield the tasks that are on this machine, or those of one allocation."""
+    prefix = render_readable(alloc_id)[:36]
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(STATE_ROOT)):
+            if name.startswith(prefix) and (state := read_state(STATE_ROOT / name)):
+                yield state
+
+
+def split_id(task_id: str) -> tuple[str, str]:
+    """Return allocation and task of `<allocation>/<task>/<8 hex digits>`; a task's name may hold slashes."""
+    alloc_id, *name = task_id.split("/")
+    return alloc_id, "/".join(name[:-1])
+
+
+def find_alloc_dirs(states: Iterable[State]) -> set[str]:
+    """Return the directories that the allocations of these tasks are in: a client has one, its alloc_dir."""
+    return {os.path.dirname(state.alloc_dir) for state in states if state.alloc_dir}
+
+
+def find_journal_obstacle(task: TaskConfig) -> str:
+    """Return why the host cannot show a task's journal, "" when it can."""
+    place = name_journal(task.alloc_id)
+    if not UUID.fullmatch(task.alloc_id):
+        return "the allocation's id is no machine id"
+    if not os.path.isdir(JOURNALS):
+        return f"this machine has no {JOURNALS}"
+    machine = plan_machine(task.name, task.alloc_id)
+    is_own = any(state.journal == place and state.machine == machine for state in read_states(task.alloc_id))
+    return f"there is a {place} already" if os.path.lexists(place) and not is_own else ""
+
+
+def guess_state(task_id: str) -> State:
+    """Return what the id alone tells of a task whose state file cannot be read: enough to kill and remove it."""
+    alloc_id, task_name = split_id(task_id)
+    shared = plan_cgroup(read_cgroup_mode(), "", alloc_id, task_name)
+    reserved = shared.replace("/share.slice/", "/reserve.slice/")
+    return State(
+        task_id=task_id,
+        machine=plan_machine(task_name, alloc_id),
+        mode=Mode.COMMAND,
+        cgroup=reserved if os.path.isdir(reserved) else shared,
+        boot_id=read_boot_id(),
+        keeper=NO_PROCESS,
+        leader=None,
+        started_at=0.0,
+        image="",
+    )
+
+
+class Events:
+    """Hands what happens to tasks to every TaskEvents stream; keeps a few while no stream is open."""
+
+    def __init__(self) -> None:
+        self.streams: set[asyncio.Queue[TaskEvent]] = set()
+        self.backlog: deque[TaskEvent] = deque(maxlen=64)
+
+    def emit(self, task: TaskConfig | State, message: str) -> None:
+        task_id = task.id if isinstance(task, TaskConfig) else task.task_id
+        event = TaskEvent(task_id, render_line(message), time.time())
+        if not self.streams:
+            self.backlog.append(event)
+        for queue in self.streams:
+            queue.put_nowait(event)
+
+    @contextlib.contextmanager
+    def subscribe(self) -> Iterator[asyncio.Queue[TaskEvent]]:
+        queue: asyncio.Queue[TaskEvent] = asyncio.Queue()
+        while self.backlog:
+            queue.put_nowait(self.backlog.popleft())
+        self.streams.add(queue)
+        try:
+            yield queue
+        finally:
+            self.streams.discard(queue)
+
+
+@dataclass(frozen=True)
+class TaskEvent:
+    task_id: str
+    message: str
+    at: float  # Unix time
+
+
+def kill_processes(state: State) -> None:
+    """Kill all there is of a task. Without cgroup.kill: the keeper's process group, where nspawn is too, and the
+    leader, with which the container's process namespace ends."""
+    kill_cgroup(state.cgroup)
+    if state.keeper.is_alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(state.keeper.pid, signal.SIGKILL)
+    if state.leader:
+        state.leader.send(signal.SIGKILL)
+
+
+async def wait_processes(state: State) -> None:
+    """Return when no process of a task is left."""
+    inside = [state.keeper, state.leader or NO_PROCESS]
+    while inside:
+        for process in inside:
+            await process.wait()
+        inside = await run_apart(lambda: read_cgroup_processes(state.cgroup))
+
+
+async def remove_network(state: State) -> None:
+    """Remove what an nspawn that was killed has left of its network; one that ended by itself leaves nothing.
+
+    A link goes with the container's namespace, but only when the kernel comes to it, and not while a process of
+    somebody who looks inside is there.
+    """
+    for link in ("ve", "vb"):
+        delete_link(f"{link}-{state.machine}")  # the whole name is an alternative one: the first has room for 15
+    if state.zone:
+        remove_zone(state.zone)
+    if state.ports:
+        others = {port for other in read_states() if other.task_id != state.task_id for port in other.ports}
+        if ports := [port for port in state.ports if port not in others]:
+            await remove_port_maps(ports)
+
+
+async def remove_port_maps(ports: Sequence[tuple[int, int]]) -> None:
+    """Remove what leads from ports of the host to a container that is gone."""
+    is_nft = False
+    for family in ("ip", "ip6"):
+        table = (family, "io.systemd.nat", "map_port_ipport")
+        text = await run_tool(["nft", "list", "map", *table])
+        is_nft = is_nft or bool(text)
+        for element in find_port_maps(text, NAT_ELEMENT, ports):
+            log.warn("removing a port that leads nowhere", element=element)
+            await run_tool(["nft", "delete", "element", *table, "{", element, "}"])
+    if not is_nft:
+        for rule in find_port_maps(await run_tool(["iptables", "-t", "nat", "-S"]), NAT_RULE, ports):
+            log.warn("removing a port that leads nowhere", rule=rule)
+            await run_tool(["iptables", "-t", "nat", "-D", *rule.removeprefix("-A ").split()])
+
+
+ZONE_LOCK = "/run/systemd/nspawn-network-zone"
+
+
+def remove_zone(zone: str) -> None:
+    """Remove a zone's bridge when nothing is joined to it, under the lock nspawn takes to do so."""
+    fd = os.open(ZONE_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, WRITE_LOCK)
+        if os.fstat(fd).st_nlink:  # who gives the lock back removes its file
+            with contextlib.suppress(FileNotFoundError):
+                if not os.listdir(f"/sys/class/net/vz-{zone}/brif"):
+                    delete_link(f"vz-{zone}")
+            os.unlink(ZONE_LOCK)
+    except BlockingIOError:
+        log.debug("the bridge of a zone is left to who joins or leaves it just now", zone=zone)
+    finally:
+        os.close(fd)
+
+
+NETLINK_ROUTE, RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 0, 17, 1, 4
+IFLA_IFNAME, IFLA_ALT_IFNAME = 3, 53
+
+
+def delete_link(name: str) -> None:
+    """Delete a network interface by its name or alternative name, if there is one."""
+    kind = IFLA_IFNAME if len(name) < 16 else IFLA_ALT_IFNAME
+    text = name.encode() + b"\0"
+    attribute = struct.pack("=HH", 4 + len(text), kind) + text + b"\0" * (-len(text) % 4)
+    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0) + attribute
+    header = struct.pack("=IHHII", 16 + len(body), RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
+        netlink.send(header + body)
+        status = -struct.unpack_from("=i", netlink.recv(65536), 16)[0]
+    if status not in (0, errno.ENODEV):
+        log.warn("cannot remove a network interface", name=name, error=os.strerror(status))
+
+
+async def remove_leftovers(state: State) -> None:
+    """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
+    await remove_place(state.place)
+    await remove_place(state.journal)
+    for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
+                  state.machine):  # fmt: skip
+        with contextlib.suppress(OSError):
+            (SETTINGS_ROOT / place).rmdir()
+    image = Path(state.image) if state.image else None
+    await run_apart(lambda: remove_stale_locks(image))  # with them go copies of whole images
+    if state.cgroup:
+        await run_apart(lambda: remove_cgroup(state.cgroup))
+    await remove_place(str(state.directory / "tmp"))  # what nspawn keeps of overlays, when it was killed
+    remove_tree(state.directory)
+    Store().release(state.directory.name)
+
+
+async def remove_place(place: str) -> None:
+    """Remove what a task has changed of its image, or its journal. In a thread: a task makes trees as large as it
+    likes."""
+    if place:
+        await run_apart(lambda: remove_tree(Path(place)))
+
+
+WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+def remove_stale_locks(image: Path | None) -> None:
+    """Remove lock files that no process holds: an nspawn that was killed leaves them, for its range of ids and its
+    image, and beside an ephemeral copy's the copy. Who makes a lock looks whether its file is still there."""
+    places = [UID_LOCKS.glob("*"), (SETTINGS_ROOT / "locks").glob("*")]
+    if image:
+        name = glob.escape(image.name)
+        places += [
+            image.parent.glob(f".#{name}.lck"),
+            image.parent.glob(f".#.#machine.{name}{'[0-9a-f]' * 16}.lck"),
+            image.parent.glob(f".#.#snapshot.{name}{'[0-9a-f]' * 16}.lck"),  # systemd 262
+        ]
+    for path in itertools.chain(*places):
+        with contextlib.suppress(OSError), open_lock(path) as file:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
+            if path.name.startswith(".#.#"):
+                remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
+            path.unlink()
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open the file of a lock. It may lie in a task's directory, where a task can put a link or a device there."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is no lock", str(path))
+        return open(f"/proc/self/fd/{fd}", "r+b")
+    finally:
+        os.close(fd)

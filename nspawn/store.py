@@ -1,0 +1,499 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Fetched images on disk, and the plugin's side of fetching them.
+
+The store is under /var/lib and root's alone, so nobody can reach a set-uid program in an image. An image is a
+record that names its layers; a layer is a directory, or the file of a disk image. Nothing gets its name before it
+is whole, and no name is a stranger's: all are digests. Locks (flock) end with their holders. A task's use of an
+image is a file, which counts as long as the task's state directory is there. So nothing needs repair after a
+crash. Whoever fetches an image holds its lock alone and shares the locks of its layers, so nobody waits for
+another's download. Whoever collects takes what is free.
+
+A process of its own (fetch.py) brings an image into the store and ends with the plugin: no download, certificate
+or archive takes the plugin's time or stays in its memory. There is one process for an image, however many tasks
+wait for it. It reports its progress in lines of JSON; when it is silent for too long, it has stalled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nspawn.common import MAX_LINE, SAFE_PATH, STATE_ROOT, DriverError, HostError, TransientError, log, tuples
+from nspawn.files import remove_tree, write_file
+from nspawn.images import Image, ImageConfig, Origin
+from nspawn.options import Values
+from nspawn.process import NO_PROCESS, start_process, wait_readable
+
+STORE_ROOT = Path("/var/lib/nomad-driver-nspawn")
+
+# The same archive makes different trees as an image and as a layer, where some names mean whiteouts.
+LAYER_NAME = re.compile(r"(tar|layer)-[0-9a-f]{64}|[0-9a-f]{64}\.raw|skeleton-1")
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image in the store. When it was last used is the time of its record's file."""
+
+    key: str
+    name: str  # for people, without credentials
+    type: str
+    layers: tuple[str, ...]  # names in the store, topmost first
+    sizes: tuple[int, ...]  # bytes on disk, of each layer
+    fetched_at: float  # Unix time
+    checked_at: float  # when the place it comes from was last asked for something newer
+    digest: str = ""  # of its manifest in a registry
+    config: ImageConfig = ImageConfig()
+
+    @classmethod
+    def parse(cls, text: str) -> StoredImage:
+        """Raise ValueError on what this version cannot read."""
+        try:
+            values = json.loads(text, object_hook=tuples)
+            image = cls(**{**values, "config": ImageConfig(**values["config"])})
+            if not image.layers or not all(map(LAYER_NAME.fullmatch, image.layers)):
+                raise ValueError("a record without layers")
+            return image
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"a damaged record: {error}") from None
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A task that uses an image."""
+
+    task_id: str
+    key: str
+    layers: tuple[str, ...]
+
+
+class Store:
+    """The directory of fetched images. Only short-lived processes change it, see `Fetches`; the plugin reads, and
+    notes what its tasks use."""
+
+    def __init__(self, root: Path = STORE_ROOT) -> None:
+        self.root = root
+        self.images, self.layers, self.parts = root / "images", root / "layers", root / "parts"
+        self.work, self.locks, self.in_use = root / "work", root / "locks", root / "uses"
+        self.proofs = (
+            root / "proofs"
+        )  # empty files: that a registry has sent a layer, see `find_proof` of fetch.py
+        self.trash = self.work / "trash"
+
+    def prepare(self) -> None:
+        for path in (
+            self.root,
+            self.images,
+            self.layers,
+            self.parts,
+            self.work,
+            self.locks,
+            self.in_use,
+            self.proofs,
+        ):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def layer(self, name: str) -> Path:
+        return self.layers / name
+
+    def part(self, name: str) -> Path:
+        """Return where a download grows. Up to a dot the name is the key of its image: whoever holds that lock may
+        write to it."""
+        return self.parts / name
+
+    # Locks
+
+    def lock(self, name: str, how: int) -> int:
+        """Return a descriptor that holds a lock. Who removes a lock's file holds it alone: one got on a removed
+        file counts for nothing. Raises BlockingIOError for LOCK_NB."""
+        while True:
+            fd = os.open(self.locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, how)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.stat(self.locks / name)):
+                        return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def try_lock(self, name: str, *, alone: bool = False) -> int | None:
+        """Return a descriptor that holds a lock, None when somebody else does."""
+        self.prepare()
+        with contextlib.suppress(BlockingIOError):
+            return self.lock(name, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        return None
+
+    # Images
+
+    def read(self, key: str) -> StoredImage | None:
+        """Return an image if all of it is there."""
+        with contextlib.suppress(OSError, ValueError):
+            image = StoredImage.parse((self.images / f"{key}.json").read_text())
+            if all(self.layer(name).exists() for name in image.layers):
+                return image
+        return None
+
+    def read_all(self) -> list[StoredImage]:
+        keys = [path.stem for path in self.images.glob("*.json")] if self.images.is_dir() else []
+        return [image for key in sorted(keys) if (image := self.read(key))]
+
+    def last_use(self, image: StoredImage) -> float:
+        with contextlib.suppress(OSError):
+            return (self.images / f"{image.key}.json").stat().st_mtime
+        return 0.0
+
+    def touch(self, key: str) -> None:
+        with contextlib.suppress(OSError):
+            os.utime(self.images / f"{key}.json")
+
+    def write(self, image: StoredImage) -> None:
+        write_file(self.images / f"{image.key}.json", json.dumps(asdict(image)))
+
+    def find(self, stored: StoredImage) -> Image:
+        """Return what nspawn can run of an image."""
+        layers = tuple(self.layer(name) for name in stored.layers)
+        is_directory = layers[0].suffix != ".raw"
+        return Image(layers[0], is_directory, layers if layers[1:] else (), stored.key, stored.name, stored.config)
+
+    # Uses
+
+    def use(self, name: str, task_id: str, image: Image) -> None:
+        """Note that the task with the state directory `name` uses an image, if it is one of the store."""
+        if not image.key:
+            return
+        use = Use(task_id, image.key, tuple(path.name for path in image.layers or (image.path,)))
+        write_file(self.in_use / name, json.dumps(asdict(use)))
+        self.touch(use.key)
+
+    def release(self, name: str) -> None:
+        path = self.in_use / name
+        with contextlib.suppress(OSError):
+            use = read_use(path)
+            path.unlink()
+            if use:
+                self.touch(use.key)
+
+    def read_uses(self) -> list[Use]:
+        uses = []
+        for path in sorted(list_directory(self.in_use)):
+            use = None if path.name.startswith(".") or not (STATE_ROOT / path.name).is_dir() else read_use(path)
+            uses += [use] if use else []
+        return uses
+
+    # Collection
+
+    def find_garbage(self, delay: float, is_free: Callable[[str], bool] = lambda key: True) -> list[Path]:
+        """Return what can go: images and layers that no task uses, for `delay` seconds now, and half things as
+        old. `is_free` tells whether nobody is about to use an image."""
+        oldest = time.time() - delay
+        uses = self.read_uses()
+        keys = {use.key for use in uses}
+        kept: list[StoredImage] = []
+        records = []
+        for path in list_directory(self.images):
+            image = self.read(path.stem) if path.suffix == ".json" else None
+            if image and (image.key in keys or self.last_use(image) > oldest or not is_free(image.key)):
+                kept.append(image)
+            elif path.suffix == ".json" or has_aged(path, oldest):
+                records.append(path)
+        needed = {name for image in kept for name in image.layers} | {name for use in uses for name in use.layers}
+        things = [path for folder in (self.layers, self.proofs) for path in list_directory(folder)
+                  if find_owner(path) not in needed]  # fmt: skip
+        things += [*list_directory(self.parts), *list_directory(self.work)]
+        things += [path for path in list_directory(self.in_use) if not (STATE_ROOT / path.name).is_dir()]
+        return records + [path for path in things if has_aged(path, oldest)]
+
+    def collect(self, delay: float) -> int:
+        """Remove garbage; return how many things that were. What others hold the locks of stays: it is being
+        fetched, or a task is being started from it."""
+        collecting = self.try_lock("trash", alone=True)
+        if collecting is None:  # another process is at it
+            return 0
+        held: dict[str, int] = {}
+        try:
+            # In two looks: with the locks held nobody can have come to want what the second one finds.
+            for name in sorted({find_owner(path) for path in self.find_garbage(delay)} - {"trash"})[
+                :MAX_COLLECTED
+            ]:
+                fd = self.try_lock(name, alone=True)
+                if fd is not None:
+                    held[name] = fd
+            garbage = [path for path in self.find_garbage(delay, held.__contains__) if find_owner(path) in held]
+            self.trash.mkdir(mode=0o700, exist_ok=True)
+            for path in garbage:
+                with contextlib.suppress(OSError):
+                    path.rename(self.trash / os.urandom(8).hex())
+            self.remove_locks()
+        finally:
+            for fd in held.values():
+                os.close(fd)
+        remove_tree(self.trash)  # may take long: nobody has to wait for it
+        os.close(collecting)
+        return len(garbage)
+
+    def remove_locks(self) -> None:
+        """Remove the files of locks that nobody has held for a day."""
+        for path in list_directory(self.locks):
+            if has_aged(path, time.time() - 86400):
+                fd = self.try_lock(path.name, alone=True)
+                if fd is not None:
+                    path.unlink()
+                    os.close(fd)
+
+
+MAX_COLLECTED = 500  # locks held at a time, a descriptor each: the rest goes with the next collection
+
+
+def list_directory(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
+
+
+def has_aged(path: Path, oldest: float) -> bool:
+    """Tell whether something has not changed since a time; not if it is gone."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_ctime <= oldest
+    return False
+
+
+def find_owner(path: Path) -> str:
+    """Return the name of the lock that is held for something in the store. Beside a layer nspawn keeps locks and
+    copies, with its name in theirs; an earlier version had names without a kind."""
+    layer = re.search(r"((tar|layer)-)?[0-9a-f]{64}(\.raw)?|skeleton-1", path.name)
+    if path.parent.name in ("layers", "proofs") and layer:
+        return layer[0]
+    return path.name.lstrip(".").partition(".")[0] or "trash"
+
+
+def read_use(path: Path) -> Use | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        values = json.loads(path.read_text())
+        return Use(values["task_id"], values["key"], tuple(map(str, values["layers"])))
+    return None
+
+
+FETCH = "import sys; sys.path.insert(0, sys.argv[1]); from nspawn import fetch; fetch.main()"
+SILENCE_LIMIT = 60.0  # seconds beyond the limit on stalls; each step of the work says something every second
+PROGRESS_PERIOD = 15.0  # seconds between two events
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "ssl_cert_file", "ssl_cert_dir")
+
+
+@dataclass(frozen=True)
+class FetchSettings:
+    """What the operator says of fetching."""
+
+    limit: int  # bytes an image may have
+    stall: float  # seconds
+    auth_config: str
+    auth_helper: str
+    insecure: tuple[str, ...]
+
+
+def plan_fetching(config: Values) -> FetchSettings:
+    auth = config["auth"] or {}
+    return FetchSettings(
+        limit=config["image_size_limit"] << 20,
+        stall=max(config["image_stall_timeout"] or 60.0, 1.0),
+        auth_config=auth.get("config") or "",
+        auth_helper=auth.get("helper") or "",
+        insecure=config["insecure_registries"],
+    )
+
+
+class Fetching:
+    """One image that is being fetched."""
+
+    def __init__(self, request: Mapping[str, object], silence: float) -> None:
+        self.request, self.silence = request, silence
+        self.listeners: list[Callable[[str], None]] = []  # of those who wait for it
+        self.name = str(request["name"])
+        self.last_told = time.monotonic()
+        self.task = asyncio.create_task(self.run())
+
+    async def run(self) -> None:
+        """Return when the image is in the store. Raises what kept it from it."""
+        begun = time.monotonic()
+        self.tell(f"Fetching the image {self.name}.")
+        async with contextlib.aclosing(talk_to_fetcher(self.request, self.silence)) as lines:
+            async for line in lines:
+                message = parse_message(line)
+                if "kind" in message:
+                    kind = FETCH_ERRORS.get(message["kind"], DriverError)
+                    raise kind(f"image {self.name}: {message['error']}")
+                if "note" in message:
+                    self.tell(f"Image {self.name}: {message['note']}.")
+                if "what" in message:
+                    self.tell_progress(message["what"], message["done"], message["total"])
+                if "image" in message:
+                    self.tell(f"The image {self.name} is there after {time.monotonic() - begun:.1f} s.")
+                    return
+        raise TransientError(f"image {self.name}: the process that fetches it has ended without a result")
+
+    def tell(self, text: str) -> None:
+        for listener in self.listeners:
+            listener(text)
+
+    def tell_progress(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self.last_told < PROGRESS_PERIOD:
+            return
+        self.last_told = time.monotonic()
+        share = f", {done * 100 // total} % of {render_size(total)}" if total else f", {render_size(done)} so far"
+        self.tell(f"Fetching the image {self.name}: {what}{share}.")
+
+
+FETCH_ERRORS: dict[str, type[DriverError]] = {
+    "TransientError": TransientError,
+    "HostError": HostError,
+}
+
+
+def parse_message(line: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        message = json.loads(line)
+        if isinstance(message, dict):
+            return message
+    log.warn("the process that fetches images says", line=line)
+    return {}
+
+
+async def talk_to_fetcher(request: Mapping[str, object], silence: float) -> AsyncGenerator[str, None]:
+    """Start the process, hand it the request, and yield its lines; it is gone when this ends."""
+    environ = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
+    environ |= {"PATH": SAFE_PATH, "LANG": "C.UTF-8", "HOME": "/root"}
+    argv = ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-IS", "-X", "utf8", "-c", FETCH]
+    ask = os.memfd_create("request")  # and no pipe: a job's request may be larger than one takes without waiting
+    answer_fd, answer = os.pipe2(os.O_CLOEXEC)
+    process = NO_PROCESS
+    try:
+        with open(ask, "wb", closefd=False) as file:
+            file.write(json.dumps(request).encode() + b"\n")
+        os.lseek(ask, 0, os.SEEK_SET)
+        process = start_process(
+            [*argv, str(Path(__file__).parent.parent)], environ=environ, stdin=ask, stdout=answer, stderr=answer
+        )
+        os.close(answer)
+        answer = -1
+        os.set_blocking(answer_fd, False)
+        async for line in read_lines(answer_fd, silence):
+            yield line
+    finally:
+        for fd in (ask, answer_fd, answer):
+            if fd >= 0:
+                os.close(fd)
+        with contextlib.suppress(ProcessLookupError):
+            if process.pid:
+                os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+async def read_lines(fd: int, silence: float) -> AsyncIterator[str]:
+    """Yield lines until the end; raise TransientError when none comes for `silence` seconds."""
+    rest = b""
+    while True:
+        try:
+            await asyncio.wait_for(wait_readable(fd), silence)
+        except asyncio.TimeoutError:
+            raise TransientError(f"fetching has stalled: nothing has happened for {silence:g} s") from None
+        data = os.read(fd, 65536)
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
+        if not data or len(rest) > MAX_LINE:
+            return
+
+
+class Fetches:
+    """The images being fetched, by their keys."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.running: dict[str, Fetching] = {}
+        self.collecting: asyncio.Task[None] | None = None
+
+    async def provide(
+        self, origin: Origin, settings: FetchSettings, tell: Callable[[str], None]
+    ) -> tuple[StoredImage, int]:
+        """Return an image of the store, fetched if need be, and a descriptor that keeps it from collection."""
+        asked_at, is_fresh = time.time(), False
+        for _ in range(3):
+            fd = self.store.try_lock(origin.key)
+            image = self.store.read(origin.key) if fd is not None else None
+            wants_newer = (origin.force or origin.refresh) and not is_fresh
+            if fd is not None and image and not (wants_newer and image.checked_at < asked_at):
+                self.store.touch(origin.key)
+                return image, fd
+            if fd is not None:
+                os.close(fd)
+            await self.fetch(origin, settings, asked_at, tell)
+            is_fresh = True
+        raise TransientError(f"image {origin.name}: it was removed from the store again and again")
+
+    async def fetch(
+        self, origin: Origin, settings: FetchSettings, asked_at: float, tell: Callable[[str], None]
+    ) -> None:
+        """Wait for the image with all who want it; the last to give up ends the process."""
+        key = origin.key
+        fetching = self.running.get(key)
+        if fetching is None:
+            request = self.render_request(origin, settings, asked_at)
+            fetching = self.running[key] = Fetching(request, settings.stall + SILENCE_LIMIT)
+        else:
+            tell(f"Waiting for the image {origin.name}, which another task fetches.")
+        fetching.listeners.append(tell)
+        try:
+            await asyncio.shield(fetching.task)
+        finally:
+            fetching.listeners.remove(tell)
+            if not fetching.listeners:
+                fetching.task.cancel()
+            if self.running.get(key) is fetching and (fetching.task.done() or not fetching.listeners):
+                del self.running[key]
+
+    def render_request(self, origin: Origin, settings: FetchSettings, asked_at: float) -> dict[str, object]:
+        return {
+            **asdict(origin),
+            **asdict(settings),
+            "action": "fetch",
+            "root": str(self.store.root),
+            "key": origin.key,
+            "asked_at": asked_at,
+        }
+
+    def collect(self, delay: float) -> None:
+        """Start to remove what no task has used for `delay` seconds, if there is any such thing."""
+        is_busy = self.collecting is not None and not self.collecting.done()
+        if not is_busy and self.store.find_garbage(delay):
+            self.collecting = asyncio.create_task(self.run_collection(delay))
+
+    async def run_collection(self, delay: float) -> None:
+        request = {"action": "collect", "root": str(self.store.root), "delay": delay}
+        try:
+            async with contextlib.aclosing(talk_to_fetcher(request, 3600)) as lines:
+                async for line in lines:
+                    if "collected" in (message := parse_message(line)):
+                        log.info("images collected", count=message["collected"])
+        except DriverError as error:
+            log.warn("images cannot be collected", error=str(error))
+
+
+def render_size(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"

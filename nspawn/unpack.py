@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Archives, which may be hostile, to a directory.
+
+tarfile only reads. Every entry is made here, below a directory of root's alone, one path component after the
+other and never through a symbolic link, no matter who made it. Refused are ".." in a name, names that are
+absurdly deep or long, hard links out of the archive, and attributes that mean something to overlayfs. Left out
+are devices (nspawn makes its own) and sockets. Whiteouts become overlayfs's own, so layers can be stacked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import subprocess
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from nspawn.common import DriverError, cut
+from nspawn.download import CHUNK, MAX_DEPTH, MAX_PATH, Meter, start_tool, telling, too_large
+from nspawn.files import remove_tree
+
+MAX_ENTRIES = 5_000_000  # of an image
+
+COMPRESSIONS = (  # magic, the tool, its package
+    (b"\x1f\x8b", "gzip", "gzip"),
+    (b"\xfd7zXZ\0", "xz", "xz-utils"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd"),
+    (b"BZh", "bzip2", "bzip2"),
+)
+
+
+@contextlib.contextmanager
+def decompressed(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file's contents, decompressed by a tool if need be; read to the end, a damaged one is an error."""
+    with open(path, "rb", buffering=0) as file:  # a tool goes on where this has stopped reading
+        magic = file.read(8)
+        file.seek(0)
+        found = next((entry for entry in COMPRESSIONS if magic.startswith(entry[0])), None)
+        if not found:
+            yield file
+            return
+        tool = start_tool([found[1], "-dc"], found[2], stdin=file, stdout=subprocess.PIPE)
+        assert tool.stdout
+        try:
+            yield tool.stdout
+            if tool.wait():
+                raise DriverError(f"the {found[1]} file is damaged or cut off")
+        finally:
+            tool.kill()
+            tool.stdout.close()
+            tool.wait()
+
+
+class Source:
+    """A stream that is measured, hashed and limited as it is read."""
+
+    def __init__(self, stream: IO[bytes], limit: int, what: str) -> None:
+        self.stream, self.limit = stream, limit
+        self.digest = hashlib.sha256()
+        self.meter = Meter(what)
+
+    def read(self, size: int = CHUNK) -> bytes:
+        data = self.stream.read(size)
+        self.digest.update(data)
+        self.meter.add(len(data))
+        if self.meter.done > self.limit:
+            raise too_large("the image unpacks to more", self.limit)
+        return data
+
+    def drain(self) -> None:
+        while self.read():
+            pass
+
+
+@dataclass
+class Room:
+    """What an image may have unpacked, all its layers together."""
+
+    limit: int  # bytes
+    size: int = 0
+    entries: int = 0
+
+    def take(self, size: int, entries: int = 0) -> None:
+        self.size += size
+        self.entries += entries
+        if self.size > self.limit:
+            raise too_large("the image unpacks to more", self.limit)
+        if self.entries > MAX_ENTRIES:
+            raise DriverError(f"the image has more than the {MAX_ENTRIES} files and directories that it may have")
+
+
+class Entry(tarfile.TarInfo):
+    """tarfile takes a damaged header in the middle for the archive's end; this does not."""
+
+    needs_end = True
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Entry:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in typeshed
+            raise
+        except tarfile.HeaderError as error:
+            is_empty = isinstance(error, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]  # not in typeshed
+            if is_empty and not cls.needs_end:
+                raise
+            raise tarfile.ReadError(f"it is damaged or cut off: {error}") from None
+
+
+class LayerEntry(Entry):
+    """A layer's digest proves it whole: it may lack the empty blocks at the end, as some do."""
+
+    needs_end = False
+
+
+class Unpacker:
+    """Makes the entries of an archive below `root`. With `is_layer`, whiteouts mean what OCI says."""
+
+    def __init__(self, root: Path, room: Room, *, is_layer: bool) -> None:
+        self.root, self.room, self.is_layer = root, room, is_layer
+        self.devices = 0  # left out
+        self.directories: dict[str, tarfile.TarInfo] = {}  # their modes and times are set when all is in them
+        self.open_path: str | None = None
+        self.open_fd = -1
+
+    def run(self, stream: IO[bytes]) -> str:
+        """Return the sha256 of the archive, decompressed."""
+        source: Any = Source(stream, 2 * self.room.limit, "unpacking")
+        try:
+            with tarfile.open(
+                fileobj=source,
+                mode="r|",
+                bufsize=CHUNK,
+                tarinfo=LayerEntry if self.is_layer else Entry,
+                encoding="utf-8",
+                errors="surrogateescape",
+            ) as archive:
+                while (entry := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # or all would stay in memory
+                    with refusing(entry.name):
+                        self.make(archive, entry)
+            source.drain()
+            with telling():
+                self.finish()
+        except RecursionError:  # tarfile's, at headers that are about headers that are about headers
+            raise DriverError("the archive is refused: it has too many headers for one entry") from None
+        except tarfile.TarError as error:
+            raise DriverError(f"this is no tar archive that can be unpacked: {cut(str(error))}") from None
+        except (ValueError, OverflowError, UnicodeError) as error:  # NUL in a name, a time beyond all clocks
+            raise DriverError(f"the archive is damaged: {cut(str(error))}") from None
+        finally:
+            self.close_directory()
+        return str(source.digest.hexdigest())
+
+    def make(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
+        if entry.size < 0:
+            raise refused(entry.name, f"says that it has {entry.size} bytes")
+        self.room.take(entry.size if entry.isreg() else 0, 1)
+        parts = split_name(entry.name)
+        if not parts:
+            if entry.isdir():
+                self.directories["."] = entry
+            return
+        where, name = self.open_directory(parts[:-1]), parts[-1]
+        if self.is_layer and name.startswith(".wh."):
+            self.make_whiteout(where, name[4:], entry.name)
+        elif entry.isdir():
+            self.make_directory(where, name, "/".join(parts), entry)
+        elif entry.ischr() or entry.isblk():
+            self.devices += 1
+        else:
+            self.remove(where, name, keep_whiteout=False)
+            self.make_file(archive, where, name, entry)
+
+    def open_directory(self, parts: Sequence[str]) -> int:
+        """Return the directory an entry belongs in, made if need be; no component of it is a link."""
+        path = "/".join(parts)
+        if self.open_path == path:
+            return self.open_fd
+        self.close_directory()
+        try:
+            self.open_fd = self.descend(parts, make=True)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise refused(path, "is not a directory but a link or a file, and has entries below it") from None
+            raise
+        self.open_path = path
+        return self.open_fd
+
+    def descend(self, parts: Sequence[str], *, make: bool) -> int:
+        """Open a directory, one component after the other."""
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in parts:
+            try:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, 0o755, dir_fd=fd)
+                        self.room.take(0, 1)
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            finally:
+                os.close(fd)
+            fd = inner
+        return fd
+
+    def close_directory(self) -> None:
+        if self.open_path is not None:
+            os.close(self.open_fd)
+        self.open_path = None
+
+    def remove(self, where: int, name: str, *, keep_whiteout: bool) -> None:
+        """Make room for an entry: of two with one name the later counts."""
+        try:
+            found = os.lstat(name, dir_fd=where)
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(found.st_mode):
+            with telling():
+                remove_tree(Path(f"/proc/self/fd/{where}/{name}"))
+        elif not (keep_whiteout and is_whiteout(found)):
+            os.unlink(name, dir_fd=where)
+
+    def make_whiteout(self, where: int, name: str, shown: str) -> None:
+        """Hide what the layers below have. It does not concern what this layer has itself."""
+        if name == ".wh..opq":
+            os.setxattr(where, "trusted.overlay.opaque", b"y")
+            return
+        if name in ("", ".", "..") or name.startswith(".wh."):
+            if name.startswith(".wh."):
+                return  # aufs's own, as .wh..wh.plnk
+            raise refused(shown, "is no name")
+        try:
+            found = os.lstat(name, dir_fd=where)
+        except FileNotFoundError:
+            os.mknod(name, stat.S_IFCHR, 0, dir_fd=where)
+            return
+        if stat.S_ISDIR(found.st_mode):
+            os.setxattr(f"/proc/self/fd/{where}/{name}", "trusted.overlay.opaque", b"y")
+
+    def make_directory(self, where: int, name: str, path: str, entry: tarfile.TarInfo) -> None:
+        try:
+            found = os.lstat(name, dir_fd=where)
+        except FileNotFoundError:
+            os.mkdir(name, 0o755, dir_fd=where)
+        else:
+            if not stat.S_ISDIR(found.st_mode):
+                os.unlink(name, dir_fd=where)
+                os.mkdir(name, 0o755, dir_fd=where)
+                if is_whiteout(found):
+                    os.setxattr(f"/proc/self/fd/{where}/{name}", "trusted.overlay.opaque", b"y")
+        self.directories[path] = entry
+
+    def make_file(self, archive: tarfile.TarFile, where: int, name: str, entry: tarfile.TarInfo) -> None:
+        if entry.islnk():
+            self.make_link(where, name, entry)
+        elif entry.issym():
+            os.symlink(entry.linkname, name, dir_fd=where)
+            os.chown(name, entry.uid, entry.gid, dir_fd=where, follow_symlinks=False)
+            os.utime(name, (entry.mtime, entry.mtime), dir_fd=where, follow_symlinks=False)
+        elif entry.isfifo():
+            os.mkfifo(name, 0o600, dir_fd=where)
+            os.chown(name, entry.uid, entry.gid, dir_fd=where, follow_symlinks=False)
+            os.chmod(f"/proc/self/fd/{where}/{name}", entry.mode & 0o7777)
+        elif entry.isreg():
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(name, flags, 0o600, dir_fd=where), "wb") as file:
+                contents = archive.extractfile(entry)
+                assert contents
+                copy_sparse(contents, file)
+                set_owner(file.fileno(), entry)
+                os.utime(file.fileno(), (entry.mtime, entry.mtime))
+
+    def make_link(self, where: int, name: str, entry: tarfile.TarInfo) -> None:
+        parts = split_name(entry.linkname)
+        where = os.dup(where)
+        try:
+            source = self.open_directory(parts[:-1])
+            os.link(parts[-1], name, src_dir_fd=source, dst_dir_fd=where, follow_symlinks=False)
+        except (OSError, IndexError) as error:
+            if isinstance(error, OSError) and error.errno in HOST_TROUBLE:
+                raise
+            why = f"is a hard link to {cut(entry.linkname)!r}, and the archive has no such file before it"
+            raise refused(entry.name, why) from None
+        finally:
+            os.close(where)
+
+    def finish(self) -> None:
+        """Give directories their owners, modes and times, the deepest first."""
+        for path, entry in sorted(self.directories.items(), reverse=True):
+            parts = [part for part in path.split("/") if part != "."]
+            try:
+                fd = self.descend(parts, make=False)
+            except (FileNotFoundError, NotADirectoryError):  # replaced by something else later on
+                continue
+            try:
+                set_owner(fd, entry)
+                os.utime(fd, (entry.mtime, entry.mtime))
+            finally:
+                os.close(fd)
+
+
+def split_name(name: str) -> list[str]:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise refused(name, 'leads out of the image by ".."')
+    if len(parts) > MAX_DEPTH or len(name.encode("utf-8", "surrogateescape")) > MAX_PATH:
+        rule = f"{MAX_DEPTH} directories and {MAX_PATH} bytes are the most that are unpacked"
+        raise refused(name, f"is too deep or too long: {rule}")
+    return parts
+
+
+HOST_TROUBLE = frozenset((
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,
+))  # fmt: skip
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn what the kernel does not want to make into a refusal of the archive, unless the host is the reason."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in HOST_TROUBLE:
+            raise
+        raise refused(name, f"cannot be made: {error.strerror}") from None
+
+
+def refused(name: str, why: str) -> DriverError:
+    return DriverError(f"the archive is refused: its entry {cut(ascii(name)[1:-1])!r} {why}")
+
+
+def is_whiteout(found: os.stat_result) -> bool:
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+
+
+def set_owner(fd: int, entry: tarfile.TarInfo) -> None:
+    """Set owner, attributes and mode, in this order: a change of owner drops the others."""
+    os.fchown(fd, entry.uid, entry.gid)
+    for key, value in entry.pax_headers.items():
+        name = key.removeprefix("SCHILY.xattr.")
+        if name == key:
+            continue
+        if name.startswith(("trusted.", "user.overlay.")):
+            raise refused(entry.name, f"has the attribute {cut(name)}, which only the system may set")
+        if name == "security.capability" or name.startswith("user."):
+            with contextlib.suppress(OSError):  # a file system without them
+                os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
+    os.fchmod(fd, entry.mode & 0o7777)
+
+
+def copy_sparse(source: IO[bytes] | Source, target: IO[bytes]) -> None:
+    """Copy, with holes for what is zero."""
+    zeros = bytes(1 << 16)
+    while chunk := source.read(1 << 16):
+        if chunk == zeros:
+            target.seek(len(chunk), os.SEEK_CUR)
+        else:
+            target.write(chunk)
+    target.truncate()
