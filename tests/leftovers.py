@@ -57,17 +57,22 @@ def mounts(alloc_id: str) -> Iterator[str]:
 def cgroups(alloc_id: str) -> Iterator[str]:
     """Cgroups of the allocation but for the one that the agent makes for each task where there is only v2."""
     for hierarchy in (CGROUPS, CGROUPS / "unified", CGROUPS / "systemd"):
-        for folder, names, _ in os.walk(hierarchy / "nomad.slice"):  # others come and go meanwhile: no glob
-            for name in names:
-                is_agents = hierarchy == CGROUPS and alloc_id in name
-                if alloc_id in f"{folder}/{name}" and not is_agents:
-                    yield f"{folder}/{name}"
+        for path in find(hierarchy / "nomad.slice", alloc_id, "-type", "d"):
+            is_agents = hierarchy == CGROUPS and alloc_id in os.path.basename(path)
+            if not is_agents:
+                yield path
 
 
 def files(alloc_id: str) -> Iterator[str]:
     for root in (STATE, NSPAWN):
-        for folder, folders, names in os.walk(root):
-            yield from (f"{folder}/{name}" for name in (*folders, *names) if alloc_id in name)
+        yield from find(root, alloc_id)
+
+
+def find(root: Path, alloc_id: str, *conditions: str) -> list[str]:
+    """Paths below a directory that have the id in them. What a test has left may be of any depth."""
+    command = ["find", str(root), *conditions, "-path", f"*{alloc_id}*", "-print0"]
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, timeout=60)
+    return [path[:300] for path in found.stdout.decode(errors="replace").split("\0") if path]
 
 
 def interfaces(alloc_id: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ import threading
 import unittest.mock
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from nspawn.job import plan_machine, state_directory
 from nspawn.linux import AT_FDCWD, call_libc
 from nspawn.process import ProcessId, read_status
 from nspawn.registry import Credentials, Reference
-from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
+from tests.agent import Allocation, DriverError, Plugin, Task, call, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, leader, make_small_image, output, zombies
 from tests.servers import (
     Answer,
@@ -69,6 +70,7 @@ from tests.test_effects import swapping
 pytestmark = pytest.mark.root
 
 STRICT = "volumes = false\nallow = []\nallow_caps = []\nallow_paths = []\n"
+PATIENCE = 10.0  # seconds for what others ask meanwhile
 RACES = int(os.environ.get("NSPAWN_TEST_RACES", "20"))
 
 
@@ -443,6 +445,28 @@ def test_image_with_endless_links_for_its_init(images: Tasks) -> None:
     (images.image / "usr/lib/systemd/systemd").symlink_to("/l0")
     with pytest.raises(DriverError, match="the image has no init"):
         images.start([], boot=True, private_network=True, read_only=True)
+
+
+def test_image_of_many_layers_holds_nobody_up(strict: Plugin, hostile: Tasks) -> None:
+    """Its init is a link of 2.3 KB: each step of it was looked for in 41 layers, below 149 directories, while no
+    other task got an answer."""
+    deep = "/".join(["d"] * 149)
+    above = [folder("/".join(["d"] * depth)) for depth in range(1, 150)]
+    top = make_tar([*above, folder("usr")])
+    init = [folder("usr/sbin"), link("sbin", "usr/sbin"), link("usr/sbin/init", f"/{deep}/" + "x/../" * 400)]
+    bottom = make_tar([*above, folder(f"{deep}/x"), folder("usr"), Entry("usr/lib/os-release", b"ID=x\n"), *init])
+    image = ImageParts.make([bottom, *[top + bytes(512 * number) for number in range(40)]])
+    task = hostile.make(
+        [], image="local/app.tar", read_only=None, boot=True, network_veth=None, private_network=True
+    )
+    task.prestart()
+    Path(task.allocation.dir, task.name, "local/app.tar").write_bytes(pack_files(image.save()))
+    with ThreadPoolExecutor(1) as pool:
+        start = pool.submit(task.start)
+        while not start.done():
+            call(strict.driver.Capabilities, driver_pb2.CapabilitiesRequest(), PATIENCE)
+        start.result()
+    assert not task.wait(PATIENCE).successful, "its init is a directory"
 
 
 def test_pipe_for_what_the_driver_reads(images: Tasks) -> None:
