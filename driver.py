@@ -255,8 +255,10 @@ from nspawn.state import (
     STATE_VERSION,
     Events,
     State,
+    add_locks,
     find_alloc_dirs,
     find_journal_obstacle,
+    find_locks,
     guess_state,
     kill_processes,
     read_state,
@@ -264,7 +266,6 @@ from nspawn.state import (
     remove_leftovers,
     remove_network,
     remove_place,
-    remove_stale_locks,
     split_id,
     wait_processes,
 )
@@ -1047,6 +1048,7 @@ class Task:
         if state.leader and await self.wait(END_LIMIT):
             return
         self.log.warn("killing systemd-nspawn and the keeper too: they did not end with the payload")
+        self.state = add_locks(state)
         kill_processes(state)
         if not await self.wait(END_LIMIT):
             raise HostError(f"the container {state.machine} cannot be killed: a process of it hangs in the kernel")
@@ -1174,7 +1176,7 @@ class Start:
                 await self.start_keeper(go)
                 os.write(may_go, b"go\n")
                 leader, users = await self.wait_ready(notify)
-                self.save(leader=leader, users=users)
+                self.save(leader=leader, users=users, locks=add_locks(self.state).locks)
                 give_logs(self.logs, users)
         except BaseException:
             await self.abandon()
@@ -1192,7 +1194,8 @@ class Start:
             await asyncio.shield(started)
         finally:  # when the call is cancelled, too: a thread cannot be, and the keeper it starts must be known
             keeper, complaint = await started
-            self.save(keeper=keeper, complaint=complaint)
+            locks = find_locks(keeper, self.state.image)
+            self.save(keeper=keeper, complaint=complaint, locks=locks)
 
     def save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
@@ -1313,6 +1316,7 @@ class Start:
 
     async def abandon(self) -> None:
         """Kill and remove what a failed start has left."""
+        self.state = add_locks(self.state)
         kill_processes(self.state)
         await wait_processes(self.state)
         await remove_network(self.state)
@@ -1758,8 +1762,6 @@ class DriverService:
                     last = current
                 self.tasks.remind_machined()
                 await asyncio.sleep(FINGERPRINT_PERIOD)
-                # A process may have held one a moment longer than its task was there.
-                await run_apart(lambda: remove_stale_locks(None))
                 self.collect_images()
         finally:
             self.agents -= 1

@@ -11,8 +11,6 @@ import asyncio
 import contextlib
 import errno
 import fcntl
-import glob
-import itertools
 import json
 import os
 import re
@@ -23,7 +21,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO
 
@@ -35,7 +33,7 @@ from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_readable, st
 from nspawn.linux import LOCK_FORMAT
 from nspawn.network import NAT_ELEMENT, NAT_RULE, find_port_maps
 from nspawn.plan import JOURNALS, name_journal
-from nspawn.process import NO_PROCESS, ProcessId, run_apart, run_tool
+from nspawn.process import NO_PROCESS, ProcessId, find_children, read_status, run_apart, run_tool
 from nspawn.roots import PLACE_NAME, UID_LOCKS
 from nspawn.store import Store
 
@@ -63,6 +61,7 @@ class State:
     stop_signal: str = ""  # the image's own wish, for jobs without a kill_signal
     users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
     journal: str = ""  # as `Journal.place`, once it has been made: removed at the end
+    locks: tuple[str, ...] = ()  # files of the locks that the task holds: removed at the end
 
     @property
     def directory(self) -> Path:
@@ -85,6 +84,7 @@ class State:
                     "leader": ProcessId(**leader) if leader else None,
                     "ports": tuple((host, inside) for host, inside in values.get("ports", ())),
                     "users": tuple((begin, count) for begin, count in values.get("users", ())),
+                    "locks": tuple(values.get("locks", ())),
                 }
                 known = {name.name for name in fields(cls)}  # a later release may have written more
                 state = cls(**{name: value for name, value in {**values, **changes}.items() if name in known})
@@ -102,7 +102,7 @@ class State:
         numbers = [number for process in processes for number in (process.pid, process.started)]
         numbers += [number for pair in (*self.ports, *self.users) for number in pair]
         texts = [getattr(self, name.name) for name in fields(self) if name.type == "str"]
-        removed = [path for path in (self.cgroup, self.place, self.journal) if path]
+        removed = [path for path in (self.cgroup, self.place, self.journal, *self.locks) if path]
         if not (
             all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
             and all(isinstance(text, str) for text in texts)
@@ -113,9 +113,26 @@ class State:
             and self.cgroup != str(CgroupMode.HYBRID.root)
             and (not self.place or self.place.endswith(PLACE_NAME))
             and (not self.journal or re.fullmatch(rf"{JOURNALS}/[^/]+", self.journal))
+            and all(is_own_lock(path, self.image) for path in self.locks)
             and "/" not in self.zone
         ):
             raise ValueError
+
+
+def is_own_lock(path: str, image: str) -> bool:
+    """Whether this may be the file of a task's lock: on a range of ids, on its image, or on nspawn's copy of the
+    image, which lies beside it, or in it where it is a mount point."""
+    places = [rf"{UID_LOCKS}/[0-9]+", rf"{SETTINGS_ROOT}/locks/inode-[0-9]+:[0-9]+"]
+    if image:
+        folder, name = os.path.split(image)
+        beside, inside = re.escape(folder.rstrip("/")), re.escape(image.rstrip("/"))
+        copy, random = r"\.#(machine|snapshot)\.", r"[0-9a-f]{16}"  # "snapshot" of systemd 262
+        places += [
+            rf"{beside}/\.#{re.escape(name)}\.lck",
+            rf"{beside}/\.#{copy}{re.escape(name)}{random}\.lck",
+            rf"{inside}/\.#{copy}{random}\.lck",
+        ]
+    return any(re.fullmatch(place, path) for place in places)
 
 
 def read_state(directory: Path) -> State | None:
@@ -308,12 +325,11 @@ async def remove_leftovers(state: State) -> None:
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
             (SETTINGS_ROOT / place).rmdir()
-    image = Path(state.image) if state.image else None
-    await run_apart(lambda: remove_stale_locks(image))  # with them go copies of whole images
+    await run_apart(lambda: remove_locks(state.locks))  # with them goes a copy of a whole image
     if state.cgroup:
         await run_apart(lambda: remove_cgroup(state.cgroup))
     await remove_place(str(state.directory / "tmp"))  # what nspawn keeps of overlays, when it was killed
-    remove_tree(state.directory)
+    await remove_place(str(state.directory))  # of an image in the task's directory nspawn makes its copy here
     Store().release(state.directory.name)
 
 
@@ -327,18 +343,32 @@ async def remove_place(place: str) -> None:
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
-def remove_stale_locks(image: Path | None) -> None:
-    """Remove lock files that no process holds: an nspawn that was killed leaves them, for its range of ids and its
-    image, and beside an ephemeral copy's the copy. Who makes a lock looks whether its file is still there."""
-    places = [UID_LOCKS.glob("*"), (SETTINGS_ROOT / "locks").glob("*")]
-    if image:
-        name = glob.escape(image.name)
-        places += [
-            image.parent.glob(f".#{name}.lck"),
-            image.parent.glob(f".#.#machine.{name}{'[0-9a-f]' * 16}.lck"),
-            image.parent.glob(f".#.#snapshot.{name}{'[0-9a-f]' * 16}.lck"),  # systemd 262
+def find_locks(keeper: ProcessId, image: str) -> tuple[str, ...]:
+    """Return the files of the locks that a task holds: the keeper, the shells below it, and nspawn. What is in the
+    container's process namespace is not asked."""
+    found, processes = set(), [keeper]
+    for _ in range(3):
+        processes = [
+            process for process in processes if len(read_status(process.pid).get("NSpid", "").split()) == 1
         ]
-    for path in itertools.chain(*places):
+        for process in processes:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended
+                place = f"/proc/{process.pid}/fd"
+                found |= {os.readlink(f"{place}/{fd}") for fd in os.listdir(place)}
+        processes = [child for process in processes for child in find_children(process)]
+    return tuple(sorted(path for path in found if is_own_lock(path, image)))
+
+
+def add_locks(state: State) -> State:
+    """Return a state with the locks that are held now as well: for those who are about to kill nspawn, which may
+    have begun to copy its image after its state was written."""
+    return replace(state, locks=tuple(sorted({*state.locks, *find_locks(state.keeper, state.image)})))
+
+
+def remove_locks(locks: Iterable[str]) -> None:
+    """Remove the files of a task's locks that nobody holds any more, and with that of a copy of the image the
+    copy: a killed nspawn leaves them. Who takes a lock looks whether its file is still there."""
+    for path in map(Path, locks):
         with contextlib.suppress(OSError), open_lock(path) as file:
             fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
             if path.name.startswith(".#.#"):

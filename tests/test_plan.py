@@ -1684,7 +1684,24 @@ UNSAFE: list[dict[str, Any]] = [
     {"journal": "/etc"},
     {"journal": "/var/log/journal/../../../etc"},
     {"started_at": "now"},
+    {"locks": ("/etc/passwd",)},
+    {"locks": ("/run/systemd/nspawn-uid/../5",)},
+    {"locks": ("/.#.#machine.1234567890abcdef.lck",)},
+    {"image": "/i/a", "locks": ("/i/.#.#machine.b1234567890abcdef.lck",)},
+    {"image": "/i/..", "locks": ("/i/../.#.#machine.1234567890abcdef.lck",)},
+    {"image": "/i/a", "locks": ("/i/.#.#machine.a.lck",)},
+    {"image": "/i/a", "locks": ("/i/a/../.#.#machine.a1234567890abcdef.lck",)},
+    {"locks": (5,)},
 ]
+
+
+def test_locks_of_a_state() -> None:
+    locks = (
+        "/run/systemd/nspawn-uid/524288", "/run/systemd/nspawn/locks/inode-5:6", "/i/.#a.raw.lck",
+        "/i/.#.#machine.a.raw1234567890abcdef.lck", "/i/a.raw/.#.#snapshot.1234567890abcdef.lck",
+    )  # fmt: skip
+    state = replace(STATE, image="/i/a.raw", locks=locks)
+    assert State.parse(state.render()) == state
 
 
 @given(states)

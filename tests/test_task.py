@@ -830,17 +830,20 @@ def test_copy_for_ephemeral_is_removed(tasks: Tasks, copied: Path, driver_file: 
 def test_ephemeral_tasks_spare_each_others_copies_and_ids(tasks: Tasks, copied: Path) -> None:
     first, *others = [tasks.start(FOREVER, image=str(copied), ephemeral=True) for _ in range(3)]
     copies = snapshots(copied)
+    left_over = copied.parent / f".#machine.{copied.name}{'0' * 16}"  # of others
+    left_over.mkdir()
+    left_over.with_name(f".#{left_over.name}.lck").touch()
     claims = [UID_CLAIMS / Path(f"/proc/{leader(task)}/uid_map").read_text().split()[1] for task in others]
     kill(nspawn(first))
     first.wait(PATIENCE)
     first.destroy()
-    assert len(snapshots(copied)) == len(copies) * 2 // 3
+    assert len(snapshots(copied)) == len(copies) * 2 // 3 + 2, "those of others stay"
     for task, claim in zip(others, claims, strict=True):
         assert Path(f"/proc/{leader(task)}/root/usr/bin/sleep").exists()
         assert claim.exists()
         task.stop(timeout=0)
         task.destroy()
-    assert snapshots(copied) == []
+    assert snapshots(copied) == [left_over.with_name(f".#{left_over.name}.lck"), left_over]
 
 
 def remove(paths: Iterable[Path]) -> None:
