@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 import stat
 import sys
 import urllib.parse
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,8 +109,6 @@ def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
         found = Path(os.path.realpath(candidate))
         if not os.path.exists(found):  # unlike Path.exists it takes a name that is too long for one of nothing
             continue
-        if found.suffix == ".v" and found.is_dir():
-            found = Path(os.path.realpath(find_version(found) or no_version(name, found)))
         inside = task_dir if task_dir and candidate.is_relative_to(task_dir) else Path("/")
         if not found.is_relative_to(os.path.realpath(inside)):
             raise ConfigError("image", name, "leads out of the task's directory")
@@ -134,7 +129,7 @@ def image_places(name: str, task_dir: Path | None, image_dir: Path) -> Iterator[
     yield Path.cwd() / name
 
 
-IMAGE_SUFFIXES = ("", ".raw", ".v", ".raw.v")
+IMAGE_SUFFIXES = ("", ".raw")
 
 
 def is_image_name(name: str) -> bool:
@@ -294,72 +289,6 @@ def find_archive(image: Image) -> Origin | None:
     status = os.fstat(image.fd)  # another file of this name is another image
     stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return Origin("archive", str(image.path), str(image.path), tuple(map(str, stamp)))
-
-
-MAX_VERSIONS = 10_000  # entries of a directory that are looked at: a task may fill its own
-
-
-def find_version(path: Path) -> Path | None:
-    """Return the newest of the versions of an image that a directory NAME.v holds, as systemd.v(7) has it: entries
-    NAME_VERSION or, for NAME.raw.v, NAME_VERSION.raw; after the version may come _ARCHITECTURE and +TRIES."""
-    name = path.name.removesuffix(".v")
-    suffix = ".raw" if name.endswith(".raw") else ""
-    pattern = (
-        re.escape(name.removesuffix(suffix)) + r"_(?P<version>[^+]+?)(?P<tries>\+\d+(-\d+)?)?" + re.escape(suffix)
-    )
-    found = []
-    for entry in map(Path, itertools.islice(os.scandir(path), MAX_VERSIONS)):
-        match = re.fullmatch(pattern, entry.name)
-        if match and entry.is_dir() != bool(suffix):
-            version, _, architecture = match["version"].rpartition("_")
-            if not version or architecture not in FOREIGN | {*ARCHITECTURES.values()}:
-                version, architecture = match["version"], ""
-            if architecture in ("", ARCHITECTURES.get(os.uname().machine)):
-                has_tries = not re.match(r"\+0+(-|$)", match["tries"] or "")
-                found.append((has_tries, version, entry))
-    rank = functools.cmp_to_key(compare_versions)
-    return max(found, key=lambda entry: (entry[0], rank(entry[1])))[2] if found else None
-
-
-def no_version(name: str, path: Path) -> Path:
-    form = path.name.removesuffix(".v").removesuffix(".raw") + "_VERSION"
-    raise ConfigError(
-        "image", name, f"{path} holds no version of it", f"name its entries {form}, as systemd.v(7) says"
-    )
-
-
-ARCHITECTURES = {  # of uname to systemd's names
-    "x86_64": "x86-64", "aarch64": "arm64", "i686": "x86", "armv7l": "arm", "riscv64": "riscv64", "s390x": "s390x",
-    "ppc64le": "ppc64-le", "loongarch64": "loongarch64",
-}  # fmt: skip
-
-
-FOREIGN = frozenset((
-    "alpha", "arc", "arc-be", "arm-be", "arm64-be", "cris", "hppa", "ia64", "m68k", "mips", "mips-le", "mips64",
-    "mips64-le", "nios2", "ppc", "ppc-le", "ppc64", "riscv32", "s390", "sh", "sh64", "sparc", "sparc64", "tilegx",
-))  # fmt: skip
-
-
-def compare_versions(left: str, right: str) -> int:
-    """Compare as the UAPI group's version format specification says; negative when `left` is the older one."""
-    a, b = (deque(re.findall(r"\d+|[A-Za-z]+|[-~^.]", version)) for version in (left, right))
-    while True:
-        first, second = (queue[0] if queue else "" for queue in (a, b))
-        if "~" in (first, second) and first != second:
-            return -1 if first == "~" else 1
-        if not first or not second:
-            return bool(first) - bool(second)
-        for separator in "-^.":
-            if separator in (first, second) and first != second:
-                return -1 if first == separator else 1
-        if first.isdigit() != second.isdigit():  # a number is newer than letters
-            return 1 if first.isdigit() else -1
-        if first.isdigit() and int(first) != int(second):
-            return int(first) - int(second)
-        if not first.isdigit() and first != second:
-            return -1 if first < second else 1
-        a.popleft()
-        b.popleft()
 
 
 # What says that there is no such file, not that something is wrong with this machine.

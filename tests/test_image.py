@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +23,6 @@ from nspawn.images import (
     ImageConfig,
     Origin,
     View,
-    compare_versions,
     explain_command,
     find_account,
     find_archive,
@@ -182,8 +179,6 @@ def test_not_found(machines: Path, task_dir: Path, tmp_path: Path) -> None:
     places = [
         machines / "no",
         machines / "no.raw",
-        machines / "no.v",
-        machines / "no.raw.v",
         task_dir / "no",
         tmp_path / "plugins/no",
         tmp_path / "empty/no",
@@ -459,63 +454,6 @@ def test_command_in_a_mount(root: Path, tmp_path: Path) -> None:
 def test_commands_relative_to_the_working_directory_are_not_judged(root: Path, command: str) -> None:
     """They start in `working_directory`, which is not known here: "there is no" would often be wrong."""
     assert explain_command(command, SEARCH, View(root)) == ""
-
-
-# -- versions ------------------------------------------------------------------------------------------------
-
-
-def test_versions_in_order() -> None:
-    """Each is older than all after it, as the UAPI group's specification has it; systemd-analyze says the same,
-    where it is installed."""
-    plain = ["1~rc1", "1~rc2", "1", "1^post1", "1.0", "1.1", "1.2a", "1.10", "2", "11", "123~rc1", "123"]
-    for number, old in enumerate(plain):
-        assert compare_versions(old, old) == 0
-        for new in plain[number + 1 :]:
-            assert compare_versions(old, new) < 0 < compare_versions(new, old), (old, new)
-            if shutil.which("systemd-analyze"):
-                argv = ["systemd-analyze", "compare-versions", old, "lt", new]
-                done = subprocess.run(argv, stdout=subprocess.DEVNULL, check=False, timeout=10)
-                assert done.returncode == 0, (old, new)
-
-
-@given(st.text("019ab.-~^+_", max_size=6), st.text("019ab.-~^+_", max_size=6))
-def test_versions_have_an_order(left: str, right: str) -> None:
-    assert (compare_versions(left, right) > 0) == (compare_versions(right, left) < 0)
-
-
-def test_newest_version(machines: Path) -> None:
-    make_tree(machines / "debian.v/debian_12.9")
-    make_tree(machines / "debian.v/debian_12.10")
-    make_tree(machines / "debian.v/debian_13~rc1+0-3")  # all tries are spent
-    make_tree(machines / "debian.v/debian_14_mips64")  # another machine's
-    make_tree(machines / "debian.v/other_99")
-    (machines / "debian.v/debian_98").touch()
-    for name in ("debian", "debian.v"):
-        assert find(name).path == machines / "debian.v/debian_12.10"
-    native = {"x86_64": "x86-64", "aarch64": "arm64"}[os.uname().machine]
-    make_tree(machines / f"debian.v/debian_13_{native}+2")
-    assert find("debian").path.name == f"debian_13_{native}+2"
-
-
-def test_newest_disk_image(machines: Path) -> None:
-    folder = machines / "debian.raw.v"
-    make_tree(folder / "debian_9")
-    for name in ("debian_1.raw", "debian_2.raw", "debian_3"):
-        (folder / name).touch()
-    assert find("debian").path == folder / "debian_2.raw"
-    assert find(str(folder)).path == folder / "debian_2.raw"
-
-
-def test_no_version(machines: Path) -> None:
-    (machines / "debian.v").mkdir()
-    assert refusal("debian").startswith(f'image = "debian": {machines}/debian.v holds no version of it')
-
-
-def test_a_version_that_leads_out(machines: Path, task_dir: Path, tmp_path: Path) -> None:
-    make_tree(tmp_path / "secret")
-    (task_dir / "x.v").mkdir()
-    (task_dir / "x.v/x_1").symlink_to(tmp_path / "secret")
-    assert "leads out of the task's directory" in refusal("x.v", task_dir)
 
 
 # -- where images are fetched from ---------------------------------------------------------------------------
