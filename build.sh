@@ -129,7 +129,7 @@ prepare_host() {
 	missing=
 	for need in python3:python3 systemd-nspawn:systemd-container mmdebstrap:mmdebstrap nft:nftables ip:iproute2 \
 		ps:procps unshare:util-linux setpriv:util-linux mke2fs:e2fsprogs qemu-system-x86_64:qemu-system-x86 \
-		qemu-img:qemu-utils iptables:iptables /usr/lib/cni/bridge:containernetworking-plugins \
+		qemu-img:qemu-utils /usr/lib/cni/bridge:containernetworking-plugins \
 		mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs docker-registry:docker-registry openssl:openssl gpg:gnupg \
 		zstd:zstd xz:xz-utils bzip2:bzip2; do
 		command -v "${need%:*}" >/dev/null || missing="$missing ${need#*:}"

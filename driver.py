@@ -26,6 +26,7 @@ import logging
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -1157,6 +1158,7 @@ class Start:
             image="" if plan.find_pin(plan.image.fd) else str(plan.image.path),
             alloc_dir=task.alloc_dir,
             place=plan.private.place if plan.private else "",
+            link=plan.network.link,
             zone=plan.network.zone,
             ports=tuple((port.host, port.inside) for port in plan.network.ports.values()),
             stop_signal=plan.image.config.stop_signal,
@@ -2375,6 +2377,8 @@ def check_host() -> int:
           f"cgroups {host.cgroups.value}")  # fmt: skip
     for problem in host.problems:
         print(f"missing: {problem}")
+    if not shutil.which("ip", path=SAFE_PATH):
+        print("note: ip is not installed: a link of a systemd-nspawn that is killed stays; install iproute2.")
     if host.cgroups is not CgroupMode.V2:
         print("note: without cgroup v2 tasks run without resource limits.")
     for place in sorted({str(MACHINES_ROOT), *USUAL_ALLOC_DIRS, *find_alloc_dirs(read_states())}):

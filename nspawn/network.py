@@ -102,6 +102,7 @@ class NetworkPlan:
 
     mode: NetworkMode = NetworkMode.HOST
     zone: str = ""
+    link: str = ""  # the whole name of the host's end; the first one has room for 15 characters
     address_timeout: float = 0.0  # seconds
     ports: Mapping[str, Port] = field(default_factory=dict)  # those that nspawn maps, by label
     values: Mapping[str, Any] = field(default_factory=dict)  # options as they are to be rendered
@@ -117,6 +118,13 @@ class NetworkPlan:
         return [f"--bind-ro={directory}{path}:{path}" for path in self.files]
 
 
+def plan_link(values: Values, machine: str) -> str:
+    """Return how nspawn calls its link to a container, "" when it makes none."""
+    if values["network_bridge"] or values["network_zone"]:
+        return f"vb-{machine}"
+    return f"ve-{machine}" if values["network_veth"] else ""
+
+
 def plan_network(
     group: GroupNetwork, values: Values, names: Names, machine: str, *, is_disk: bool = False
 ) -> NetworkPlan:
@@ -126,6 +134,7 @@ def plan_network(
         mode=NetworkMode.of(group, values),
         address_timeout=values["address_timeout"] or 0.0,
         zone=values["network_zone"] or "",
+        link=plan_link(values, machine),
         values={"resolv_conf": "off"} if "/etc/resolv.conf" in files else {},
         files=files,
         mount_files=tuple(place_in_image(values, path) for path in files if is_read_only(values)),
@@ -204,16 +213,12 @@ def have_networkd() -> bool:
     return os.path.lexists(NETWORKD_IS_ACTIVE)
 
 
-# Elements of nspawn's map in nftables, `6 . 8080 : 10.0.0.2 . 80`, and its rules where it uses iptables: before
-# 259, on kernels without nftables.
-NAT_ELEMENT = re.compile(r"\S+ \. (\d+) : [0-9a-f.:]+ \. (\d+)")
-NAT_RULE = re.compile(r"-A ((?:PREROUTING|OUTPUT) .*--dport (\d+) .*-j DNAT --to-destination \S+:(\d+))")
+NAT_ELEMENT = re.compile(r"\S+ \. (\d+) : [0-9a-f.:]+ \. (\d+)")  # of nspawn's map: `6 . 8080 : 10.0.0.2 . 80`
 
 
-def find_port_maps(text: str, pattern: re.Pattern[str], ports: Sequence[tuple[int, int]]) -> list[str]:
-    """Return the elements or rules that map one of `ports`, pairs of a port of the host and one inside."""
-    found = [(match[0], match.groups()[-2:]) for match in pattern.finditer(text)]
-    return [whole for whole, (host, inside) in found if (int(host), int(inside)) in ports]
+def find_port_maps(text: str, ports: Sequence[tuple[int, int]]) -> list[str]:
+    """Return the elements of nspawn's map in nftables for `ports`, pairs of a port of the host and one inside."""
+    return [match[0] for match in NAT_ELEMENT.finditer(text) if (int(match[1]), int(match[2])) in ports]
 
 
 def plan_name_files(group: GroupNetwork, values: Values, names: Names, machine: str) -> dict[str, str]:

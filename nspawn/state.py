@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import socket
 import stat
 import struct
 import time
@@ -31,7 +30,7 @@ from nspawn.files import remove_tree
 from nspawn.host import CgroupMode, read_boot_id, read_cgroup_mode
 from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_readable, state_directory
 from nspawn.linux import LOCK_FORMAT
-from nspawn.network import NAT_ELEMENT, NAT_RULE, find_port_maps
+from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
 from nspawn.process import NO_PROCESS, ProcessId, find_children, read_status, run_apart, run_tool
 from nspawn.roots import PLACE_NAME, UID_LOCKS
@@ -56,6 +55,7 @@ class State:
     alloc_dir: str = ""  # of the allocation, on the host
     complaint: str = ""  # why the command cannot be executed, as far as a look at it tells
     place: str = ""  # as `PrivateRoot.place`: removed at the end
+    link: str = ""  # the host's end of nspawn's link to the container
     zone: str = ""  # nspawn's bridge vz-<zone>
     ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
     stop_signal: str = ""  # the image's own wish, for jobs without a kill_signal
@@ -114,6 +114,7 @@ class State:
             and (not self.place or self.place.endswith(PLACE_NAME))
             and (not self.journal or re.fullmatch(rf"{JOURNALS}/[^/]+", self.journal))
             and all(is_own_lock(path, self.image) for path in self.locks)
+            and self.link in ("", f"ve-{self.machine}", f"vb-{self.machine}")
             and "/" not in self.zone
         ):
             raise ValueError
@@ -254,67 +255,31 @@ async def remove_network(state: State) -> None:
     A link goes with the container's namespace, but only when the kernel comes to it, and not while a process of
     somebody who looks inside is there.
     """
-    for link in ("ve", "vb"):
-        delete_link(f"{link}-{state.machine}")  # the whole name is an alternative one: the first has room for 15
-    if state.zone:
-        remove_zone(state.zone)
+    if state.link:
+        await run_tool(["ip", "link", "delete", "dev", state.link])
+    if state.zone and is_empty_bridge(f"vz-{state.zone}"):
+        await run_tool(["ip", "link", "delete", "dev", f"vz-{state.zone}"])
     if state.ports:
         others = {port for other in read_states() if other.task_id != state.task_id for port in other.ports}
         if ports := [port for port in state.ports if port not in others]:
             await remove_port_maps(ports)
 
 
+def is_empty_bridge(name: str) -> bool:
+    """Whether there is a bridge of this name that nothing is joined to."""
+    try:
+        return not os.listdir(f"/sys/class/net/{name}/brif")
+    except FileNotFoundError:
+        return False
+
+
 async def remove_port_maps(ports: Sequence[tuple[int, int]]) -> None:
     """Remove what leads from ports of the host to a container that is gone."""
-    is_nft = False
     for family in ("ip", "ip6"):
         table = (family, "io.systemd.nat", "map_port_ipport")
-        text = await run_tool(["nft", "list", "map", *table])
-        is_nft = is_nft or bool(text)
-        for element in find_port_maps(text, NAT_ELEMENT, ports):
+        for element in find_port_maps(await run_tool(["nft", "list", "map", *table]), ports):
             log.warn("removing a port that leads nowhere", element=element)
             await run_tool(["nft", "delete", "element", *table, "{", element, "}"])
-    if not is_nft:
-        for rule in find_port_maps(await run_tool(["iptables", "-t", "nat", "-S"]), NAT_RULE, ports):
-            log.warn("removing a port that leads nowhere", rule=rule)
-            await run_tool(["iptables", "-t", "nat", "-D", *rule.removeprefix("-A ").split()])
-
-
-ZONE_LOCK = "/run/systemd/nspawn-network-zone"
-
-
-def remove_zone(zone: str) -> None:
-    """Remove a zone's bridge when nothing is joined to it, under the lock nspawn takes to do so."""
-    fd = os.open(ZONE_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, WRITE_LOCK)
-        if os.fstat(fd).st_nlink:  # who gives the lock back removes its file
-            with contextlib.suppress(FileNotFoundError):
-                if not os.listdir(f"/sys/class/net/vz-{zone}/brif"):
-                    delete_link(f"vz-{zone}")
-            os.unlink(ZONE_LOCK)
-    except BlockingIOError:
-        log.debug("the bridge of a zone is left to who joins or leaves it just now", zone=zone)
-    finally:
-        os.close(fd)
-
-
-NETLINK_ROUTE, RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 0, 17, 1, 4
-IFLA_IFNAME, IFLA_ALT_IFNAME = 3, 53
-
-
-def delete_link(name: str) -> None:
-    """Delete a network interface by its name or alternative name, if there is one."""
-    kind = IFLA_IFNAME if len(name) < 16 else IFLA_ALT_IFNAME
-    text = name.encode() + b"\0"
-    attribute = struct.pack("=HH", 4 + len(text), kind) + text + b"\0" * (-len(text) % 4)
-    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0) + attribute
-    header = struct.pack("=IHHII", 16 + len(body), RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
-        netlink.send(header + body)
-        status = -struct.unpack_from("=i", netlink.recv(65536), 16)[0]
-    if status not in (0, errno.ENODEV):
-        log.warn("cannot remove a network interface", name=name, error=os.strerror(status))
 
 
 async def remove_leftovers(state: State) -> None:

@@ -15,8 +15,6 @@ from nspawn.images import Image, place_in_image, read_in_image
 from nspawn.job import Dns, GroupNetwork, Port, state_directory
 from nspawn.network import (
     NAME_FILES,
-    NAT_ELEMENT,
-    NAT_RULE,
     Names,
     NetworkMode,
     can_mount_file,
@@ -377,19 +375,11 @@ table ip io.systemd.nat {
     }
 }
 """
-IPTABLES = """\
--P PREROUTING ACCEPT
--A PREROUTING -p tcp -m tcp --dport 8080 -m addrtype --dst-type LOCAL -j DNAT --to-destination 192.168.233.150:80
--A PREROUTING -p tcp -m tcp --dport 8080 -m addrtype --dst-type LOCAL -j DNAT --to-destination 192.168.233.150:81
--A OUTPUT ! -d 127.0.0.0/8 -p tcp --dport 8080 -m addrtype --dst-type LOCAL -j DNAT --to-destination 10.0.0.2:80
--A POSTROUTING -s 192.168.233.144/28 -j MASQUERADE
-"""
 
 
 def test_port_maps_are_found() -> None:
-    assert find_port_maps(NFT, NAT_ELEMENT, [(8080, 80)]) == [
+    assert find_port_maps(NFT, [(8080, 80)]) == [
         "6 . 8080 : 192.168.233.150 . 80",
         "17 . 8080 : 192.168.233.150 . 80",
     ]
-    assert find_port_maps(NFT, NAT_ELEMENT, [(8080, 82)]) == []
-    assert find_port_maps(IPTABLES, NAT_RULE, [(8080, 80)]) == [IPTABLES.splitlines()[number] for number in (1, 3)]
+    assert find_port_maps(NFT, [(8080, 82)]) == []

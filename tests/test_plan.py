@@ -1675,6 +1675,7 @@ UNSAFE: list[dict[str, Any]] = [
     {"machine": "../../etc"},
     {"machine": ""},
     {"zone": "../x"},
+    {"link": "eth0"},
     {"place": "x/.nspawn-root"},
     {"keeper": ProcessId(-1, 0)},
     {"leader": ProcessId("1", 0)},  # type: ignore[arg-type]
