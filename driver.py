@@ -956,27 +956,28 @@ class Task:
         return exit
 
     async def watch_memory(self) -> None:
-        """Tell when the kernel has killed a process of the task for lack of memory and the task runs on.
+        """Tell when the kernel has killed a process of the task for lack of memory and the task runs on. Once: the
+        result has the sum. What was killed before this plugin has taken the task up is not told again.
 
-        The kernel wakes who polls memory.events. The count that was told is kept for the next plugin; of many
-        kills the first, second, fourth, eighth is told: Nomad keeps ten events a task.
+        The kernel wakes who polls memory.events.
         """
-        told = read_number(f"{self.state.directory}/oom_kills")
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             fd = os.open(f"{self.state.cgroup}/memory.events", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, fd)
             alarm = stack.enter_context(select.epoll())
             alarm.register(fd, select.EPOLLPRI)
-            while True:
-                counters = parse_counters(os.pread(fd, 4096, 0).decode())  # also what ends this alarm
-                limit = read_number(f"{self.state.cgroup}/memory.max")
-                shortage = Shortage.of({**counters, "memory.max": limit})
-                if shortage.kills >= max(2 * told, 1) and not await self.wait(0.5):
-                    told = shortage.kills
-                    write_file(self.state.directory / "oom_kills", str(told))
-                    times = f" ({told} times by now)" if told > 1 else ""
-                    self.events.emit(self.state, f"OOM: a process was killed{times}: {shortage.reason}.")
+            before = self.read_shortage(fd).kills
+            while not before:
+                shortage = self.read_shortage(fd)
+                if shortage.kills and not await self.wait(0.5):
+                    self.events.emit(self.state, f"OOM: a process was killed: {shortage.reason}.")
+                    break
                 await wait_readable(alarm.fileno())
+
+    def read_shortage(self, events: int) -> Shortage:
+        """Return what an open memory.events counts. To read it is also what ends the kernel's alarm."""
+        limit = read_number(f"{self.state.cgroup}/memory.max")
+        return Shortage.of({**parse_counters(os.pread(events, 4096, 0).decode()), "memory.max": limit})
 
     def explain_command(self) -> str:
         """Say that the command could not be executed, if that is why it ended.
