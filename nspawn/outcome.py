@@ -13,8 +13,8 @@ from nspawn.common import ConfigError, DriverError, TransientError
 from nspawn.images import BUSY
 from nspawn.job import MIB, Mode, parse_signal
 
-# nspawn's own messages, recognised and said so that they name the option and the remedy; {0} is the match's
-# first group. What none of these matches is passed on as it is.
+# Those of nspawn's messages that mislead, or that may be right when tried again, said so that they name the option
+# and the remedy; {0} is the match's first group. All others are passed on as they are.
 MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work when tried again
     (r"Directory tree (.+) is currently busy", BUSY, True),
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
@@ -23,45 +23,17 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"(?:setres[ug]id\(\)|Changing privileges) failed: Invalid arg|set auxiliary groups: Invalid arg",
      "user: its number, or a group's, is not in the container's range of user ids; there are 65536 unless "
      "private_users says more", False),
-    (r"Failed to change to specified working directory ([^:]+)",
+    (r"Failed to change to specified working directory ([^:]+)",  # after it has said READY
      "working_directory: there is no directory {0} in the container", False),
-    (r"Failed to (?:stat|clone) (/[^:]*): No such file", "bind: there is no {0} on the host", False),
-    (r"doesn't look like it has an OS tree", "image: this is no operating system tree", False),
     (r"AmbientCapability= setting is not fully covered",
      "ambient_capability: the container cannot have it; for CAP_NET_BIND_SERVICE set private_network or another "
      "network of its own", False),
-    (r"Failed to mount .+ \(MS_MOVE", "pivot_root: the old root cannot be moved to where it shall go", False),
-    (r"Failed to resolve (\S+): No such file", "inaccessible: there is no {0}", False),
-    (r"Unknown or unsupported personality (\S+)\.", "personality: this kernel does not support {0}", False),
-    (r"Creating mount point for tmpfs (\S+) failed: Read-only file system",
-     'tmpfs: the image has no directory {0} to mount on; make it there, or set volatile = "overlay"', False),
-    (r"Failed to resolve user '(\S+)':", 'bind_user: there is no user "{0}" on the host', False),
-    (r"Mapping '(root|nobody)' user not supported", "bind_user: {0} cannot be brought in", False),
-    (r"Failed to make home directory",
-     "user: this user has no home directory in the image, and none can be made in it; make it there", False),
-    (r"Failed to (?:get device|resolve interface) \"?([^:\"]+)\"?: No such device",
-     "network: there is no interface {0} on the host", False),
     (r"Network interface (\S+) is not initialized yet",
      "network: systemd-udevd, which must run on the host, does not know the interface {0}", True),
-    (r"Failed to add new veth interfaces \((\S+?)[:)].*File exists",
-     "network_veth_extra: there is an interface {0} on the host already", False),
-    (r"setexeccon\(.+\) failed",
-     "selinux_context: SELinux is not enabled on the host, or knows no such label", False),
-    (r"Failed to create (?:directory )?\S*/var/log/journal/.*Read-only",
-     "link_journal: the image is read-only; set volatile or ephemeral", False),
-    (r"Failed to set CPU affinity", "cpu_affinity: the host has none of these CPUs", False),
-    (r"Failed to mount overlay .+lowerdir=.+No such file", "overlay: a directory to lay over is not there", False),
-    (r"Failed to add interface \S+ to bridge (\S+): Operation not supported",
-     "network_bridge: the interface {0} of the host is no bridge", False),
-    (r"Failed to add interface \S+ to bridge (\S+): ",
-     "network_bridge: there is no bridge {0} on the host", False),
-    (r"Couldn't identify a suitable partition table or file system",
-     "image: this is no disk image systemd-nspawn can read", False),
     (r"--image= requires (?:access to the host's /run/|that systemd-udevd is)",  # before 262, and 262
      "image: disk images need systemd-udevd on the host; use a directory", False),
     (r"Failed to set up ID mapped mounts|ID mapped mounts are apparently not available",
      "user_namespacing: the image's file system cannot be mapped; set user_namespacing = false", False),
-    (r"Failed to map ids for bind mount", "user_namespacing: a mounted directory cannot be mapped", False),
     (r"Failed to create mount point (.+): Read-only file system",
      'read_only: the image has no {0} to mount on; make it in the image, or set volatile = "overlay"', False),
     (r"No space left on device", "image: the disk is full", True),
