@@ -194,13 +194,12 @@ from nspawn.options import (
     render_table,
 )
 from nspawn.outcome import (
+    Ending,
     Exit,
     Record,
     Shortage,
     explain_exit,
     explain_failure,
-    explain_shortage,
-    find_message,
     parse_nspawn_log,
 )
 from nspawn.plan import (
@@ -220,6 +219,7 @@ from nspawn.process import (
     ProcessId,
     find_children,
     read_inner_pid,
+    read_stat,
     read_status,
     run,
     run_apart,
@@ -936,24 +936,24 @@ class Task:
         """Wait for the end, make sure nothing is left running, and work out how it ended."""
         state = self.state
         await state.keeper.wait()
-        record = read_record(state.directory)
-        if record is None and state.leader and state.leader.is_alive:
-            self.log.warn("the keeper was killed; the container runs on, its exit code will not be known")
-            await state.leader.wait()
-        if state.leader:
-            state.leader.send(signal.SIGKILL)  # if it is still there, nspawn was killed
+        nspawn = find_nspawn(state)
+        if nspawn.is_alive:
+            self.log.warn("the keeper was killed; the container runs on, its exit code may not be known")
+            await nspawn.wait()
+        is_orphaned = bool(state.leader and state.leader.send(signal.SIGKILL))  # nspawn was killed
         await wait_processes(state)  # without a keeper nspawn may still be cleaning up
-        lines = read_nspawn_log(state.directory)
-        reason = read_text(state.directory / "reason")
-        if record is None:
-            lost = "the container's keeper was killed, so the exit code is not known"
-            return Exit(1, error=reason or lost, at=time.time())
-        exit = explain_exit(state.mode, record, lines, reason, self.sent)
-        exit = explain_shortage(exit, state.mode, record, bool(reason) or self.sent == signal.SIGKILL)
-        if exit.code in (1, 126, 127) and not exit.error and state.mode is not Mode.BOOT:
-            known = find_message(lines)  # nspawn enters the directory after it has said READY
-            exit = replace(exit, error=str(known) if known else self.explain_command())
-        return exit
+        record = read_record(state.directory)  # only now: a shell of a killed keeper may have left it
+        end = Ending(
+            mode=state.mode,
+            at=record.at if record else time.time(),
+            record=record,
+            is_orphaned=is_orphaned,
+            lines=read_nspawn_log(state.directory),
+            reason=read_text(state.directory / "reason"),
+            sent=self.sent,
+            complaint=state.complaint,
+        )
+        return explain_exit(end)
 
     async def watch_memory(self) -> None:
         """Tell when the kernel has killed a process of the task for lack of memory and the task runs on. Once: the
@@ -978,15 +978,6 @@ class Task:
         """Return what an open memory.events counts. To read it is also what ends the kernel's alarm."""
         limit = read_number(f"{self.state.cgroup}/memory.max")
         return Shortage.of({**parse_counters(os.pread(events, 4096, 0).decode()), "memory.max": limit})
-
-    def explain_command(self) -> str:
-        """Say that the command could not be executed, if that is why it ended.
-
-        nspawn reports the container as up before it executes the command; its line ("execv() failed") is in
-        the task's stderr, and so is that of the shell that gets what the kernel takes for no program.
-        """
-        why = self.state.complaint
-        return f"{why} (the system's own message is in the task's stderr)" if why else ""
 
     def find_payload(self) -> ProcessId | None:
         """Return the process that signals are for: the leader, or under the stub the command it started."""
@@ -1101,6 +1092,18 @@ class Task:
             )
             usage = read_process_usage(pids)
         return usage
+
+
+def find_nspawn(state: State) -> ProcessId:
+    """Return the leader's parent while that is nspawn, which is in the keeper's session; NO_PROCESS when nspawn
+    has ended, or has seen the leader's end."""
+    leader = read_stat(state.leader.pid) if state.leader else None
+    if leader and state.leader and int(leader[19]) == state.leader.started:
+        parent = int(leader[1])
+        fields = read_stat(parent)
+        if fields and int(fields[3]) == state.keeper.pid:
+            return ProcessId(parent, int(fields[19]))
+    return NO_PROCESS
 
 
 def read_nspawn_log(directory: Path) -> list[str]:

@@ -115,41 +115,83 @@ class Record:
     shortage: Shortage = Shortage()
 
 
-def explain_exit(mode: Mode, record: Record, lines: Sequence[str], reason: str, sent: int) -> Exit:
-    """Work out how the payload ended, from what nspawn lets through (measured, the same on 252, 257, 262).
+@dataclass(frozen=True)
+class Ending:
+    """What is known of a task when none of its processes is left."""
 
-    `reason` is why the driver killed it, "" when it did not; `sent` the last signal sent on Nomad's behalf.
+    mode: Mode
+    at: float  # Unix time
+    record: Record | None  # None: the shim was killed before it could leave one
+    is_orphaned: bool = False  # the payload was there when nspawn was gone
+    lines: Sequence[str] = ()  # nspawn's messages
+    reason: str = ""  # why the driver has killed it
+    sent: int = 0  # the last signal sent on Nomad's behalf
+    complaint: str = ""  # why the command cannot be executed, as far as a look at it tells
+
+
+def explain_exit(end: Ending) -> Exit:
+    """Work out how a task ended. The first that fits:
+
+    1. The driver killed it, and has said why.
+    2. The shim was killed, and perhaps nspawn: nothing tells the exit code.
+    3. The kernel killed it for lack of memory: a SIGKILL that nobody else has sent, or a shell's word for that of
+       its child. Of a task that failed in another way it is said that processes of it had been killed.
+    4. nspawn was killed.
+    5. nspawn has let through how it ended: see explain_status.
+    6. An exit code that may come from a command that was not executed: why it was not, if that is known.
     """
-    if reason:
-        return Exit(128 + signal.SIGKILL, signal.SIGKILL, reason, record.at)
+    if end.reason:
+        return Exit(128 + signal.SIGKILL, signal.SIGKILL, end.reason, end.at)
+    if end.record is None:
+        return explain_lost_shim(end)
+    exit = explain_status(end, end.record)
+    shortage = end.record.shortage
+    if shortage.kills and exit.code and end.sent != signal.SIGKILL:
+        is_silent = end.mode is Mode.PROCESS_TWO and exit.code == 255
+        if exit.code == 128 + signal.SIGKILL or is_silent:
+            why = f"OOM killed: {shortage.reason}"
+            return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at, oom_killed=True)
+        before = f"the kernel had killed {shortage.kills} of its processes: {shortage.reason}"
+        return replace(exit, error=f"{exit.error}; {before}" if exit.error else before)
+    if exit.code in (1, 126, 127) and not exit.error and end.mode is not Mode.BOOT:
+        return replace(exit, error=explain_command(end))
+    return exit
+
+
+def explain_lost_shim(end: Ending) -> Exit:
+    if end.is_orphaned:
+        why = "the container's keeper and systemd-nspawn were killed; the container was ended with them"
+        return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
+    return Exit(1, 0, "the container's keeper was killed, so the exit code is not known", end.at)
+
+
+def explain_status(end: Ending, record: Record) -> Exit:
+    """Return what nspawn lets through of its payload's end (measured, the same on 252, 257, 262)."""
     if record.is_orphaned:
         why = f"systemd-nspawn itself was killed (status {record.status}); the container was ended with it"
-        return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, record.at)
-    for line in lines:
+        return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
+    for line in end.lines:
         match = re.search(r"terminated by signal (\S+)\.", line)
         if match:
             with contextlib.suppress(ConfigError):  # a name that only a newer systemd has
                 number = parse_signal(match[1])
-                return Exit(128 + number, number, "", record.at)
-    if record.status == 255 and mode is Mode.PROCESS_TWO:
-        if sent:
-            return Exit(128 + sent, sent, "", record.at)
+                return Exit(128 + number, number, "", end.at)
+    if record.status == 255 and end.mode is Mode.PROCESS_TWO:
+        if end.sent:
+            return Exit(128 + end.sent, end.sent, "", end.at)
         why = "ended by a signal, or with exit code 255: systemd-nspawn does not tell which with process_two"
-        return Exit(255, 0, why, record.at)
+        return Exit(255, 0, why, end.at)
     if record.status == 133:
-        return Exit(133, 0, "the container asked for a reboot; Nomad's restart policy decides", record.at)
-    return Exit(record.status, 0, "", record.at)
+        return Exit(133, 0, "the container asked for a reboot; Nomad's restart policy decides", end.at)
+    return Exit(record.status, 0, "", end.at)
 
 
-def explain_shortage(exit: Exit, mode: Mode, record: Record, is_killed_by_us: bool) -> Exit:
-    """Say that a task ended for lack of memory, if it did: by a SIGKILL that nobody else has sent, or by a shell's
-    word for that of its child. Of a task that ended in another way it is only said what had happened before."""
-    kills = record.shortage.kills
-    if not kills or exit.code == 0 or is_killed_by_us:
-        return exit
-    is_silent = mode is Mode.PROCESS_TWO and exit.code == 255
-    if exit.code == 128 + signal.SIGKILL or is_silent:
-        code = 128 + signal.SIGKILL
-        return Exit(code, signal.SIGKILL, f"OOM killed: {record.shortage.reason}", exit.at, oom_killed=True)
-    before = f"the kernel had killed {kills} of its processes: {record.shortage.reason}"
-    return replace(exit, error=f"{exit.error}; {before}" if exit.error else before)
+def explain_command(end: Ending) -> str:
+    """Say that the command could not be executed, if that is why it ended.
+
+    nspawn reports the container as up before it enters the directory and executes the command; its line ("execv()
+    failed") is in the task's stderr, and so is that of the shell that gets what the kernel takes for no program.
+    """
+    if known := find_message(end.lines):
+        return str(known)
+    return f"{end.complaint} (the system's own message is in the task's stderr)" if end.complaint else ""

@@ -21,7 +21,7 @@ from nspawn.cgroup import plan_cpu_weight, plan_limits, read_counters
 from nspawn.checks import is_size
 from nspawn.common import ConfigError
 from nspawn.job import Mode, Resources
-from nspawn.outcome import Exit, Record, Shortage, explain_shortage
+from nspawn.outcome import Ending, Exit, Record, Shortage, explain_exit
 from nspawn.rules import settle_pids
 from tests import agent
 from tests.agent import Task, launch_like_agent
@@ -108,8 +108,9 @@ SENTENCE = "the task used all the memory it may (limit 64 MiB, peak 64 MiB)"
 
 
 def explain(code: int, signal: int = 0, mode: Mode = Mode.COMMAND, *, by_us: bool = False, **changes: Any) -> Exit:
-    shortage = dataclasses.replace(OWN, **changes)
-    return explain_shortage(Exit(code, signal), mode, Record(0, False, 0.0, shortage), by_us)
+    record = Record(code, False, 0.0, dataclasses.replace(OWN, **changes))
+    lines = ["Container x1 terminated by signal KILL."] if signal else []
+    return explain_exit(Ending(mode, 0.0, record, lines=lines, sent=9 if by_us else 0))
 
 
 @pytest.mark.parametrize(("code", "signal", "mode"), [

@@ -38,7 +38,16 @@ from nspawn.job import (
 )
 from nspawn.network import Names
 from nspawn.options import decode_options
-from nspawn.outcome import MESSAGES, Exit, Record, explain_exit, explain_failure, find_message, parse_nspawn_log
+from nspawn.outcome import (
+    MESSAGES,
+    Ending,
+    Exit,
+    Record,
+    explain_exit,
+    explain_failure,
+    find_message,
+    parse_nspawn_log,
+)
 from nspawn.plan import (
     DEFAULT_PATH,
     Found,
@@ -1481,22 +1490,40 @@ EXITS: list[tuple[str, Mode, int, list[str], int, int, int, str]] = [
     ids=[row[0] for row in EXITS],
 )
 def test_exit(mode: Mode, status: int, lines: list[str], sent: int, code: int, number: int, error: str) -> None:
-    found = explain_exit(mode, Record(status, False, 5.0), lines, "", sent)
+    found = explain_exit(Ending(mode, 5.0, Record(status, False, 5.0), False, lines, "", sent))
     assert found == Exit(code, number, error, 5.0)
 
 
 @pytest.mark.parametrize("mode", Mode)
 def test_exit_of_a_killed_nspawn(mode: Mode) -> None:
-    found = explain_exit(mode, Record(137, True, 5.0), [], "", 0)
+    found = explain_exit(Ending(mode, 5.0, Record(137, True, 5.0)))
     why = "systemd-nspawn itself was killed (status 137); the container was ended with it"
     assert found == Exit(137, 9, why, 5.0)
 
 
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("is_orphaned", [True, False])
-def test_exit_by_the_driver(mode: Mode, is_orphaned: bool) -> None:
-    found = explain_exit(mode, Record(255, is_orphaned, 5.0), [KILLED], "killed: too slow", 15)
+@pytest.mark.parametrize("record", [None, Record(255, True, 5.0)])
+def test_exit_by_the_driver(mode: Mode, is_orphaned: bool, record: Record | None) -> None:
+    found = explain_exit(Ending(mode, 5.0, record, is_orphaned, [KILLED], "killed: too slow", 15))
     assert found == Exit(137, 9, "killed: too slow", 5.0)
+
+
+def test_exit_without_a_record() -> None:
+    lost = "the container's keeper was killed, so the exit code is not known"
+    assert explain_exit(Ending(Mode.COMMAND, 5.0, None)) == Exit(1, 0, lost, 5.0)
+    lost = "the container's keeper and systemd-nspawn were killed; the container was ended with them"
+    assert explain_exit(Ending(Mode.COMMAND, 5.0, None, is_orphaned=True)) == Exit(137, 9, lost, 5.0)
+
+
+@pytest.mark.parametrize("code", [1, 126, 127])
+def test_exit_of_a_command_that_cannot_be_executed(code: int) -> None:
+    end = Ending(Mode.COMMAND, 5.0, Record(code, False, 5.0), complaint="there is no /x")
+    told = "there is no /x (the system's own message is in the task's stderr)"
+    assert explain_exit(end) == Exit(code, 0, told, 5.0)
+    assert explain_exit(replace(end, mode=Mode.BOOT)).error == ""
+    line = "Failed to change to specified working directory /nodir: No such file or directory"
+    assert explain_exit(replace(end, lines=[line])).error.startswith("working_directory: there is no")
 
 
 @given(
@@ -1509,7 +1536,7 @@ def test_exit_by_the_driver(mode: Mode, is_orphaned: bool) -> None:
 @example(Mode.COMMAND, Record(1, False, 5.0), ["Container x terminated by signal 99."], 0)
 def test_every_end_has_an_explanation(mode: Mode, record: Record, lines: list[str], sent: int) -> None:
     """An exception here would leave the task running for ever in Nomad's eyes."""
-    found = explain_exit(mode, record, lines, "", sent)
+    found = explain_exit(Ending(mode, record.at, record, False, lines, "", sent))
     assert 0 <= found.code <= 255
     assert found.at == record.at
 

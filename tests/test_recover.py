@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from nomad_pb import driver_pb2
+from nspawn.process import read_children
 from tests.agent import Allocation, DriverError, Plugin, Port, Resources, Task, call, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, keeper, kill, leader, nspawn, output
 from tests.leftovers import STATE, leftovers, processes
@@ -339,6 +340,32 @@ def test_killed_keeper_does_not_take_the_task_along(tasks: Tasks) -> None:
     assert not result.successful
     assert "keeper was killed" in result.err and "exit code" in result.err
     assert b"got TERM\n" in task.logmon.stdout
+
+
+def test_exit_code_that_outlives_the_keeper(tasks: Tasks) -> None:
+    """The keeper of a booted system has a filter for its output, and a shell that waits for nspawn."""
+    task = tasks.boot()
+    (shell,) = (pid for pid in read_children(keeper(task)) if nspawn(task) in read_children(pid))
+    kill(keeper(task))
+    with pytest.raises(TimeoutError):
+        task.wait(0.5)
+    kill(leader(task))
+    result = task.wait(PATIENCE)
+    assert (result.exit_code, result.signal, result.err) == (137, 9, "")
+    assert not is_alive(shell)
+
+
+@pytest.mark.parametrize("order", [(keeper, nspawn), (nspawn, keeper)])
+def test_killed_keeper_and_nspawn_end_the_task(tasks: Tasks, order: tuple[Callable[[Task], int], ...]) -> None:
+    task = tasks.start(FOREVER)
+    payload = leader(task)
+    os.kill(keeper(task), signal.SIGSTOP)  # or it would leave a record of the other's end
+    for pid in [find(task) for find in order]:
+        kill(pid)
+    result = task.wait(PATIENCE)
+    assert (result.exit_code, result.signal) == (137, 9)
+    assert "keeper and systemd-nspawn were killed" in result.err
+    assert not is_alive(payload)
 
 
 def test_keeper_killed_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
