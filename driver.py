@@ -1477,13 +1477,11 @@ class Tasks:
 
     def adopt(self, task: Task) -> None:
         self.known[task.state.task_id] = task
-        self.machined.tell(task.state, has_ended=False)
-        task.watcher.add_done_callback(lambda _: self.machined.tell(task.state, has_ended=True))
+        self.machined.register(task.state)
+        task.watcher.add_done_callback(lambda _: self.machined.unregister(task.state))
 
     def remind_machined(self) -> None:
-        for task in self.known.values():
-            if not task.ended.is_set():
-                self.machined.tell(task.state, has_ended=False)
+        self.machined.remind([task.state for task in self.known.values() if not task.ended.is_set()])
 
     async def clear(self, plan: Plan) -> None:
         """End and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same

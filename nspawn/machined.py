@@ -4,85 +4,86 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import time
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
+from typing import Any
 
-from nspawn.common import SAFE_PATH, log
-from nspawn.host import FINGERPRINT_PERIOD, have_machined
+from nspawn.common import log
+from nspawn.host import have_machined
 from nspawn.job import UUID
-from nspawn.process import NO_PROCESS, ProcessId, start_process
+from nspawn.process import ProcessId, run_tool
 from nspawn.state import State, split_id
 
 REGISTRY = Path("/run/systemd/machines")  # systemd-machined has a file there for each machine it knows
-REGISTER_LIMIT = 5.0  # seconds for a call
-SETTLE_LIMIT = 2.0  # seconds that the end of a task waits for calls
+CALL_LIMIT = 5  # seconds for a call
+SETTLE_LIMIT = 2.0  # seconds that the removal of a task waits for the end of its machine
 
 
 class Machined:
-    """Tells systemd-machined of the machines, for `machinectl` and `journalctl -M`. Nothing depends on it: calls
-    are made in the background, one at a time, and when one fails none is made for a while.
+    """Tells systemd-machined of the machines, for `machinectl` and `journalctl -M`, in the background: nothing
+    depends on it.
 
     Before 262 it forgets machines in cgroups that systemd has not made, whenever it or systemd is reloaded and
-    when `machinectl status` has asked for their unit (measured on 252 and 257): so they are told again with each
-    look at the host. nspawn's own --register=yes would wait for the answer, and fail where machined is masked.
+    when `machinectl status` has asked for their unit (measured on 252 and 257): each look at the host tells it
+    again. nspawn's own --register=yes would wait for the answer, and fail where machined is masked.
     """
 
     def __init__(self) -> None:
-        self.turn = asyncio.Lock()
-        self.registering: tuple[str, ProcessId] = ("", NO_PROCESS)  # a machine, and the call for it
-        self.rests_until = 0.0
-        self.calls: set[asyncio.Task[None]] = set()
+        self.calls: set[asyncio.Task[None]] = set()  # asyncio itself keeps none
+        self.leaving: dict[str, asyncio.Task[None]] = {}
+        self.reminder: asyncio.Task[None] | None = None
 
-    def tell(self, state: State, *, has_ended: bool) -> None:
-        """Register a machine, or take it off the list; returns at once."""
-        if has_ended and self.registering[0] == state.machine:
-            self.registering[1].send(signal.SIGKILL)  # machined does not answer
-        if state.leader and have_machined():
-            call = asyncio.create_task(self.update(state, has_ended), name=state.machine)
-            self.calls.add(call)
-            call.add_done_callback(self.calls.discard)
+    def register(self, state: State) -> None:
+        self.start(register(state))
+
+    def unregister(self, state: State) -> None:
+        self.leaving[state.machine] = self.start(unregister(state))
+
+    def remind(self, states: Iterable[State]) -> None:
+        """Register what machined has forgotten, one after the other."""
+        if not self.reminder or self.reminder.done():
+            self.reminder = self.start(register(*states))
 
     async def settle(self, machine: str) -> None:
-        """Return when nothing is left to tell of a machine, or machined has been too slow with it."""
-        calls = [call for call in self.calls if call.get_name() == machine]
-        if calls:
-            await asyncio.wait(calls, timeout=SETTLE_LIMIT)
+        """Return when a machine is off the list, or machined is too slow with it."""
+        if call := self.leaving.pop(machine, None):
+            await asyncio.wait([call], timeout=SETTLE_LIMIT)
 
-    async def update(self, state: State, has_ended: bool) -> None:
-        async with self.turn:
-            leader, entry = state.leader, REGISTRY / state.machine
-            assert leader
-            if entry.exists() is not has_ended or time.monotonic() < self.rests_until:
-                return
-            if has_ended:
-                await self.call("UnregisterMachine", state, "s", state.machine)
-            elif leader.is_alive:
-                await self.register(state, leader)
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        call = asyncio.create_task(work)
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        return call
 
-    async def register(self, state: State, leader: ProcessId) -> None:
-        words = ("nspawn", "container", leader.pid, f"/proc/{leader.pid}/root")
-        await self.call("RegisterMachine", state, "sayssus", state.machine, *render_machine_id(state), *words)
-        is_listed = (REGISTRY / state.machine).exists()
-        if not leader.is_alive:
-            if is_listed:
-                await self.call("UnregisterMachine", state, "s", state.machine)
-        elif not is_listed:
-            self.rests_until = time.monotonic() + FINGERPRINT_PERIOD / 2
-            log.debug("systemd-machined does not take the machine", machine=state.machine)
 
-    async def call(self, method: str, state: State, *words: object) -> None:
-        path = ("org.freedesktop.machine1", "/org/freedesktop/machine1", "org.freedesktop.machine1.Manager")
-        argv = ["busctl", "--quiet", f"--timeout={REGISTER_LIMIT:g}", "call", *path, method, *map(str, words)]
-        process = start_process(argv, environ={"PATH": SAFE_PATH})
-        self.registering = (state.machine if method == "RegisterMachine" else "", process)
-        try:
-            await asyncio.wait_for(process.wait(), REGISTER_LIMIT + 1)
-        except asyncio.TimeoutError:
-            process.send(signal.SIGKILL)
-            await process.wait()
-        finally:
-            self.registering = ("", NO_PROCESS)
+async def register(*states: State) -> None:
+    """Register those machines that are not on the list."""
+    for state in states if have_machined() else ():
+        if state.leader and state.leader.is_alive and not is_listed(state):
+            await register_leader(state, state.leader)
+
+
+async def register_leader(state: State, leader: ProcessId) -> None:
+    words = ("nspawn", "container", leader.pid, f"/proc/{leader.pid}/root")
+    await call("RegisterMachine", "sayssus", state.machine, *render_machine_id(state), *words)
+    if not leader.is_alive:
+        await unregister(state)
+    elif not is_listed(state):
+        log.debug("systemd-machined does not take the machine", machine=state.machine)
+
+
+def is_listed(state: State) -> bool:
+    return (REGISTRY / state.machine).exists()
+
+
+async def unregister(state: State) -> None:
+    if is_listed(state):
+        await call("UnregisterMachine", "s", state.machine)
+
+
+async def call(method: str, *words: object) -> None:
+    manager = ("org.freedesktop.machine1", "/org/freedesktop/machine1", "org.freedesktop.machine1.Manager")
+    await run_tool(["busctl", "--quiet", f"--timeout={CALL_LIMIT}", "call", *manager, method, *map(str, words)])
 
 
 def render_machine_id(state: State) -> list[object]:
