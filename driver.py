@@ -279,8 +279,8 @@ FILE_NAME = "nomad-driver-nspawn"  # what the agent's `plugin` block is looked u
 # =====================================================================================================
 # Schema
 #
-# The rows: a task's options by groups, the plugin's, and the options of systemd-nspawn that jobs do not have. The
-# schema, decoding, nspawn's arguments and the reference in the README are made from them.
+# The rows: a task's options by groups, and the plugin's. The schema, decoding, nspawn's arguments and the
+# reference in the README are made from them.
 # =====================================================================================================
 
 IMAGE_OPTIONS: tuple[Option, ...] = (
@@ -662,44 +662,6 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "Whether Nomad shall not collect what tasks write (Nomad 1.6 and later).", "true", default=False),
 )  # fmt: skip
 
-# Options of nspawn that jobs do not have, each with the reason.
-NOT_OFFERED: Mapping[str, str] = {
-    "--quiet": "always set; its messages are in the task's events",
-    "--settings": "settings files are never read: those beside an image come with the image",
-    "--cleanup": "the driver cleans up itself",
-    "--directory": "`image`",
-    "--image": "`image`",
-    "--template": "`ephemeral` gives each task its own root without a copy",
-    "--mstack": "`image_download` brings images of several layers",
-    "--oci-bundle": "the driver's own, for environment and user; images in this form come from a registry",
-    "--verity-data": "put the hash partition into the disk image",
-    "--setenv": "`environment`, and Nomad's `env` block",
-    "--kill-signal": "Nomad's `kill_signal`, sent to the payload itself",
-    "--machine": "made of the names of task and allocation",
-    "--uuid": "the allocation's id",
-    "--slice": "the task lives in the cgroup Nomad made for it",
-    "--property": "the same; limits come from Nomad's `resources`",
-    "--register": "the driver registers the machine where systemd-machined runs",
-    "--keep-unit": "always set, for the same reason",
-    "-U": "`user_namespacing`",
-    "--network-namespace-path": "Nomad's `network` block makes the group's namespace",
-    "--port": "`ports` and `port_map`",
-    "--forward-journal": "root of the host would write to a path of the job's choice; use `link_journal`",
-    "--forward-journal-max-use": "as `--forward-journal`",
-    "--forward-journal-keep-free": "as `--forward-journal`",
-    "--forward-journal-max-file-size": "as `--forward-journal`",
-    "--forward-journal-max-files": "as `--forward-journal`",
-    "-j": "`link_journal`",
-    "--pipe": "`console`",
-    "--background": "there is no terminal",
-    "--no-pager": "there is no pager",
-    "--no-ask-password": "nobody could be asked",
-    "--system": "the driver runs as root",
-    "--user": "the driver runs as root; the user inside is `user`",
-    "--help": "`nomad-driver-nspawn options`",
-    "--version": "the attribute `driver.nspawn.systemd` of the node",
-}
-
 
 def render_reference() -> str:
     """Return the manual of all options in Markdown; the README holds what this gives."""
@@ -708,10 +670,6 @@ def render_reference() -> str:
         parts.append(f"#### {title}\n\n{render_table(options)}")
     parts.append(f"#### In the plugin's block\n\n{render_table(PLUGIN_OPTIONS)}")
     parts.append(f"#### Permissions\n\n{render_gates()}")
-    rows = [f"| `{name}` | {reason} |\n" for name, reason in NOT_OFFERED.items()]
-    parts.append(
-        "#### Options of systemd-nspawn that jobs do not have\n\n| option | why |\n|---|---|\n" + "".join(rows)
-    )
     return "\n".join(parts)
 
 
