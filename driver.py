@@ -2028,8 +2028,7 @@ class DriverService:
         try:
             status = await asyncio.wait_for(collect(), timeout if timeout > 0 else None)
         except asyncio.TimeoutError:
-            if run.pid:
-                await run.kill()
+            await run.kill()
             run.error = f"killed: it did not end within its timeout of {timeout:g} s"
         finally:
             run.close()

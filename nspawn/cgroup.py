@@ -328,6 +328,13 @@ def read_cgroups(pid: int) -> dict[str, str]:
         return {}
 
 
+def find_own_cgroups() -> list[str]:
+    """Return where this process is: in the v2 hierarchy, and in systemd's v1 hierarchy if there is one."""
+    roots = {"": str(read_cgroup_mode().root), "name=systemd": SYSTEMD_HIERARCHY}
+    paths = read_cgroups(os.getpid())
+    return [f"{root}{paths[controllers]}" for controllers, root in roots.items() if controllers in paths]
+
+
 def find_cgroups(pid: int, cgroup: str) -> list[str]:
     """Return where below a cgroup, and below its mirror, a process is; [] when it is elsewhere. A booted systemd
     has moved from payload/ to init.scope: a cgroup with others below it may have no processes."""

@@ -4,9 +4,10 @@
 The command gets the payload's namespaces and cgroup, bounding set, no_new_privs, seccomp filters and limits, and
 runs as the task's user. nsenter would give it the host's capabilities, no filter and no limit.
 
-A program of its own that imports nothing of ours: nspawn/exec.py reads its text and hands it to a new Python.
-`serve` forks for each command. The command is a child of the plugin, so no process of ours stays beside it, and
-it is killed when the plugin ends.
+A program of its own that imports nothing of ours: nspawn/exec.py reads its text and hands it to a new Python. That
+one is the server. It forks an entry for each command. The entry enters the container, forks the command, waits for
+it and says how it ended. The server ends when its standard input does, an entry ends with the server, and a command
+ends with its entry.
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import marshal
+import json
 import os
+import resource
+import select
 import signal
 import socket
 import stat
 import struct
-import sys
 import termios
 import time
+from typing import Any
 
 
 class Entry:
-    """One process that enters a container.
+    """One process that enters a container, and stays outside its process namespace: nobody inside can see it.
 
-    `serve` forks for each message; that process makes itself what the payload is, forks once more (only a
-    fork can enter a process namespace), and the last one executes the command. Everything is given up before
-    that fork: a container without a user namespace has the capability to look into any process it sees. What it
-    sees for a moment has only the command's rights, no descriptor but those of the command and a socket whose
-    words the plugin does not trust, and files of the host only from mounts that are read-only (CVE-2019-5736).
+    Only its child, the command, is inside. Everything is given up before that fork, for a container without a user
+    namespace has the capability to look into any process it sees. What it sees until the command is executed has
+    only the command's rights, no descriptors but those of the command and two sockets whose words are worth no
+    more than the command's output, and files of the host only from mounts that are read-only (CVE-2019-5736).
     The working directory and root are the container's since `setns` (CVE-2024-21626).
     """
 
-    CLONE_PARENT = 0x8000
     PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, PTRACE_GET_FILTER = 0x4206, 0x4207, 17, 0x420C
     PR_PDEATHSIG, PR_DUMPABLE, PR_KEEPCAPS, PR_SECCOMP, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 4, 8, 22, 23, 24
     PR_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
@@ -52,8 +53,7 @@ class Entry:
         self.libc.ptrace.restype = self.libc.syscall.restype = ctypes.c_long
         self.libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
         self.libc.syscall.argtypes = [ctypes.c_long] * 6
-        calls = {"x86_64": {"clone": 56, "keyctl": 250}, "aarch64": {"clone": 220, "keyctl": 219}}
-        self.calls = calls[os.uname().machine]
+        self.keyctl = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
         self.obstacle = ""
         for number in range(1, signal.NSIG):
             try:
@@ -70,63 +70,110 @@ class Entry:
     def prctl(self, option: int, first: int, second: int = 0) -> int:
         return self.check(self.libc.prctl(option, first, second, 0, 0), f"prctl {option}")
 
-    def fork(self) -> int:
-        """Fork a sibling: whoever started `serve` becomes the parent, and is told of the end."""
-        flags = self.CLONE_PARENT | signal.SIGCHLD
-        return self.check(self.libc.syscall(self.calls["clone"], flags, 0, 0, 0, 0), "fork")
+    def die_with(self, parent: int) -> None:
+        """Be killed when the parent ends. To be said again after a change of ids, which takes it back."""
+        self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
     def serve(self) -> None:
-        """Take connections from standard input until it ends. What commands are about never gets here: the next
-        one's container might read it."""
-        server = socket.socket(fileno=0)
+        """Fork an entry for each connection that comes on standard input, until that ends. What commands are about
+        never gets here: the next one's container might read it."""
         self.obstacle = self.find_obstacle()
+        server, parent = socket.socket(fileno=0), os.getpid()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for entries
         while True:
-            _, descriptors = self.receive(server, 1)
+            _, descriptors, _, _ = socket.recv_fds(server, 1, 1)
             if not descriptors:
                 return
-            if self.fork() == 0:
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 self.control = socket.socket(fileno=descriptors[0])
-                self.enter()
+                self.enter(parent)
             os.close(descriptors[0])
 
-    def receive(self, connection: socket.socket, size: int) -> tuple[bytes, list[int]]:
-        data, ancillary, _, _ = connection.recvmsg(size, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
-        packed = ancillary[0][2] if ancillary else b""
-        return data, [int.from_bytes(packed[at : at + 4], sys.byteorder) for at in range(0, len(packed), 4)]
-
-    def say(self, message: str, descriptors: list[int] | None = None) -> None:
-        packed = b"".join(number.to_bytes(4, sys.byteorder) for number in descriptors or [])
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if packed else []
+    def enter(self, parent: int) -> None:
+        """Do everything for one command, say how it ended, and never return."""
         try:
-            self.control.sendmsg([message.encode(errors="replace")[:2000]], ancillary, socket.MSG_NOSIGNAL)
-        except OSError:  # the plugin is gone, or has given the command up
-            return
-
-    def enter(self) -> None:
-        """Do everything for one command, and never return."""
-        status = 1
-        try:
-            self.say("helper")
-            _, (plan_file, process) = self.receive(self.control, 100)
-            with open(plan_file, "rb") as file:
-                self.plan = marshal.load(file)
+            self.die_with(parent)
+            self.control.send(str(os.getpid()).encode())
+            _, descriptors, _, _ = socket.recv_fds(self.control, 1, 2)
+            if not descriptors:  # given up
+                os._exit(1)
             self.prctl(self.PR_DUMPABLE, 0)  # nobody inside may look into what comes from outside
+            plan_file, leader = descriptors
+            with open(plan_file, "rb") as file:
+                self.plan: dict[str, Any] = json.load(file)
             filters = self.read_filters(self.plan["leader"]) if self.plan["has_seccomp"] else []
-            self.check(self.libc.setns(process, self.plan["namespaces"]), "setns")
-            self.check(self.libc.syscall(self.calls["keyctl"], 1, 0, 0, 0, 0), "keyctl")  # no keys of the host's
-            user = self.find_user(self.plan["user"])
+            self.join()
+            self.check(self.libc.setns(leader, self.plan["namespaces"]), "setns")
+            self.check(self.libc.syscall(self.keyctl, 1, 0, 0, 0, 0), "keyctl")  # no keys of the host's
+            user = self.find_user(self.plan["user"].encode(errors="surrogateescape"))
             self.become(user)
             self.open_stdio()
             self.confine(user[0], filters)
-            if self.fork():
-                os._exit(0)
-            status, message = self.execute(user)
-            self.say(f"failed {message}")
+            self.die_with(parent)
+            end = self.run(user)
         except SystemExit as error:
-            self.say(f"error {error}")
+            end = {"error": str(error)[:2000]}
         except BaseException as error:
-            self.say(f"error the command could not be started: {error}")
-        os._exit(status)
+            end = {"error": f"the command could not be started: {error}"[:2000]}
+        os.write(self.control.fileno(), json.dumps(end).encode())
+        os._exit(0)
+
+    def join(self) -> None:
+        """Take the cgroups and limits of the container's first process."""
+        for place in self.plan["cgroups"]:
+            with open(os.open(f"{place}/cgroup.procs", os.O_WRONLY), "wb") as file:
+                file.write(b"0")
+        with open("/proc/self/oom_score_adj", "w") as adjustment:
+            adjustment.write(self.plan["oom_score_adj"])
+        for number, limits in enumerate(self.plan["limits"]):
+            resource.setrlimit(number, limits)
+
+    def run(self, user: tuple[int, int, list[int], bytes]) -> dict[str, Any]:
+        """Run the command and return its end: its status, and what a shell would say if it cannot be executed."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        pid = os.fork()
+        if pid == 0:
+            self.control.close()
+            ours.close()
+            try:
+                status, words = self.execute(user, theirs)
+            except BaseException as error:
+                status, words = 126, f"the command could not be started: {error}"
+            os.write(theirs.fileno(), words.encode(errors="replace")[:2000])
+            os._exit(status)
+        theirs.close()
+        for descriptor in range(3):
+            os.close(descriptor)  # or readers would never see the end
+        os.write(self.control.fileno(), b"started")
+        status = self.wait(pid)
+        try:
+            words = os.read(ours.fileno(), 2000).decode(errors="replace")
+        except BlockingIOError:
+            words = ""
+        return {"status": status, "words": words}
+
+    def wait(self, pid: int) -> int:
+        """Return the exit code of the command, or minus the number of the signal that ended it. Its end is told to
+        a tracer first, which may be inside and never take notice: after a while somebody else will have to."""
+        try:
+            ended = select.poll()
+            ended.register(os.pidfd_open(pid), select.POLLIN)
+            ended.poll()
+        except OSError:  # the payload's filters forbid it
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        deadline = time.monotonic() + self.PATIENCE
+        while (result := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > deadline:
+                raise SystemExit(
+                    "the command has ended, but a process in the container traces it and does not say so"
+                )
+            time.sleep(0.001)
+        return os.waitstatus_to_exitcode(result[1])
 
     def find_obstacle(self) -> str:
         """Say why filters cannot be read on this host, "" when they can. Asked before a container has a say: of a
@@ -195,9 +242,9 @@ class Entry:
     def find_user(self, name: bytes) -> tuple[int, int, list[int], bytes]:
         """Return ids, further groups and home of a user by the container's own files."""
         if known := self.plan["account"]:
-            return known["uid"], known["gid"], known["groups"], known["home"].encode()
+            return known["uid"], known["gid"], known["groups"], os.fsencode(known["home"])
         if name in (b"", b"root", b"0"):
-            self.plan["user"] = b"root"
+            self.plan["user"] = "root"
             return 0, 0, [], b"/root"
         for line in self.read(b"/etc/passwd").split(b"\n"):
             entry = line.split(b":")
@@ -205,7 +252,7 @@ class Entry:
                 groups = [line.split(b":") for line in self.read(b"/etc/group").split(b"\n")]
                 # A user named by number gets none from nspawn either.
                 further = [int(group[2]) for group in groups if len(group) > 3 and name in group[3].split(b",")]
-                self.plan["user"] = entry[0]
+                self.plan["user"] = os.fsdecode(entry[0])
                 return int(entry[2]), int(entry[3]), further, entry[5]
         raise SystemExit(f'user: there is no user "{os.fsdecode(name)}" in the container\'s /etc/passwd')
 
@@ -234,10 +281,10 @@ class Entry:
         if user[0]:
             # Files are opened as the user. What is inheritable must be said while it is permitted.
             self.set_capabilities(0, self.CAP_SYS_ADMIN | self.plan["ambient"], self.plan["inheritable"])
+        where = self.plan["directory"]
         try:
-            os.chdir(self.plan["directory"])
+            os.chdir(os.fsencode(where))
         except OSError as error:
-            where = os.fsdecode(self.plan["directory"])
             raise SystemExit(f"working_directory: {where} in the container: {error.strerror}") from None
 
     def open_stdio(self) -> None:
@@ -249,9 +296,9 @@ class Entry:
             pipes += pipes[1:] if self.plan["merge"] else []
             ours = [pipes[0][0], pipes[1][1], pipes[2][1]]
             given = [pipes[0][1], *dict.fromkeys([pipes[1][0], pipes[2][0]])]
-        self.say("stdio", given)
-        if self.plan["tty"]:
-            self.control.recv(100)  # the window has its size
+        socket.send_fds(self.control, [b"stdio"], given)
+        if not self.control.recv(1):  # the window has its size; or the command was given up
+            os._exit(1)
         for number, descriptor in enumerate(ours):
             os.dup2(descriptor, number)
         control = self.control.fileno()
@@ -294,16 +341,21 @@ class Entry:
         header = struct.pack("Ii", 0x20080522, 0)
         self.check(self.libc.capset(header, struct.pack("6I", *words)), "capset")
 
-    def execute(self, user: tuple[int, int, list[int], bytes]) -> tuple[int, str]:
-        """Execute the command; return the status and words of a shell that cannot."""
-        self.say("command")  # first of all: the plugin has to know of its child, whatever fails from here on
+    def execute(self, user: tuple[int, int, list[int], bytes], entry: socket.socket) -> tuple[int, str]:
+        """Become the command; return the status and words of a shell that cannot."""
         os.setsid()
         if self.plan["tty"]:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
-        argv, name = self.plan["argv"], self.plan["argv"][0]
-        login = self.plan["user"]
-        env = {b"HOME": user[3], b"USER": login, b"LOGNAME": login, **self.plan["env"]}
+        try:
+            entry.recv(1)
+            os._exit(1)  # the entry had ended before it could be said
+        except BlockingIOError:
+            pass
+        argv = [os.fsencode(word) for word in self.plan["argv"]]
+        name, login = argv[0], os.fsencode(self.plan["user"])
+        given = {os.fsencode(name): os.fsencode(value) for name, value in self.plan["env"].items()}
+        env = {b"HOME": user[3], b"USER": login, b"LOGNAME": login, **given}
         if self.plan["tty"]:
             env.setdefault(b"TERM", b"xterm")
         shown, search = os.fsdecode(name), env[b"PATH"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""A further command in a running container: the process that enters, its request, its streams and its end."""
+"""A further command in a running container: its entry (see enter.py), its streams and its end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import fcntl
 import json
-import marshal
 import os
 import resource
 import shutil
@@ -16,22 +15,30 @@ import socket
 import struct
 import sys
 import termios
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nspawn.cgroup import find_cgroups, read_cgroup_pids, read_descendants, write_control
-from nspawn.common import SAFE_PATH, ConfigError, DriverError, HostError, log, render_line, tuples
+from nspawn.cgroup import (
+    find_cgroups,
+    find_own_cgroups,
+    read_cgroup_pids,
+    read_descendants,
+    write_control,
+)
+from nspawn.common import SAFE_PATH, ConfigError, DriverError, HostError, render_line, tuples
 from nspawn.files import read_text
 from nspawn.host import Mounts, read_mounts
 from nspawn.images import Account
 from nspawn.job import Mode
+from nspawn.linux import enter_namespace, make_read_only
 from nspawn.plan import DEFAULT_PATH, Inside
 from nspawn.process import (
+    NO_PROCESS,
     ProcessId,
+    find_children,
     read_children,
-    read_inner_pid,
     read_stat,
     read_status,
     run_apart,
@@ -45,16 +52,7 @@ T = TypeVar("T")
 
 # Read when the plugin starts: the directory with the plugin's code may have been removed when it is needed.
 ENTER = Path(__file__).with_name("enter.py").read_bytes()
-# Arguments: mount points to make read-only, "--", then the command. Nobody else is in this mount namespace.
-HELPER_MOUNTS = 'while [ "$1" != -- ]; do mount -o remount,bind,ro "$1" || exit; shift; done; shift; exec "$@"'
-HELPER_PATIENCE = 30.0  # seconds without an exec after which the helper ends
-
-
-def open_entry() -> int:
-    """Return a file with the program that enters."""
-    fd = os.memfd_create("enter")
-    os.write(fd, ENTER)
-    return fd
+HELPER_PATIENCE = 30.0  # seconds without a command after which the helper ends
 
 
 def find_mounts_of_python(mounts: Mounts, maps: str) -> list[str]:
@@ -65,16 +63,34 @@ def find_mounts_of_python(mounts: Mounts, maps: str) -> list[str]:
     return sorted(points & {str(parent) for path in needed for parent in Path(path).parents})
 
 
+def start_helper(requests: socket.socket, errors: int) -> ProcessId:
+    """Start the program that enters. A container may see for a moment what it was started from: that is read-only
+    in a mount namespace of the helper's own, where this leaves its thread."""
+    enter_namespace()
+    for point in find_mounts_of_python(read_mounts(), read_text(Path("/proc/self/maps"))):
+        make_read_only(point)
+    with open(os.memfd_create("enter"), "wb", buffering=0) as program:
+        program.write(ENTER)
+        return start_process(
+            [sys.executable, "-IS", f"/proc/self/fd/{program.fileno()}", "nomad-nspawn-enter"],  # a name for ps
+            environ={"PATH": SAFE_PATH, "LANG": "C.UTF-8"},
+            stdin=requests.fileno(),
+            stdout=errors,
+            stderr=errors,
+            pass_fds=[program.fileno()],
+        )
+
+
 class Helper:
-    """The process that forks for each command; started when it is needed, ended when it has been idle."""
+    """The process that forks an entry for each command; started when it is needed, ended when it has been idle."""
 
     def __init__(self) -> None:
         self.socket: socket.socket | None = None
+        self.process = NO_PROCESS
         self.errors = -1  # what it writes to stderr
         self.timer: asyncio.TimerHandle | None = None
+        self.lock = asyncio.Lock()
         self.background: set[asyncio.Task[Any]] = set()
-        self.entering: list[Exec] = []
-        self.commands: set[int] = set()  # the children that are waited for
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do something that no end of a call interrupts."""
@@ -84,52 +100,56 @@ class Helper:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # somebody may have gone away
         return task
 
-    def wake(self) -> None:
-        """Have the process there, for a while from now on."""
-        if self.timer:
-            self.timer.cancel()
-        self.timer = asyncio.get_running_loop().call_later(HELPER_PATIENCE, self.close)
-        if self.socket is None:
-            self.start()
-
     async def connect(self) -> socket.socket:
-        """Return a connection to a new process that enters one container."""
-        self.wake()
+        """Return a connection to a new entry, which ends when it is closed before the plan is sent."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        with theirs:
-            try:
-                await send_fds(self.socket, b"+", [theirs.fileno()])
-            except ConnectionError:  # it was killed
-                self.close()
-                self.start()
-                await send_fds(self.socket, b"+", [theirs.fileno()])
+        try:
+            await asyncio.shield(self.run(self.request(theirs)))
+        except BaseException:
+            ours.close()
+            raise
         return ours
 
-    def start(self) -> None:
-        points = find_mounts_of_python(read_mounts(), read_text(Path("/proc/self/maps")))
-        argv = ["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", HELPER_MOUNTS, "sh", *points, "--"]
-        entry = open_entry()
-        argv += [sys.executable, "-IS", f"/proc/self/fd/{entry}", "nomad-nspawn-enter"]  # a name for ps
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.setblocking(False)
-        self.errors = os.memfd_create("errors")
-        environ = {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}
-        with theirs:
-            process = start_process(
-                argv,
-                environ=environ,
-                stdin=theirs.fileno(),
-                stdout=self.errors,
-                stderr=self.errors,
-                pass_fds=[entry],
-            )
-        os.close(entry)
-        self.run(process.wait())
+    async def request(self, connection: socket.socket) -> None:
+        with connection:
+            async with self.lock:
+                self.rest()
+                try:
+                    await self.send(connection)
+                except ConnectionError:  # it was killed
+                    self.close()
+                    await self.send(connection)
 
-    def read_errors(self) -> str:
-        return os.pread(self.errors, 1000, 0).decode(errors="replace").strip() if self.errors >= 0 else ""
+    async def send(self, connection: socket.socket) -> None:
+        if self.socket is None:
+            await self.start()
+        assert self.socket
+        await send_fds(self.socket, b"+", [connection.fileno()])
+
+    async def start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self.socket, self.errors = ours, os.memfd_create("errors")
+        try:
+            with theirs:
+                self.process = await run_apart(lambda: start_helper(theirs, self.errors))
+        except BaseException:
+            self.close()
+            raise
+        self.run(self.process.wait())
+
+    def rest(self) -> None:
+        """Have the process there for a while from now on, and longer while commands run: they end with it."""
+        if self.timer:
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_later(HELPER_PATIENCE, self.end)
+
+    def end(self) -> None:
+        if read_children(self.process.pid):
+            self.rest()
+        else:
+            self.close()
 
     def close(self) -> None:
         if self.socket:
@@ -137,9 +157,16 @@ class Helper:
             os.close(self.errors)
         self.socket, self.errors = None, -1
 
+    def find_entry(self, pid: int) -> ProcessId | None:
+        """Return a child of the process; None when it has ended."""
+        fields = read_stat(pid)
+        return ProcessId.of(pid) if fields and int(fields[1]) == self.process.pid else None
 
-async def send_fds(connection: socket.socket | None, data: bytes, descriptors: Sequence[int]) -> None:
-    assert connection
+    def read_errors(self) -> str:
+        return os.pread(self.errors, 1000, 0).decode(errors="replace").strip() if self.errors >= 0 else ""
+
+
+async def send_fds(connection: socket.socket, data: bytes, descriptors: Sequence[int]) -> None:
     while True:
         try:
             socket.send_fds(connection, [data], descriptors)
@@ -148,26 +175,16 @@ async def send_fds(connection: socket.socket | None, data: bytes, descriptors: S
             await wait_writable(connection.fileno())
 
 
-async def receive_message(connection: socket.socket) -> tuple[bytes, list[int], int]:
-    """Return a message, the descriptors in it and the sender's pid, which the kernel attests; b"" is the end."""
-    size = socket.CMSG_SPACE(12) + socket.CMSG_SPACE(12)
+async def receive_fds(connection: socket.socket, count: int = 0) -> tuple[bytes, list[int]]:
+    """Return a message and up to `count` descriptors in it; b"" is the end."""
     while True:
         try:
-            data, ancillary, _, _ = connection.recvmsg(4096, size, socket.MSG_CMSG_CLOEXEC)
-            break
+            data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, count, socket.MSG_CMSG_CLOEXEC)
+            return data, descriptors
         except BlockingIOError:
             await wait_readable(connection.fileno())
         except ConnectionError:
-            return b"", [], 0
-    descriptors: list[int] = []
-    sender = 0
-    for _, kind, packed in ancillary:
-        numbers = struct.unpack(f"{len(packed) // 4}i", packed[: len(packed) // 4 * 4])
-        if kind == socket.SCM_RIGHTS:
-            descriptors = list(numbers)
-        elif kind == socket.SCM_CREDENTIALS:
-            sender = numbers[0]
-    return data, descriptors, sender
+            return b"", []
 
 
 NAMESPACES = {
@@ -179,26 +196,6 @@ NAMESPACES = {
     "net": 0x40000000,
     "mnt": 0x00020000,
 }
-
-
-def plan_entry(status: Mapping[str, str], inside: Inside, command: Sequence[str]) -> dict[str, Any]:
-    """Return what Entry makes of itself: what the container's first process is, and the task's surroundings."""
-
-    def encode(text: str) -> bytes:
-        return text.encode(errors="surrogateescape")
-
-    return {
-        "bounding": int(status["CapBnd"], 16),
-        "inheritable": int(status["CapInh"], 16),
-        "ambient": int(status["CapAmb"], 16),
-        "no_new_privs": status["NoNewPrivs"] == "1",
-        "has_seccomp": status["Seccomp"] == "2",
-        "user": encode(inside.user),
-        "account": asdict(inside.account) if inside.account else None,
-        "directory": encode(inside.directory),
-        "env": {encode(name): encode(value) for name, value in inside.variables.items()},
-        "argv": [encode(word) for word in command],
-    }
 
 
 def find_namespaces(pid: int) -> int:
@@ -218,17 +215,39 @@ def parse_limits(text: str) -> list[tuple[int, int]]:
     return [(soft, hard) for soft, hard in values]
 
 
-def place_like(pid: int, leader: int, cgroup: str) -> None:
-    """Give a process the cgroups and the limits of the container's first one. Raises HostError when that one is
-    not in `cgroup`: the command would run without the task's limits."""
-    places = find_cgroups(leader, cgroup)
-    if cgroup and not places:
-        raise HostError(f"the container's first process is not in {cgroup}, where a command has to be")
-    for place in places:
-        write_control(Path(place, "cgroup.procs"), str(pid))
-    for number, limits in enumerate(parse_limits(read_text(Path(f"/proc/{leader}/limits")))):
-        resource.prlimit(pid, number, limits)
-    Path(f"/proc/{pid}/oom_score_adj").write_text(read_text(Path(f"/proc/{leader}/oom_score_adj")))
+def plan_entry(leader: int, cgroup: str, inside: Inside, command: Sequence[str]) -> dict[str, Any]:
+    """Return what an entry makes of itself: what the container's first process is, and the task's surroundings.
+    Raises HostError when that process is not in the task's cgroup, for a command would run without its limits.
+    Raises OSError, KeyError or ValueError when that process has ended."""
+    status = read_status(leader)
+    cgroups = find_cgroups(leader, f"{cgroup}/payload" if cgroup else "")
+    if cgroup and not cgroups:
+        raise HostError(f"the container's first process is not in {cgroup}/payload, where a command has to be")
+    return {
+        "leader": leader,
+        "cgroups": cgroups,
+        "limits": parse_limits(read_text(Path(f"/proc/{leader}/limits"))),
+        "oom_score_adj": Path(f"/proc/{leader}/oom_score_adj").read_text(),
+        "namespaces": find_namespaces(leader),
+        "personality": int(read_text(Path(f"/proc/{leader}/personality")), 16),
+        "bounding": int(status["CapBnd"], 16),
+        "inheritable": int(status["CapInh"], 16),
+        "ambient": int(status["CapAmb"], 16),
+        "no_new_privs": status["NoNewPrivs"] == "1",
+        "has_seccomp": status["Seccomp"] == "2",
+        "user": inside.user,
+        "account": asdict(inside.account) if inside.account else None,
+        "directory": inside.directory,
+        "env": dict(inside.variables),
+        "argv": list(command),
+    }
+
+
+def leave_cgroup(entry: ProcessId) -> None:
+    """Take an entry back to the plugin's cgroup once its command is there: the task's limits are not for it."""
+    for place in find_own_cgroups():
+        with contextlib.suppress(OSError):
+            write_control(Path(place, "cgroup.procs"), str(entry.pid))
 
 
 def find_session(root: int, pids: Sequence[int]) -> list[ProcessId]:
@@ -238,15 +257,6 @@ def find_session(root: int, pids: Sequence[int]) -> list[ProcessId]:
     while more := {pid for pid, fields in stats.items() if int(fields[1]) in found} - found:
         found |= more
     return [ProcessId(pid, int(stats[pid][19])) for pid in sorted(found)]
-
-
-def is_zombie(pid: int) -> bool:
-    fields = read_stat(pid)
-    return fields is not None and fields[0] == "Z"
-
-
-TRACER_PATIENCE = 2.0  # seconds that a tracer has to take notice of the end of a command
-TRACED = "the command has ended, but a process in the container traces it and does not say so"
 
 
 def is_confined(leader: int, mode: Mode) -> bool:
@@ -286,57 +296,62 @@ class Exec:
         self.helper, self.state, self.ended = helper, state, ended  # of the task
         self.command, self.tty, self.merge = command, tty, merge
         self.control: socket.socket | None = None
-        self.entering: ProcessId | None = None
-        self.pid = 0  # of the command
+        self.entry: ProcessId | None = None  # the parent of the command
         self.stdin = -1
         self.outputs: dict[str, int] = {}
         self.size = (24, 80)
-        self.is_given_up = False
-        self.namespace = ""  # of the container's processes
         self.started = asyncio.Event()
         self.over = asyncio.Event()
         self.waits: set[asyncio.Event] = set()
-        self.status = 0
+        self.status = -int(signal.SIGKILL)  # as long as the entry has not said anything else
         self.error = ""  # why the command could not be executed
+        self.failure = ""  # why there was no command, or nobody knows how it ended
 
     async def start(self) -> None:
         """Return when the command is there; raise DriverError when it cannot be."""
-        await asyncio.shield(self.helper.run(self.enter()))
-
-    async def enter(self) -> None:
-        """Follow the helper until the command is there. No end of the call interrupts it: a process of which this
-        does not hear would stay as a zombie."""
         leader = self.state.leader
         process = leader.open() if leader else None
         if leader is None or process is None or self.ended.is_set():
             raise DriverError(f"task {self.state.task_id} has ended: nothing can be executed in it")
-        self.helper.entering.append(self)
         try:
-            self.helper.wake()  # while nspawn is at work
             await self.wait_confined(leader)
             self.control = await self.helper.connect()
-            while not self.pid:
-                message, descriptors, sender = await receive_message(self.control)
-                kind, _, text = message.decode(errors="replace").partition(" ")
-                if kind == "helper" and self.entering is None:
-                    self.reap_helper(sender)
-                    await self.brief(sender, leader.pid, process)
-                elif kind == "command":
-                    self.watch(sender)
-                elif self.entering is None or sender != self.entering.pid:
-                    raise self.explain_silence()  # its end; or words from inside, whoever may have sent them
-                else:
-                    self.follow(kind, text, descriptors)
-        except BaseException:
-            if self.control:
-                self.control.close()
-            self.helper.run(self.reap_lost())
-            raise
+            await self.enter(leader.pid, process)
         finally:
-            self.helper.entering.remove(self)
             os.close(process)
-            if self.is_given_up:
-                self.close()
+
+    async def enter(self, leader: int, process: int) -> None:
+        """Follow the entry until the command is there. From the plan on `close` knows it and can end it."""
+        assert self.control
+        number, _ = await receive_fds(self.control)
+        entry = self.helper.find_entry(int(number or b"0"))
+        pidfd = entry.open() if entry else None
+        if entry is None or pidfd is None:
+            raise self.explain_silence()
+        self.entry = entry
+        self.helper.run(self.follow(pidfd))
+        try:
+            plan = plan_entry(leader, self.state.cgroup, read_inside(self.state.directory), self.command)
+        except (OSError, KeyError, ValueError) as error:  # the task's end, most likely
+            raise self.explain_silence(str(error)) from None
+        with open(os.memfd_create("plan"), "w+b", buffering=0) as file:
+            file.write(json.dumps({**plan, "tty": self.tty, "merge": self.merge}).encode())
+            file.seek(0)
+            await send_fds(self.control, b"plan", [file.fileno(), process])
+        message, descriptors = await receive_fds(self.control, 3)
+        self.expect(b"stdio", message)
+        self.take_stdio(descriptors)
+        message, _ = await receive_fds(self.control)
+        self.expect(b"started", message)
+        self.started.set()
+        if self.state.cgroup:
+            self.helper.run(run_apart(lambda: leave_cgroup(entry)))
+
+    def expect(self, wanted: bytes, message: bytes) -> None:
+        """Raise DriverError when an entry has sent its end instead of a message."""
+        if message != wanted:
+            self.take_end(message)
+            raise DriverError(self.failure) if self.failure else self.explain_silence()
 
     async def wait_confined(self, leader: ProcessId) -> None:
         """Return when the container's first process is no more nspawn on its way to be confined: nspawn says READY
@@ -344,20 +359,11 @@ class Exec:
         for _ in range(1000):
             # Its program may lie on a file system of the container's own, which need not answer.
             if await run_apart(lambda: is_confined(leader.pid, self.state.mode)):
-                with contextlib.suppress(OSError):  # it ends just now: the helper will tell
-                    self.namespace = os.readlink(f"/proc/{leader.pid}/ns/pid")
                 return
-            if not leader.is_alive or self.is_given_up:
+            if not leader.is_alive:
                 raise DriverError(f"task {self.state.task_id} has ended")
             await asyncio.sleep(0.01)
         raise self.explain_silence("the container is still being set up")
-
-    def follow(self, kind: str, text: str, descriptors: Sequence[int]) -> None:
-        """Act on a message of the helper."""
-        if kind == "stdio":
-            self.take_stdio(descriptors)
-        else:
-            raise DriverError(text)
 
     def explain_silence(self, why: str = "") -> DriverError:
         if self.ended.is_set():
@@ -365,43 +371,16 @@ class Exec:
         why = why or f"its helper has ended {self.helper.read_errors()}".strip()
         return HostError(f"the command could not be started: {why}")
 
-    async def brief(self, pid: int, leader: int, process: int) -> None:
-        """Tell the helper's process what to do; it is in the container's cgroup from here on."""
-        assert self.control
-        if self.is_given_up:
-            raise self.explain_silence()
-        cgroup = self.state.cgroup
-        try:
-            status = read_status(leader)
-            place_like(pid, leader, f"{cgroup}/payload" if cgroup else "")
-            plan = {
-                **plan_entry(status, read_inside(self.state.directory), self.command),
-                "leader": leader,
-                "namespaces": find_namespaces(leader),
-                "personality": int(read_text(Path(f"/proc/{leader}/personality")), 16),
-                "tty": self.tty,
-                "merge": self.merge,
-            }
-        except (OSError, KeyError, ValueError) as error:  # the task's end, most likely
-            raise self.explain_silence(str(error)) from None
-        with open(os.memfd_create("plan"), "w+b") as file:
-            marshal.dump(plan, file)
-            file.seek(0)
-            await send_fds(self.control, b"plan", [file.fileno(), process])
-
-    def reap_helper(self, pid: int) -> None:
-        self.entering = ProcessId.of_child(pid)
-        self.helper.run(self.entering.wait())
-
     def take_stdio(self, descriptors: Sequence[int]) -> None:
+        """Take the other ends of the command's streams, and let it begin."""
         assert self.control
         for fd in descriptors:
             os.set_blocking(fd, False)
         self.stdin = descriptors[0]
         self.outputs = dict(zip(("stdout", "stderr"), descriptors[1:] or descriptors, strict=False))
-        if self.tty:
-            self.resize(*self.size)
-            self.control.send(b"go")
+        self.resize(*self.size)
+        with contextlib.suppress(ConnectionError):  # its end is told soon
+            self.control.send(b"+")
 
     def resize(self, height: int, width: int) -> None:
         """Set the terminal's size; before there is one, the size it will have."""
@@ -411,57 +390,23 @@ class Exec:
             with contextlib.suppress(OSError):
                 fcntl.ioctl(self.stdin, termios.TIOCSWINSZ, packed)
 
-    def watch(self, pid: int) -> None:
-        """Have the command reaped at its end, whatever becomes of this call: until then the container's process
-        namespace could not end."""
+    async def follow(self, pidfd: int) -> None:
+        """Wait for the entry, which nobody in the container can hold up, and tell the end."""
         try:
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            raise self.explain_silence() from None
-        if read_inner_pid(pid) == pid:  # a child, but none in a container
-            raise self.explain_silence()
-        self.pid = pid
-        self.helper.commands.add(pid)
-        self.helper.run(self.reap(pid))
-        self.started.set()
-
-    async def reap(self, pid: int) -> None:
-        """Wait for the command. Its end is told to a tracer first, which may be inside and never take notice: that
-        must not keep the plugin waiting."""
-        pause, waited = 0.001, 0.0
-        try:
-            process = os.pidfd_open(pid)
-            try:
-                await wait_readable(process)
-            finally:
-                os.close(process)
-        except OSError as error:
-            log.warn("the end of a command is noticed later than usual", error=error.strerror)
-        try:
-            while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
-                if waited > TRACER_PATIENCE and is_zombie(pid) and not self.over.is_set():
-                    self.error = TRACED
-                    self.tell_over()
-                await asyncio.sleep(pause)
-                waited, pause = waited + pause, min(2 * pause, 1.0)
-            self.status = os.waitstatus_to_exitcode(ended[1])
+            await wait_readable(pidfd)
         finally:
-            self.helper.commands.discard(pid)
-            self.tell_over()
+            os.close(pidfd)
+            for event in (self.over, *self.waits):
+                event.set()
 
-    def tell_over(self) -> None:
-        for event in (self.over, *self.waits):
-            event.set()
-
-    async def reap_lost(self) -> None:
-        """Reap a command that was killed with its task before it could say a word."""
-        while any(other.state is self.state for other in self.helper.entering):  # theirs will be known
-            await asyncio.sleep(0.05)
-        for pid in read_children(os.getpid()):
-            with contextlib.suppress(OSError):
-                if pid not in self.helper.commands and os.readlink(f"/proc/{pid}/ns/pid") == self.namespace:
-                    self.helper.commands.add(pid)
-                    self.helper.run(self.reap(pid))
+    def take_end(self, message: bytes) -> None:
+        """Note the end that an entry has sent: until then it counts as killed."""
+        try:
+            end = json.loads(message)
+            self.status, self.error = int(end.get("status", self.status)), render_line(end.get("words", ""))
+            self.failure = str(end.get("error", ""))
+        except (ValueError, TypeError, AttributeError):
+            return
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """Yield what the command writes until it has ended, whoever else holds its pipe or terminal."""
@@ -515,45 +460,46 @@ class Exec:
     async def wait(self) -> int:
         """Return the exit code, or minus the signal's number, after the command's end."""
         await self.over.wait()
-        if self.error:
-            raise DriverError(self.error)
-        assert self.control
-        with contextlib.suppress(OSError):
-            self.error = render_line(self.control.recv(4096).decode(errors="replace").partition(" ")[2])
+        if self.control:
+            with contextlib.suppress(OSError):
+                self.take_end(self.control.recv(1 << 16))
+        if self.failure:
+            raise DriverError(self.failure)
         return self.status
 
     def close(self) -> None:
-        """Give up what there is of the command: nothing at all when it has ended by itself. While it is being
-        started this is done again when it is there."""
-        self.is_given_up = True
-        if self.entering:
-            self.entering.send(signal.SIGKILL)
+        """Give up what there is of the command: nothing at all when it has ended by itself."""
+        if self.entry and not self.over.is_set():
+            self.helper.run(self.kill())
+        if self.control:
+            self.control.close()
         for fd in {self.stdin, *self.outputs.values()} - {-1}:
             os.close(fd)
-        self.stdin, self.outputs = -1, {}
-        if self.pid and self.control:
-            self.control.close()
-        if self.pid and not self.over.is_set():
-            self.helper.run(self.kill())
+        self.control, self.stdin, self.outputs = None, -1, {}
 
     async def kill(self) -> None:
         """End the command and all it has started: a hang-up, and soon after SIGKILL."""
-        await run_apart(lambda: self.send(signal.SIGHUP))  # a container may have any number of processes
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.over.wait(), HANG_UP)
-        for _ in range(10):  # what was just being forked is found the next time
-            if not await run_apart(lambda: self.send(signal.SIGKILL)):
-                break
-            await asyncio.sleep(0.01)
+        if self.entry is None:
+            return
+        command = next(iter(find_children(self.entry)), NO_PROCESS)
+        if command.pid:
+            await run_apart(lambda: self.send(command.pid, signal.SIGHUP))  # a container may have many processes
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.over.wait(), HANG_UP)
+            for _ in range(10):  # what was just being forked is found the next time
+                if not await run_apart(lambda: self.send(command.pid, signal.SIGKILL)):
+                    break
+                await asyncio.sleep(0.01)
+        self.entry.send(signal.SIGKILL)
 
-    def send(self, number: int) -> bool:
-        """Send a signal to all there is of the command; False when there is nothing."""
+    def send(self, root: int, number: int) -> bool:
+        """Send a signal to all there is of a command; False when there is nothing."""
         state = self.state
         leader = state.leader.pid if state.leader else 0
         found = read_cgroup_pids(f"{state.cgroup}/payload") if state.cgroup else read_descendants(leader)
         if not self.over.is_set():
-            found += read_descendants(self.pid)
-        return any([process.send(number) for process in find_session(self.pid, found)])
+            found += read_descendants(root)
+        return any([process.send(number) for process in find_session(root, found)])
 
 
 HANG_UP = 0.3  # seconds from SIGHUP to SIGKILL

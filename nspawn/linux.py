@@ -52,7 +52,7 @@ MS_NOSUID, MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x4000, 1 << 19, 2
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE = -100, 0x1000, 0x8000, 1
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
-MOUNT_ATTR_NOSUID, MOUNT_ATTR_IDMAP = 0x2, 0x100000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_IDMAP = 0x1, 0x2, 0x100000
 
 
 def mount_filesystem(kind: str, target: str, flags: int = 0, options: str = "") -> None:
@@ -63,6 +63,12 @@ def enter_namespace() -> None:
     """Put this thread into a new mount namespace. What the host mounts later shows up in it, not the reverse."""
     call_libc("unshare", CLONE_FS | CLONE_NEWNS)
     mount_filesystem("none", "/", MS_REC | MS_SLAVE)
+
+
+def make_read_only(point: str) -> None:
+    """Make the mount at a path read-only, in this thread's namespace; what is mounted below it is not."""
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
+    call_libc("syscall", MOUNT_SETATTR, AT_FDCWD, os.fsencode(point), 0, attributes, len(attributes))
 
 
 def attach_tree(tree: int, target: str) -> None:
