@@ -4,10 +4,10 @@
 The command gets the payload's namespaces and cgroup, bounding set, no_new_privs, seccomp filters and limits, and
 runs as the task's user. nsenter would give it the host's capabilities, no filter and no limit.
 
-A program of its own that imports nothing of ours: nspawn/exec.py reads its text and hands it to a new Python. That
-one is the server. It forks an entry for each command. The entry enters the container, forks the command, waits for
-it and says how it ended. The server ends when its standard input does, an entry ends with the server, and a command
-ends with its entry.
+A program of its own that imports nothing of ours: nspawn/exec.py reads its text and hands it to a new Python, the
+server, which forks an entry for each command. The entry enters the container, forks the command, waits for it and
+reports how it ended. The server ends when its standard input does, an entry ends with the server, and a command ends
+with its entry.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Entry:
 
     Only its child, the command, is inside. Everything is given up before that fork, for a container without a user
     namespace has the capability to look into any process it sees. What it sees until the command is executed has
-    only the command's rights, no descriptors but those of the command and two sockets whose words are worth no
-    more than the command's output, and files of the host only from mounts that are read-only (CVE-2019-5736).
+    only the command's rights, no descriptors but those of the command and pipes whose words are worth no more than
+    the command's output (a socket would lead to the process at its other end: SO_PEERPIDFD), and files of the host
+    only from mounts that are read-only (CVE-2019-5736).
     The working directory and root are the container's since `setns` (CVE-2024-21626).
     """
 
@@ -88,20 +89,19 @@ class Entry:
                 return
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                self.control = socket.socket(fileno=descriptors[0])
-                self.enter(parent)
+                self.enter(parent, socket.socket(fileno=descriptors[0]))
             os.close(descriptors[0])
 
-    def enter(self, parent: int) -> None:
-        """Do everything for one command, say how it ended, and never return."""
+    def enter(self, parent: int, control: socket.socket) -> None:
+        """Do everything for one command, report how it ended, and never return."""
+        self.die_with(parent)
+        control.send(str(os.getpid()).encode())
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 3)
+        if not descriptors:  # given up
+            os._exit(1)
+        plan_file, leader, self.report = descriptors
         try:
-            self.die_with(parent)
-            self.control.send(str(os.getpid()).encode())
-            _, descriptors, _, _ = socket.recv_fds(self.control, 1, 2)
-            if not descriptors:  # given up
-                os._exit(1)
             self.prctl(self.PR_DUMPABLE, 0)  # nobody inside may look into what comes from outside
-            plan_file, leader = descriptors
             with open(plan_file, "rb") as file:
                 self.plan: dict[str, Any] = json.load(file)
             filters = self.read_filters(self.plan["leader"]) if self.plan["has_seccomp"] else []
@@ -110,7 +110,7 @@ class Entry:
             self.check(self.libc.syscall(self.keyctl, 1, 0, 0, 0, 0), "keyctl")  # no keys of the host's
             user = self.find_user(self.plan["user"].encode(errors="surrogateescape"))
             self.become(user)
-            self.open_stdio()
+            self.open_stdio(control)
             self.confine(user[0], filters)
             self.die_with(parent)
             end = self.run(user)
@@ -118,7 +118,7 @@ class Entry:
             end = {"error": str(error)[:2000]}
         except BaseException as error:
             end = {"error": f"the command could not be started: {error}"[:2000]}
-        os.write(self.control.fileno(), json.dumps(end).encode())
+        os.write(self.report, json.dumps(end).encode())
         os._exit(0)
 
     def join(self) -> None:
@@ -133,27 +133,24 @@ class Entry:
 
     def run(self, user: tuple[int, int, list[int], bytes]) -> dict[str, Any]:
         """Run the command and return its end: its status, and what a shell would say if it cannot be executed."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
-            self.control.close()
-            ours.close()
+            os.close(self.report)
+            os.close(reader)
             try:
-                status, words = self.execute(user, theirs)
+                status, words = self.execute(user, writer)
             except BaseException as error:
                 status, words = 126, f"the command could not be started: {error}"
-            os.write(theirs.fileno(), words.encode(errors="replace")[:2000])
+            os.write(writer, words.encode(errors="replace")[:2000])
             os._exit(status)
-        theirs.close()
-        for descriptor in range(3):
+        for descriptor in (0, 1, 2, writer):
             os.close(descriptor)  # or readers would never see the end
-        os.write(self.control.fileno(), b"started")
+        os.write(self.report, b"+")
         status = self.wait(pid)
         try:
-            words = os.read(ours.fileno(), 2000).decode(errors="replace")
-        except BlockingIOError:
+            words = os.read(reader, 2000).decode(errors="replace")
+        except BlockingIOError:  # whoever has the other end
             words = ""
         return {"status": status, "words": words}
 
@@ -287,7 +284,7 @@ class Entry:
         except OSError as error:
             raise SystemExit(f"working_directory: {where} in the container: {error.strerror}") from None
 
-    def open_stdio(self) -> None:
+    def open_stdio(self, control: socket.socket) -> None:
         """Make the command's stdin, stdout and stderr, owned by its user, and hand the other ends out."""
         if self.plan["tty"]:
             ours, given = self.open_terminal()
@@ -296,14 +293,14 @@ class Entry:
             pipes += pipes[1:] if self.plan["merge"] else []
             ours = [pipes[0][0], pipes[1][1], pipes[2][1]]
             given = [pipes[0][1], *dict.fromkeys([pipes[1][0], pipes[2][0]])]
-        socket.send_fds(self.control, [b"stdio"], given)
-        if not self.control.recv(1):  # the window has its size; or the command was given up
+        socket.send_fds(control, [b"stdio"], given)
+        if not control.recv(1):  # the window has its size; or the command was given up
             os._exit(1)
         for number, descriptor in enumerate(ours):
             os.dup2(descriptor, number)
-        control = self.control.fileno()
-        os.closerange(3, control)
-        os.closerange(control + 1, 1024)
+        control.close()
+        os.closerange(3, self.report)
+        os.closerange(self.report + 1, 1024)
 
     def open_terminal(self) -> tuple[list[int], list[int]]:
         """Open a terminal of the container's own. Nothing is resolved outside, and only a terminal will do."""
@@ -341,17 +338,16 @@ class Entry:
         header = struct.pack("Ii", 0x20080522, 0)
         self.check(self.libc.capset(header, struct.pack("6I", *words)), "capset")
 
-    def execute(self, user: tuple[int, int, list[int], bytes], entry: socket.socket) -> tuple[int, str]:
+    def execute(self, user: tuple[int, int, list[int], bytes], entry: int) -> tuple[int, str]:
         """Become the command; return the status and words of a shell that cannot."""
         os.setsid()
         if self.plan["tty"]:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
-        try:
-            entry.recv(1)
-            os._exit(1)  # the entry had ended before it could be said
-        except BlockingIOError:
-            pass
+        reader = select.poll()
+        reader.register(entry, 0)
+        if reader.poll(0):  # the entry has ended already
+            os._exit(1)
         argv = [os.fsencode(word) for word in self.plan["argv"]]
         name, login = argv[0], os.fsencode(self.plan["user"])
         given = {os.fsencode(name): os.fsencode(value) for name, value in self.plan["env"].items()}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -89,7 +90,7 @@ class Helper:
         self.process = NO_PROCESS
         self.errors = -1  # what it writes to stderr
         self.timer: asyncio.TimerHandle | None = None
-        self.lock = asyncio.Lock()
+        self.starting: asyncio.Task[socket.socket] | None = None
         self.background: set[asyncio.Task[Any]] = set()
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -102,35 +103,27 @@ class Helper:
 
     async def connect(self) -> socket.socket:
         """Return a connection to a new entry, which ends when it is closed before the plan is sent."""
+        self.rest()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        try:
-            await asyncio.shield(self.run(self.request(theirs)))
-        except BaseException:
-            ours.close()
-            raise
+        with theirs:
+            try:
+                await self.request(theirs.fileno())
+            except ConnectionError:  # it was killed
+                self.close()
+                await self.request(theirs.fileno())
         return ours
 
-    async def request(self, connection: socket.socket) -> None:
-        with connection:
-            async with self.lock:
-                self.rest()
-                try:
-                    await self.send(connection)
-                except ConnectionError:  # it was killed
-                    self.close()
-                    await self.send(connection)
+    async def request(self, connection: int) -> None:
+        if self.starting is None:
+            self.starting = self.run(self.start())
+        requests = await asyncio.shield(self.starting)
+        await send_fds(requests, b"+", [connection])
 
-    async def send(self, connection: socket.socket) -> None:
-        if self.socket is None:
-            await self.start()
-        assert self.socket
-        await send_fds(self.socket, b"+", [connection.fileno()])
-
-    async def start(self) -> None:
+    async def start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        self.socket, self.errors = ours, os.memfd_create("errors")
+        self.errors = os.memfd_create("errors")
         try:
             with theirs:
                 self.process = await run_apart(lambda: start_helper(theirs, self.errors))
@@ -138,6 +131,8 @@ class Helper:
             self.close()
             raise
         self.run(self.process.wait())
+        self.socket = ours
+        return ours
 
     def rest(self) -> None:
         """Have the process there for a while from now on, and longer while commands run: they end with it."""
@@ -154,8 +149,9 @@ class Helper:
     def close(self) -> None:
         if self.socket:
             self.socket.close()
+        if self.errors >= 0:
             os.close(self.errors)
-        self.socket, self.errors = None, -1
+        self.starting, self.socket, self.errors = None, None, -1
 
     def find_entry(self, pid: int) -> ProcessId | None:
         """Return a child of the process; None when it has ended."""
@@ -177,14 +173,11 @@ async def send_fds(connection: socket.socket, data: bytes, descriptors: Sequence
 
 async def receive_fds(connection: socket.socket, count: int = 0) -> tuple[bytes, list[int]]:
     """Return a message and up to `count` descriptors in it; b"" is the end."""
-    while True:
-        try:
-            data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, count, socket.MSG_CMSG_CLOEXEC)
-            return data, descriptors
-        except BlockingIOError:
-            await wait_readable(connection.fileno())
-        except ConnectionError:
-            return b"", []
+    await wait_readable(connection.fileno())
+    try:
+        return socket.recv_fds(connection, 100, count, socket.MSG_CMSG_CLOEXEC)[:2]
+    except ConnectionError:
+        return b"", []
 
 
 NAMESPACES = {
@@ -243,11 +236,11 @@ def plan_entry(leader: int, cgroup: str, inside: Inside, command: Sequence[str])
     }
 
 
-def leave_cgroup(entry: ProcessId) -> None:
+def leave_cgroup(entry: int) -> None:
     """Take an entry back to the plugin's cgroup once its command is there: the task's limits are not for it."""
     for place in find_own_cgroups():
         with contextlib.suppress(OSError):
-            write_control(Path(place, "cgroup.procs"), str(entry.pid))
+            write_control(Path(place, "cgroup.procs"), str(entry))
 
 
 def find_session(root: int, pids: Sequence[int]) -> list[ProcessId]:
@@ -295,7 +288,8 @@ class Exec:
             raise ConfigError("command", list(command), "must not hold a NUL character")
         self.helper, self.state, self.ended = helper, state, ended  # of the task
         self.command, self.tty, self.merge = command, tty, merge
-        self.control: socket.socket | None = None
+        self.report = -1  # the pipe of `reported`
+        self.reported = b""
         self.entry: ProcessId | None = None  # the parent of the command
         self.stdin = -1
         self.outputs: dict[str, int] = {}
@@ -315,18 +309,23 @@ class Exec:
             raise DriverError(f"task {self.state.task_id} has ended: nothing can be executed in it")
         try:
             await self.wait_confined(leader)
-            self.control = await self.helper.connect()
-            await self.enter(leader.pid, process)
+            with await self.helper.connect() as control:
+                await self.enter(control, leader.pid, process)
         finally:
             os.close(process)
+        await self.wait_output(self.report)
+        if not self.read_report().startswith(b"+"):
+            raise self.explain_silence()
+        self.started.set()
+        if self.entry and self.state.cgroup:
+            self.helper.run(run_apart(functools.partial(leave_cgroup, self.entry.pid)))
 
-    async def enter(self, leader: int, process: int) -> None:
-        """Follow the entry until the command is there. From the plan on `close` knows it and can end it."""
-        assert self.control
-        number, _ = await receive_fds(self.control)
+    async def enter(self, control: socket.socket, leader: int, process: int) -> None:
+        """Have the entry enter and begin the command. From the plan on `close` knows it and can end it."""
+        number, _ = await receive_fds(control)
         entry = self.helper.find_entry(int(number or b"0"))
         pidfd = entry.open() if entry else None
-        if entry is None or pidfd is None:
+        if pidfd is None:
             raise self.explain_silence()
         self.entry = entry
         self.helper.run(self.follow(pidfd))
@@ -334,24 +333,19 @@ class Exec:
             plan = plan_entry(leader, self.state.cgroup, read_inside(self.state.directory), self.command)
         except (OSError, KeyError, ValueError) as error:  # the task's end, most likely
             raise self.explain_silence(str(error)) from None
-        with open(os.memfd_create("plan"), "w+b", buffering=0) as file:
-            file.write(json.dumps({**plan, "tty": self.tty, "merge": self.merge}).encode())
-            file.seek(0)
-            await send_fds(self.control, b"plan", [file.fileno(), process])
-        message, descriptors = await receive_fds(self.control, 3)
-        self.expect(b"stdio", message)
-        self.take_stdio(descriptors)
-        message, _ = await receive_fds(self.control)
-        self.expect(b"started", message)
-        self.started.set()
-        if self.state.cgroup:
-            self.helper.run(run_apart(lambda: leave_cgroup(entry)))
-
-    def expect(self, wanted: bytes, message: bytes) -> None:
-        """Raise DriverError when an entry has sent its end instead of a message."""
-        if message != wanted:
-            self.take_end(message)
-            raise DriverError(self.failure) if self.failure else self.explain_silence()
+        self.report, report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            with open(os.memfd_create("plan"), "w+b", buffering=0) as file:
+                file.write(json.dumps({**plan, "tty": self.tty, "merge": self.merge}).encode())
+                file.seek(0)
+                await send_fds(control, b"+", [file.fileno(), process, report])
+        finally:
+            os.close(report)
+        _, descriptors = await receive_fds(control, 3)
+        if descriptors:
+            self.take_stdio(descriptors)
+            with contextlib.suppress(ConnectionError):  # its end is told soon
+                control.send(b"+")
 
     async def wait_confined(self, leader: ProcessId) -> None:
         """Return when the container's first process is no more nspawn on its way to be confined: nspawn says READY
@@ -366,21 +360,22 @@ class Exec:
         raise self.explain_silence("the container is still being set up")
 
     def explain_silence(self, why: str = "") -> DriverError:
+        """Say why there is no command: in the entry's words, if it has left any."""
+        self.take_end()
+        if self.failure:
+            return DriverError(self.failure)
         if self.ended.is_set():
             return DriverError(f"task {self.state.task_id} has ended")
         why = why or f"its helper has ended {self.helper.read_errors()}".strip()
         return HostError(f"the command could not be started: {why}")
 
     def take_stdio(self, descriptors: Sequence[int]) -> None:
-        """Take the other ends of the command's streams, and let it begin."""
-        assert self.control
+        """Take the other ends of the command's streams."""
         for fd in descriptors:
             os.set_blocking(fd, False)
         self.stdin = descriptors[0]
         self.outputs = dict(zip(("stdout", "stderr"), descriptors[1:] or descriptors, strict=False))
         self.resize(*self.size)
-        with contextlib.suppress(ConnectionError):  # its end is told soon
-            self.control.send(b"+")
 
     def resize(self, height: int, width: int) -> None:
         """Set the terminal's size; before there is one, the size it will have."""
@@ -391,7 +386,7 @@ class Exec:
                 fcntl.ioctl(self.stdin, termios.TIOCSWINSZ, packed)
 
     async def follow(self, pidfd: int) -> None:
-        """Wait for the entry, which nobody in the container can hold up, and tell the end."""
+        """Wait for the entry, which nobody in the container can hold up, and tell its end."""
         try:
             await wait_readable(pidfd)
         finally:
@@ -399,14 +394,18 @@ class Exec:
             for event in (self.over, *self.waits):
                 event.set()
 
-    def take_end(self, message: bytes) -> None:
-        """Note the end that an entry has sent: until then it counts as killed."""
-        try:
-            end = json.loads(message)
+    def read_report(self) -> bytes:
+        """Return what the entry has reported by now: "+" when the command is there, and how it ended as JSON."""
+        with contextlib.suppress(OSError):
+            self.reported += os.read(self.report, 1 << 16)
+        return self.reported
+
+    def take_end(self) -> None:
+        """Note the end that the entry has reported: without one the command counts as killed."""
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # others may have written into the pipe
+            end = json.loads(self.read_report().lstrip(b"+"))
             self.status, self.error = int(end.get("status", self.status)), render_line(end.get("words", ""))
-            self.failure = str(end.get("error", ""))
-        except (ValueError, TypeError, AttributeError):
-            return
+            self.failure = end.get("error", "")
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """Yield what the command writes until it has ended, whoever else holds its pipe or terminal."""
@@ -460,9 +459,7 @@ class Exec:
     async def wait(self) -> int:
         """Return the exit code, or minus the signal's number, after the command's end."""
         await self.over.wait()
-        if self.control:
-            with contextlib.suppress(OSError):
-                self.take_end(self.control.recv(1 << 16))
+        self.take_end()
         if self.failure:
             raise DriverError(self.failure)
         return self.status
@@ -471,11 +468,9 @@ class Exec:
         """Give up what there is of the command: nothing at all when it has ended by itself."""
         if self.entry and not self.over.is_set():
             self.helper.run(self.kill())
-        if self.control:
-            self.control.close()
-        for fd in {self.stdin, *self.outputs.values()} - {-1}:
+        for fd in {self.report, self.stdin, *self.outputs.values()} - {-1}:
             os.close(fd)
-        self.control, self.stdin, self.outputs = None, -1, {}
+        self.report, self.stdin, self.outputs = -1, -1, {}
 
     async def kill(self) -> None:
         """End the command and all it has started: a hang-up, and soon after SIGKILL."""
