@@ -6,8 +6,8 @@ runs as the task's user. nsenter would give it the host's capabilities, no filte
 
 A program of its own that imports nothing of ours: nspawn/exec.py reads its text and hands it to a new Python, the
 server, which forks an entry for each command. The entry enters the container, forks the command, waits for it and
-reports how it ended. The server ends when its standard input does, an entry ends with the server, and a command ends
-with its entry.
+reports how it ended. The server ends when its standard input does, an entry ends with the server, and a command
+ends with its entry.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class Entry:
 
     def prctl(self, option: int, first: int, second: int = 0) -> int:
         return self.check(self.libc.prctl(option, first, second, 0, 0), f"prctl {option}")
+
+    def ptrace(self, request: int, pid: int, address: int = 0, data: int | None = None) -> int:
+        return self.check(self.libc.ptrace(request, pid, address, data), "ptrace")
 
     def die_with(self, parent: int) -> None:
         """Be killed when the parent ends. To be said again after a change of ids, which takes it back."""
@@ -175,28 +178,21 @@ class Entry:
     def find_obstacle(self) -> str:
         """Say why filters cannot be read on this host, "" when they can. Asked before a container has a say: of a
         process of ours, which has none that its parent does not have."""
-        pid = self.check(self.libc.fork(), "fork")
+        parent = os.getpid()
+        pid = os.fork()
         if pid == 0:
-            self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
+            self.die_with(parent)
             while True:
                 signal.pause()
         try:
             self.attach(pid, time.monotonic() + 10)
-            self.libc.ptrace(self.PTRACE_GET_FILTER, pid, 0, None)
-            reason = self.get_errno()
-            return (
-                ""
-                if reason in (errno.EINVAL, errno.ENOENT)
-                else f"PTRACE_SECCOMP_GET_FILTER: {os.strerror(reason)}"
-            )
+            self.ptrace(self.PTRACE_GET_FILTER, pid)
         except OSError as error:
-            return f"ptrace: {error.strerror}"
+            return "" if error.errno in (errno.EINVAL, errno.ENOENT) else str(error.strerror)
         finally:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-
-    def get_errno(self) -> int:
-        return ctypes.get_errno()
+        return "this process is itself under a filter"
 
     def read_filters(self, pid: int) -> list[bytes]:
         """Return the seccomp filters of a process, the oldest first (measured; ptrace(2) says the opposite). Stops
@@ -206,17 +202,14 @@ class Entry:
         filters: list[bytes] = []
         try:
             self.attach(pid, time.monotonic() + self.PATIENCE)
-            while (length := self.libc.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), None)) > 0:
+            while True:
+                length = self.ptrace(self.PTRACE_GET_FILTER, pid, len(filters))
                 buffer = ctypes.create_string_buffer(8 * length)
-                self.check(self.libc.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), ctypes.addressof(buffer)),
-                           "ptrace")  # fmt: skip
+                self.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), ctypes.addressof(buffer))
                 filters.append(buffer.raw)
-            if (
-                self.get_errno() != errno.ENOENT or not filters
-            ):  # ENOENT is what the kernel says after the last one
-                raise OSError(self.get_errno(), os.strerror(self.get_errno()))
         except OSError as error:
-            raise SystemExit(f"the seccomp filters of the payload cannot be read: {error.strerror}") from None
+            if error.errno != errno.ENOENT or not filters:  # what the kernel says after the last one
+                raise SystemExit(f"the seccomp filters of the payload cannot be read: {error.strerror}") from None
         finally:
             self.libc.ptrace(self.PTRACE_DETACH, pid, None, None)
         return filters
@@ -225,12 +218,12 @@ class Entry:
         """Trace a process and wait until it has stopped. There can be one tracer: another command's entry soon
         gives way; one inside might want a command without filters, or that this waits for ever."""
         while self.libc.ptrace(self.PTRACE_SEIZE, pid, None, None) < 0:
-            if self.get_errno() != errno.EPERM:
-                raise OSError(self.get_errno(), os.strerror(self.get_errno()))
+            if ctypes.get_errno() != errno.EPERM:
+                self.check(-1, "ptrace")
             if time.monotonic() > deadline:
                 raise OSError(errno.EBUSY, "another process is tracing the container's first one")
             time.sleep(0.005)
-        self.check(self.libc.ptrace(self.PTRACE_INTERRUPT, pid, None, None), "ptrace")
+        self.ptrace(self.PTRACE_INTERRUPT, pid)
         while os.waitpid(pid, self.WALL | os.WNOHANG)[0] == 0:
             if time.monotonic() > deadline:
                 raise OSError(errno.ETIMEDOUT, "the container's first process does not stop for it")

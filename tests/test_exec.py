@@ -31,7 +31,7 @@ from nspawn.common import STATE_ROOT
 from nspawn.exec import Helper, find_namespaces, is_confined
 from nspawn.files import read_text
 from nspawn.job import Mode, state_directory
-from nspawn.process import parse_status, read_children, read_inner_pid
+from nspawn.process import parse_status, read_children, read_inner_pid, read_stat
 from tests.agent import DriverError, ExecSession, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, zombies
 
@@ -214,6 +214,22 @@ def payload(task: Task) -> int:
         return 1
     eventually(lambda: is_confined(leader(task), Mode.PROCESS_TWO), PATIENCE)
     return min(map(read_inner_pid, eventually(lambda: read_children(leader(task)), PATIENCE)))
+
+
+def entry_of(pid: int) -> int:
+    return int((read_stat(pid) or [])[1])
+
+
+def test_entry_is_outside_and_the_command_ends_with_it(task: Task) -> None:
+    """What waits for the command uses nothing of the task's limits, and is no process of the container."""
+    session = stream(task, "echo here; read -r end")
+    session.wait_for(b"here")
+    entry = entry_of(child_of(task, b"read -r end"))
+    eventually(lambda: not cgroups_of(entry, task))
+    assert read_inner_pid(entry) == entry
+    kill(entry)
+    assert session.wait(PATIENCE).signal == signal.SIGKILL
+    eventually(lambda: "read -r end" not in shown(task, "cat /proc/[0-9]*/cmdline | tr -d '\\0'; :"))
 
 
 def test_confinement_is_the_payloads(kind: Task) -> None:
@@ -878,10 +894,11 @@ def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def scenario() -> None:
         helper = Helper()
-        (await helper.connect()).close()
-        while not (found := helpers(os.getpid())):  # unshare and sh become the helper
-            await asyncio.sleep(0.01)
-        [process] = found
+        connection = await helper.connect()
+        [process] = helpers(os.getpid())
+        await asyncio.sleep(2)
+        assert is_alive(process), "it has an entry, and would take it along"
+        connection.close()
         while is_alive(process):
             await asyncio.sleep(0.05)
         assert helper.socket is None
