@@ -29,14 +29,14 @@ from typing import Any
 
 
 class Entry:
-    """One process that enters a container, and stays outside its process namespace: nobody inside can see it.
+    """A process that enters a container, but for the process namespace: nobody inside can see it.
 
-    Only its child, the command, is inside. Everything is given up before that fork, for a container without a user
-    namespace has the capability to look into any process it sees. What it sees until the command is executed has
-    only the command's rights, no descriptors but those of the command and pipes whose words are worth no more than
-    the command's output (a socket would lead to the process at its other end: SO_PEERPIDFD), and files of the host
-    only from mounts that are read-only (CVE-2019-5736).
-    The working directory and root are the container's since `setns` (CVE-2024-21626).
+    Only its child, the command, is inside that. Everything is given up before that fork, for a container without a
+    user namespace has the capability to look into any process it sees. What it sees until the command is executed
+    has only the command's rights, no descriptors but those of the command and pipes whose words are worth no more
+    than the command's output (a socket would lead to the process at its other end: SO_PEERPIDFD), and files of the
+    host only from mounts that are read-only (CVE-2019-5736). The working directory and root are the container's
+    since `setns` (CVE-2024-21626).
     """
 
     PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, PTRACE_GET_FILTER = 0x4206, 0x4207, 17, 0x420C
@@ -90,18 +90,26 @@ class Entry:
             _, descriptors, _, _ = socket.recv_fds(server, 1, 1)
             if not descriptors:
                 return
-            if os.fork() == 0:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                self.enter(parent, socket.socket(fileno=descriptors[0]))
-            os.close(descriptors[0])
+            with socket.socket(fileno=descriptors[0]) as control:
+                try:
+                    pid = os.fork()
+                except OSError as error:  # others' entries would end with this process
+                    control.send(str(error).encode())
+                    continue
+                if pid == 0:
+                    try:
+                        self.enter(parent, control)
+                    finally:
+                        os._exit(1)
 
     def enter(self, parent: int, control: socket.socket) -> None:
-        """Do everything for one command, report how it ended, and never return."""
+        """Do everything for one command, and report how it ended."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.die_with(parent)
         control.send(str(os.getpid()).encode())
         _, descriptors, _, _ = socket.recv_fds(control, 1, 3)
         if not descriptors:  # given up
-            os._exit(1)
+            return
         plan_file, leader, self.report = descriptors
         try:
             self.prctl(self.PR_DUMPABLE, 0)  # nobody inside may look into what comes from outside
@@ -122,7 +130,6 @@ class Entry:
         except BaseException as error:
             end = {"error": f"the command could not be started: {error}"[:2000]}
         os.write(self.report, json.dumps(end).encode())
-        os._exit(0)
 
     def join(self) -> None:
         """Take the cgroups and limits of the container's first process."""

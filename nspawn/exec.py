@@ -323,10 +323,10 @@ class Exec:
     async def enter(self, control: socket.socket, leader: int, process: int) -> None:
         """Have the entry enter and begin the command. From the plan on `close` knows it and can end it."""
         number, _ = await receive_fds(control)
-        entry = self.helper.find_entry(int(number or b"0"))
+        entry = self.helper.find_entry(int(number)) if number.isdigit() else None
         pidfd = entry.open() if entry else None
         if pidfd is None:
-            raise self.explain_silence()
+            raise self.explain_silence(number.decode())
         self.entry = entry
         self.helper.run(self.follow(pidfd))
         try:
@@ -429,6 +429,8 @@ class Exec:
     async def wait_output(self, fd: int) -> None:
         """Return when there is something to read, or the command has ended."""
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        if self.over.is_set():
+            return
         loop.add_reader(fd, ready.set)
         self.waits.add(ready)
         try:
