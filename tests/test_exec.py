@@ -401,6 +401,7 @@ while :; do
             done
             { : >>$p/mem; } 2>/dev/null && echo "opened the memory"
             [ $( /bin/ls $p/fd/ 2>/dev/null | /usr/bin/wc -l) -gt 4 ] && echo "MORE DESCRIPTORS"
+            /bin/ls -l $p/fd/ 2>/dev/null | /bin/grep -q socket: && echo "A SOCKET"
         esac
     done 2>/dev/null
 done
@@ -419,6 +420,7 @@ def test_files_of_the_host_cannot_be_changed_through_the_helper(tasks: Tasks, us
             break
     stdout = task.logmon.stdout.decode()
     assert "WROTE" not in stdout and "MORE DESCRIPTORS" not in stdout
+    assert "A SOCKET" not in stdout, "SO_PEERPIDFD would lead to the process at its other end"
     if user_namespacing:
         assert "saw" not in stdout and "opened" not in stdout, (
             "nothing can be seen of a process that is not dumpable"
