@@ -71,48 +71,48 @@ from nspawn.cgroup import (
 )
 from nspawn.checks import (
     ACCOUNT,
-    DEFAULT_GATES,
+    DEFAULT_PERMISSIONS,
     HOSTNAME,
     MAX_PIDS,
     RESOLV_CONF,
-    ambient,
     any_of,
-    are_binds,
-    are_capabilities,
-    are_container_paths,
-    are_credential_files,
-    are_credentials,
-    are_extra_hosts,
-    are_gates,
-    are_host_directories,
-    are_interfaces,
-    are_overlays,
-    are_ports,
-    are_rlimits,
-    are_single_capabilities,
-    are_tmpfs,
-    are_variables,
-    glued,
-    is_between,
-    is_checksum,
-    is_container_path,
-    is_duration,
-    is_helper,
-    is_host_directory,
-    is_image_address,
-    is_interface,
-    is_of_image,
-    is_pivot_root,
-    is_platform,
-    is_positive,
-    is_printable,
-    is_range,
-    is_size,
-    is_user,
-    joined,
-    matches,
-    pairs,
-    tmpfs,
+    check_binds,
+    check_checksum,
+    check_container_path,
+    check_container_paths,
+    check_credential_files,
+    check_credentials,
+    check_extra_hosts,
+    check_helper,
+    check_host_directories,
+    check_host_directory,
+    check_id_range,
+    check_image_address,
+    check_interface_name,
+    check_interface_names,
+    check_overlays,
+    check_pattern,
+    check_pivot_root,
+    check_platform,
+    check_ports,
+    check_positive,
+    check_printable,
+    check_range,
+    check_tmpfs,
+    check_user,
+    check_variables,
+    has_image_source,
+    parse_capabilities,
+    parse_duration,
+    parse_permissions,
+    parse_rlimits,
+    parse_single_capabilities,
+    parse_size,
+    render_ambient,
+    render_joined,
+    render_pairs,
+    render_short_option,
+    render_tmpfs,
 )
 from nspawn.common import (
     MACHINES_ROOT,
@@ -126,9 +126,9 @@ from nspawn.common import (
     TaskNotFound,
     TransientError,
     Unsupported,
-    cut,
     log,
     render_line,
+    shorten,
 )
 from nspawn.devices import can_restrict_devices, restrict_devices
 from nspawn.exec import Exec, Helper, is_confined, settle
@@ -137,7 +137,7 @@ from nspawn.host import (
     FINGERPRINT_PERIOD,
     CgroupMode,
     Host,
-    explain_open_place,
+    explain_open_directory,
     have_machined,
     is_open_to_others,
     read_boot_id,
@@ -183,14 +183,14 @@ from nspawn.network import (
 )
 from nspawn.options import (
     PERMISSIONS,
-    Gate,
     Kind,
     Option,
+    Permission,
     Values,
-    check_gate,
+    check_permission,
     decode_options,
-    is_judged_apart,
-    render_gates,
+    never,
+    render_permission_table,
     render_table,
 )
 from nspawn.outcome import (
@@ -205,7 +205,7 @@ from nspawn.outcome import (
 from nspawn.plan import (
     BUNDLE_PLACE,
     DEVICES_PLACE,
-    Found,
+    HostInputs,
     Journal,
     Plan,
     apply_image,
@@ -222,7 +222,7 @@ from nspawn.process import (
     read_stat,
     read_status,
     run,
-    run_apart,
+    run_in_thread,
     start_process,
     wait_readable,
 )
@@ -238,7 +238,7 @@ from nspawn.roots import (
     mount_root,
     pick_users,
 )
-from nspawn.rules import check_gates, name_devices, settle_values
+from nspawn.rules import apply_defaults, check_permissions, list_devices
 from nspawn.sources import (
     Source,
     check_image_name,
@@ -294,7 +294,7 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            '{ url = "https://example.com/debian.tar.xz" }', fields=(
                Option("url", Kind.STRING,
                       "The address: http or https, or an image in a registry as `HOST/NAME:TAG`.",
-                      '"https://example.com/debian.tar.xz"', required=True, check=is_image_address),
+                      '"https://example.com/debian.tar.xz"', required=True, check=check_image_address),
                Option("type", Kind.STRING,
                       "What is there: an archive of a directory, a disk image, or an image in a registry.",
                       '"raw"', default="tar", choices=any_of("tar", "raw", "docker")),
@@ -304,10 +304,10 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
                       '"checksum"', default="no", choices=any_of("no", "checksum", "signature")),
                Option("checksum", Kind.STRING, "The checksum the file must have.",
                       '"sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"',
-                      check=is_checksum),
+                      check=check_checksum),
                Option("platform", Kind.STRING,
                       "Which of a registry's images of one name; this machine's when unset.", '"linux/arm64"',
-                      check=is_platform),
+                      check=check_platform),
                Option("force", Kind.BOOL, "Ask at every start whether there is something newer.", "true",
                       default=False),
            )),
@@ -328,18 +328,19 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            '"overlay"', choices=any_of("no", "yes", "state", "overlay"), argument="--volatile"),
     Option("pivot_root", Kind.STRING,
            "Make this directory of the image the root: `PATH`, or `PATH:PATH` to say where the old root goes.",
-           '"/sysroot"', check=is_pivot_root, gate=Gate.PIVOT_ROOT, argument="--pivot-root"),
+           '"/sysroot"', check=check_pivot_root, permission=Permission.PIVOT_ROOT, argument="--pivot-root"),
     Option("image_policy", Kind.STRING,
            "Which partitions a disk image must and may have, and how they must be protected.",
-           '"root=verity+signed:swap=absent"', since=254, check=is_printable, argument="--image-policy"),
+           '"root=verity+signed:swap=absent"', since=254, check=check_printable, argument="--image-policy"),
     Option("root_hash", Kind.STRING,
            "The dm-verity root hash, in hexadecimal, that a disk image must have.",
            '"2d8c7f1f2b6a4f0e9c3d5b7a8e9f0a1b2d8c7f1f2b6a4f0e9c3d5b7a8e9f0a1b"',
-           check=matches(r"([0-9a-fA-F]{2}){16,64}", "must be a hash in hexadecimal digits"),
+           check=check_pattern(r"([0-9a-fA-F]{2}){16,64}", "must be a hash in hexadecimal digits"),
            argument="--root-hash"),
     Option("root_hash_sig", Kind.STRING,
            "The PKCS#7 signature of `root_hash`, as `base64:...`.",
-           '"base64:MIIC"', check=matches(r"base64:[A-Za-z0-9+/=]+", "must be base64: and the signature in it"),
+           '"base64:MIIC"',
+           check=check_pattern(r"base64:[A-Za-z0-9+/=]+", "must be base64: and the signature in it"),
            argument="--root-hash-sig"),
 )  # fmt: skip
 
@@ -356,13 +357,14 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
            "true", default=False, aliases=("init",), argument="--as-pid2"),
     Option("user", Kind.STRING,
            "The user inside the container that runs the command; the task's own `user` when unset.",
-           '"www-data"', check=is_user, argument="-u", render=glued),  # --user= means another thing since 261
+           '"www-data"', check=check_user, argument="-u",
+           render=render_short_option),  # --user= means another thing since 261
     Option("working_directory", Kind.STRING,
            "The directory inside the container in which the command starts.",
-           '"/srv"', aliases=("work_dir",), check=is_container_path, argument="--chdir"),
+           '"/srv"', aliases=("work_dir",), check=check_container_path, argument="--chdir"),
     Option("environment", Kind.STRING_MAP,
            "Variables for the command or init; those that Nomad sets win.",
-           '{ GREETING = "hello" }', default={}, check=are_variables),
+           '{ GREETING = "hello" }', default={}, check=check_variables),
     Option("console", Kind.STRING,
            "How stdin, stdout and stderr are set up: `pipe` for commands and `read-only` for booted systems when "
            "unset.",
@@ -381,22 +383,23 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
            argument="--personality"),
     Option("set_credential", Kind.STRING_MAP,
            "Credentials for systemd and its services inside, by name. The values stand on no command line.",
-           '{ "db.password" = "secret" }', default={}, check=are_credentials),
+           '{ "db.password" = "secret" }', default={}, check=check_credentials),
     Option("load_credential", Kind.STRING_MAP,
            "Credentials out of files: by name, a path of the host or one in the task's directories.",
-           '{ "db.password" = "secrets/password" }', default={}, check=are_credential_files,
-           gate=Gate.HOST_CREDENTIALS, opens=is_judged_apart),
+           '{ "db.password" = "secrets/password" }', default={}, check=check_credential_files,
+           permission=Permission.HOST_CREDENTIALS, needs_permission=never),
 )  # fmt: skip
 
 USER_OPTIONS: tuple[Option, ...] = (
     Option("user_namespacing", Kind.BOOL,
            "Map the container's users to a range of their own on the host. The operator chooses what it is when "
            "unset.",
-           "false", gate=Gate.HOST_USERS, opens=lambda value: not value),
+           "false", permission=Permission.HOST_USERS, needs_permission=lambda value: not value),
     Option("private_users", Kind.STRING,
            "Which range: `pick` finds a free one, `identity` and `BASE:COUNT` name one, `no` is the same as "
            "`user_namespacing = false`. Counts only with user namespaces.",
-           '"pick"', check=is_range, gate=Gate.HOST_USERS, opens=lambda value: value not in (None, "yes", "pick"),
+           '"pick"', check=check_id_range, permission=Permission.HOST_USERS,
+           needs_permission=lambda value: value not in (None, "yes", "pick"),
            argument="--private-users"),
     Option("private_users_ownership", Kind.STRING,
            "How the image's files come to belong to that range: `map` shows them so, `chown` changes them for "
@@ -405,18 +408,18 @@ USER_OPTIONS: tuple[Option, ...] = (
            argument="--private-users-ownership"),
     Option("private_users_delegate", Kind.NUMBER,
            "How many further ranges of 65536 users the container gets for containers of its own.",
-           "1", since=260, check=is_between(1, 1024), argument="--private-users-delegate"),
+           "1", since=260, check=check_range(1, 1024), argument="--private-users-delegate"),
     Option("bind_user", Kind.STRINGS,
            "Users of the host to bring into the container, with their home directories.",
-           '["alice"]', default=(), check=matches(ACCOUNT, "must be the name of a user of the host"),
-           gate=Gate.HOST_ACCOUNTS, argument="--bind-user"),
+           '["alice"]', default=(), check=check_pattern(ACCOUNT, "must be the name of a user of the host"),
+           permission=Permission.HOST_ACCOUNTS, argument="--bind-user"),
     Option("bind_user_shell", Kind.STRING,
            "The shell of those users inside: a path, or true for their own one.",
-           '"/bin/bash"', since=258, check=matches(r"true|false|/[!-~]+", "must be a path, true or false"),
+           '"/bin/bash"', since=258, check=check_pattern(r"true|false|/[!-~]+", "must be a path, true or false"),
            argument="--bind-user-shell"),
     Option("bind_user_group", Kind.STRINGS,
            "Further groups of those users inside.",
-           '["video"]', default=(), since=259, check=matches(ACCOUNT, "must be the name of a group"),
+           '["video"]', default=(), since=259, check=check_pattern(ACCOUNT, "must be the name of a group"),
            argument="--bind-user-group"),
 )  # fmt: skip
 
@@ -424,30 +427,33 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
     Option("network_veth", Kind.BOOL,
            "Give the container a network of its own with a virtual link to the host; false: the host's network. "
            "True when unset, unless another option of this table makes its network.",
-           "false", gate=Gate.HOST_NETWORK, opens=is_judged_apart,  # see check_gates
+           "false", permission=Permission.HOST_NETWORK, needs_permission=never,  # see check_permissions
            argument="--network-veth"),
     Option("network_zone", Kind.STRING,
            "Join the virtual link to a bridge of this name, which all containers of the zone share and which is "
            "there as long as one of them runs.",
            '"web"',
-           check=matches(r"[A-Za-z0-9_.-]{1,12}", "must be 1 to 12 letters, digits, dots, dashes or underscores"),
+           check=check_pattern(r"[A-Za-z0-9_.-]{1,12}",
+                               "must be 1 to 12 letters, digits, dots, dashes or underscores"),
            argument="--network-zone"),
     Option("network_bridge", Kind.STRING,
            "Join the virtual link to this bridge of the host.",
-           '"br0"', check=is_interface, gate=Gate.HOST_NETWORK, argument="--network-bridge"),
+           '"br0"', check=check_interface_name, permission=Permission.HOST_NETWORK, argument="--network-bridge"),
     Option("network_veth_extra", Kind.STRINGS,
            "Further virtual links to the host: `HOST`, or `HOST:CONTAINER` with the names of both ends.",
-           '["ve-db:db0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES,
+           '["ve-db:db0"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
            argument="--network-veth-extra"),
     Option("network_macvlan", Kind.STRINGS,
            "Interfaces of the host on each of which the container gets an address of its own in the LAN.",
-           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES, argument="--network-macvlan"),
+           '["eth0"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
+           argument="--network-macvlan"),
     Option("network_ipvlan", Kind.STRINGS,
            "The same with the hardware address of the host's interface.",
-           '["eth0"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES, argument="--network-ipvlan"),
+           '["eth0"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
+           argument="--network-ipvlan"),
     Option("network_interface", Kind.STRINGS,
            "Interfaces of the host that move into the container while it runs.",
-           '["eth1"]', default=(), check=are_interfaces, gate=Gate.HOST_INTERFACES,
+           '["eth1"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
            argument="--network-interface"),
     Option("private_network", Kind.BOOL,
            "Give the container a network of its own with nothing in it but the loopback interface, and what other "
@@ -459,18 +465,19 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            '["http"]', default=()),
     Option("port_map", Kind.NUMBER_MAP,
            "Port labels to ports inside the container, for TCP and UDP.",
-           "{ http = 8080 }", default={}, check=are_ports),
+           "{ http = 8080 }", default={}, check=check_ports),
     Option("hostname", Kind.STRING,
            "The name of the host inside; the machine's name when unset.",
-           '"web1"', check=matches(HOSTNAME, "must be a host name of up to 64 letters, digits, dashes and dots"),
+           '"web1"',
+           check=check_pattern(HOSTNAME, "must be a host name of up to 64 letters, digits, dashes and dots"),
            argument="--hostname"),
     Option("extra_hosts", Kind.STRINGS,
            "Lines for `/etc/hosts`, beside the image's own: `NAME:ADDRESS`.",
-           '["db:192.0.2.7"]', default=(), check=are_extra_hosts),
+           '["db:192.0.2.7"]', default=(), check=check_extra_hosts),
     Option("address_timeout", Kind.STRING,
            "How long the start waits for the container's address; `0s` when unset. Only services with "
            '`address_mode = "driver"` need it: Nomad cannot be told later.',
-           '"10s"', check=is_duration),
+           '"10s"', check=parse_duration),
     Option("resolv_conf", Kind.STRING,
            "How `/etc/resolv.conf` inside the container is made.",
            '"copy-host"', choices=any_of(*RESOLV_CONF), argument="--resolv-conf"),
@@ -481,39 +488,40 @@ FILE_OPTIONS: tuple[Option, ...] = (
            "Directories and files to mount, writable. The source is a path of the host, or one that begins with "
            "`alloc`, `local` or `secrets` in the task's own directories; options may follow the target after a "
            "colon: `norbind`, `idmap`, `rootidmap`, `owneridmap` (systemd 256).",
-           '{ "/srv/data" = "/data", "local/etc" = "/etc/app:idmap" }', default={}, check=are_binds,
-           gate=Gate.PATHS),
+           '{ "/srv/data" = "/data", "local/etc" = "/etc/app:idmap" }', default={}, check=check_binds,
+           permission=Permission.PATHS),
     Option("bind_read_only", Kind.STRING_MAP,
            "The same, read-only.",
-           '{ "/etc/ssl/certs" = "/etc/ssl/certs" }', default={}, check=are_binds, gate=Gate.PATHS),
+           '{ "/etc/ssl/certs" = "/etc/ssl/certs" }', default={}, check=check_binds, permission=Permission.PATHS),
     Option("tmpfs", Kind.STRINGS,
            "Directories to mount an empty file system in memory on: `PATH` or `PATH:OPTIONS`.",
-           '["/run/cache:size=100M"]', default=(), check=are_tmpfs, argument="--tmpfs", render=tmpfs),
+           '["/run/cache:size=100M"]', default=(), check=check_tmpfs, argument="--tmpfs", render=render_tmpfs),
     Option("overlay", Kind.STRINGS,
            "Directories whose changes are kept in memory until the task ends: `LOWER::TARGET`, or "
            "`LOWER:LOWER::TARGET` with the topmost last. A `+` in front of a path takes it from the image.",
-           '["+/etc::/etc"]', default=(), check=are_overlays, gate=Gate.HOST_OVERLAYS,
-           opens=is_of_image),
+           '["+/etc::/etc"]', default=(), check=check_overlays, permission=Permission.HOST_OVERLAYS,
+           needs_permission=has_image_source),
     Option("overlay_read_only", Kind.STRINGS,
            "Directories to lay over one another, read-only: `LOWER:LOWER:TARGET` with the topmost last.",
-           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=are_overlays, gate=Gate.HOST_OVERLAYS,
-           opens=is_of_image),
+           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=check_overlays, permission=Permission.HOST_OVERLAYS,
+           needs_permission=has_image_source),
     Option("inaccessible", Kind.STRINGS,
            "Files and directories of the image to hide.",
-           '["/usr/bin/ssh"]', default=(), check=are_container_paths, argument="--inaccessible"),
+           '["/usr/bin/ssh"]', default=(), check=check_container_paths, argument="--inaccessible"),
     Option("devices", Kind.BLOCKS,
            "Devices of the host that the container may use, a block each. All others it cannot open, whatever "
            "nodes its image holds.",
-           '{ host_path = "/dev/kvm" }', default=(), gate=Gate.DEVICES, fields=(
+           '{ host_path = "/dev/kvm" }', default=(), permission=Permission.DEVICES, fields=(
                Option("host_path", Kind.STRING, "The device node on the host; symbolic links are followed.",
-                      '"/dev/ttyUSB0"', required=True, check=is_host_directory),
+                      '"/dev/ttyUSB0"', required=True, check=check_host_directory),
                Option("container_path", Kind.STRING, "Where it is inside; in the same place when unset.",
-                      '"/dev/modem"', check=is_container_path),
+                      '"/dev/modem"', check=check_container_path),
                Option("cgroup_permissions", Kind.STRING,
                       "What may be done with it: `r` to read, `w` to write, `m` to make further nodes of it, for "
                       "which it takes `CAP_MKNOD`, too.",
                       '"r"', default="rwm",
-                      check=matches(r"(?!.*(.).*\1)[rwm]{1,3}", "must be one or more of the letters r, w and m")),
+                      check=check_pattern(r"(?!.*(.).*\1)[rwm]{1,3}",
+                                          "must be one or more of the letters r, w and m")),
            )),
 )  # fmt: skip
 
@@ -521,68 +529,76 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
     Option("capability", Kind.STRINGS,
            "Capabilities the container gets beside the default ones; `all` for all there are. Without user "
            "namespaces `CAP_MKNOD` is no default one.",
-           '["CAP_NET_ADMIN"]', default=(), aliases=("cap_add",), check=are_capabilities, gate=Gate.CAPABILITIES,
+           '["CAP_NET_ADMIN"]', default=(), aliases=("cap_add",), check=parse_capabilities,
+           permission=Permission.CAPABILITIES,
            argument="--capability"),
     Option("drop_capability", Kind.STRINGS,
            "Capabilities it shall not have.",
-           '["CAP_NET_RAW", "CAP_SYS_PTRACE"]', default=(), aliases=("cap_drop",), check=are_capabilities,
+           '["CAP_NET_RAW", "CAP_SYS_PTRACE"]', default=(), aliases=("cap_drop",), check=parse_capabilities,
            argument="--drop-capability"),
     Option("ambient_capability", Kind.STRINGS,
            "Capabilities the command has although its user is not root.",
-           '["CAP_NET_BIND_SERVICE"]', default=(), check=are_single_capabilities, gate=Gate.AMBIENT_CAPABILITIES,
-           argument="--ambient-capability", render=ambient),
+           '["CAP_NET_BIND_SERVICE"]', default=(), check=parse_single_capabilities,
+           permission=Permission.AMBIENT_CAPABILITIES,
+           argument="--ambient-capability", render=render_ambient),
     Option("no_new_privileges", Kind.BOOL,
            "Let no program inside get more rights than who starts it: setuid programs lose their effect.",
            "true", default=False, argument="--no-new-privileges=yes"),
     Option("system_call_filter", Kind.STRINGS,
            "System calls and groups of them to allow beside the default ones, or with a `~` in front to forbid.",
            '["~@mount", "~bpf"]', default=(),
-           check=matches(r"~?@?[a-z0-9_-]+", "must be a system call or a group as @mount, or ~ and one of them"),
-           gate=Gate.SYSTEM_CALLS, opens=lambda value: any(not item.startswith("~") for item in value),
+           check=check_pattern(r"~?@?[a-z0-9_-]+",
+                               "must be a system call or a group as @mount, or ~ and one of them"),
+           permission=Permission.SYSTEM_CALLS,
+           needs_permission=lambda value: any(not item.startswith("~") for item in value),
            argument="--system-call-filter"),
     Option("restrict_address_families", Kind.STRINGS,
            "The only families of sockets the container may use, or with a `~` in front of the first the only ones "
            "it may not.",
            '["AF_UNIX", "AF_INET", "AF_INET6"]', default=(), since=261,
-           check=matches(r"~?AF_[A-Z0-9_]+|none", "must be an address family such as AF_INET"),
-           argument="--restrict-address-families", render=joined),
+           check=check_pattern(r"~?AF_[A-Z0-9_]+|none", "must be an address family such as AF_INET"),
+           argument="--restrict-address-families", render=render_joined),
     Option("selinux_context", Kind.STRING,
            "The SELinux label of the container's processes.",
-           '"system_u:system_r:svirt_lxc_net_t:s0"', check=is_printable, gate=Gate.SELINUX_LABELS,
+           '"system_u:system_r:svirt_lxc_net_t:s0"', check=check_printable, permission=Permission.SELINUX_LABELS,
            argument="--selinux-context"),
     Option("selinux_apifs_context", Kind.STRING,
            "The SELinux label of the files in its API file systems.",
-           '"system_u:object_r:svirt_sandbox_file_t:s0"', check=is_printable, gate=Gate.SELINUX_LABELS,
+           '"system_u:object_r:svirt_sandbox_file_t:s0"', check=check_printable,
+           permission=Permission.SELINUX_LABELS,
            argument="--selinux-apifs-context"),
 )  # fmt: skip
 
 RESOURCE_OPTIONS: tuple[Option, ...] = (
     Option("rlimit", Kind.STRING_MAP,
            "Limits of the container's processes: `LIMIT`, or `SOFT:HARD`.",
-           '{ nofile = "4096:8192" }', default={}, aliases=("ulimit",), check=are_rlimits, gate=Gate.PRIORITY,
-           opens=lambda value: not {"RLIMIT_RTPRIO", "RLIMIT_NICE"}.isdisjoint(value), argument="--rlimit",
-           render=pairs),
+           '{ nofile = "4096:8192" }', default={}, aliases=("ulimit",), check=parse_rlimits,
+           permission=Permission.PRIORITY,
+           needs_permission=lambda value: not {"RLIMIT_RTPRIO", "RLIMIT_NICE"}.isdisjoint(value),
+           argument="--rlimit",
+           render=render_pairs),
     Option("oom_score_adjust", Kind.NUMBER,
            "How much sooner than others the kernel ends the container's processes when the host is out of memory: "
            "0 to 1000.",
-           "500", aliases=("oom_score_adj",), check=is_between(0, 1000)),
+           "500", aliases=("oom_score_adj",), check=check_range(0, 1000)),
     Option("cpu_affinity", Kind.STRING,
            "The only CPUs its processes run on, as in `0-3,5`.",
            '"0-1"',
-           check=matches(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", "must be CPUs and ranges, as in 0-3,5"),
+           check=check_pattern(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*",
+                               "must be CPUs and ranges, as in 0-3,5"),
            argument="--cpu-affinity"),
     Option("cpu_hard_limit", Kind.BOOL,
            "Never more CPU than the job's `cpu`, even when the machine is idle.", "true", default=False),
     Option("pids_limit", Kind.NUMBER,
            "How many processes and threads it may have, at most the plugin's `pids_limit`, which is also the "
            "default.",
-           "200", check=is_between(1, MAX_PIDS)),
+           "200", check=check_range(1, MAX_PIDS)),
     Option("memory_swap_max", Kind.STRING,
            "How much swap it may use beside its memory: a size such as `512M`, or `infinity`; none when unset.",
-           '"512M"', check=is_size),
+           '"512M"', check=parse_size),
     Option("io_weight", Kind.NUMBER,
            "Its share of disk time beside other tasks, 1 to 10000; 100 is usual.",
-           "200", check=is_between(1, 10000)),
+           "200", check=check_range(1, 10000)),
 )  # fmt: skip
 
 INTEGRATION_OPTIONS: tuple[Option, ...] = (
@@ -594,7 +610,7 @@ INTEGRATION_OPTIONS: tuple[Option, ...] = (
            "destroyed: its files are kept there (`host`), or linked from there (`guest`). The image must have no "
            "machine id of its own. `try-` goes without where it cannot be; `auto` is `no`.",
            '"try-guest"', choices=any_of("no", "host", "try-host", "guest", "try-guest", "auto"),
-           gate=Gate.LINK_JOURNAL, opens=lambda value: value not in (None, "no", "auto")),
+           permission=Permission.LINK_JOURNAL, needs_permission=lambda value: value not in (None, "no", "auto")),
 )  # fmt: skip
 
 TASK_GROUPS: Mapping[str, tuple[Option, ...]] = {
@@ -619,44 +635,44 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
     Option("allow_paths", Kind.STRINGS,
            "The only directories of the host that jobs may name in those options, with all that is below them; "
            "links are followed first. Nomad's volumes and `image_dir` need not be among them.",
-           '["/srv", "/etc/ssl/certs"]', default=("/",), check=are_host_directories),
+           '["/srv", "/etc/ssl/certs"]', default=("/",), check=check_host_directories),
     Option("allow_caps", Kind.STRINGS,
            "The only capabilities jobs may ask for; `all` for any.",
-           '["CAP_NET_ADMIN"]', default=("all",), check=are_capabilities),
+           '["CAP_NET_ADMIN"]', default=("all",), check=parse_capabilities),
     Option("allow", Kind.STRINGS,
            "What else jobs may do that opens the host, see [Permissions](#permissions). `default` stands for what "
            "an empty plugin block allows, to add to it; `all` for everything.",
-           '["default", "devices"]', default=DEFAULT_GATES, check=are_gates),
+           '["default", "devices"]', default=DEFAULT_PERMISSIONS, check=parse_permissions),
     Option("user_namespacing", Kind.BOOL,
            "Whether containers have user namespaces when their job does not say.", "false", default=True),
     Option("pids_limit", Kind.NUMBER,
            "How many processes and threads a task may have; 0 for any number.",
-           "4096", default=16384, check=is_between(0, MAX_PIDS)),
+           "4096", default=16384, check=check_range(0, MAX_PIDS)),
     Option("image_dir", Kind.STRING,
            "The directory of images that jobs name without a path.",
-           '"/srv/images"', default=str(MACHINES_ROOT), check=is_host_directory),
+           '"/srv/images"', default=str(MACHINES_ROOT), check=check_host_directory),
     Option("ephemeral_dir", Kind.STRING,
            "The directory for what tasks with `ephemeral` change; their own in the allocation when unset, for "
            "which `ephemeral_disk` reserves room.",
-           '"/srv/scratch"', check=is_host_directory),
+           '"/srv/scratch"', check=check_host_directory),
     Option("image_gc", Kind.BOOL, "Whether fetched images that no task uses are removed.", "false", default=True),
     Option("image_gc_delay", Kind.STRING, "How long a fetched image is kept after its last use; a day when unset.",
-           '"30m"', check=is_duration),
+           '"30m"', check=parse_duration),
     Option("image_size_limit", Kind.NUMBER, "How many megabytes a fetched image may have, unpacked.", "20000",
-           default=65536, check=is_positive),
+           default=65536, check=check_positive),
     Option("image_stall_timeout", Kind.STRING,
            "After how long without any data a download counts as broken, a minute when unset. There is no limit "
            "on the whole.",
-           '"30s"', check=is_duration),
+           '"30s"', check=parse_duration),
     Option("insecure_registries", Kind.STRINGS, "Registries that are asked by plain http.",
            '["registry.local:5000"]', default=()),
     Option("auth", Kind.BLOCK,
            "Credentials for registries, for jobs that bring none.",
            '{ config = "/root/.docker/config.json" }', fields=(
                Option("config", Kind.STRING, "A file of docker's, with `auths`, `credHelpers` or `credsStore`.",
-                      '"/root/.docker/config.json"', check=is_host_directory),
+                      '"/root/.docker/config.json"', check=check_host_directory),
                Option("helper", Kind.STRING, "The helper to ask, without its prefix `docker-credential-`.",
-                      '"ecr-login"', check=is_helper),
+                      '"ecr-login"', check=check_helper),
            )),
     Option("disable_log_collection", Kind.BOOL,
            "Whether Nomad shall not collect what tasks write (Nomad 1.6 and later).", "true", default=False),
@@ -669,7 +685,7 @@ def render_reference() -> str:
     for title, options in TASK_GROUPS.items():
         parts.append(f"#### {title}\n\n{render_table(options)}")
     parts.append(f"#### In the plugin's block\n\n{render_table(PLUGIN_OPTIONS)}")
-    parts.append(f"#### Permissions\n\n{render_gates()}")
+    parts.append(f"#### Permissions\n\n{render_permission_table()}")
     return "\n".join(parts)
 
 
@@ -793,8 +809,8 @@ def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[in
 
 
 def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> tuple[ProcessId, str]:
-    """Start the keeper in a mount namespace of its own, where the task's private root is; for `run_apart`. It gets
-    the `locks`, which are closed here. The second result is a sentence if the command cannot be executed."""
+    """Start the keeper in a mount namespace of its own, where the task's private root is; for `run_in_thread`. It
+    gets the `locks`, which are closed here. The second result is a sentence if the command cannot be executed."""
     with contextlib.ExitStack() as stack:  # the keeper has the locks, its namespace the mounts
         trees = []
         for pin in plan.pins:
@@ -1039,7 +1055,7 @@ class Task:
 
     async def find_usage(self) -> Usage:
         """Return what the task uses; where the cgroup has no numbers, its processes take a while to read."""
-        return await run_apart(self.read_usage)
+        return await run_in_thread(self.read_usage)
 
     def read_usage(self) -> Usage:
         usage = read_cgroup_usage(self.state.cgroup) if self.state.cgroup else None
@@ -1152,7 +1168,7 @@ class Start:
     async def start_keeper(self, go: int) -> None:
         stdio = [go, *self.logs]
         started = asyncio.create_task(
-            run_apart(lambda: start_keeper(self.plan, self.directory, stdio, self.locks))
+            run_in_thread(lambda: start_keeper(self.plan, self.directory, stdio, self.locks))
         )
         try:
             await asyncio.shield(started)
@@ -1271,7 +1287,7 @@ class Start:
 
     async def tell_copying(self) -> None:
         if self.plan.copying:
-            size = await run_apart(lambda: run(["du", "-sxm", "--", str(self.plan.image.path)], timeout=60))
+            size = await run_in_thread(lambda: run(["du", "-sxm", "--", str(self.plan.image.path)], timeout=60))
             self.events.emit(self.task, f"{self.plan.copying} It has {size.split()[0] if size else '?'} MB.")
 
     def tell_slow(self) -> None:
@@ -1512,7 +1528,7 @@ async def abort(context: Any, error: DriverError) -> None:
     """End a call with an error as Nomad's client reads it: the text in the status, and whether to try again in
     the first detail of a google.rpc.Status in the trailing metadata."""
     code = next(getattr(grpc.StatusCode, name) for kind, name in STATUS_CODES if isinstance(error, kind))
-    text = cut(str(error), 1500)  # some clients refuse metadata of more than 8 KiB, and this goes there twice
+    text = shorten(str(error), 1500)  # some clients refuse metadata of more than 8 KiB, and this goes there twice
     status = rpc_status_pb2.Status(code=code.value[0], message=text)
     detail = status.details.add()
     detail.type_url = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError"
@@ -1718,7 +1734,9 @@ class DriverService:
         self.agents += 1
         try:
             while True:
-                current = self.render_fingerprint(replace(read_host(), open_places=self.find_open_places()))
+                current = self.render_fingerprint(
+                    replace(read_host(), open_directories=self.find_open_directories())
+                )
                 if current != last:
                     yield current
                     last = current
@@ -1728,7 +1746,7 @@ class DriverService:
         finally:
             self.agents -= 1
 
-    def find_open_places(self) -> tuple[str, ...]:
+    def find_open_directories(self) -> tuple[str, ...]:
         """Return where tasks write and other users of this machine can get to, of `image_dir` and the client's
         alloc_dir. The latter is known once there has been a task."""
         self.alloc_dirs |= find_alloc_dirs(task.state for task in self.tasks.known.values())
@@ -1741,7 +1759,7 @@ class DriverService:
             return response
         healthy = driver_pb2.FingerprintResponse.HEALTHY
         response.health = healthy if host.is_healthy else driver_pb2.FingerprintResponse.UNHEALTHY
-        response.health_description = host.sentence
+        response.health_description = host.health_description
         for name, value in self.find_attributes(host).items():
             kind = {bool: "bool_val", int: "int_val", str: "string_val"}[type(value)]
             setattr(response.attributes[f"driver.{PLUGIN_NAME}{name}"], kind, value)
@@ -1781,7 +1799,7 @@ class DriverService:
             raise HostError("the driver is switched off on this client: its plugin block has enabled = false")
         host = read_host()
         if not host.is_healthy:
-            raise HostError(host.sentence)
+            raise HostError(host.health_description)
         if config.mounts and not self.config["volumes"]:
             rule = "volumes are switched off on this client"
             raise ConfigError(
@@ -1837,8 +1855,8 @@ class DriverService:
 
     async def start_task(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
         is_in_group = bool(config.network.namespace)
-        values = settle_values(decode_options(TASK_OPTIONS, config.options), self.config, is_in_group=is_in_group)
-        check_gates(TASK_OPTIONS, values, self.config, is_in_group=is_in_group)
+        values = apply_defaults(decode_options(TASK_OPTIONS, config.options), self.config, is_in_group=is_in_group)
+        check_permissions(TASK_OPTIONS, values, self.config, is_in_group=is_in_group)
         if is_in_group:
             check_namespace(config.network.namespace)
         check_interfaces(values)
@@ -1849,11 +1867,11 @@ class DriverService:
             check_image_write(image, values, self.config)
             values = apply_image(values, image, config.user)
             targets = [mount.target for mount in config.mounts]
-            account = await run_apart(lambda: find_account(image, values, targets))
+            account = await run_in_thread(lambda: find_account(image, values, targets))
             sources = stack.enter_context(open_sources(TASK_OPTIONS, values, own, self.config))
             volumes = stack.enter_context(open_volumes(mount.source for mount in config.mounts))
-            devices = stack.enter_context(open_devices([*name_devices(values), *config.devices]))
-            found = Found(
+            devices = stack.enter_context(open_devices([*list_devices(values), *config.devices]))
+            found = HostInputs(
                 image=image,
                 mounts=read_mounts(),
                 sources=sources,
@@ -1890,7 +1908,7 @@ class DriverService:
             if origin is None:
                 return image
         if origin.type == "raw":
-            check_gate("image_download.type", "raw", Gate.DISK_IMAGES, self.config)
+            check_permission("image_download.type", "raw", Permission.DISK_IMAGES, self.config)
         settings = plan_fetching(self.config)
         stored, kept = await self.fetches.provide(origin, settings, functools.partial(self.events.emit, config))
         start = asyncio.current_task()
@@ -2321,10 +2339,10 @@ USUAL_ALLOC_DIRS = ("/opt/nomad/data/alloc", "/var/lib/nomad/alloc")  # of Hashi
 def render_permissions() -> str:
     """Return what jobs may do to this host, a line a permission, for people."""
     lines = ["What jobs may do to this host with an empty plugin block (!: who may has the host):"]
-    for gate, permission in PERMISSIONS.items():
-        mark = "!" if permission.gives_host else " "
-        answer = "yes" if permission.is_default else "no"
-        lines.append(f"  {answer:<3} {mark} {gate.value:<20} {permission.meaning}")
+    for permission, info in PERMISSIONS.items():
+        mark = "!" if info.gives_host else " "
+        answer = "yes" if info.is_default else "no"
+        lines.append(f"  {answer:<3} {mark} {permission.value:<20} {info.meaning}")
     lines += ["To allow none of it, and then add what is needed:", "", STRICT_BLOCK]
     return "\n".join(lines)
 
@@ -2342,7 +2360,7 @@ def check_host() -> int:
         print("note: without cgroup v2 tasks run without resource limits.")
     for place in sorted({str(MACHINES_ROOT), *USUAL_ALLOC_DIRS, *find_alloc_dirs(read_states())}):
         if is_open_to_others(place):
-            print(f"note: {explain_open_place(place).strip('()')}.")
+            print(f"note: {explain_open_directory(place).strip('()')}.")
     print("tasks cannot run here" if host.problems else "tasks can run here")
     print(f"\n{render_permissions()}", end="")
     return 1 if host.problems else 0

@@ -176,7 +176,7 @@ def list_cgroups(directory: int) -> list[str]:
 
 def read_cgroup_pids(cgroup: str) -> list[int]:
     """Return all processes in a cgroup and below it, [] for the cgroup "". Takes as long as the container has made
-    cgroups and processes: for `run_apart`."""
+    cgroups and processes: for `run_in_thread`."""
     if not cgroup:
         return []
     places = (f"/proc/self/fd/{parent}/{name}" for parent, name in walk_cgroup(cgroup))

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nspawn.common import ConfigError
-from nspawn.options import PERMISSIONS, Check, Gate
+from nspawn.options import PERMISSIONS, Check, Permission
 
 
-def is_container_path(name: str, value: str) -> str:
+def check_container_path(name: str, value: str) -> str:
     if not value.startswith("/"):
         raise ConfigError(name, value, "must be an absolute path inside the container")
     if ".." in value.split("/"):
@@ -24,19 +24,19 @@ def is_container_path(name: str, value: str) -> str:
     return value
 
 
-def are_container_paths(name: str, value: Sequence[str]) -> Sequence[str]:
-    return tuple(is_container_path(name, path) for path in value)
+def check_container_paths(name: str, value: Sequence[str]) -> Sequence[str]:
+    return tuple(check_container_path(name, path) for path in value)
 
 
-def is_pivot_root(name: str, value: str) -> str:
+def check_pivot_root(name: str, value: str) -> str:
     if value.count(":") > 1:
         raise ConfigError(name, value, "must be PATH or PATH:PATH")
     for part in value.split(":"):
-        is_container_path(name, part)
+        check_container_path(name, part)
     return value
 
 
-def matches(pattern: str, rule: str) -> Check:
+def check_pattern(pattern: str, rule: str) -> Check:
     """Make a check of a string, or of each string in a list."""
 
     def check(name: str, value: Any) -> Any:
@@ -48,7 +48,7 @@ def matches(pattern: str, rule: str) -> Check:
     return check
 
 
-def is_between(low: int, high: int, what: str = "a whole number") -> Check:
+def check_range(low: int, high: int, what: str = "a whole number") -> Check:
     def check(name: str, value: int) -> int:
         if not low <= value <= high:
             raise ConfigError(name, value, f"must be {what} from {low} to {high}")
@@ -68,17 +68,17 @@ def parse_bind(target: str) -> tuple[str, str]:
     return target, ""
 
 
-def are_binds(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+def check_binds(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for source, target in value.items():
-        is_source(f"{name}.{source}", source, shown=target)
-        is_container_path(f"{name}.{source}", parse_bind(target)[0])
+        check_source(f"{name}.{source}", source, shown=target)
+        check_container_path(f"{name}.{source}", parse_bind(target)[0])
     return value
 
 
 OWN_DIRECTORIES = ("alloc", "local", "secrets")  # of a task, as it names them itself
 
 
-def is_source(name: str, path: str, shown: object) -> None:
+def check_source(name: str, path: str, shown: object) -> None:
     """Check where something comes from: a path of the host, or one in the task's own directories."""
     own = path.split("/")[0] in OWN_DIRECTORIES
     if not (path.startswith("/") or own):
@@ -96,7 +96,7 @@ def split_fields(text: str) -> list[str]:
     ]
 
 
-def are_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
+def check_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
     """The directory that takes the changes must be a temporary one: systemd-nspawn opens it and its work directory
     by path, when somebody who can write there may have exchanged them."""
     for item in value:
@@ -109,12 +109,12 @@ def are_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
             raise ConfigError(name, item, rule, "use bind for a directory that keeps changes")
         for source in filter(None, sources):
             if not source.startswith("+/"):
-                is_source(name, source, shown=item)
-        is_container_path(name, target)
+                check_source(name, source, shown=item)
+        check_container_path(name, target)
     return value
 
 
-def is_of_image(overlays: Sequence[str]) -> bool:
+def has_image_source(overlays: Sequence[str]) -> bool:
     """Whether an overlay names a directory of the image: a link there leads systemd-nspawn to one of the host."""
     return any(source.startswith("+/") for item in overlays for source in split_fields(item)[:-1])
 
@@ -126,23 +126,23 @@ TMPFS_OPTION = (
 )
 
 
-def are_tmpfs(name: str, value: Sequence[str]) -> Sequence[str]:
+def check_tmpfs(name: str, value: Sequence[str]) -> Sequence[str]:
     for item in value:
         path, colon, options = item.partition(":")
         if colon and not all(re.fullmatch(TMPFS_OPTION, option, re.ASCII) for option in options.split(",")):
             rule = "must be PATH or PATH:OPTIONS, with options of tmpfs, as in /run/cache:size=100M,mode=755"
             raise ConfigError(name, item, rule)
-        is_container_path(name, path)
+        check_container_path(name, path)
     return value
 
 
-def are_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
+def check_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
     for label, port in value.items():
-        is_between(1, 65535, "a port")(f"{name}.{label}", port)
+        check_range(1, 65535, "a port")(f"{name}.{label}", port)
     return value
 
 
-def is_duration(name: str, value: str) -> float:
+def parse_duration(name: str, value: str) -> float:
     """Return the seconds of a duration as Nomad's jobs have it: `500ms`, `2s`, `1m`."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)", value, re.ASCII)
     if not match:
@@ -150,7 +150,7 @@ def is_duration(name: str, value: str) -> float:
     return float(match[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
 
 
-def are_extra_hosts(name: str, value: Sequence[str]) -> Sequence[str]:
+def check_extra_hosts(name: str, value: Sequence[str]) -> Sequence[str]:
     for item in value:
         host, _, address = item.partition(":")
         if not (re.fullmatch(HOSTNAME, host) and is_address(address)):
@@ -166,7 +166,7 @@ def is_address(text: str) -> bool:
     return False
 
 
-def are_variables(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+def check_variables(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for key in value:
         if not VARIABLE.fullmatch(key):
             raise ConfigError(
@@ -193,7 +193,7 @@ CAPABILITIES = tuple(
 )
 
 
-def are_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
+def parse_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
     """Return capabilities as CAP_NET_ADMIN, from that, docker's net_admin, or lists with commas."""
     found = []
     for item in (part.strip() for text in value for part in text.split(",")):
@@ -204,8 +204,8 @@ def are_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
     return tuple(found)
 
 
-def are_single_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
-    found = are_capabilities(name, value)
+def parse_single_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
+    found = parse_capabilities(name, value)
     if "all" in found:
         raise ConfigError(name, "all", "must be a list of single capabilities")
     return found
@@ -215,7 +215,7 @@ RLIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE",
            "RTPRIO", "RTTIME", "SIGPENDING", "STACK")  # fmt: skip
 
 
-def are_rlimits(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+def parse_rlimits(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     """Return limits by their full names, from RLIMIT_NOFILE or docker's nofile."""
     found = {}
     for key, limit in value.items():
@@ -235,20 +235,20 @@ def are_rlimits(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
 CREDENTIAL = re.compile(r"(?!\.{1,2}$)[!-.0-9;-~]{1,255}", re.ASCII)  # printable, without "/" and ":"
 
 
-def are_credentials(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+def check_credentials(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for key in value:
         if not CREDENTIAL.fullmatch(key):
             raise ConfigError(name, key, 'the name of a credential is printable ASCII without "/" and ":"')
     return value
 
 
-def are_credential_files(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
-    for key, path in are_credentials(name, value).items():
-        is_source(f"{name}.{key}", path, shown=path)
+def check_credential_files(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    for key, path in check_credentials(name, value).items():
+        check_source(f"{name}.{key}", path, shown=path)
     return value
 
 
-def is_range(name: str, value: str) -> str:
+def check_id_range(name: str, value: str) -> str:
     """no, yes, pick, identity, BASE or BASE:COUNT, as in nspawn's --private-users=."""
     if re.fullmatch(r"no|yes|pick|identity", value):
         return value
@@ -262,7 +262,7 @@ def is_range(name: str, value: str) -> str:
     return value
 
 
-def is_image_address(name: str, value: str) -> str:
+def check_image_address(name: str, value: str) -> str:
     if not re.fullmatch(r"https?://[^\s/?#]+\S*|(docker://)?(?!.*://)[\w.:@/\[\]-]+", value, re.ASCII):
         raise ConfigError(
             name, value, "must be an http:// or https:// address, or the name of an image in a registry"
@@ -270,7 +270,7 @@ def is_image_address(name: str, value: str) -> str:
     return value
 
 
-def is_checksum(name: str, value: str) -> str:
+def check_checksum(name: str, value: str) -> str:
     algorithm, colon, digits = value.rpartition(":")
     lengths = {"sha256": 64, "sha512": 128, "sha384": 96}
     if len(digits) != lengths.get(algorithm if colon else "sha256") or not re.fullmatch("[0-9a-fA-F]+", digits):
@@ -278,62 +278,62 @@ def is_checksum(name: str, value: str) -> str:
     return value
 
 
-def is_platform(name: str, value: str) -> str:
+def check_platform(name: str, value: str) -> str:
     if not re.fullmatch(r"linux/[a-z0-9_]+(/[a-z0-9.]+)?", value):
         raise ConfigError(name, value, "must be linux/ARCHITECTURE or linux/ARCHITECTURE/VARIANT")
     return value
 
 
-def is_helper(name: str, value: str) -> str:
+def check_helper(name: str, value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
         raise ConfigError(name, value, "must be the end of a program's name, after docker-credential-")
     return value
 
 
-def is_positive(name: str, value: int) -> int:
+def check_positive(name: str, value: int) -> int:
     if value <= 0:
         raise ConfigError(name, value, "must be a number above 0")
     return value
 
 
-def is_host_directory(name: str, value: str) -> str:
+def check_host_directory(name: str, value: str) -> str:
     if not value.startswith("/") or ".." in value.split("/"):
         raise ConfigError(name, value, 'must be an absolute path of the host without ".."')
     return value
 
 
-def are_host_directories(name: str, value: Sequence[str]) -> Sequence[str]:
-    return tuple(is_host_directory(name, path) for path in value)
+def check_host_directories(name: str, value: Sequence[str]) -> Sequence[str]:
+    return tuple(check_host_directory(name, path) for path in value)
 
 
-def are_gates(name: str, value: Sequence[str]) -> Sequence[str]:
+def parse_permissions(name: str, value: Sequence[str]) -> Sequence[str]:
     """Return the permissions that are allowed, with what `default` stands for."""
-    known = [gate.value for gate in Gate if gate.is_word] + ["default", "all"]
+    known = [permission.value for permission in Permission if permission.is_word] + ["default", "all"]
     found: list[str] = []
     for word in value:
         if word not in known:
             raise ConfigError(name, word, f"must be one of {', '.join(known)}")
-        found += DEFAULT_GATES if word == "default" else (word,)
+        found += DEFAULT_PERMISSIONS if word == "default" else (word,)
     return tuple(dict.fromkeys(found))
 
 
-DEFAULT_GATES = tuple(
-    gate.value for gate, permission in PERMISSIONS.items() if gate.is_word and permission.is_default
+DEFAULT_PERMISSIONS = tuple(
+    permission.value for permission, info in PERMISSIONS.items() if permission.is_word and info.is_default
 )
 
 
-is_interface = matches(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", "must be the name of a network interface")
-are_interfaces = matches(
+check_interface_name = check_pattern(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", "must be the name of a network interface")
+check_interface_names = check_pattern(
     r"(?!\.{1,2}(:|$))[!-.0-9;-~]{1,15}(:(?!\.{1,2}$)[!-.0-9;-~]{1,15})?",
     "must be the name of an interface of the host, or HOST:CONTAINER, each of up to 15 characters",
 )
-is_printable = matches(r"[ -~]+", "must be printable ASCII")
+check_printable = check_pattern(r"[ -~]+", "must be printable ASCII")
 ACCOUNT = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 HOSTNAME = r"(?=.{1,64}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
 USER = re.compile(r"(?!-)[^\s:/,\x00-\x1f\x7f]{1,256}")
 
 
-def is_user(name: str, value: str) -> str:
+def check_user(name: str, value: str) -> str:
     if not USER.fullmatch(value):
         raise ConfigError(name, value, "must be the name or the number of a user inside the container")
     return value
@@ -343,7 +343,7 @@ MAX_PIDS = 4 << 20  # the kernel's
 SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def is_size(name: str, value: str) -> str:
+def parse_size(name: str, value: str) -> str:
     """Return a size in bytes, or "max", as the kernel's control files have it."""
     if value == "infinity":
         return "max"
@@ -361,24 +361,24 @@ def escape_field(text: str) -> str:
     return text.replace("\\", "\\\\").replace(":", "\\:")
 
 
-def pairs(argument: str, value: Mapping[str, str]) -> list[str]:
+def render_pairs(argument: str, value: Mapping[str, str]) -> list[str]:
     return [f"{argument}={key}={item}" for key, item in value.items()]
 
 
-def tmpfs(argument: str, value: Sequence[str]) -> list[str]:
+def render_tmpfs(argument: str, value: Sequence[str]) -> list[str]:
     return [f"{argument}={item}" for item in (text.replace("\\", "\\\\") for text in value)]
 
 
-def glued(argument: str, value: str) -> list[str]:
+def render_short_option(argument: str, value: str) -> list[str]:
     return [f"{argument}{value}"]
 
 
-def ambient(argument: str, value: Sequence[str]) -> list[str]:
+def render_ambient(argument: str, value: Sequence[str]) -> list[str]:
     """nspawn wants them among the container's capabilities, too."""
     return [f"{name}={item}" for item in value for name in ("--capability", argument)]
 
 
-def joined(argument: str, value: Sequence[str]) -> list[str]:
+def render_joined(argument: str, value: Sequence[str]) -> list[str]:
     return [f"{argument}={' '.join(value)}"]
 
 

@@ -45,7 +45,7 @@ class ConfigError(DriverError):
 
     def __init__(self, option: str, value: object, rule: str, remedy: str = "") -> None:
         self.option, self.value, self.rule, self.remedy = option, value, rule, remedy
-        text = f"{cut(option)} = {cut(render_value(value))}: {rule}"
+        text = f"{shorten(option)} = {shorten(render_value(value))}: {rule}"
         super().__init__(f"{text}; {remedy}" if remedy else text)
 
     def within(self, block: str) -> ConfigError:
@@ -71,7 +71,7 @@ def render_line(text: str) -> str:
     )
 
 
-def cut(text: str, length: int = 200) -> str:
+def shorten(text: str, length: int = 200) -> str:
     """Shorten what a job says, for a sentence."""
     return text if len(text) <= length else text[:length] + "…"
 
@@ -92,7 +92,7 @@ class TaskNotFound(DriverError):
     def __init__(
         self, task_id: str, why: str = "is not known to this plugin, and nothing of it is left on this machine"
     ) -> None:
-        super().__init__(f"task {cut(task_id)} {why}")
+        super().__init__(f"task {shorten(task_id)} {why}")
 
 
 class Unsupported(DriverError):

@@ -55,7 +55,7 @@ def add_up(rules: Sequence[DeviceRule]) -> dict[tuple[bool, int, int | None], in
     return dict(reversed(bits.items()))
 
 
-def render_policy(rules: Sequence[DeviceRule]) -> bytes:
+def render_device_program(rules: Sequence[DeviceRule]) -> bytes:
     """Return the BPF program that allows what the rules for a device add up to, and nothing else."""
 
     def step(code: int, target: int = 0, source: int = 0, skip: int = 0, number: int = 0) -> bytes:
@@ -96,11 +96,11 @@ def call_bpf(command: int, attributes: bytes) -> int:
     return call_libc("syscall", number, command, attributes, len(attributes))
 
 
-def load_policy(rules: Sequence[DeviceRule]) -> int:
+def load_device_program(rules: Sequence[DeviceRule]) -> int:
     """Return a descriptor of the program for the rules. Raises OSError where the kernel takes none."""
     import ctypes
 
-    program, license = render_policy(rules), ctypes.create_string_buffer(b"MPL-2.0")
+    program, license = render_device_program(rules), ctypes.create_string_buffer(b"MPL-2.0")
     steps = ctypes.create_string_buffer(program, len(program))
     places = ctypes.addressof(steps), ctypes.addressof(license)
     return call_bpf(
@@ -110,7 +110,7 @@ def load_policy(rules: Sequence[DeviceRule]) -> int:
 
 def restrict_devices(cgroup: str, rules: Sequence[DeviceRule]) -> None:
     """Let processes in a cgroup open what the rules allow, and nothing else. Raises OSError."""
-    program = load_policy(rules)
+    program = load_device_program(rules)
     try:
         folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -126,7 +126,7 @@ def restrict_devices(cgroup: str, rules: Sequence[DeviceRule]) -> None:
 def can_restrict_devices() -> bool:
     """Whether the kernel takes such programs from this process."""
     try:
-        os.close(load_policy(USUAL_DEVICES))
+        os.close(load_device_program(USUAL_DEVICES))
     except OSError:
         return False
     return True

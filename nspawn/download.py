@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, cut
+from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, shorten
 from nspawn.images import redact
 
 CHUNK = 1 << 20
@@ -167,7 +167,9 @@ class RedirectHandler(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         before, after = origin(req.full_url), origin(newurl)
         if after[0] not in ("http", "https") or (before[0] == "https" and after[0] == "http"):
-            raise DriverError(f"{redact(req.full_url)} redirects to {cut(redact(newurl))}, which is not followed")
+            raise DriverError(
+                f"{redact(req.full_url)} redirects to {shorten(redact(newurl))}, which is not followed"
+            )
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request:
             request.remove_header("Proxy-authorization")  # comes back if the proxy is asked again
@@ -225,7 +227,7 @@ class Client:
 @contextlib.contextmanager
 def explaining(url: str) -> Iterator[None]:
     """Turn the many ways in which a transfer can fail into sentences."""
-    where = cut(redact(url))
+    where = shorten(redact(url))
     try:
         yield
     except urllib.error.HTTPError:
@@ -238,15 +240,17 @@ def explaining(url: str) -> Iterator[None]:
     except TimeoutError:
         raise TransientError(f"{where} has stalled") from None
     except http.client.InvalidURL as error:
-        raise DriverError(f"{where} is no address: {cut(str(error))}") from None
+        raise DriverError(f"{where} is no address: {shorten(str(error))}") from None
     except http.client.HTTPException as error:
-        raise TransientError(f"the transfer from {where} broke off: {cut(str(error)) or 'no answer'}") from None
+        raise TransientError(
+            f"the transfer from {where} broke off: {shorten(str(error)) or 'no answer'}"
+        ) from None
     except ssl.SSLError as error:
         raise TransientError(f"the transfer from {where} broke off: {error.reason}") from None
     except ConnectionError as error:
         raise TransientError(f"the transfer from {where} broke off: {explain_os(error)}") from None
     except (ValueError, OverflowError) as error:  # a port beyond 65535, brackets without an IPv6 address, ...
-        raise DriverError(f"{where} or where it leads to is no address: {cut(str(error))}") from None
+        raise DriverError(f"{where} or where it leads to is no address: {shorten(str(error))}") from None
 
 
 def explain_os(reason: object) -> str:
@@ -261,7 +265,7 @@ def explain_status(error: urllib.error.HTTPError, what: str) -> DriverError:
         return DriverError(f"{what} is not there (HTTP 404)")
     if error.code in (401, 403):
         return DriverError(f"access to {what} is denied (HTTP {error.code}); check the credentials in auth")
-    text = f"{what}: the server answers HTTP {error.code} {cut(str(error.reason), 80)}"
+    text = f"{what}: the server answers HTTP {error.code} {shorten(str(error.reason), 80)}"
     return TransientError(text) if error.code in (408, 425, 429) or error.code >= 500 else DriverError(text)
 
 

@@ -42,7 +42,7 @@ from nspawn.process import (
     read_children,
     read_stat,
     read_status,
-    run_apart,
+    run_in_thread,
     start_process,
     wait_readable,
     wait_writable,
@@ -126,7 +126,7 @@ class Helper:
         self.errors = os.memfd_create("errors")
         try:
             with theirs:
-                self.process = await run_apart(lambda: start_helper(theirs, self.errors))
+                self.process = await run_in_thread(lambda: start_helper(theirs, self.errors))
         except BaseException:
             self.close()
             raise
@@ -318,7 +318,7 @@ class Exec:
             raise self.explain_silence()
         self.started.set()
         if self.entry and self.state.cgroup:
-            self.helper.run(run_apart(functools.partial(leave_cgroup, self.entry.pid)))
+            self.helper.run(run_in_thread(functools.partial(leave_cgroup, self.entry.pid)))
 
     async def enter(self, control: socket.socket, leader: int, process: int) -> None:
         """Have the entry enter and begin the command. From the plan on `close` knows it and can end it."""
@@ -352,7 +352,7 @@ class Exec:
         before that (257 and later well before), and a command would get rights that the payload never has."""
         for _ in range(1000):
             # Its program may lie on a file system of the container's own, which need not answer.
-            if await run_apart(lambda: is_confined(leader.pid, self.state.mode)):
+            if await run_in_thread(lambda: is_confined(leader.pid, self.state.mode)):
                 return
             if not leader.is_alive:
                 raise DriverError(f"task {self.state.task_id} has ended")
@@ -480,11 +480,13 @@ class Exec:
             return
         command = next(iter(find_children(self.entry)), NO_PROCESS)
         if command.pid:
-            await run_apart(lambda: self.send(command.pid, signal.SIGHUP))  # a container may have many processes
+            await run_in_thread(
+                lambda: self.send(command.pid, signal.SIGHUP)
+            )  # a container may have many processes
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.over.wait(), HANG_UP)
             for _ in range(10):  # what was just being forked is found the next time
-                if not await run_apart(lambda: self.send(command.pid, signal.SIGKILL)):
+                if not await run_in_thread(lambda: self.send(command.pid, signal.SIGKILL)):
                     break
                 await asyncio.sleep(0.01)
         self.entry.send(signal.SIGKILL)

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nspawn.common import DriverError, TransientError, cut
+from nspawn.common import DriverError, TransientError, shorten
 from nspawn.download import (
     Client,
     Download,
@@ -302,7 +302,7 @@ class Fetch:
         for descriptor in descriptors:
             want_digest(descriptor)
             if not LAYERS.fullmatch(str(descriptor.get("mediaType"))) or descriptor.get("urls"):
-                kind = cut(str(descriptor.get("mediaType")))
+                kind = shorten(str(descriptor.get("mediaType")))
                 raise DriverError(f"{registry.shown} has a layer of a kind that is not fetched ({kind})")
         total = sum(want_size(descriptor, self.limit) for descriptor in descriptors)
         if total > self.limit:
@@ -417,7 +417,7 @@ def main() -> None:
             return
         image = Fetch(store, request).run()
     except DriverError as error:
-        tell(error=cut(str(error), 2000), kind=type(error).__name__)
+        tell(error=shorten(str(error), 2000), kind=type(error).__name__)
     except MemoryError:
         tell(error="the image needs more memory to unpack than it may have", kind="DriverError")
     except OSError as error:

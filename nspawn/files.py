@@ -145,7 +145,7 @@ class TreeRemover:
             try:
                 how(name, dir_fd=self.here)
             except PermissionError:  # root may do all, but for what `chattr` has set
-                unseal(self.here, name)
+                make_removable(self.here, name)
                 how(name, dir_fd=self.here)
         except FileNotFoundError:
             return
@@ -165,25 +165,25 @@ def is_other_mount(inner: int, outer: int) -> bool:
 
 
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
-FS_SEALS = 0x10 | 0x20  # immutable, append-only
+PROTECTING_ATTRIBUTES = 0x10 | 0x20  # immutable, append-only
 
 
-def unseal(directory: int, name: str) -> None:
+def make_removable(directory: int, name: str) -> None:
     """Take off what keeps even root from removing a file: a container without a user namespace may set it."""
     with contextlib.suppress(OSError):
-        clear_seals(directory)
+        clear_attributes(directory)
         kind = os.lstat(name, dir_fd=directory).st_mode
         if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
             try:
-                clear_seals(fd)
+                clear_attributes(fd)
             finally:
                 os.close(fd)
 
 
-def clear_seals(fd: int) -> None:
+def clear_attributes(fd: int) -> None:
     flags = bytearray(8)
     fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
     number = struct.unpack("=Q", flags)[0]
-    if number & FS_SEALS:
-        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", number & ~FS_SEALS))
+    if number & PROTECTING_ATTRIBUTES:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", number & ~PROTECTING_ATTRIBUTES))

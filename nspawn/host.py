@@ -53,14 +53,16 @@ class Host:
     controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
     has_device_policy: bool = True  # whether tasks can be kept from devices that are not theirs
     is_filtered: bool = False  # whether this process has seccomp filters itself: then it sees those of no other
-    open_places: tuple[str, ...] = ()  # directories that tasks write to and other users of the host can get to
+    open_directories: tuple[
+        str, ...
+    ] = ()  # directories that tasks write to and other users of the host can get to
 
     @property
     def is_healthy(self) -> bool:
         return not self.problems
 
     @property
-    def sentence(self) -> str:
+    def health_description(self) -> str:
         """The health description."""
         return " ".join(self.problems or ("Healthy", *self.shortcomings))
 
@@ -81,10 +83,10 @@ class Host:
             yield "(tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
         if self.is_filtered:
             yield "(no commands can be run in tasks: the agent has a seccomp filter, as of SystemCallFilter=)"
-        yield from map(explain_open_place, self.open_places)
+        yield from map(explain_open_directory, self.open_directories)
 
 
-def explain_open_place(place: str) -> str:
+def explain_open_directory(place: str) -> str:
     """A container's root is the host's root on files there, and may make them set-user-id; inside that has no
     effect, on the host it has."""
     return (

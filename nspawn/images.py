@@ -22,8 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nspawn.checks import NO_TEXT, USER, is_user, parse_bind, split_fields
-from nspawn.common import MACHINES_ROOT, ConfigError, cut, is_below
+from nspawn.checks import NO_TEXT, USER, check_user, parse_bind, split_fields
+from nspawn.common import MACHINES_ROOT, ConfigError, is_below, shorten
 from nspawn.linux import open_in_root
 from nspawn.options import Values
 
@@ -113,7 +113,7 @@ def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
         if not found.is_relative_to(os.path.realpath(inside)):
             raise ConfigError("image", name, "leads out of the task's directory")
         return found
-    rule = f"not found (looked for {', '.join(cut(str(place)) for place in candidates)})"
+    rule = f"not found (looked for {', '.join(shorten(str(place)) for place in candidates)})"
     raise ConfigError("image", name, rule, f"give the path of an image, or the name of one in {image_dir}")
 
 
@@ -428,7 +428,7 @@ def find_account(image: Image, values: Values, volumes: Iterable[str] = ()) -> A
     if not image.key and hides_accounts(values, volumes):
         return None
     name, _, group = wanted.partition(":")
-    name = is_user("user", name or "root")
+    name = check_user("user", name or "root")
     groups = read_entries(image, values, "/etc/group")
     gid = find_group(wanted, group, groups)
     if name in ("root", "0"):
@@ -476,7 +476,7 @@ def find_group(wanted: str, group: str, groups: Sequence[Sequence[str]]) -> int 
         return None
     numbers = [int(entry[2]) for entry in groups if len(entry) > 2 and entry[0] == group and is_id(entry[2])]
     if not numbers and not is_number(wanted, group):
-        raise ConfigError("user", wanted, f"the image has no group {cut(group)}", "give the group's number")
+        raise ConfigError("user", wanted, f"the image has no group {shorten(group)}", "give the group's number")
     return numbers[0] if numbers else int(group)
 
 

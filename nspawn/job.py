@@ -117,7 +117,7 @@ class TaskConfig:
 
     @property
     def own_directories(self) -> dict[str, str]:
-        """The directories a task may name without a gate, by their names."""
+        """The directories a task may name without a permission, by their names."""
         paths = (self.shared_dir, f"{self.task_dir}/local", f"{self.task_dir}/secrets")
         return dict(zip(OWN_DIRECTORIES, paths, strict=True)) if self.alloc_dir else {}
 
@@ -197,7 +197,7 @@ def plan_machine(task_name: str, alloc_id: str) -> str:
     return f"{name}-{alloc}"
 
 
-def render_readable(task_id: str) -> str:
+def render_id_prefix(task_id: str) -> str:
     """Return the beginning of an id for a file's name: the allocation's, which has 36 characters, and a bit."""
     return re.sub(r"[^A-Za-z0-9-]+", "-", task_id)[:40]
 
@@ -205,4 +205,4 @@ def render_readable(task_id: str) -> str:
 def state_directory(task_id: str) -> Path:
     """Return where a task's files are: found from the id alone, short enough for a socket's path, and never
     outside the state root whatever the id holds."""
-    return STATE_ROOT / f"{render_readable(task_id)}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"
+    return STATE_ROOT / f"{render_id_prefix(task_id)}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nspawn.checks import parse_bind
-from nspawn.common import ConfigError, HostError, cut
+from nspawn.common import ConfigError, HostError, shorten
 from nspawn.files import read_text
 from nspawn.images import Image, open_directory, place_in_image, read_in_image
 from nspawn.job import Dns, GroupNetwork, Port
@@ -390,7 +390,7 @@ def check_namespace(path: str) -> None:
     except OSError as error:
         gone = "is not there" if error.errno == errno.ENOENT else "is no network namespace"
         raise HostError(
-            f"the network namespace of the group, {cut(path)}, {gone}; the task is not started"
+            f"the network namespace of the group, {shorten(path)}, {gone}; the task is not started"
         ) from None
     if kind != CLONE_NEWNET:
-        raise HostError(f"{cut(path)} is a namespace, but not of a network; the task is not started")
+        raise HostError(f"{shorten(path)} is a namespace, but not of a network; the task is not started")

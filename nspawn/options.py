@@ -96,7 +96,7 @@ def decode_map(name: str, value: object, decode: Callable[[str, object], object]
     return folded
 
 
-class Gate(enum.Enum):
+class Permission(enum.Enum):
     """A permission: something the operator of a client allows jobs, or does not.
 
     The value is a word of the plugin's `allow`; the last two have options of their own.
@@ -123,7 +123,7 @@ class Gate(enum.Enum):
 
     @property
     def is_word(self) -> bool:
-        return self not in (Gate.CAPABILITIES, Gate.PATHS)
+        return self not in (Permission.CAPABILITIES, Permission.PATHS)
 
     @property
     def reference(self) -> str:
@@ -131,61 +131,65 @@ class Gate(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Permission:
-    """What a gate is about, for people."""
+class PermissionInfo:
+    """What a permission is about, for people."""
 
     meaning: str  # what a job can do with it
     is_default: bool = False  # whether an empty plugin block allows it: jobs of the Go driver use it
     gives_host: bool = False  # whether a job that has it can become root of the host
 
 
-PERMISSIONS: Mapping[Gate, Permission] = {
-    Gate.HOST_NETWORK: Permission(
+PERMISSIONS: Mapping[Permission, PermissionInfo] = {
+    Permission.HOST_NETWORK: PermissionInfo(
         "use the host's network, with its loopback interface and what listens there, and join its bridges",
         is_default=True,
     ),
-    Gate.HOST_USERS: Permission(
+    Permission.HOST_USERS: PermissionInfo(
         "run as the host's root, without a user namespace, or with a range of users of its choice",
         is_default=True,
         gives_host=True,
     ),
-    Gate.DISK_IMAGES: Permission(
+    Permission.DISK_IMAGES: PermissionInfo(
         "let the host's kernel mount a file system of the job's making, which no kernel is safe from",
         is_default=True,
     ),
-    Gate.IMAGE_WRITE: Permission(
+    Permission.IMAGE_WRITE: PermissionInfo(
         "write to images that other tasks run from, and change the owners of their files", is_default=True
     ),
-    Gate.DEVICE_BINDS: Permission(
+    Permission.DEVICE_BINDS: PermissionInfo(
         "mount device nodes of the host, such as its disks, by `bind`", is_default=True, gives_host=True
     ),
     # systemd-nspawn follows links of the image to it on the host (measured on 252).
-    Gate.PIVOT_ROOT: Permission(
+    Permission.PIVOT_ROOT: PermissionInfo(
         "make a directory of the host that holds a system its root, by a link in its image",
         is_default=True,
         gives_host=True,
     ),
-    Gate.DEVICES: Permission("use any device of the host, such as its disks, by `devices`", gives_host=True),
-    Gate.SYSTEM_CALLS: Permission("make system calls that nspawn forbids: more of the kernel to attack"),
-    Gate.HOST_INTERFACES: Permission(
+    Permission.DEVICES: PermissionInfo(
+        "use any device of the host, such as its disks, by `devices`", gives_host=True
+    ),
+    Permission.SYSTEM_CALLS: PermissionInfo("make system calls that nspawn forbids: more of the kernel to attack"),
+    Permission.HOST_INTERFACES: PermissionInfo(
         "take interfaces away from the host, make others on it, and be a machine of its own in the host's LAN"
     ),
-    Gate.HOST_ACCOUNTS: Permission(
+    Permission.HOST_ACCOUNTS: PermissionInfo(
         "write to the home directories of the host's users, and so act as them", gives_host=True
     ),
-    Gate.HOST_CREDENTIALS: Permission("read any file of the host below `allow_paths`, as root"),
-    Gate.HOST_OVERLAYS: Permission("read any directory of the host below `allow_paths`"),
-    Gate.AMBIENT_CAPABILITIES: Permission(
+    Permission.HOST_CREDENTIALS: PermissionInfo("read any file of the host below `allow_paths`, as root"),
+    Permission.HOST_OVERLAYS: PermissionInfo("read any directory of the host below `allow_paths`"),
+    Permission.AMBIENT_CAPABILITIES: PermissionInfo(
         "give a command of an ordinary user the capabilities that `allow_caps` allows"
     ),
-    Gate.SELINUX_LABELS: Permission("choose the SELinux labels of its processes and files"),
-    Gate.LINK_JOURNAL: Permission("keep its journal among the host's own, in `/var/log/journal`"),
-    Gate.PRIORITY: Permission("run before all other processes of the host, by the limits rtprio and nice"),
-    Gate.CAPABILITIES: Permission(
+    Permission.SELINUX_LABELS: PermissionInfo("choose the SELinux labels of its processes and files"),
+    Permission.LINK_JOURNAL: PermissionInfo("keep its journal among the host's own, in `/var/log/journal`"),
+    Permission.PRIORITY: PermissionInfo(
+        "run before all other processes of the host, by the limits rtprio and nice"
+    ),
+    Permission.CAPABILITIES: PermissionInfo(
         "have these capabilities: in a user namespace over its own things only, with host_users over the host",
         is_default=True,
     ),
-    Gate.PATHS: Permission(
+    Permission.PATHS: PermissionInfo(
         "read and write what is below these directories of the host as root: by default all there is",
         is_default=True,
         gives_host=True,
@@ -216,8 +220,8 @@ class Option:
     check: Check | None = None
     choices: Mapping[str, int] = field(default_factory=dict)
     since: int = 0  # the systemd version it needs, 0 for any supported one
-    gate: Gate | None = None
-    opens: Callable[[Any], bool] = bool  # whether a value alone needs the gate, where that is one of `allow`
+    permission: Permission | None = None
+    needs_permission: Callable[[Any], bool] = bool  # whether a value alone needs it, if it is a word of `allow`
     argument: str = ""  # "": the plan uses the value by itself
     render: Render | None = None
     fields: tuple[Option, ...] = ()  # of a BLOCK or BLOCKS
@@ -257,7 +261,7 @@ class Option:
 
     def argv(self, value: Any) -> list[str]:
         """Return nspawn's arguments, each one word, so that no value can become an argument of its own."""
-        if not self.argument or not is_said(value):
+        if not self.argument or not is_set(value):
             return []
         if self.render:
             return self.render(self.argument, value)
@@ -267,12 +271,12 @@ class Option:
         return [f"{self.argument}={item}" for item in items]
 
 
-def is_judged_apart(value: object) -> bool:
-    """Stands for `opens` where it takes more than the value to tell whether the gate is needed."""
+def never(value: object) -> bool:
+    """Stands for `needs_permission` where the value alone does not decide."""
     return False
 
 
-def is_said(value: object) -> bool:
+def is_set(value: object) -> bool:
     """Whether a value is more than an option left alone; a 0 is."""
     return value is not None and value is not False and value not in ("", (), {})
 
@@ -296,14 +300,12 @@ def decode_named(option: Option, raw: Mapping[str, object]) -> Any:
     return (option if said[0] == option.name else replace(option, name=said[0])).decode(raw[said[0]])
 
 
-def render_gates() -> str:
+def render_permission_table() -> str:
     """Return a table of what operators may allow. "The host": whether a job can become root of the host by it."""
     lines = ["| permission | with an empty block | the host | with it a job can |", "|---|---|---|---|"]
-    for gate, permission in PERMISSIONS.items():
-        usual = "yes" if permission.is_default else "no"
-        lines.append(
-            f"| {gate.reference} | {usual} | {'yes' if permission.gives_host else ''} | {permission.meaning} |"
-        )
+    for permission, info in PERMISSIONS.items():
+        usual = "yes" if info.is_default else "no"
+        lines.append(f"| {permission.reference} | {usual} | {'yes' if info.gives_host else ''} | {info.meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -327,18 +329,18 @@ def render_row(option: Option, prefix: str) -> str:
         notes.append(f"{'`' + '`, `'.join(which) + '` needs' if which else 'Needs'} systemd {version}.")
     if option.aliases:
         notes.append(f"Also called {', '.join(f'`{alias}`' for alias in option.aliases)}.")
-    if option.gate:
-        notes.append(f"The operator decides: {option.gate.reference}.")
+    if option.permission:
+        notes.append(f"The operator decides: {option.permission.reference}.")
     equals = " " if option.kind.is_block else " = "
     cells = (f"`{prefix}{option.name}`", option.kind.value, default, " ".join(notes))
     return f"| {' | '.join(cells)} | `{option.name}{equals}{option.example}` |"
 
 
-def is_allowed(gate: Gate, config: Values) -> bool:
-    return not {gate.value, "all"}.isdisjoint(config["allow"])
+def is_allowed(permission: Permission, config: Values) -> bool:
+    return not {permission.value, "all"}.isdisjoint(config["allow"])
 
 
-def check_gate(name: str, value: object, gate: Gate, config: Values) -> None:
-    if not is_allowed(gate, config):
-        rule = f"the operator of this client does not allow {gate.value}"
-        raise ConfigError(name, value, rule, f'it takes "{gate.value}" in allow in its plugin block')
+def check_permission(name: str, value: object, permission: Permission, config: Values) -> None:
+    if not is_allowed(permission, config):
+        rule = f"the operator of this client does not allow {permission.value}"
+        raise ConfigError(name, value, rule, f'it takes "{permission.value}" in allow in its plugin block')

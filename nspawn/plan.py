@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from nspawn.cgroup import plan_cgroup, plan_limits
-from nspawn.checks import NO_TEXT, VARIABLE, escape_field, is_container_path, is_user, parse_bind, split_fields
+from nspawn.checks import (
+    NO_TEXT,
+    VARIABLE,
+    check_container_path,
+    check_user,
+    escape_field,
+    parse_bind,
+    split_fields,
+)
 from nspawn.common import ConfigError
 from nspawn.devices import USUAL_DEVICES, DeviceRule
 from nspawn.host import IDMAP_SINCE, CgroupMode, Host, Mounts
@@ -173,7 +181,7 @@ class Journal:
         return (f"--bind={self.place}",) if self.place and not self.target else ()
 
 
-def plan_journal(task: TaskConfig, values: Values, found: Found, root: RootPlan) -> Journal:
+def plan_journal(task: TaskConfig, values: Values, found: HostInputs, root: RootPlan) -> Journal:
     """Return the journal to show on the host. Its name is the allocation's id, whatever machine id the image has:
     an image could name the journal of the host or of another task."""
     kind = (values["link_journal"] or "no").removeprefix("try-")
@@ -197,7 +205,7 @@ def name_journal(alloc_id: str) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class HostInputs:
     """What was looked up on the host before a task's start is planned."""
 
     image: Image
@@ -213,7 +221,7 @@ class Found:
     journal_obstacle: str = ""  # why the host cannot show the task's journal, "" when it can
 
 
-def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Host, found: Found) -> Plan:
+def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Host, found: HostInputs) -> Plan:
     """Work out everything that is needed to start a task."""
     check_rules(rows, values, host)
     state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
@@ -265,7 +273,7 @@ def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Ho
     )
 
 
-def plan_image(task: TaskConfig, values: Values, host: Host, found: Found) -> tuple[RootPlan, list[Pin]]:
+def plan_image(task: TaskConfig, values: Values, host: Host, found: HostInputs) -> tuple[RootPlan, list[Pin]]:
     """Return how the container gets its root, and what has to be mounted for that."""
     check_image_rules(values, found.image, task.network)
     place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
@@ -316,7 +324,7 @@ def plan_prefix(values: Values) -> tuple[str, ...]:
 def plan_defaults(task: TaskConfig, values: Values, mode: Mode, account: Account | None) -> dict[str, str]:
     """Return the options whose default depends on others."""
     # A booted system's init is root's, whatever the job says.
-    user = "" if mode is Mode.BOOT or not task.user else is_user("user", decode_string("user", task.user))
+    user = "" if mode is Mode.BOOT or not task.user else check_user("user", decode_string("user", task.user))
     return {
         "console": values["console"] or mode.console,
         "user": "" if account else values["user"] or user,  # an account is in the bundle
@@ -333,7 +341,7 @@ def check_image_rules(values: Values, image: Image, group: GroupNetwork) -> None
             raise ConfigError(option, values[option], rule, "leave it out")
 
 
-def pin_image(root: RootPlan, values: Values, found: Found, state: Path) -> tuple[RootPlan, list[Pin]]:
+def pin_image(root: RootPlan, values: Values, found: HostInputs, state: Path) -> tuple[RootPlan, list[Pin]]:
     """Have an image that others could exchange mounted at a place they cannot touch, and used from there."""
     image = found.image
     if image.fd < 0:
@@ -524,7 +532,7 @@ def plan_volumes(
             volume(f"{task.task_dir}/secrets", "/secrets"),
         ]
     for mount in task.mounts:
-        is_container_path("volume_mount", mount.target)
+        check_container_path("volume_mount", mount.target)
         if mount.propagation == "bidirectional":
             rule = "systemd-nspawn cannot pass mounts back to the host"
             raise ConfigError(

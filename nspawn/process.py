@@ -208,7 +208,7 @@ def run(argv: Sequence[str], *, timeout: float) -> str:
     return done.stdout.decode(errors="replace")
 
 
-async def run_apart(work: Callable[[], T]) -> T:
+async def run_in_thread(work: Callable[[], T]) -> T:
     """Return what `work` returns, from a new thread: it may leave its thread in another namespace."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()

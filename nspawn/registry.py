@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, cut
+from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, shorten
 from nspawn.download import MAX_DOCUMENT, Client, Download, basic, discard, explain_status, hash_file, too_large
 from nspawn.images import ImageConfig
 from nspawn.linux import open_in_root
@@ -237,7 +237,7 @@ class Registry:
         if "manifests" in manifest:
             kind = INDEXES[0]
         elif kind not in MANIFESTS and not ("layers" in manifest and "config" in manifest):
-            raise DriverError(f"{self.shown} is no image of file system layers (it is {cut(str(kind))})")
+            raise DriverError(f"{self.shown} is no image of file system layers (it is {shorten(str(kind))})")
         return {**manifest, "mediaType": kind}, digest
 
     def read_config(self, descriptor: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,14 +278,14 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
 def want_digest(descriptor: object) -> str:
     digest = descriptor.get("digest") if isinstance(descriptor, dict) else None
     if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-        raise DriverError(f"the manifest has a digest that is none: {cut(repr(digest))}")
+        raise DriverError(f"the manifest has a digest that is none: {shorten(repr(digest))}")
     return digest
 
 
 def want_size(descriptor: Mapping[str, Any], limit: int) -> int:
     size = descriptor.get("size")
     if not isinstance(size, int) or not 0 <= size <= limit:
-        raise too_large(f"a layer has {cut(str(size))} bytes", limit)
+        raise too_large(f"a layer has {shorten(str(size))} bytes", limit)
     return size
 
 
@@ -326,13 +326,13 @@ def choose_manifest(index: Mapping[str, Any], wanted: Platform, shown: str) -> s
         if platform.fits(wanted):
             return want_digest(entry)
     there = ", ".join(str(platform) for platform, _ in platforms if platform.os != "unknown")
-    raise DriverError(f"{shown} is there for {cut(there) or 'no platform'}, not for {wanted}")
+    raise DriverError(f"{shown} is there for {shorten(there) or 'no platform'}, not for {wanted}")
 
 
 def check_platform(config: Mapping[str, Any], wanted: Platform, shown: str) -> None:
     platform = Platform.read(config)
     if platform.architecture and not platform.fits(wanted):
-        raise DriverError(f"{shown} is there for {cut(str(platform))}, not for {wanted}")
+        raise DriverError(f"{shown} is there for {shorten(str(platform))}, not for {wanted}")
 
 
 def read_layer_names(config: Mapping[str, Any], count: int, shown: str) -> list[str]:
@@ -394,12 +394,12 @@ class Saved:
             stack.callback(os.close, fd)
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 return Path(os.readlink(f"/proc/self/fd/{fd}"))
-        raise DriverError(f"{self.shown} is no whole image: it lacks {cut(ascii(name))}")
+        raise DriverError(f"{self.shown} is no whole image: it lacks {shorten(ascii(name))}")
 
     def read(self, name: object) -> Any:
         with open(self.find(name), "rb") as file, contextlib.suppress(ValueError, RecursionError):
             return json.loads(file.read(MAX_DOCUMENT))
-        raise DriverError(f"{self.shown} is no whole image: {cut(ascii(name))} is not the JSON it should be")
+        raise DriverError(f"{self.shown} is no whole image: {shorten(ascii(name))} is not the JSON it should be")
 
     def parts(self) -> tuple[dict[str, Any], list[Path]]:
         """Return the image's configuration, and its layers, the lowest first."""

@@ -48,7 +48,7 @@ from nspawn.linux import (
     mount_filesystem,
     take_lock,
 )
-from nspawn.options import Gate, Values
+from nspawn.options import Permission, Values
 from nspawn.process import open_user_namespace
 
 
@@ -124,7 +124,7 @@ def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: s
     if image.layers:
         raise ConfigError("image", str(image.path), f"cannot be used on this machine: {obstacle}")
     if image.is_shared and image.is_directory and values["volatile"] in ("yes", "state"):
-        rule = f"cannot be had without {Gate.IMAGE_WRITE.value}, because {obstacle}"
+        rule = f"cannot be had without {Permission.IMAGE_WRITE.value}, because {obstacle}"
         raise ConfigError("volatile", values["volatile"], rule, "set it to overlay")
     if is_old:
         rule = f"needs systemd 257 or newer together with user namespaces, because {obstacle}"

@@ -15,10 +15,10 @@ from nspawn.checks import parse_bind
 from nspawn.common import ConfigError
 from nspawn.host import Host
 from nspawn.job import Device
-from nspawn.options import Gate, Option, Values, check_gate, is_said
+from nspawn.options import Option, Permission, Values, check_permission, is_set
 
 
-def settle_values(values: Values, config: Values, *, is_in_group: bool = False) -> dict[str, Any]:
+def apply_defaults(values: Values, config: Values, *, is_in_group: bool = False) -> dict[str, Any]:
     """Return a task's options with what depends on other options, or on the operator, filled in."""
     values = dict(values)
     if values["user_namespacing"] is None:
@@ -29,7 +29,7 @@ def settle_values(values: Values, config: Values, *, is_in_group: bool = False) 
     users = ("pick", "auto") if values["user_namespacing"] else (None, None)
     for name, usual in zip(("private_users", "private_users_ownership"), users, strict=True):
         values[name] = usual and (values[name] or usual)
-    values["pids_limit"] = settle_pids(values["pids_limit"], config["pids_limit"])
+    values["pids_limit"] = choose_pids_limit(values["pids_limit"], config["pids_limit"])
     if values["network_veth"] is None:
         values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
     if is_in_group:  # its network is Nomad's, with the ports; the Go driver's jobs leave network_veth at true
@@ -38,7 +38,7 @@ def settle_values(values: Values, config: Values, *, is_in_group: bool = False) 
     return values
 
 
-def settle_pids(wanted: int | None, allowed: int) -> int:
+def choose_pids_limit(wanted: int | None, allowed: int) -> int:
     """Return how many processes a task may have, 0 for any number."""
     if wanted and allowed and wanted > allowed:
         rule = f"the operator of this client allows a task {allowed} processes"
@@ -87,7 +87,7 @@ class Rule:
     remedy: str = ""
 
 
-def together(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...]:
+def excludes(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...]:
     """Make rules that an option excludes others."""
 
     def rule(other: str) -> Rule:
@@ -119,20 +119,20 @@ def needs_link(option: str) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    *together("process_two", ("boot",), "set boot = false to run a command, or leave process_two out"),
+    *excludes("process_two", ("boot",), "set boot = false to run a command, or leave process_two out"),
     Rule(
         "command",
         lambda value, host: not value["boot"] and not value["command"],
         "is required when boot is false",
         'name the program and its arguments, as in command = ["/bin/sleep", "60"]',
     ),
-    *together("user", ("boot",), "set boot = false: an init must run as root"),
-    *together("ambient_capability", ("boot",), "set boot = false: an init has its capabilities by itself"),
+    *excludes("user", ("boot",), "set boot = false: an init must run as root"),
+    *excludes("ambient_capability", ("boot",), "set boot = false: an init has its capabilities by itself"),
     # The payload is PID 2 and can never say READY (measured on 252, 257 and 262).
-    *together("notify_ready", ("process_two",), "leave process_two out: only PID 1 can say that it is ready"),
+    *excludes("notify_ready", ("process_two",), "leave process_two out: only PID 1 can say that it is ready"),
     needs_link("ports"),
     needs_link("port_map"),
-    *together("network_zone", ("network_bridge",), "a link can be joined to one bridge only"),
+    *excludes("network_zone", ("network_bridge",), "a link can be joined to one bridge only"),
     Rule(
         "volatile",
         lambda value, host: value["volatile"] not in (None, "no") and value["ephemeral"],
@@ -166,22 +166,22 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "devices",
-        lambda value, host: have_one_path(value),
+        lambda value, host: paths_collide(value),
         "has something else at the same path in the container",
         "give each device a container_path of its own, which no bind has",
     ),
 )
 
 
-def name_devices(values: Values) -> Iterator[Device]:
+def list_devices(values: Values) -> Iterator[Device]:
     for block in values["devices"]:
         path = block["host_path"]
         yield Device(path, block["container_path"] or path, block["cgroup_permissions"])
 
 
-def have_one_path(values: Values) -> bool:
+def paths_collide(values: Values) -> bool:
     """Whether two devices, or one and a bind, are to be at the same path in the container."""
-    devices = [os.path.normpath(device.task_path.lstrip("/")) for device in name_devices(values)]
+    devices = [os.path.normpath(device.task_path.lstrip("/")) for device in list_devices(values)]
     binds = [
         os.path.normpath(parse_bind(text)[0].lstrip("/"))
         for name in ("bind", "bind_read_only")
@@ -194,7 +194,7 @@ def check_rules(rows: Sequence[Option], values: Values, host: Host) -> None:
     for option in rows:
         value = values[option.name]
         needed = option.needed_systemd(value)
-        if needed > host.systemd and is_said(value):
+        if needed > host.systemd and is_set(value):
             rule = f"needs systemd {needed} or newer, and this host has {host.systemd}"
             raise ConfigError(option.name, value, rule, "leave it out, or constrain the job to newer hosts")
     for broken in RULES:
@@ -202,14 +202,16 @@ def check_rules(rows: Sequence[Option], values: Values, host: Host) -> None:
             raise ConfigError(broken.option, values[broken.option], broken.rule, broken.remedy)
 
 
-def check_gates(rows: Sequence[Option], values: Values, config: Values, *, is_in_group: bool = False) -> None:
+def check_permissions(
+    rows: Sequence[Option], values: Values, config: Values, *, is_in_group: bool = False
+) -> None:
     """Refuse what the operator does not allow. Paths are judged when they have been opened, see sources.py. The
     network of a group is not the host's."""
     for option in rows:
-        if option.gate and option.gate.is_word and option.opens(values[option.name]):
-            check_gate(option.name, values[option.name], option.gate, config)
+        if option.permission and option.permission.is_word and option.needs_permission(values[option.name]):
+            check_permission(option.name, values[option.name], option.permission, config)
     if not is_in_group and not have_own_network(values):
-        check_gate("network_veth", values["network_veth"], Gate.HOST_NETWORK, config)
+        check_permission("network_veth", values["network_veth"], Permission.HOST_NETWORK, config)
     for name in ("capability", "ambient_capability"):
         for capability in values[name]:
             if capability not in config["allow_caps"] and "all" not in config["allow_caps"]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nspawn.checks import OWN_DIRECTORIES, split_fields
-from nspawn.common import ConfigError, HostError, cut, is_below
+from nspawn.common import ConfigError, HostError, is_below, shorten
 from nspawn.devices import DeviceRule
 from nspawn.images import IMAGE_SUFFIXES, Image, find_archive, is_image_name
 from nspawn.job import Device
@@ -32,7 +32,7 @@ from nspawn.linux import (
     mount_filesystem,
     open_in_root,
 )
-from nspawn.options import Gate, Option, Values, check_gate, is_allowed
+from nspawn.options import Option, Permission, Values, check_permission, is_allowed
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,16 @@ def check_source(
         check_outside(rows, option, name, source.path, config)
         folder = os.path.realpath(config["image_dir"])
         if option == "bind" and (is_below(source.path, folder) or is_below(folder, source.path)):
-            check_gate(option, name, Gate.IMAGE_WRITE, config)  # images could be written to through it
-    if source.is_device and not is_allowed(Gate.DEVICES, config):
-        check_gate(option, name, Gate.DEVICE_BINDS, config)
+            check_permission(option, name, Permission.IMAGE_WRITE, config)  # images could be written to through it
+    if source.is_device and not is_allowed(Permission.DEVICES, config):
+        check_permission(option, name, Permission.DEVICE_BINDS, config)
 
 
 def check_outside(rows: Sequence[Option], option: str, name: str, path: str, config: Values) -> None:
     """Refuse a path of the host that the operator does not allow this option."""
-    gate = next(row.gate for row in rows if row.name == option)
-    if gate and gate.is_word:
-        check_gate(option, name, gate, config)
+    permission = next(row.permission for row in rows if row.name == option)
+    if permission and permission.is_word:
+        check_permission(option, name, permission, config)
     check_host_path(option, name, path, config)
 
 
@@ -153,7 +153,7 @@ def check_host_path(option: str, name: str, path: str, config: Values) -> None:
     places = [*allowed, *map(os.path.realpath, allowed)]
     if not any(is_below(path, place) for place in places):
         is_led = any(is_below(os.path.normpath(name), place) for place in places)
-        leads = f" (it is {cut(path)})" if is_led else ""
+        leads = f" (it is {shorten(path)})" if is_led else ""
         rule = f"the operator of this client does not allow this path{leads}"
         raise ConfigError(option, name, rule, f"allowed is what is below {', '.join(allowed) or 'nothing'}")
 
@@ -253,11 +253,11 @@ def open_image(image: Image, name: str, own: Mapping[str, Source], config: Value
     try:
         found = Source(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode, fd)
         if found.path != str(image.path) or found.is_directory is not image.is_directory:
-            rule = f"somebody put {cut(found.path)} in place of {cut(str(image.path))} during the start"
+            rule = f"somebody put {shorten(found.path)} in place of {shorten(str(image.path))} during the start"
             raise ConfigError("image", name, rule, "start the task again")
         opened = replace(image, fd=fd, is_fixed=is_fixed(found.path, own, config))
         check_image(opened, name, own, config)
-        may_write = is_own(found.path, own) or {Gate.IMAGE_WRITE.value, "all"} & set(config["allow"])
+        may_write = is_own(found.path, own) or {Permission.IMAGE_WRITE.value, "all"} & set(config["allow"])
         yield replace(opened, is_shared=not may_write)
     finally:
         os.close(fd)
@@ -287,7 +287,7 @@ def check_image(image: Image, name: str, own: Mapping[str, Source], config: Valu
     if not is_own(path, own) and not is_below(path, folder):
         check_host_path("image", name, path, config)
     if not image.is_directory and not find_archive(image):
-        check_gate("image", name, Gate.DISK_IMAGES, config)
+        check_permission("image", name, Permission.DISK_IMAGES, config)
 
 
 def check_image_write(image: Image, values: Values, config: Values) -> None:
@@ -295,10 +295,11 @@ def check_image_write(image: Image, values: Values, config: Values) -> None:
     if not image.is_shared:
         return
     if values["private_users_ownership"] == "chown":
-        check_gate("private_users_ownership", "chown", Gate.IMAGE_WRITE, config)
+        check_permission("private_users_ownership", "chown", Permission.IMAGE_WRITE, config)
     if not image.is_directory and not (values["read_only"] or values["ephemeral"]):
         rule = (
-            f"is written to by the task, and the operator of this client does not allow {Gate.IMAGE_WRITE.value}"
+            "is written to by the task, and the operator of this client does not allow "
+            f"{Permission.IMAGE_WRITE.value}"
         )
         raise ConfigError("image", values["image"], rule, "set read_only or ephemeral")
 
@@ -318,7 +319,7 @@ def clone_source(source: Source) -> int:
     try:
         return call_libc("syscall", OPEN_TREE, source.fd, b"", flags)
     except OSError as error:
-        raise HostError(f"{cut(source.path)} cannot be mounted: {error.strerror}") from None
+        raise HostError(f"{shorten(source.path)} cannot be mounted: {error.strerror}") from None
 
 
 def make_nodes(pins: Sequence[Pin], directory: Path) -> None:
@@ -333,6 +334,6 @@ def make_nodes(pins: Sequence[Pin], directory: Path) -> None:
             os.mknod(pin.place, found.st_mode, found.st_rdev)
         except OSError as error:
             why = f"no node can be made: {error.strerror}"
-            raise HostError(f"{cut(pin.source.path)} cannot be used in a container: {why}") from None
+            raise HostError(f"{shorten(pin.source.path)} cannot be used in a container: {why}") from None
         os.chown(pin.place, found.st_uid, found.st_gid)
         os.chmod(pin.place, stat.S_IMODE(found.st_mode))

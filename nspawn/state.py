@@ -28,11 +28,11 @@ from nspawn.cgroup import kill_cgroup, plan_cgroup, read_cgroup_processes, remov
 from nspawn.common import SETTINGS_ROOT, STATE_ROOT, log, render_line
 from nspawn.files import remove_tree
 from nspawn.host import CgroupMode, read_boot_id, read_cgroup_mode
-from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_readable, state_directory
+from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_id_prefix, state_directory
 from nspawn.linux import LOCK_FORMAT
 from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
-from nspawn.process import NO_PROCESS, ProcessId, find_children, read_status, run_apart, run_tool
+from nspawn.process import NO_PROCESS, ProcessId, find_children, read_status, run_in_thread, run_tool
 from nspawn.roots import PLACE_NAME, UID_LOCKS
 from nspawn.store import Store
 
@@ -147,7 +147,7 @@ def read_state(directory: Path) -> State | None:
 
 def read_states(alloc_id: str = "") -> Iterator[State]:
     """Yield the tasks that are on this machine, or those of one allocation."""
-    prefix = render_readable(alloc_id)[:36]
+    prefix = render_id_prefix(alloc_id)[:36]
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(STATE_ROOT)):
             if name.startswith(prefix) and (state := read_state(STATE_ROOT / name)):
@@ -246,7 +246,7 @@ async def wait_processes(state: State) -> None:
     while inside:
         for process in inside:
             await process.wait()
-        inside = await run_apart(lambda: read_cgroup_processes(state.cgroup))
+        inside = await run_in_thread(lambda: read_cgroup_processes(state.cgroup))
 
 
 async def remove_network(state: State) -> None:
@@ -290,9 +290,9 @@ async def remove_leftovers(state: State) -> None:
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
             (SETTINGS_ROOT / place).rmdir()
-    await run_apart(lambda: remove_locks(state.locks))  # with them goes a copy of a whole image
+    await run_in_thread(lambda: remove_locks(state.locks))  # with them goes a copy of a whole image
     if state.cgroup:
-        await run_apart(lambda: remove_cgroup(state.cgroup))
+        await run_in_thread(lambda: remove_cgroup(state.cgroup))
     await remove_place(str(state.directory / "tmp"))  # what nspawn keeps of overlays, when it was killed
     await remove_place(str(state.directory))  # of an image in the task's directory nspawn makes its copy here
     Store().release(state.directory.name)
@@ -302,7 +302,7 @@ async def remove_place(place: str) -> None:
     """Remove what a task has changed of its image, or its journal. In a thread: a task makes trees as large as it
     likes."""
     if place:
-        await run_apart(lambda: remove_tree(Path(place)))
+        await run_in_thread(lambda: remove_tree(Path(place)))
 
 
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nspawn.common import DriverError, cut
+from nspawn.common import DriverError, shorten
 from nspawn.download import CHUNK, MAX_DEPTH, MAX_PATH, Meter, start_tool, telling, too_large
 from nspawn.files import remove_tree
 
@@ -151,9 +151,9 @@ class Unpacker:
         except RecursionError:  # tarfile's, at headers that are about headers that are about headers
             raise DriverError("the archive is refused: it has too many headers for one entry") from None
         except tarfile.TarError as error:
-            raise DriverError(f"this is no tar archive that can be unpacked: {cut(str(error))}") from None
+            raise DriverError(f"this is no tar archive that can be unpacked: {shorten(str(error))}") from None
         except (ValueError, OverflowError, UnicodeError) as error:  # NUL in a name, a time beyond all clocks
-            raise DriverError(f"the archive is damaged: {cut(str(error))}") from None
+            raise DriverError(f"the archive is damaged: {shorten(str(error))}") from None
         finally:
             self.close_directory()
         return str(source.digest.hexdigest())
@@ -284,7 +284,7 @@ class Unpacker:
         except (OSError, IndexError) as error:
             if isinstance(error, OSError) and error.errno in HOST_TROUBLE:
                 raise
-            why = f"is a hard link to {cut(entry.linkname)!r}, and the archive has no such file before it"
+            why = f"is a hard link to {shorten(entry.linkname)!r}, and the archive has no such file before it"
             raise refused(entry.name, why) from None
         finally:
             os.close(where)
@@ -331,7 +331,7 @@ def refusing(name: str) -> Iterator[None]:
 
 
 def refused(name: str, why: str) -> DriverError:
-    return DriverError(f"the archive is refused: its entry {cut(ascii(name)[1:-1])!r} {why}")
+    return DriverError(f"the archive is refused: its entry {shorten(ascii(name)[1:-1])!r} {why}")
 
 
 def is_whiteout(found: os.stat_result) -> bool:
@@ -346,7 +346,7 @@ def set_owner(fd: int, entry: tarfile.TarInfo) -> None:
         if name == key:
             continue
         if name.startswith(("trusted.", "user.overlay.")):
-            raise refused(entry.name, f"has the attribute {cut(name)}, which only the system may set")
+            raise refused(entry.name, f"has the attribute {shorten(name)}, which only the system may set")
         if name == "security.capability" or name.startswith("user."):
             with contextlib.suppress(OSError):  # a file system without them
                 os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))

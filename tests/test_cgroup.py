@@ -18,11 +18,11 @@ import pytest
 
 import driver
 from nspawn.cgroup import plan_cpu_weight, plan_limits, read_counters
-from nspawn.checks import is_size
+from nspawn.checks import parse_size
 from nspawn.common import ConfigError
 from nspawn.job import Mode, Resources
 from nspawn.outcome import Ending, Exit, Record, Shortage, explain_exit
-from nspawn.rules import settle_pids
+from nspawn.rules import choose_pids_limit
 from tests import agent
 from tests.agent import Task, launch_like_agent
 from tests.containers import Tasks, eventually, keeper, kill, leader, output
@@ -56,8 +56,8 @@ def test_memory(memory: int, most: int | None, hard: object, low: int) -> None:
 def test_swap() -> None:
     for said, meant in (
         (None, "0"),
-        (is_size("", "512M"), str(512 * MIB)),
-        (is_size("", "infinity"), "max"),
+        (parse_size("", "512M"), str(512 * MIB)),
+        (parse_size("", "infinity"), "max"),
     ):
         assert limits(Resources(MIB), memory_swap_max=said)["memory.swap.max"] == meant
 
@@ -90,12 +90,12 @@ def test_other_limits() -> None:
 
 
 def test_pids_are_the_operators() -> None:
-    assert settle_pids(None, 100) == 100
-    assert settle_pids(50, 100) == 50
-    assert settle_pids(50, 0) == 50
-    assert settle_pids(None, 0) == 0
+    assert choose_pids_limit(None, 100) == 100
+    assert choose_pids_limit(50, 100) == 50
+    assert choose_pids_limit(50, 0) == 50
+    assert choose_pids_limit(None, 0) == 0
     with pytest.raises(ConfigError) as caught:
-        settle_pids(200, 100)
+        choose_pids_limit(200, 100)
     assert str(caught.value) == (
         "pids_limit = 200: the operator of this client allows a task 100 processes; ask for fewer"
     )

@@ -13,11 +13,11 @@ import pytest
 
 import driver
 from nomad_pb import driver_pb2
-from nspawn.devices import DeviceRule, render_policy
+from nspawn.devices import DeviceRule, render_device_program
 from nspawn.host import read_host
 from nspawn.job import Device
 from nspawn.options import decode_options
-from nspawn.rules import have_one_path, name_devices
+from nspawn.rules import list_devices, paths_collide
 from nspawn.sources import open_source, read_rules
 from tests.agent import DriverError, launch_like_agent
 from tests.containers import Tasks, make_small_image, output
@@ -70,7 +70,7 @@ CALCULATIONS: dict[int, Callable[[int, int], int]] = {
 
 
 def test_policy_allows_what_the_rules_say() -> None:
-    program = render_policy(
+    program = render_device_program(
         [DeviceRule(False, 1, 3, "rw"), DeviceRule(True, 7, 5, "w"), DeviceRule(True, 7, None, "r"),
          DeviceRule(False, 1, 5, "m"), DeviceRule(False, 1, 5, "r"), DeviceRule(True, 4095, 1048575, "r")]
     )  # fmt: skip
@@ -85,7 +85,7 @@ def test_policy_allows_what_the_rules_say() -> None:
         ("c", 4095, 1048575, "r"), ("b", 4095, 1048574, "r"),
     ):  # fmt: skip
         assert not allows(program, *refused), refused
-    assert not allows(render_policy([]), "c", 1, 3, "r")
+    assert not allows(render_device_program([]), "c", 1, 3, "r")
 
 
 # -- what a job says -----------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_policy_allows_what_the_rules_say() -> None:
 def test_what_a_block_means() -> None:
     more = {"container_path": "/dev/cd", "cgroup_permissions": "r"}
     raw = {"image": "debian", "devices": [{"host_path": "/dev/kvm"}, {"host_path": "/dev/sg0", **more}]}
-    assert list(name_devices(decode_options(driver.TASK_OPTIONS, raw))) == [
+    assert list(list_devices(decode_options(driver.TASK_OPTIONS, raw))) == [
         Device("/dev/kvm", "/dev/kvm", "rwm"),
         Device("/dev/sg0", "/dev/cd", "r"),
     ]
@@ -104,7 +104,7 @@ def test_two_devices_at_one_path() -> None:
     one, two = {"host_path": "/dev/a"}, {"host_path": "/dev/b", "container_path": "/dev//a"}
     for blocks, is_wrong in (([one, two], True), ([one, {**two, "container_path": "/dev/c"}], False)):
         values = decode_options(driver.TASK_OPTIONS, {"image": "debian", "devices": blocks})
-        assert have_one_path(values) is is_wrong
+        assert paths_collide(values) is is_wrong
 
 
 # -- in containers -------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_bound_devices_work(tasks: Tasks, node: Path) -> None:
 @root
 @USERS
 def test_device_plugins(driver_file: Path, image: Path, node: Path, namespaces: bool) -> None:
-    """What the operator's device plugins give needs no gate, and is there for commands after a crash, too."""
+    """What the operator's device plugins give needs no permission, and commands have it after a crash, too."""
     config = 'allow = ["host_network", "host_users"]'
     given = [driver_pb2.Device(host_path=str(node), task_path="/dev/gpu0", cgroup_permissions="rw")]
     with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:

@@ -16,7 +16,7 @@ import pytest
 import driver
 from nspawn.host import CgroupMode, Host
 from nspawn.options import decode_options
-from nspawn.rules import check_rules, settle_values
+from nspawn.rules import apply_defaults, check_rules
 from tests.agent import (
     ROOT,
     Allocation,
@@ -59,7 +59,7 @@ def test_example_is_valid(path: Path) -> None:
             if values["image"].startswith("docker://"):
                 values["command"] = values["command"] or ("/entrypoint",)  # such an image says it itself
             is_in_group = group.network_mode != "host"
-            check_rules(driver.TASK_OPTIONS, settle_values(values, config, is_in_group=is_in_group), host)
+            check_rules(driver.TASK_OPTIONS, apply_defaults(values, config, is_in_group=is_in_group), host)
 
 
 def test_hardened_operator_is_valid() -> None:

@@ -382,9 +382,9 @@ def test_check_says_whether_tasks_can_run(driver_file: Path, image: Path) -> Non
 
 def test_check_says_what_jobs_may_do(driver_file: Path) -> None:
     said = run_for_people(driver_file, "check").stdout
-    for gate, permission in PERMISSIONS.items():
-        answer, mark = "yes" if permission.is_default else "no ", "!" if permission.gives_host else " "
-        assert f"\n  {answer} {mark} {gate.value} " in said
+    for permission, info in PERMISSIONS.items():
+        answer, mark = "yes" if info.is_default else "no ", "!" if info.gives_host else " "
+        assert f"\n  {answer} {mark} {permission.value} " in said
     assert said.endswith((Path(__file__).parent.parent / "example/hardened.hcl").read_text().partition("\n\n")[2])
 
 

@@ -34,7 +34,7 @@ from nspawn.host import (
     read_nspawn_version,
 )
 from nspawn.network import parse_addresses
-from nspawn.process import ProcessId, parse_stat, parse_status, read_stat, run_apart
+from nspawn.process import ProcessId, parse_stat, parse_status, read_stat, run_in_thread
 
 # -- cgroups -------------------------------------------------------------------------------------------------
 
@@ -410,7 +410,7 @@ def test_several_problems_are_several_sentences(tools: Path) -> None:
     (tools / "sed").unlink()
     host = Host(248, (6, 1), CgroupMode.V2, tuple(problems(248)))
     assert not host.is_healthy
-    assert host.sentence == (
+    assert host.health_description == (
         "sed is not installed: install the package sed. systemd-nspawn is version 248; 249 or newer is needed."
     )
 
@@ -418,10 +418,10 @@ def test_several_problems_are_several_sentences(tools: Path) -> None:
 def test_healthy() -> None:
     host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(CONTROLLERS))
     assert host.is_healthy
-    assert host.sentence == "Healthy"
+    assert host.health_description == "Healthy"
     assert host.limits == CONTROLLERS
     less = "Healthy (tasks run without a device policy: it needs a cgroup v2 hierarchy, and bpf(2))"
-    assert replace(host, has_device_policy=False).sentence == less
+    assert replace(host, has_device_policy=False).health_description == less
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_healthy() -> None:
 def test_healthy_but_without_limits(mode: CgroupMode, controllers: str, sentence: str) -> None:
     host = Host(252, (6, 1), mode, (), controllers=frozenset(controllers.split()))
     assert host.is_healthy
-    assert host.sentence == sentence
+    assert host.health_description == sentence
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_work_in_a_thread_may_be_given_up() -> None:
     async def scenario() -> None:
         loop, go = asyncio.get_running_loop(), threading.Event()
         loop.set_exception_handler(lambda _, context: complaints.append(context))
-        waiting = asyncio.create_task(run_apart(go.wait))
+        waiting = asyncio.create_task(run_in_thread(go.wait))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
@@ -561,9 +561,9 @@ def test_directories_that_others_can_get_to(mode: int, owner: tuple[int, int], i
 
 
 def test_health_says_what_others_can_get_to() -> None:
-    host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(CONTROLLERS), open_places=("/a",))
+    host = Host(252, (6, 1), CgroupMode.V2, (), controllers=frozenset(CONTROLLERS), open_directories=("/a",))
     assert host.is_healthy
-    assert host.sentence == (
+    assert host.health_description == (
         "Healthy (other users of this machine can get to /a: a set-user-id file that a task makes there makes "
         "them root; run chmod 0700 /a)"
     )

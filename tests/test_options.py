@@ -20,18 +20,18 @@ from nspawn.common import ConfigError, DriverError
 from nspawn.host import CgroupMode, Host
 from nspawn.options import (
     PERMISSIONS,
-    Gate,
     Kind,
     Option,
+    Permission,
     decode_map,
     decode_number,
     decode_options,
     decode_string,
-    is_said,
+    is_set,
     render_row,
 )
 from nspawn.process import run
-from nspawn.rules import RULES, Rule, check_gates, check_rules, settle_values
+from nspawn.rules import RULES, Rule, apply_defaults, check_permissions, check_rules
 from tests import agent
 
 ALL_OPTIONS = (*TASK_OPTIONS, *PLUGIN_OPTIONS)
@@ -80,7 +80,7 @@ def decode(**options: object) -> dict[str, Any]:
 
 
 def settle(**options: object) -> dict[str, Any]:
-    return settle_values(decode(**options), CONFIG)
+    return apply_defaults(decode(**options), CONFIG)
 
 
 def refusal(options: Sequence[Option], raw: Mapping[str, object]) -> str:
@@ -153,7 +153,7 @@ def decode_hcl(options: Sequence[Option], body: str) -> dict[str, Any]:
 def test_every_example_is_a_value_other_than_the_default(options: Sequence[Option]) -> None:
     for option in options:
         value = decode_hcl(options, example_of(option, options))[option.name]
-        assert (value != option.default and is_said(value)) or value is False, option.name
+        assert (value != option.default and is_set(value)) or value is False, option.name
         for inner in option.fields:
             body = example_of(inner, option.fields)
             assert decode_hcl(option.fields, body)[inner.name] not in (None, inner.default), inner.name
@@ -343,7 +343,7 @@ def test_row_of_the_reference() -> None:
         aliases=("b",),
         choices=any_of("x", "y", z=260),
         since=251,
-        gate=Gate.DEVICES,
+        permission=Permission.DEVICES,
     )
     assert render_row(option, "block.") == (
         '| `block.a` | string | "y" | First. One of `x`, `y`, `z`. Needs systemd 251. `z` needs systemd 260. '
@@ -557,8 +557,8 @@ def test_any_config_is_taken_or_refused_in_one_line(config: dict[object, object]
     """Whatever a job's msgpack holds: no other error than ours, and no line break or control character in it."""
     packed = msgpack.packb({"image": "x", **config})
     try:
-        values = settle_values(decode_options(TASK_OPTIONS, driver.unpack_options(packed)), CONFIG)
-        check_gates(TASK_OPTIONS, values, HARDENED)
+        values = apply_defaults(decode_options(TASK_OPTIONS, driver.unpack_options(packed)), CONFIG)
+        check_permissions(TASK_OPTIONS, values, HARDENED)
         check_rules(TASK_OPTIONS, values, make_host())
     except DriverError as error:
         assert str(error).isprintable()
@@ -1215,12 +1215,12 @@ def test_values_in_sentences_are_json() -> None:
     ],
 )
 def test_settled(options: dict[str, object], config: dict[str, object], expected: dict[str, object]) -> None:
-    found = settle_values(decode(**options), CONFIG | config)
+    found = apply_defaults(decode(**options), CONFIG | config)
     assert {name: found[name] for name in expected} == expected
 
 
 def test_settled_in_the_network_of_a_group() -> None:
-    found = settle_values(decode(ports=["http"]), CONFIG, is_in_group=True)
+    found = apply_defaults(decode(ports=["http"]), CONFIG, is_in_group=True)
     assert (found["network_veth"], found["ports"]) == (False, ())
 
 
@@ -1256,17 +1256,17 @@ FORBIDDEN: list[tuple[dict[str, object], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "said", "gate"), FORBIDDEN)
-def test_gate(options: dict[str, object], said: str, gate: str) -> None:
+@pytest.mark.parametrize(("options", "said", "permission"), FORBIDDEN)
+def test_permission(options: dict[str, object], said: str, permission: str) -> None:
     values = settle(**options)
     with pytest.raises(ConfigError) as caught:
-        check_gates(TASK_OPTIONS, values, HARDENED)
+        check_permissions(TASK_OPTIONS, values, HARDENED)
     assert str(caught.value) == (
-        f"{said}: the operator of this client does not allow {gate}; "
-        f'it takes "{gate}" in allow in its plugin block'
+        f"{said}: the operator of this client does not allow {permission}; "
+        f'it takes "{permission}" in allow in its plugin block'
     )
-    for words in ((gate,), ("all",)):
-        check_gates(TASK_OPTIONS, values, HARDENED | {"allow": words})
+    for words in ((permission,), ("all",)):
+        check_permissions(TASK_OPTIONS, values, HARDENED | {"allow": words})
 
 
 @pytest.mark.parametrize(
@@ -1286,12 +1286,12 @@ def test_gate(options: dict[str, object], said: str, gate: str) -> None:
     ],
 )
 def test_hardened_operators_allow(options: dict[str, object]) -> None:
-    check_gates(TASK_OPTIONS, settle(**options), HARDENED)
+    check_permissions(TASK_OPTIONS, settle(**options), HARDENED)
 
 
 def test_network_of_a_group_is_not_the_hosts() -> None:
-    values = settle_values(decode(), CONFIG, is_in_group=True)
-    check_gates(TASK_OPTIONS, values, HARDENED, is_in_group=True)
+    values = apply_defaults(decode(), CONFIG, is_in_group=True)
+    check_permissions(TASK_OPTIONS, values, HARDENED, is_in_group=True)
 
 
 @pytest.mark.parametrize("option", ["capability", "ambient_capability"])
@@ -1299,26 +1299,26 @@ def test_capabilities_are_the_operators(option: str) -> None:
     values = settle(**{option: ["CAP_NET_ADMIN", "sys_admin"]})
     hardened = HARDENED | {"allow": ("ambient_capabilities",)}
     with pytest.raises(ConfigError) as caught:
-        check_gates(TASK_OPTIONS, values, hardened)
+        check_permissions(TASK_OPTIONS, values, hardened)
     assert str(caught.value) == (
         f'{option} = "CAP_SYS_ADMIN": the operator of this client does not allow this capability; '
         "its plugin block has allow_caps = CAP_NET_ADMIN"
     )
-    check_gates(TASK_OPTIONS, values, hardened | {"allow_caps": ("all",)})
+    check_permissions(TASK_OPTIONS, values, hardened | {"allow_caps": ("all",)})
     with pytest.raises(ConfigError, match=r"allow_caps = none$"):
-        check_gates(TASK_OPTIONS, values, hardened | {"allow_caps": ()})
+        check_permissions(TASK_OPTIONS, values, hardened | {"allow_caps": ()})
     with pytest.raises(ConfigError, match=r'^capability = "all"'):
-        check_gates(TASK_OPTIONS, settle(capability=["all"]), HARDENED)
+        check_permissions(TASK_OPTIONS, settle(capability=["all"]), HARDENED)
 
 
 def test_every_gate_of_a_row_has_its_case() -> None:
-    rows = {option.name for option in TASK_OPTIONS if option.gate and option.gate.is_word}
+    rows = {option.name for option in TASK_OPTIONS if option.permission and option.permission.is_word}
     named = {name.replace("ulimit", "rlimit") for options, _, _ in FORBIDDEN for name in options}
     assert rows == named | {"load_credential"}, "a path, which is judged when it has been opened"
 
 
 def test_every_gate_is_explained_once() -> None:
-    assert list(PERMISSIONS) == list(Gate)
+    assert list(PERMISSIONS) == list(Permission)
 
 
 # -- from HCL, by the schema Nomad is given ------------------------------------------------------------------

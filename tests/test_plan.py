@@ -50,7 +50,7 @@ from nspawn.outcome import (
 )
 from nspawn.plan import (
     DEFAULT_PATH,
-    Found,
+    HostInputs,
     Plan,
     check_environment,
     plan_pins,
@@ -59,7 +59,7 @@ from nspawn.plan import (
     render_bundle,
 )
 from nspawn.process import ProcessId
-from nspawn.rules import settle_values
+from nspawn.rules import apply_defaults
 from nspawn.sources import Source, name_sources, open_directories
 from nspawn.state import State, split_id
 
@@ -99,7 +99,7 @@ CONFIG = decode_options(driver.PLUGIN_OPTIONS, {})
 
 def decode(options: Mapping[str, object], is_in_group: bool = False) -> dict[str, Any]:
     values = decode_options(TASK_OPTIONS, {"image": "debian", **options})
-    return settle_values(values, CONFIG, is_in_group=is_in_group)
+    return apply_defaults(values, CONFIG, is_in_group=is_in_group)
 
 
 def find_sources(values: Mapping[str, Any]) -> dict[str, Source]:
@@ -125,7 +125,7 @@ def plan(
 ) -> Plan:
     values = decode(options, bool(task.network.namespace))
     credentials = {key: b"" for key in (*values["set_credential"], *values["load_credential"])}
-    found = Found(
+    found = HostInputs(
         image,
         mounts,
         find_sources(values),

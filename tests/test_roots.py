@@ -34,7 +34,7 @@ from nspawn.images import Image
 from nspawn.linux import enter_namespace, take_lock
 from nspawn.options import decode_options
 from nspawn.roots import UID_LOCKS, PrivateRoot, RootPlan, Users, mount_root, pick_users, plan_root
-from nspawn.rules import settle_values
+from nspawn.rules import apply_defaults
 from tests.agent import Allocation, DriverError, Task, call, launch_like_agent
 from tests.containers import (
     Tasks,
@@ -64,7 +64,7 @@ def plan(
     options: Mapping[str, object], image: Image = IMAGE, host: Host = HOST, mounts: Mounts = EXT4
 ) -> RootPlan:
     raw = decode_options(TASK_OPTIONS, {"image": "debian", **options})
-    values = settle_values(raw, decode_options(driver.PLUGIN_OPTIONS, {}))
+    values = apply_defaults(raw, decode_options(driver.PLUGIN_OPTIONS, {}))
     return plan_root(image, values, host, mounts, PLACE)
 
 
