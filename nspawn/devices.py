@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MPL-2.0
 """Which device nodes the processes of a cgroup may open or make, no matter who made the node, or where.
 
-systemd calls this DevicePolicy=closed. The kernel asks a small BPF program, which is attached to the cgroup and
-ends with it. The v2 hierarchy of hybrid hosts takes one, too (measured, Linux 6.18). Rules above the cgroup still
-hold.
+systemd calls this DevicePolicy=closed. A small BPF program is attached to the cgroup, and the kernel asks it for
+each access; the program is freed with the cgroup. This also works in the v2 hierarchy of hybrid hosts (measured,
+Linux 6.18). Programs of the cgroups above still count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nspawn.linux import call_libc
@@ -21,20 +21,20 @@ from nspawn.linux import call_libc
 
 @dataclass(frozen=True)
 class DeviceRule:
-    """Allows device nodes."""
+    """Allows one device node, or all of one major."""
 
     is_block: bool
     major: int
     minor: int | None  # None: any
-    permissions: str
+    permissions: str  # letters: r to read, w to write, m to make the node
 
     @classmethod
     def of(cls, mode: int, number: int, permissions: str) -> DeviceRule:
-        """Return the rule for a node, by what stat(2) says of it."""
+        """Return the rule for a node. `mode` and `number` are st_mode and st_rdev."""
         return cls(stat.S_ISBLK(mode), os.major(number), os.minor(number), permissions)
 
 
-# What systemd-nspawn puts into /dev, as its own machines may use it.
+# The nodes that systemd-nspawn makes in /dev, with what its own scope units allow.
 USUAL_DEVICES = (
     *(DeviceRule(False, 1, minor, "rwm") for minor in (3, 5, 7, 8, 9)),  # null, zero, full, random, urandom
     *(DeviceRule(False, 5, minor, "rwm") for minor in (0, 2)),  # tty, ptmx
@@ -43,46 +43,52 @@ USUAL_DEVICES = (
 )
 
 BPF_BITS = {"m": 1, "r": 2, "w": 4}  # BPF_DEVCG_ACC_*
-R_RESULT, R_CONTEXT, R_KIND, R_ACCESS, R_MAJOR, R_NUMBER = range(6)  # registers
+BPF_BLOCK, BPF_CHAR = 1, 2  # BPF_DEVCG_DEV_*
+RESULT, CONTEXT, KIND, ACCESS, MAJOR, MINOR = range(6)  # registers
+LOAD, COPY, SET, AND, OR_BY, SHIFT_LEFT, SHIFT_RIGHT, JUMP_UNLESS, EXIT = (
+    0x61, 0xBF, 0xB7, 0x57, 0x4F, 0x67, 0x77, 0x55, 0x95
+)  # fmt: skip
 
 
-def add_up(rules: Sequence[DeviceRule]) -> dict[tuple[bool, int, int | None], int]:
-    """Return what may be done with each device, those of any minor last."""
-    bits: dict[tuple[bool, int, int | None], int] = {}
-    for rule in sorted(rules, key=lambda rule: rule.minor is not None):
-        key, any_minor = (rule.is_block, rule.major, rule.minor), (rule.is_block, rule.major, None)
-        bits[key] = bits.get(key, bits.get(any_minor, 0)) | sum(BPF_BITS[letter] for letter in rule.permissions)
-    return dict(reversed(bits.items()))
+def step(code: int, target: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:
+    """Return one BPF instruction. JUMP_UNLESS skips `offset` instructions unless the register holds `value`."""
+    return struct.pack("=BBhI", code, target | source << 4, offset, value & 0xFFFFFFFF)
 
 
 def render_device_program(rules: Sequence[DeviceRule]) -> bytes:
-    """Return the BPF program that allows what the rules for a device add up to, and nothing else."""
+    """Return the BPF program that allows what the rules for a device add up to, and nothing else.
 
-    def step(code: int, target: int = 0, source: int = 0, skip: int = 0, number: int = 0) -> bytes:
-        return struct.pack("=BBhI", code, target | source << 4, skip, number & 0xFFFFFFFF)
-
-    load, copy, put, leave, skip, unless, unless_32 = 0x61, 0xBF, 0xB7, 0x95, 0x05, 0x55, 0x56  # since Linux 5.1
-    mask, mask_by, add_by, invert, left, right = 0x57, 0x5F, 0x4F, 0xA7, 0x67, 0x77
+    It tests each major and each minor once: then the verifier's time grows only linearly with the rules (40 ms for
+    4,000 of them, Linux 6.18).
+    """
+    allowed: dict[int, dict[int | None, int]] = {}
+    for rule in rules:
+        minors = allowed.setdefault(rule.major << 2 | (BPF_BLOCK if rule.is_block else BPF_CHAR), {})
+        minors[rule.minor] = minors.get(rule.minor, 0) | sum(BPF_BITS[letter] for letter in rule.permissions)
     # The context is a struct bpf_cgroup_dev_ctx: kind and access in one number, major, minor.
-    start = [step(load, R_KIND, R_CONTEXT, 0), step(copy, R_ACCESS, R_KIND)]
-    start += [step(mask, R_KIND, number=0xFFFF), step(right, R_ACCESS, number=16)]
-    start += [step(load, R_MAJOR, R_CONTEXT, 4), step(load, R_NUMBER, R_CONTEXT, 8)]
-    start += [step(copy, R_RESULT, R_MAJOR), step(left, R_RESULT, number=20), step(add_by, R_NUMBER, R_RESULT)]
-    # The first row that is about the device tells what is allowed; then the rest is skipped. Rows that exit by
-    # themselves would take the kernel's verifier a hundred times as long.
-    rows: list[bytes | None] = [step(put, R_RESULT)]
-    devices = add_up(rules)
-    for kind, is_block in ((1, True), (2, False)):
-        same = [(key, bits) for key, bits in devices.items() if key[0] is is_block]
-        rows.append(step(unless, R_KIND, skip=3 * len(same), number=kind))
-        for (_, major, minor), bits in same:
-            place, number = (R_MAJOR, major) if minor is None else (R_NUMBER, major << 20 | minor)
-            rows += [step(unless_32, place, skip=2, number=number), step(put, R_RESULT, number=bits), None]
-    found = [row or step(skip, skip=len(rows) - at - 1) for at, row in enumerate(rows)]
-    # Allowed is what asks for nothing else.
-    end = [step(invert, R_RESULT, number=-1), step(mask_by, R_RESULT, R_ACCESS), step(unless, R_RESULT, skip=2)]
-    end += [step(put, R_RESULT, number=1), step(leave), step(put, R_RESULT), step(leave)]
-    return b"".join([*start, *found, *end])
+    steps = [step(LOAD, KIND, CONTEXT, 0), step(COPY, ACCESS, KIND), step(AND, KIND, value=0xFFFF)]
+    steps += [step(SHIFT_RIGHT, ACCESS, value=16), step(LOAD, MINOR, CONTEXT, 8)]
+    steps += [step(LOAD, MAJOR, CONTEXT, 4), step(SHIFT_LEFT, MAJOR, value=2), step(OR_BY, MAJOR, KIND)]
+    for major, minors in allowed.items():
+        rows = render_minors(minors)
+        steps += [step(JUMP_UNLESS, MAJOR, offset=len(rows), value=major), *rows]
+    return b"".join([*steps, *render_answer(0)])
+
+
+def render_minors(minors: Mapping[int | None, int]) -> list[bytes]:
+    """Return the steps for one major; the rules for any minor also hold for each single one."""
+    steps, of_any = [], minors.get(None, 0)
+    for minor, bits in minors.items():
+        if minor is not None:
+            answer = render_answer(bits | of_any)
+            steps += [step(JUMP_UNLESS, MINOR, offset=len(answer), value=minor), *answer]
+    return steps + render_answer(of_any)
+
+
+def render_answer(bits: int) -> list[bytes]:
+    """Return the steps that allow an access if it asks for nothing but `bits`."""
+    refuse, allow = step(SET, RESULT, value=0), step(SET, RESULT, value=1)
+    return [step(AND, ACCESS, value=~bits), refuse, step(JUMP_UNLESS, ACCESS, offset=1), allow, step(EXIT)]
 
 
 BPF_CALL = {"x86_64": 321, "aarch64": 280}  # the number of bpf(2)
@@ -90,6 +96,7 @@ BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE, 
 
 
 def call_bpf(command: int, attributes: bytes) -> int:
+    """Call bpf(2). Raises OSError, ENOSYS on machines whose call number is not known here."""
     number = BPF_CALL.get(os.uname().machine)
     if number is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -97,24 +104,24 @@ def call_bpf(command: int, attributes: bytes) -> int:
 
 
 def load_device_program(rules: Sequence[DeviceRule]) -> int:
-    """Return a descriptor of the program for the rules. Raises OSError where the kernel takes none."""
+    """Load the program for the rules and return its descriptor. Raises OSError if the kernel refuses."""
     import ctypes
 
     program, license = render_device_program(rules), ctypes.create_string_buffer(b"MPL-2.0")
     steps = ctypes.create_string_buffer(program, len(program))
-    places = ctypes.addressof(steps), ctypes.addressof(license)
+    addresses = ctypes.addressof(steps), ctypes.addressof(license)
     return call_bpf(
-        BPF_PROG_LOAD, struct.pack("=IIQQ", BPF_PROG_TYPE_CGROUP_DEVICE, len(program) // 8, *places) + bytes(24)
+        BPF_PROG_LOAD, struct.pack("=IIQQ", BPF_PROG_TYPE_CGROUP_DEVICE, len(program) // 8, *addresses) + bytes(24)
     )
 
 
 def restrict_devices(cgroup: str, rules: Sequence[DeviceRule]) -> None:
-    """Let processes in a cgroup open what the rules allow, and nothing else. Raises OSError."""
+    """Let the processes of a cgroup use the devices that the rules allow, and no others. Raises OSError."""
     program = load_device_program(rules)
     try:
         folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # Others, such as a booted systemd for its services, may add programs of their own below.
+            # ALLOW_MULTI: a booted systemd may attach programs for its services below this cgroup.
             call_bpf(BPF_PROG_ATTACH, struct.pack("=IIII", folder, program, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI))
         finally:
             os.close(folder)
@@ -124,7 +131,7 @@ def restrict_devices(cgroup: str, rules: Sequence[DeviceRule]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def can_restrict_devices() -> bool:
-    """Whether the kernel takes such programs from this process."""
+    """Whether this process can load such a program."""
     try:
         os.close(load_device_program(USUAL_DEVICES))
     except OSError:

@@ -46,12 +46,8 @@ def allows(program: bytes, kind: str, major: int, minor: int, access: str) -> bo
         elif code in CALCULATIONS:
             operand = registers[source] if code & 8 else number
             registers[target] = CALCULATIONS[code](registers[target], operand)
-        elif code == 0x05:
-            place += skip
         elif code == 0x55:
             place += skip if registers[target] != number else 0
-        elif code == 0x56:
-            place += skip if (registers[target] - number) % (1 << 32) else 0
         else:
             assert code == 0x95
             return bool(registers[0])
@@ -61,9 +57,7 @@ CALCULATIONS: dict[int, Callable[[int, int], int]] = {
     0xBF: lambda a, b: b,
     0xB7: lambda a, b: b,
     0x57: int.__and__,
-    0x5F: int.__and__,
     0x4F: int.__or__,
-    0xA7: int.__xor__,
     0x67: int.__lshift__,
     0x77: int.__rshift__,
 }
