@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MPL-2.0
 """Errors, the log, paths: what every room uses.
 
-The text of an error is what a person reads in the task's events: whole sentences, without any class name.
-`recoverable` decides whether Nomad tries again under the job's restart policy; without it every failed start is
-final.
+People read the text of an error in the task's events. So it is a whole sentence, without a class name. If an error
+is `recoverable`, Nomad tries the start again under the job's restart policy; otherwise the task has failed.
 
-The log is one JSON object a line, as go-plugin reads it: @message, @level and @timestamp must be strings
-(anything else panics the agent), the time has exactly six digits, and the levels are hclog's. A closed stderr
-means that the agent has died, which is no reason to die too.
+The log is one JSON object per line, as go-plugin reads it. @message, @level and @timestamp must be strings:
+anything else panics the agent. The time has exactly six digits after the second, and the levels are hclog's.
+Errors when writing the log are ignored: a closed stderr means that the agent has died, and tasks must go on.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 PLUGIN_NAME = "nspawn"  # what a job writes as `driver`
-STATE_ROOT = Path("/run/nomad-driver-nspawn")  # root only, gone at reboot, as the containers are
+STATE_ROOT = Path("/run/nomad-driver-nspawn")  # only root reads it; like the containers, it is gone after a reboot
 SETTINGS_ROOT = Path("/run/systemd/nspawn")
 MACHINES_ROOT = Path("/var/lib/machines")
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class DriverError(Exception):
-    """Something a person must be told; str() is the sentence."""
+    """An error for people; str() is the sentence."""
 
     recoverable = False
 
@@ -38,9 +37,9 @@ class DriverError(Exception):
 
 
 class ConfigError(DriverError):
-    """The job or the plugin block asks for what cannot be.
+    """An option of the job or of the plugin block has a wrong value.
 
-    `rule` says what is allowed, `remedy` what to do about it.
+    `rule` says what is allowed or what is wrong, `remedy` what to do about it.
     """
 
     def __init__(self, option: str, value: object, rule: str, remedy: str = "") -> None:
@@ -49,21 +48,21 @@ class ConfigError(DriverError):
         super().__init__(f"{text}; {remedy}" if remedy else text)
 
     def within(self, block: str) -> ConfigError:
-        """Return the error as one of an option inside a block."""
+        """Return the same error with the option named as part of a block."""
         return ConfigError(f"{block}.{self.option}", self.value, self.rule, self.remedy)
 
 
 def render_value(value: object) -> str:
-    """Return a value of a job as JSON, or as near to it as it comes."""
+    """Return a value of a job as JSON. Objects that JSON does not have become their repr()."""
     try:
         return json.dumps(value, ensure_ascii=False, default=repr)
     except (TypeError, ValueError, RecursionError):
-        return f"(a {type(value).__name__})"  # very deep, or with keys that are no strings, as msgpack may have
+        return f"(a {type(value).__name__})"  # nested too deeply, or msgpack keys that JSON does not have
 
 
 def render_line(text: str) -> str:
-    """Return a sentence with all that is not printable escaped: a job, an image or a registry could otherwise add
-    lines of its own to events and logs, or control a terminal."""
+    """Escape what is not printable. Otherwise a job, an image or a registry could add lines to events and logs, or
+    send control sequences to a terminal."""
     if text.isprintable():
         return text
     return "".join(
@@ -72,22 +71,22 @@ def render_line(text: str) -> str:
 
 
 def shorten(text: str, length: int = 200) -> str:
-    """Shorten what a job says, for a sentence."""
+    """Cut a foreign text off at `length` characters, so that it fits into a sentence."""
     return text if len(text) <= length else text[:length] + "…"
 
 
 class HostError(DriverError):
-    """This machine cannot do it, whatever the job says."""
+    """The cause is this machine, not the job."""
 
 
 class TransientError(DriverError):
-    """It may work when tried again."""
+    """The same may work later."""
 
     recoverable = True
 
 
 class TaskNotFound(DriverError):
-    """Nothing is known of the task. Nomad's client cannot match this error, it only shows it."""
+    """The task is unknown. Nomad's client only shows this error: it cannot recognise its type."""
 
     def __init__(
         self, task_id: str, why: str = "is not known to this plugin, and nothing of it is left on this machine"
@@ -96,11 +95,11 @@ class TaskNotFound(DriverError):
 
 
 class Unsupported(DriverError):
-    """The call is part of the protocol, but not of this driver."""
+    """The protocol has this call, but this driver does not support it."""
 
 
 LEVELS = ("trace", "debug", "info", "warn", "error")
-MAX_LINE = 48 << 10  # go-plugin cuts lines at 64 KiB, and Nomad 0.10 stops reading the log there
+MAX_LINE = 48 << 10  # go-plugin cuts lines at 64 KiB; Nomad 0.10 stops reading the log after a longer one
 
 
 def render_log(level: str, message: str, values: Mapping[str, object], now: datetime.datetime) -> bytes:
@@ -114,7 +113,7 @@ def render_log(level: str, message: str, values: Mapping[str, object], now: date
     }
     for key, value in values.items():
         entry[key.lstrip("@") or "value"] = value if isinstance(value, str) else repr(value)
-    for keep in (MAX_LINE, 2000, 100):  # characters of a text; one can be twelve bytes of JSON
+    for keep in (MAX_LINE, 2000, 100):  # characters of each value; one can take twelve bytes in JSON
         line = json.dumps({key[:50]: text[:keep] for key, text in list(entry.items())[:20]})
         if len(line) < MAX_LINE:
             break
@@ -122,7 +121,7 @@ def render_log(level: str, message: str, values: Mapping[str, object], now: date
 
 
 class Log:
-    """Writes lines; `bind` gives every line of the child the same values."""
+    """Writes lines of the log. `bind` returns a log that adds these values to each line."""
 
     def __init__(self, **values: object) -> None:
         self.values = values
@@ -152,16 +151,17 @@ log = Log()
 
 
 class LibraryLog(logging.Handler):
-    """Turns what libraries log (asyncio, grpc) into lines of ours, at debug: it is about their insides."""
+    """Passes on what libraries (asyncio, grpc) log. The level is always debug: it is about their internals."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log.debug(record.getMessage(), logger=record.name, trace=record.exc_text or repr(record.exc_info))
 
 
 def is_below(path: str, directory: str) -> bool:
-    """Whether a path is a directory or in it; both without symbolic links and dots."""
+    """Whether a path is a directory or below it. Both must be free of symbolic links, "." and ".."."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
 def tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Turn lists into tuples: an object_hook for JSON that becomes frozen dataclasses."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -18,8 +18,8 @@ from nspawn.common import log
 
 
 def read_text(path: Path) -> str:
-    """Return what a file holds, "" when it cannot be read. Line ends stay as they are: names that a job or a
-    container has chosen may hold a carriage return."""
+    """Return the text of a file, "" if it cannot be read. Line ends stay as they are: names that a job or a
+    container chose may contain a carriage return."""
     try:
         return path.read_bytes().decode(errors="replace")
     except OSError:
@@ -27,7 +27,7 @@ def read_text(path: Path) -> str:
 
 
 def write_file(path: Path, text: str, mode: int = 0o600) -> None:
-    """Write a file that is either whole or not there, whatever happens in between."""
+    """Replace a file in one step: readers see the old text or the new one. Raises OSError."""
     temporary = path.with_name(f".{path.name}.new")
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
@@ -38,9 +38,9 @@ def write_file(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file, or a directory and all that is in it. Never follows a link below `path.parent`, never enters
-    another mount. What cannot be removed is logged, and all else goes. Blocks for as long as it takes: call it in
-    the event loop only for what no job has made."""
+    """Remove a file, or a directory with its content. Never follows a link below `path.parent` and never enters
+    another mount. What cannot be removed is logged and stays. It blocks, perhaps for minutes: call it in the
+    event loop only for files that no job made."""
     remover = TreeRemover()
     try:
         remover.run(path)
@@ -57,18 +57,18 @@ def remove_tree(path: Path) -> None:
 class TreeLevel:
     """A directory that is being emptied."""
 
-    name: str  # in the directory above it
-    above: tuple[int, int]  # device and inode of that directory
-    pending: list[str] = field(default_factory=list)  # directories in it that are emptied next
-    stuck: set[str] = field(default_factory=set)  # what cannot be removed
+    name: str  # its name in the parent directory
+    above: tuple[int, int]  # device and inode of the parent directory
+    pending: list[str] = field(default_factory=list)  # subdirectories to empty next
+    stuck: set[str] = field(default_factory=set)  # names that cannot be removed
 
 
 class TreeRemover:
-    """Empties directories of any depth, with two descriptors and no recursion: shutil.rmtree needs a descriptor
-    and a frame of Python a level (until 3.13), and paths end at 4,096 bytes. It goes down by names and up by "..",
-    which must be the directory that it came from."""
+    """Empties directories of any depth, with at most two descriptors and without recursion. shutil.rmtree needs a
+    descriptor per level, and before Python 3.13 a stack frame, too; a path ends at 4,096 bytes. This goes down by
+    name and up by "..", and checks that ".." is the directory it came from."""
 
-    BATCH = 1000  # names kept at a time: a directory may hold millions
+    BATCH = 1000  # subdirectories noted at a time: a directory may have millions
 
     def __init__(self) -> None:
         self.here = -1
@@ -91,7 +91,8 @@ class TreeRemover:
             os.close(self.here)
 
     def enter(self, name: str, level: TreeLevel) -> list[TreeLevel]:
-        """Go into a directory and return its level; anything else is removed."""
+        """Go into a directory and return its level in a list. The list is empty if there is no directory to go
+        into; anything else of this name is removed."""
         try:
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.here)
         except NotADirectoryError:
@@ -114,7 +115,7 @@ class TreeRemover:
         return [TreeLevel(name, (above.st_dev, above.st_ino))]
 
     def empty(self, level: TreeLevel) -> list[str]:
-        """Remove the files of a directory, and note some of the directories in it: none when it is done."""
+        """Remove the files of a directory, and return up to BATCH of its subdirectories; [] when it is done."""
         with os.scandir(self.here) as entries:
             for entry in entries:
                 if entry.name in level.stuck:
@@ -128,7 +129,7 @@ class TreeRemover:
         return level.pending
 
     def leave(self, level: TreeLevel, above: TreeLevel) -> None:
-        """Go up, and remove the directory that has been left."""
+        """Go up to the parent directory and remove the one just emptied."""
         outer = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.here)
         os.close(self.here)
         self.here = outer
@@ -144,7 +145,7 @@ class TreeRemover:
         try:
             try:
                 how(name, dir_fd=self.here)
-            except PermissionError:  # root may do all, but for what `chattr` has set
+            except PermissionError:  # even for root, if `chattr` protects it
                 make_removable(self.here, name)
                 how(name, dir_fd=self.here)
         except FileNotFoundError:
@@ -155,8 +156,8 @@ class TreeRemover:
 
 
 def is_other_mount(inner: int, outer: int) -> bool:
-    """Tell whether something is mounted on a directory. A subvolume of btrfs has a device of its own, too, but is
-    no mount."""
+    """Whether `inner` is on another mount than its parent `outer`. The device number does not tell: a btrfs
+    subvolume has its own, but is no mount."""
     if os.fstat(inner).st_dev == os.fstat(outer).st_dev:
         return False
     texts = (read_text(Path(f"/proc/self/fdinfo/{fd}")) for fd in (inner, outer))
@@ -169,7 +170,8 @@ PROTECTING_ATTRIBUTES = 0x10 | 0x20  # immutable, append-only
 
 
 def make_removable(directory: int, name: str) -> None:
-    """Take off what keeps even root from removing a file: a container without a user namespace may set it."""
+    """Clear the attributes that keep even root from removing a file: a container without a user namespace can set
+    them. They may be on the file or on its directory."""
     with contextlib.suppress(OSError):
         clear_attributes(directory)
         kind = os.lstat(name, dir_fd=directory).st_mode
@@ -182,6 +184,7 @@ def make_removable(directory: int, name: str) -> None:
 
 
 def clear_attributes(fd: int) -> None:
+    """Clear the two attributes of a file. Raises OSError on file systems that have none."""
     flags = bytearray(8)
     fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
     number = struct.unpack("=Q", flags)[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The C library and the kernel's calls, by their own names."""
+"""Functions of the C library and system calls that Python does not have."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_libc() -> Any:
 
 
 def call_libc(name: str, *arguments: int | bytes | None) -> int:
-    """Call a function of the C library that Python does not have; raise OSError when it says -1."""
+    """Call a function of the C library that returns an int. Raises OSError if that is negative."""
     import ctypes
 
     result = int(getattr(load_libc(), name)(*arguments))
@@ -32,15 +32,15 @@ def call_libc(name: str, *arguments: int | bytes | None) -> int:
 
 OPENAT2 = 437  # system call: the same number on all machines
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x2, 0x4, 0x10
-RENAMES = 100  # how often somebody may rename directories on the way while a ".." is followed
+TRIES = 100  # openat2 fails with EAGAIN if any directory is renamed while it follows a ".."
 
 
 def open_in_root(root: int, path: str, flags: int, *, follow: bool = True, mode: int = 0) -> int:
-    """Open a path as a process with this root directory would; the kernel never leaves it, and follows 40 links at
-    most. Without `follow`, no link at all. Raises OSError."""
+    """Open a path as a process with this root directory would. The kernel never leaves that directory. It follows
+    at most 40 links, and none without `follow`. Raises OSError."""
     resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | (0 if follow else RESOLVE_NO_SYMLINKS)
     how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
-    for _ in range(RENAMES):
+    for _ in range(TRIES):
         with contextlib.suppress(BlockingIOError):
             return call_libc("syscall", OPENAT2, root, os.fsencode(path), how, len(how))
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -56,11 +56,12 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_IDMAP = 0x1, 0x2, 0x100000
 
 
 def mount_filesystem(kind: str, target: str, flags: int = 0, options: str = "") -> None:
+    """Call mount(2) with `kind` as both type and source. Raises OSError."""
     call_libc("mount", kind.encode(), os.fsencode(target), kind.encode(), flags, os.fsencode(options))
 
 
 def enter_namespace() -> None:
-    """Put this thread into a new mount namespace. What the host mounts later shows up in it, not the reverse."""
+    """Put this thread into a new mount namespace. Later mounts of the host appear in it, but not the reverse."""
     call_libc("unshare", CLONE_FS | CLONE_NEWNS)
     mount_filesystem("none", "/", MS_REC | MS_SLAVE)
 
@@ -72,12 +73,13 @@ def make_read_only(point: str) -> None:
 
 
 def attach_tree(tree: int, target: str) -> None:
+    """Mount a detached tree, given by its descriptor. Its mounts become slaves of those it was cloned from."""
     call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
     call_libc("mount", None, os.fsencode(target), None, MS_REC | MS_SLAVE, None)
 
 
 def attach_layer(source: str, target: str, users_fd: int | None) -> None:
-    """Mount a directory, with the ids of a user namespace if one is given."""
+    """Bind-mount a directory, id-mapped by a user namespace if one is given."""
     tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(source), OPEN_TREE_CLONE | os.O_CLOEXEC)
     try:
         if users_fd is not None:
@@ -92,7 +94,8 @@ LOCK_FORMAT = "hhqqi"  # struct flock
 
 
 def take_lock(path: Path, kind: int) -> int | None:
-    """Lock a file as systemd does; return the descriptor that holds the lock, None when somebody else has it."""
+    """Lock a file as systemd does: F_RDLCK to share, F_WRLCK to exclude. Return the descriptor that holds the
+    lock, None if somebody else has it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
@@ -103,4 +106,4 @@ def take_lock(path: Path, kind: int) -> int | None:
             return None
         if os.fstat(fd).st_nlink:
             return fd
-        os.close(fd)  # whoever had it before removed the file
+        os.close(fd)  # the previous holder removed the file: a lock on it is void

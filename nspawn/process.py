@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Starting and watching processes and threads, and what /proc says of them.
+"""Starting and watching processes and threads, and what /proc says about them.
 
-Every process gets an explicit environment, explicit stdio and a session of its own. A child must never hold the
-plugin's stdin, stdout or stderr: the agent waits for their end and would hang. Pidfds tell of ends: asyncio's own
-way costs a thread per child on Python 3.10 and 3.11. No preexec_fn, user= or group=: they fork, and forked
-children of a process that runs gRPC crash (grpc#41768).
+Every process gets an explicit environment and explicit stdio. A child must never hold the plugin's stdin, stdout
+or stderr: the agent waits until these are closed, and would hang. The end of a process is seen by its pidfd,
+because asyncio needs a thread per child for that on Python 3.10 and 3.11. preexec_fn, user= and group= are
+forbidden: they make subprocess fork, and forked children of a process that runs gRPC crash (grpc#41768).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process that cannot be mistaken for a later one of the same number."""
+    """A process, told apart from later ones with the same pid by its start time."""
 
     pid: int
-    started: int  # clock ticks after boot: field 22 of /proc/PID/stat
+    started: int  # clock ticks since boot: field 22 of /proc/PID/stat
 
     @classmethod
     def of(cls, pid: int) -> ProcessId | None:
-        """Return the identity of a live process, None when there is none or it is a zombie."""
+        """Return the identity of a live process, None if there is none or it is a zombie. Raises OSError."""
         fields = read_stat(pid)
         return None if fields is None or fields[0] in ("Z", "X") else cls(pid, int(fields[19]))
 
     @classmethod
     def of_child(cls, pid: int) -> ProcessId:
-        """Return the identity of a child that nobody has waited for, be it a zombie."""
+        """Return the identity of a child that was not waited for yet; it may be a zombie."""
         fields = read_stat(pid)
         return cls(pid, int(fields[19])) if fields else NO_PROCESS
 
@@ -51,7 +51,7 @@ class ProcessId:
         return ProcessId.of(self.pid) == self
 
     def open(self) -> int | None:
-        """Return a pidfd, None when the process is gone. Raises OSError when the host has no descriptor for it."""
+        """Return a pidfd, None if the process is gone. Raises OSError."""
         if self.pid <= 0:
             return None
         try:
@@ -69,7 +69,7 @@ class ProcessId:
         return None
 
     def send(self, number: int) -> bool:
-        """Send a signal to this very process; False when it is gone."""
+        """Send a signal to exactly this process; return False if it is gone. Raises OSError."""
         fd = self.open()
         if fd is None:
             return False
@@ -82,7 +82,7 @@ class ProcessId:
         return True
 
     async def wait(self) -> None:
-        """Return when the process has ended; reaps it when it is a child of ours."""
+        """Wait until the process has ended, and reap it if it is our child. Raises OSError."""
         fd = self.open()
         if fd is not None:
             try:
@@ -90,7 +90,7 @@ class ProcessId:
             finally:
                 os.close(fd)
         fields = read_stat(self.pid)
-        if fields and int(fields[19]) == self.started:  # a zombie: no other process can have its number yet
+        if fields and int(fields[19]) == self.started:  # a zombie: its pid is still taken
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.pid, os.WNOHANG)
 
@@ -99,8 +99,8 @@ NO_PROCESS = ProcessId(0, 0)
 
 
 def read_stat(pid: int | str) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the state (field 3) on, None when there is no such process. Raises
-    OSError when the host cannot tell."""
+    """Return the fields of /proc/PID/stat from the state (field 3) on, None if there is no such process. Raises
+    OSError if the file cannot be read."""
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -109,17 +109,17 @@ def read_stat(pid: int | str) -> list[str] | None:
 
 
 def parse_stat(text: bytes) -> list[str]:
-    """Return the fields behind the name in parentheses, which may hold anything."""
+    """Return the fields after the process name. It is in parentheses and may contain anything."""
     return [field.decode("ascii") for field in text[text.rindex(b") ") + 2 :].split()]
 
 
 def read_children(pid: int) -> list[int]:
-    """Return the children of a process's main thread. Their numbers may be others' by now: see find_children."""
+    """Return the pids of the children of a process's main thread. They may be reused by now: see find_children."""
     return [int(child) for child in read_text(Path(f"/proc/{pid}/task/{pid}/children")).split()]
 
 
 def find_children(parent: ProcessId) -> list[ProcessId]:
-    """Return the live children of a process, none that only has got the number of one."""
+    """Return the live children of a process. A later process that only reuses the pid of one is left out."""
     found = []
     for pid in read_children(parent.pid):
         fields = read_stat(pid)
@@ -129,8 +129,8 @@ def find_children(parent: ProcessId) -> list[ProcessId]:
 
 
 def parse_status(text: bytes) -> dict[str, str]:
-    """Return the lines of /proc/PID/status by their names. A process chooses its own name: the kernel escapes \\n
-    there, and nothing else that Python takes for the end of a line."""
+    """Return the values of /proc/PID/status by their names. A process chooses its own name: the kernel escapes \\n
+    in it, but not the other characters at which splitlines() splits."""
     lines = (line.partition(b":") for line in text.split(b"\n"))
     return {
         name.decode(errors="replace"): value.strip(b" \t").decode(errors="replace") for name, _, value in lines
@@ -138,7 +138,7 @@ def parse_status(text: bytes) -> dict[str, str]:
 
 
 def read_status(pid: int) -> dict[str, str]:
-    """Return parse_status of a process, {} when it is gone."""
+    """Return what parse_status makes of a process, {} if the process is gone. Raises OSError."""
     try:
         return parse_status(Path(f"/proc/{pid}/status").read_bytes())
     except (FileNotFoundError, ProcessLookupError):
@@ -146,7 +146,7 @@ def read_status(pid: int) -> dict[str, str]:
 
 
 async def wait_readable(fd: int) -> None:
-    """Return when `fd` has something to read, or has ended. One waiter a descriptor."""
+    """Wait until `fd` can be read or has ended. Only one task may wait for a descriptor at a time."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     loop.add_reader(fd, ready.set)
@@ -157,7 +157,7 @@ async def wait_readable(fd: int) -> None:
 
 
 async def wait_writable(fd: int) -> None:
-    """Return when `fd` takes more, or its reader is gone. One waiter a descriptor."""
+    """Wait until `fd` can be written or its reader is gone. Only one task may wait for a descriptor at a time."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     loop.add_writer(fd, ready.set)
@@ -176,7 +176,7 @@ def start_process(
     stderr: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
 ) -> ProcessId:
-    """Start a process in a session of its own; ProcessId.wait reaps it."""
+    """Start a process in its own session; ProcessId.wait reaps it. Raises OSError."""
     process = subprocess.Popen(
         argv,
         env=dict(environ),
@@ -187,12 +187,12 @@ def start_process(
         cwd="/",
         start_new_session=True,
     )
-    process.returncode = 0  # keeps subprocess from reaping it, too
+    process.returncode = 0  # otherwise subprocess would reap it
     return ProcessId.of_child(process.pid)
 
 
 def run(argv: Sequence[str], *, timeout: float) -> str:
-    """Run a short tool and return what it prints, "" when it fails or is missing. Blocks: for start-up only."""
+    """Run a tool and return its output, "" if it is missing or takes longer than `timeout` seconds. It blocks."""
     try:
         done = subprocess.run(
             argv,
@@ -209,12 +209,12 @@ def run(argv: Sequence[str], *, timeout: float) -> str:
 
 
 async def run_in_thread(work: Callable[[], T]) -> T:
-    """Return what `work` returns, from a new thread: it may leave its thread in another namespace."""
+    """Run `work` in a new thread and return its result. It may leave that thread in another namespace."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
     def finish(action: Callable[[], None]) -> None:
-        if not done.cancelled():  # nobody waits any more
+        if not done.cancelled():  # the caller was cancelled
             action()
 
     def run() -> None:
@@ -222,7 +222,7 @@ async def run_in_thread(work: Callable[[], T]) -> T:
             action = functools.partial(done.set_result, work())
         except BaseException as error:
             action = functools.partial(done.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the plugin has ended
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: the plugin ends
             loop.call_soon_threadsafe(finish, action)
 
     threading.Thread(target=run, daemon=True).start()
@@ -230,8 +230,8 @@ async def run_in_thread(work: Callable[[], T]) -> T:
 
 
 def open_user_namespace(base: int, count: int) -> int:
-    """Return a user namespace that maps `count` ids from 0 on to those from `base` on. It takes a process to make
-    one, and none to keep it. Blocks for some milliseconds."""
+    """Return a descriptor of a user namespace that maps the ids 0 to `count` to those from `base` on. Making one
+    takes a process; the descriptor keeps it. Blocks for some milliseconds. Raises HostError or OSError."""
     pipe, environ = subprocess.PIPE, {"PATH": SAFE_PATH}
     argv = ["unshare", "--user", "cat"]
     with subprocess.Popen(argv, env=environ, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
@@ -239,15 +239,15 @@ def open_user_namespace(base: int, count: int) -> int:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(b"\n")
             process.stdin.flush()
-        if not process.stdout.read(1):  # with the answer of cat the namespace is there
-            raise HostError("the kernel makes no user namespace: see the sysctl user.max_user_namespaces")
+        if not process.stdout.read(1):  # cat answers only after unshare has made the namespace
+            raise HostError("the kernel makes no user namespace: check the sysctl user.max_user_namespaces")
         for name in ("uid_map", "gid_map"):
             Path(f"/proc/{process.pid}/{name}").write_text(f"0 {base} {count}")
         return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
 async def run_tool(argv: Sequence[str]) -> str:
-    """Run a short tool without blocking and return what it prints, "" when it is missing."""
+    """Run a tool without blocking and return its output, "" if it cannot be started."""
     environ = {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}
     with open(os.memfd_create(argv[0]), "w+b") as output:
         with contextlib.suppress(OSError):
@@ -257,5 +257,5 @@ async def run_tool(argv: Sequence[str]) -> str:
 
 
 def read_inner_pid(pid: int) -> int:
-    """Return a process's number inside its own namespace, 0 when it is gone."""
+    """Return the pid of a process in its own namespace, 0 if the process is gone. Raises OSError."""
     return int(read_status(pid).get("NSpid", "0").split()[-1])
