@@ -7,7 +7,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import stat
 import struct
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nspawn.common import log
+from nspawn.linux import RESOLVE_NO_XDEV, openat2
 
 
 def read_text(path: Path) -> str:
@@ -94,19 +94,14 @@ class TreeRemover:
         """Go into a directory and return its level in a list. The list is empty if there is no directory to go
         into; anything else of this name is removed."""
         try:
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.here)
+            inner = openat2(self.here, name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, RESOLVE_NO_XDEV)
         except NotADirectoryError:
             self.remove(os.unlink, name, level)
             return []
         except FileNotFoundError:
             return []
         except OSError as error:
-            self.errors.append(error)
-            level.stuck.add(name)
-            return []
-        if is_other_mount(inner, self.here):
-            os.close(inner)
-            self.errors.append(OSError(errno.EXDEV, "another file system is mounted there", name))
+            self.errors.append(OSError(error.errno, error.strerror, name))  # EXDEV: another mount
             level.stuck.add(name)
             return []
         outer, self.here = self.here, inner
@@ -153,16 +148,6 @@ class TreeRemover:
         except OSError as error:
             self.errors.append(error)
             level.stuck.add(name)
-
-
-def is_other_mount(inner: int, outer: int) -> bool:
-    """Whether `inner` is on another mount than its parent `outer`. The device number does not tell: a btrfs
-    subvolume has its own, but is no mount."""
-    if os.fstat(inner).st_dev == os.fstat(outer).st_dev:
-        return False
-    texts = (read_text(Path(f"/proc/self/fdinfo/{fd}")) for fd in (inner, outer))
-    first, second = (re.findall(r"^mnt_id:.*", text, re.MULTILINE) for text in texts)
-    return first != second
 
 
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602

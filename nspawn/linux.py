@@ -31,18 +31,23 @@ def call_libc(name: str, *arguments: int | bytes | None) -> int:
 
 
 OPENAT2 = 437  # system call: the same number on all machines
-RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x2, 0x4, 0x10
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 0x1, 0x2, 0x4, 0x10
 TRIES = 100  # openat2 fails with EAGAIN if any directory is renamed while it follows a ".."
+
+
+def openat2(directory: int, path: str, flags: int, resolve: int, mode: int = 0) -> int:
+    """Call openat2(2). Raises OSError."""
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    return call_libc("syscall", OPENAT2, directory, os.fsencode(path), how, len(how))
 
 
 def open_in_root(root: int, path: str, flags: int, *, follow: bool = True, mode: int = 0) -> int:
     """Open a path as a process with this root directory would. The kernel never leaves that directory. It follows
     at most 40 links, and none without `follow`. Raises OSError."""
     resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | (0 if follow else RESOLVE_NO_SYMLINKS)
-    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
     for _ in range(TRIES):
         with contextlib.suppress(BlockingIOError):
-            return call_libc("syscall", OPENAT2, root, os.fsencode(path), how, len(how))
+            return openat2(root, path, flags, resolve, mode)
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
