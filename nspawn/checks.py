@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What a row's `check` and `render` can be.
+"""The functions for an option's `check` and `render`.
 
-A check raises ConfigError or returns the value, in one spelling where there are several.
+A `check_` raises ConfigError or returns its value; a `parse_` returns another value or another spelling of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_pivot_root(name: str, value: str) -> str:
 
 
 def check_pattern(pattern: str, rule: str) -> Check:
-    """Make a check of a string, or of each string in a list."""
+    """Make a check for a string, or for each string of a list."""
 
     def check(name: str, value: Any) -> Any:
         for item in (value,) if isinstance(value, str) else value:
@@ -61,7 +61,7 @@ BIND_OPTIONS = ("rbind", "norbind", "idmap", "noidmap", "rootidmap", "owneridmap
 
 
 def parse_bind(target: str) -> tuple[str, str]:
-    """Split `/path:options` as nspawn has it; a colon that no options follow belongs to the path."""
+    """Split nspawn's `/path:options`. If no options follow a colon, it is part of the path."""
     path, colon, options = target.rpartition(":")
     if colon and all(option in BIND_OPTIONS for option in options.split(",")):
         return path, options
@@ -75,11 +75,11 @@ def check_binds(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     return value
 
 
-OWN_DIRECTORIES = ("alloc", "local", "secrets")  # of a task, as it names them itself
+OWN_DIRECTORIES = ("alloc", "local", "secrets")  # the names of a task's own directories in its job
 
 
 def check_source(name: str, path: str, shown: object) -> None:
-    """Check where something comes from: a path of the host, or one in the task's own directories."""
+    """Accept an absolute path of the host, or one in the task's own directories."""
     own = path.split("/")[0] in OWN_DIRECTORIES
     if not (path.startswith("/") or own):
         rule = "the source must be an absolute path of the host, or one that begins with alloc, local or secrets"
@@ -89,7 +89,7 @@ def check_source(name: str, path: str, shown: object) -> None:
 
 
 def split_fields(text: str) -> list[str]:
-    """Split at colons, as nspawn does: a backslash makes the next character an ordinary one."""
+    """Split at colons as nspawn does: a backslash escapes the next character."""
     return [
         re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL)
         for part in re.findall(r"(?:^|:)((?:\\.|[^:\\])*)", text, re.DOTALL)
@@ -97,8 +97,8 @@ def split_fields(text: str) -> list[str]:
 
 
 def check_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
-    """The directory that takes the changes must be a temporary one: systemd-nspawn opens it and its work directory
-    by path, when somebody who can write there may have exchanged them."""
+    """Refuse a directory for changes: systemd-nspawn would open it and its work directory by path, and whoever can
+    write there could swap them before. Changes go to memory."""
     for item in value:
         *sources, target = split_fields(item)
         if len(sources) < 2 or not all(sources[:-1]):
@@ -115,11 +115,11 @@ def check_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
 
 
 def has_image_source(overlays: Sequence[str]) -> bool:
-    """Whether an overlay names a directory of the image: a link there leads systemd-nspawn to one of the host."""
+    """Whether an overlay has a source in the image. If that is a link, nspawn follows it on the host."""
     return any(source.startswith("+/") for item in overlays for source in split_fields(item)[:-1])
 
 
-# systemd-nspawn takes all that mount(8) knows: "bind" and "remount" would act on file systems of the host.
+# Not all options of mount(8): systemd-nspawn would take "bind" and "remount", which act on the host's mounts.
 TMPFS_OPTION = (
     r"(size|nr_blocks|nr_inodes|mode|uid|gid|huge)=[\w%.-]+|ro|rw|nodev"
     r"|(no)?(exec|suid|atime|diratime|swap)|(rel|strict)atime|lazytime"
@@ -143,7 +143,7 @@ def check_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def parse_duration(name: str, value: str) -> float:
-    """Return the seconds of a duration as Nomad's jobs have it: `500ms`, `2s`, `1m`."""
+    """Return the seconds of a duration such as `500ms`, `2s` or `1m`, as Nomad's jobs write it."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)", value, re.ASCII)
     if not match:
         raise ConfigError(name, value, "must be a duration such as 500ms, 5s or 1m")
@@ -169,16 +169,13 @@ def is_address(text: str) -> bool:
 def check_variables(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for key in value:
         if not VARIABLE.fullmatch(key):
-            raise ConfigError(
-                name,
-                key,
-                "the name of a variable is letters, digits and underscores, and no digit comes first",
-            )
+            rule = "variable names have letters, digits and underscores, and do not start with a digit"
+            raise ConfigError(name, key, rule)
     return value
 
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # nspawn refuses others: "Cannot assign environment variable"
-# What systemd refuses in a text beside the NUL: surrogates and the code points that are never characters.
+# systemd refuses these in text: NUL, surrogates, and code points that are never characters.
 NEVER_CHARACTERS = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
 NO_TEXT = re.compile(f"[\\0\ud800-\udfff\ufdd0-\ufdef{NEVER_CHARACTERS}]")
 
@@ -194,12 +191,12 @@ CAPABILITIES = tuple(
 
 
 def parse_capabilities(name: str, value: Sequence[str]) -> Sequence[str]:
-    """Return capabilities as CAP_NET_ADMIN, from that, docker's net_admin, or lists with commas."""
+    """Return names such as CAP_NET_ADMIN. Also takes docker's net_admin, and several with commas in one string."""
     found = []
     for item in (part.strip() for text in value for part in text.split(",")):
         plain = item.upper().removeprefix("CAP_")
         if item.lower() != "all" and plain not in CAPABILITIES:
-            raise ConfigError(name, item, "is no capability", "use a name such as CAP_NET_ADMIN, or all")
+            raise ConfigError(name, item, "is not a capability", "use a name such as CAP_NET_ADMIN, or all")
         found.append("all" if item.lower() == "all" else f"CAP_{plain}")
     return tuple(found)
 
@@ -216,13 +213,13 @@ RLIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE",
 
 
 def parse_rlimits(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
-    """Return limits by their full names, from RLIMIT_NOFILE or docker's nofile."""
+    """Return limits by names such as RLIMIT_NOFILE. Also takes docker's nofile."""
     found = {}
     for key, limit in value.items():
         plain = key.upper().removeprefix("RLIMIT_")
         if plain not in RLIMITS:
             known = ", ".join(limit.lower() for limit in RLIMITS)
-            raise ConfigError(f"{name}.{key}", limit, "is no resource limit", f"the limits are {known}")
+            raise ConfigError(f"{name}.{key}", limit, "is not a resource limit", f"the limits are {known}")
         if not re.fullmatch(r"(\d{1,19}|infinity)(:(\d{1,19}|infinity))?", limit):
             raise ConfigError(f"{name}.{key}", limit, "must be LIMIT or SOFT:HARD, each a number or infinity")
         soft, _, hard = limit.partition(":")
@@ -232,7 +229,7 @@ def parse_rlimits(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     return found
 
 
-CREDENTIAL = re.compile(r"(?!\.{1,2}$)[!-.0-9;-~]{1,255}", re.ASCII)  # printable, without "/" and ":"
+CREDENTIAL = re.compile(r"(?!\.{1,2}$)[!-.0-9;-~]{1,255}", re.ASCII)  # printable ASCII without "/" and ":"
 
 
 def check_credentials(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
@@ -249,10 +246,10 @@ def check_credential_files(name: str, value: Mapping[str, str]) -> Mapping[str, 
 
 
 def check_id_range(name: str, value: str) -> str:
-    """no, yes, pick, identity, BASE or BASE:COUNT, as in nspawn's --private-users=."""
+    """Accept no, yes, pick, identity, BASE or BASE:COUNT, as in nspawn's --private-users=."""
     if re.fullmatch(r"no|yes|pick|identity", value):
         return value
-    rule = "must be pick, identity, no, or BASE or BASE:COUNT with numbers of users"
+    rule = "must be no, yes, pick, identity, or user ids as BASE or BASE:COUNT"
     match = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}))?", value)
     if not match:
         raise ConfigError(name, value, rule)
@@ -274,7 +271,7 @@ def check_checksum(name: str, value: str) -> str:
     algorithm, colon, digits = value.rpartition(":")
     lengths = {"sha256": 64, "sha512": 128, "sha384": 96}
     if len(digits) != lengths.get(algorithm if colon else "sha256") or not re.fullmatch("[0-9a-fA-F]+", digits):
-        raise ConfigError(name, value, 'must be "sha256:" and 64 hexadecimal digits, or so for sha384 and sha512')
+        raise ConfigError(name, value, "must be ALGORITHM:HEX, for sha256, sha384 or sha512")
     return value
 
 
@@ -286,7 +283,7 @@ def check_platform(name: str, value: str) -> str:
 
 def check_helper(name: str, value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
-        raise ConfigError(name, value, "must be the end of a program's name, after docker-credential-")
+        raise ConfigError(name, value, "must be what follows docker-credential- in the name of the program")
     return value
 
 
@@ -307,7 +304,7 @@ def check_host_directories(name: str, value: Sequence[str]) -> Sequence[str]:
 
 
 def parse_permissions(name: str, value: Sequence[str]) -> Sequence[str]:
-    """Return the permissions that are allowed, with what `default` stands for."""
+    """Return the words of `allow`, with `default` replaced by what it stands for."""
     known = [permission.value for permission in Permission if permission.is_word] + ["default", "all"]
     found: list[str] = []
     for word in value:
@@ -339,12 +336,12 @@ def check_user(name: str, value: str) -> str:
     return value
 
 
-MAX_PIDS = 4 << 20  # the kernel's
+MAX_PIDS = 4 << 20  # the kernel's limit
 SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_size(name: str, value: str) -> str:
-    """Return a size in bytes, or "max", as the kernel's control files have it."""
+    """Return the size in bytes or "max", as the kernel's control files want it."""
     if value == "infinity":
         return "max"
     match = re.fullmatch(r"(\d{1,15})([KMGT]?)", value, re.ASCII)
@@ -353,11 +350,11 @@ def parse_size(name: str, value: str) -> str:
     return str(int(match[1]) * SIZES[match[2]])
 
 
-# Renderers, for what is more than one word a value.
+# Renderers.
 
 
 def escape_field(text: str) -> str:
-    """Escape for nspawn's colon-separated fields."""
+    """Escape a text for nspawn's colon-separated fields."""
     return text.replace("\\", "\\\\").replace(":", "\\:")
 
 
@@ -374,7 +371,7 @@ def render_short_option(argument: str, value: str) -> list[str]:
 
 
 def render_ambient(argument: str, value: Sequence[str]) -> list[str]:
-    """nspawn wants them among the container's capabilities, too."""
+    """nspawn wants ambient capabilities among those of the container, too."""
     return [f"{name}={item}" for item in value for name in ("--capability", argument)]
 
 
@@ -388,5 +385,5 @@ RESOLV_CONF = ("auto", "off", "delete") + tuple(
 
 
 def any_of(*choices: str, **since: int) -> dict[str, int]:
-    """Return choices for a row; those that need a systemd version come with it."""
+    """Return the `choices` of an option. Keywords are those that need a systemd version, with that version."""
     return {**dict.fromkeys(choices, 0), **since}

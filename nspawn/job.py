@@ -172,7 +172,7 @@ def parse_signal(name: str) -> int:
         number = int(digits) if digits else int(known or 0) + int(offset or 0)
         if 0 < number < signal.NSIG:
             return number
-    raise ConfigError("signal", name, "is no signal", "use a name such as SIGTERM, SIGHUP or SIGRTMIN+4")
+    raise ConfigError("signal", name, "is not a signal", "use a name such as SIGTERM, SIGHUP or SIGRTMIN+4")
 
 
 def render_signal(number: int) -> str:

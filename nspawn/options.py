@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MPL-2.0
 """What an option is: its type, its decoding, nspawn's argument for it, its line in the manual.
 
-The options themselves are the rows at the top of driver.py. Every value arrives as the agent's msgpack has it:
-every key of the schema is present, and nil where the job says nothing.
+The options themselves are the rows at the top of driver.py. Values arrive as the agent's msgpack has them: every
+key of the schema is present, and nil if the job does not set it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Values = Mapping[str, Any]
 
 
 class Kind(enum.Enum):
-    """The type of an option, by its name in Nomad's hclspec.
+    """The type of an option. The value is its name in Nomad's hclspec.
 
-    The types are the Go driver's: a map is a list of maps, so that both `x { a = "b" }` and
-    `x = { "/a" = "/b" }` arrive. An attribute of type map(string) would accept neither.
+    The types are those of the Go driver. A map is a list of maps, because then jobs may write both `x { a = "b" }`
+    and `x = { "/a" = "/b" }`. An attribute of type map(string) would accept neither.
     """
 
     BOOL = "bool"
@@ -41,7 +41,7 @@ class Kind(enum.Enum):
         return self in (Kind.BLOCK, Kind.BLOCKS)
 
     def decode(self, name: str, value: object) -> object:
-        """Return the value as the plan uses it; raise ConfigError on anything that is not of this type."""
+        """Return the value as a Python type. Raises ConfigError if it is not of this type."""
         decoders: dict[Kind, Callable[[str, object], object]] = {
             Kind.BOOL: decode_bool,
             Kind.NUMBER: decode_number,
@@ -70,7 +70,7 @@ def decode_string(name: str, value: object) -> str:
 
 
 def decode_number(name: str, value: object) -> int:
-    """Numbers that a float cannot hold exactly arrive as strings."""
+    """Also takes strings: numbers that a float cannot hold exactly arrive so. Raises ConfigError."""
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             if float(value) == int(float(value)):
@@ -85,7 +85,7 @@ def decode_strings(name: str, value: object) -> tuple[str, ...]:
 
 
 def decode_map(name: str, value: object, decode: Callable[[str, object], object]) -> dict[str, object]:
-    """Fold a list of maps from left to right: of two equal keys the later one wins, as in the Go driver."""
+    """Merge a list of maps. If two have the same key, the later one wins, as in the Go driver."""
     maps = value if isinstance(value, (list, tuple)) else [value]
     folded: dict[str, object] = {}
     for item in maps:
@@ -97,9 +97,9 @@ def decode_map(name: str, value: object, decode: Callable[[str, object], object]
 
 
 class Permission(enum.Enum):
-    """A permission: something the operator of a client allows jobs, or does not.
+    """Something that the operator of a client allows jobs or not.
 
-    The value is a word of the plugin's `allow`; the last two have options of their own.
+    The value is a word of the plugin's `allow`, or for the last two the name of their own option.
     """
 
     HOST_NETWORK = "host_network"
@@ -132,11 +132,11 @@ class Permission(enum.Enum):
 
 @dataclass(frozen=True)
 class PermissionInfo:
-    """What a permission is about, for people."""
+    """What there is to know about a permission."""
 
     meaning: str  # what a job can do with it
-    is_default: bool = False  # whether an empty plugin block allows it: jobs of the Go driver use it
-    gives_host: bool = False  # whether a job that has it can become root of the host
+    is_default: bool = False  # an empty plugin block allows it, because jobs of the Go driver use it
+    gives_host: bool = False  # a job that has it can become root of the host
 
 
 PERMISSIONS: Mapping[Permission, PermissionInfo] = {
@@ -159,7 +159,7 @@ PERMISSIONS: Mapping[Permission, PermissionInfo] = {
     Permission.DEVICE_BINDS: PermissionInfo(
         "mount device nodes of the host, such as its disks, by `bind`", is_default=True, gives_host=True
     ),
-    # systemd-nspawn follows links of the image to it on the host (measured on 252).
+    # systemd-nspawn resolves links on the way to it as paths of the host (measured on 252).
     Permission.PIVOT_ROOT: PermissionInfo(
         "make a directory of the host that holds a system its root, by a link in its image",
         is_default=True,
@@ -205,29 +205,29 @@ Render = Callable[[str, Any], list[str]]
 class Option:
     """One option of a task or of the plugin.
 
-    `check` raises ConfigError, or returns the value as it is used from there on. `choices` maps what is allowed
-    to the systemd version each needs, 0 for any. `argument` is nspawn's option; `render` makes its arguments
-    where one word a value will not do.
+    `check` raises ConfigError or returns the value to use. `choices` maps each allowed value to the systemd
+    version that it needs, 0 for any. `argument` is nspawn's option. `render` makes its arguments if a value is not
+    simply one `argument=value`.
     """
 
     name: str
     kind: Kind
     doc: str
-    example: str = ""  # a value, as a job has it in HCL
-    default: Any = None  # what an unset option is; None: unset
+    example: str = ""  # a value in HCL
+    default: Any = None  # the value if the job does not set it
     required: bool = False
     aliases: tuple[str, ...] = ()
     check: Check | None = None
     choices: Mapping[str, int] = field(default_factory=dict)
-    since: int = 0  # the systemd version it needs, 0 for any supported one
+    since: int = 0  # the systemd version it needs, 0: any supported one
     permission: Permission | None = None
-    needs_permission: Callable[[Any], bool] = bool  # whether a value alone needs it, if it is a word of `allow`
-    argument: str = ""  # "": the plan uses the value by itself
+    needs_permission: Callable[[Any], bool] = bool  # whether a value needs it, if it is a word of `allow`
+    argument: str = ""  # "": the plan handles the value
     render: Render | None = None
     fields: tuple[Option, ...] = ()  # of a BLOCK or BLOCKS
 
     def decode(self, value: object) -> Any:
-        if value is None or value == "":  # HCL cannot say "unset" in an expression: "" means the same
+        if value is None or value == "":  # HCL expressions cannot say "unset", so "" means it
             if self.required:
                 raise ConfigError(self.name, value, "is required" if value is None else "must not be empty")
             return self.default
@@ -260,7 +260,7 @@ class Option:
         return max(self.since, self.choices.get(value, 0) if isinstance(value, str) else 0)
 
     def argv(self, value: Any) -> list[str]:
-        """Return nspawn's arguments, each one word, so that no value can become an argument of its own."""
+        """Return nspawn's arguments. Each holds its value, so that no value can become an argument by itself."""
         if not self.argument or not is_set(value):
             return []
         if self.render:
@@ -272,17 +272,17 @@ class Option:
 
 
 def never(value: object) -> bool:
-    """Stands for `needs_permission` where the value alone does not decide."""
+    """The `needs_permission` of options that are checked elsewhere: their value alone does not decide."""
     return False
 
 
 def is_set(value: object) -> bool:
-    """Whether a value is more than an option left alone; a 0 is."""
+    """Whether a value differs from an unset option. 0 does; False, "" and empty collections do not."""
     return value is not None and value is not False and value not in ("", (), {})
 
 
 def decode_options(options: Sequence[Option], raw: Mapping[str, object]) -> dict[str, Any]:
-    """Return every option's value; raise ConfigError for what is unknown, missing or wrong."""
+    """Return the values of all options. Raises ConfigError if one is unknown, missing or wrong."""
     names = [name for option in options for name in option.names]
     for key in raw:
         if key not in names:
@@ -291,7 +291,7 @@ def decode_options(options: Sequence[Option], raw: Mapping[str, object]) -> dict
 
 
 def decode_named(option: Option, raw: Mapping[str, object]) -> Any:
-    """Return what is said under any of an option's names; what is wrong is said of the name the job uses."""
+    """Return the value of an option under any of its names. Errors use the name that the job uses."""
     said = [name for name in option.names if raw.get(name) is not None]
     if len(said) > 1:
         raise ConfigError(said[1], raw[said[1]], f"is another name of {option.name}", "set one of the two")
@@ -301,7 +301,7 @@ def decode_named(option: Option, raw: Mapping[str, object]) -> Any:
 
 
 def render_permission_table() -> str:
-    """Return a table of what operators may allow. "The host": whether a job can become root of the host by it."""
+    """Return the manual's table of permissions. "The host": whether a job can become root of the host with it."""
     lines = ["| permission | with an empty block | the host | with it a job can |", "|---|---|---|---|"]
     for permission, info in PERMISSIONS.items():
         usual = "yes" if info.is_default else "no"
@@ -310,6 +310,7 @@ def render_permission_table() -> str:
 
 
 def render_table(options: Sequence[Option]) -> str:
+    """Return the manual's table of options, with those of blocks below their block."""
     lines = ["| option | type | default | meaning | example |", "|---|---|---|---|---|"]
     for option in options:
         lines.append(render_row(option, ""))
@@ -341,6 +342,7 @@ def is_allowed(permission: Permission, config: Values) -> bool:
 
 
 def check_permission(name: str, value: object, permission: Permission, config: Values) -> None:
+    """Raise ConfigError about the option `name` if the operator does not give the permission."""
     if not is_allowed(permission, config):
         rule = f"the operator of this client does not allow {permission.value}"
-        raise ConfigError(name, value, rule, f'it takes "{permission.value}" in allow in its plugin block')
+        raise ConfigError(name, value, rule, f'its plugin block needs "{permission.value}" in allow')

@@ -410,7 +410,7 @@ def test_without_volumes_nothing_of_the_host(driver_file: Path, image: Path) -> 
     [
         ('allow = ["everything"]', 'allow = "everything": must be one of host_network'),
         ('allow_paths = ["srv"]', 'allow_paths = "srv": must be an absolute path'),
-        ('allow_caps = ["root"]', 'allow_caps = "root": is no capability'),
+        ('allow_caps = ["root"]', 'allow_caps = "root": is not a capability'),
         ('image_dir = "images"', 'image_dir = "images": must be an absolute path'),
     ],
 )

@@ -631,8 +631,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "image_download",
         {"url": "http://x", "checksum": "sha256:12"},
-        'image_download.checksum = "sha256:12": must be "sha256:" and 64 hexadecimal digits, or so for sha384 and '
-        "sha512",
+        'image_download.checksum = "sha256:12": must be ALGORITHM:HEX, for sha256, sha384 or sha512',
     ),
     (
         "image_download",
@@ -677,22 +676,22 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "environment",
         [{"A.B": "c"}],
-        'environment = "A.B": the name of a variable is letters, digits and underscores, and no digit comes first',
+        'environment = "A.B": variable names have letters, digits and underscores, and do not start with a digit',
     ),
     (
         "environment",
         [{"1A": "c"}],
-        'environment = "1A": the name of a variable is letters, digits and underscores, and no digit comes first',
+        'environment = "1A": variable names have letters, digits and underscores, and do not start with a digit',
     ),
     (
         "environment",
         [{"": "c"}],
-        'environment = "": the name of a variable is letters, digits and underscores, and no digit comes first',
+        'environment = "": variable names have letters, digits and underscores, and do not start with a digit',
     ),
     (
         "environment",
         [{"A\n": "c"}],
-        'environment = "A\\n": the name of a variable is letters, digits and underscores, and no digit comes first',
+        'environment = "A\\n": variable names have letters, digits and underscores, and do not start with a digit',
     ),
     ("environment", [{"A": 1}], "environment.A = 1: must be a string"),
     ("environment", [{"A": "b\x00"}], 'environment.A = "b\\u0000": must not hold a NUL character'),
@@ -744,7 +743,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "private_users",
         "auto",
-        'private_users = "auto": must be pick, identity, no, or BASE or BASE:COUNT with numbers of users',
+        'private_users = "auto": must be no, yes, pick, identity, or user ids as BASE or BASE:COUNT',
     ),
     (
         "private_users",
@@ -755,7 +754,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "private_users",
         "-1",
-        'private_users = "-1": must be pick, identity, no, or BASE or BASE:COUNT with numbers of users',
+        'private_users = "-1": must be no, yes, pick, identity, or user ids as BASE or BASE:COUNT',
     ),
     (
         "private_users_ownership",
@@ -899,13 +898,13 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "capability",
         ["CAP_FOO"],
-        'capability = "CAP_FOO": is no capability; use a name such as CAP_NET_ADMIN, or all',
+        'capability = "CAP_FOO": is not a capability; use a name such as CAP_NET_ADMIN, or all',
     ),
-    ("cap_add", ["foo"], 'cap_add = "foo": is no capability; use a name such as CAP_NET_ADMIN, or all'),
+    ("cap_add", ["foo"], 'cap_add = "foo": is not a capability; use a name such as CAP_NET_ADMIN, or all'),
     (
         "drop_capability",
         ["1"],
-        'drop_capability = "1": is no capability; use a name such as CAP_NET_ADMIN, or all',
+        'drop_capability = "1": is not a capability; use a name such as CAP_NET_ADMIN, or all',
     ),
     ("cap_drop", "net_raw", 'cap_drop = "net_raw": must be a list of strings'),
     ("ambient_capability", ["all"], 'ambient_capability = "all": must be a list of single capabilities'),
@@ -930,7 +929,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "rlimit",
         [{"files": "1"}],
-        'rlimit.files = "1": is no resource limit; the limits are as, core, cpu, data, fsize, locks, memlock, msgqueue, nice, nofile, nproc, rss, rtprio, rttime, sigpending, stack',
+        'rlimit.files = "1": is not a resource limit; the limits are as, core, cpu, data, fsize, locks, memlock, msgqueue, nice, nofile, nproc, rss, rtprio, rttime, sigpending, stack',
     ),
     ("rlimit", [{"nofile": "-1"}], 'rlimit.nofile = "-1": must be LIMIT or SOFT:HARD, each a number or infinity'),
     (
@@ -960,7 +959,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     ("allow_paths", "/srv", 'allow_paths = "/srv": must be a list of strings'),
     ("allow_paths", ["srv"], 'allow_paths = "srv": must be an absolute path of the host without ".."'),
     ("allow_paths", ["/srv/../x"], 'allow_paths = "/srv/../x": must be an absolute path of the host without ".."'),
-    ("allow_caps", ["foo"], 'allow_caps = "foo": is no capability; use a name such as CAP_NET_ADMIN, or all'),
+    ("allow_caps", ["foo"], 'allow_caps = "foo": is not a capability; use a name such as CAP_NET_ADMIN, or all'),
     (
         "allow",
         ["root"],
@@ -1263,7 +1262,7 @@ def test_permission(options: dict[str, object], said: str, permission: str) -> N
         check_permissions(TASK_OPTIONS, values, HARDENED)
     assert str(caught.value) == (
         f"{said}: the operator of this client does not allow {permission}; "
-        f'it takes "{permission}" in allow in its plugin block'
+        f'its plugin block needs "{permission}" in allow'
     )
     for words in ((permission,), ("all",)):
         check_permissions(TASK_OPTIONS, values, HARDENED | {"allow": words})

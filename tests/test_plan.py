@@ -1247,7 +1247,7 @@ def test_no_signal(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_signal(name)
     assert str(caught.value).startswith("signal = ")
-    assert str(caught.value).endswith(": is no signal; use a name such as SIGTERM, SIGHUP or SIGRTMIN+4")
+    assert str(caught.value).endswith(": is not a signal; use a name such as SIGTERM, SIGHUP or SIGRTMIN+4")
 
 
 @given(st.text())
