@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Facts about this machine, read and never changed.
+"""Facts about this machine. They are read and never changed.
 
-What is missing becomes one sentence each in the fingerprint's health description.
+For each thing that is missing there is a sentence in the fingerprint's health description.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from nspawn.devices import can_restrict_devices
 from nspawn.files import read_text
 from nspawn.process import read_status, run
 
-FINGERPRINT_PERIOD = 30.0  # seconds between two looks at the host
+FINGERPRINT_PERIOD = 30.0  # seconds
 
 
 class CgroupMode(enum.Enum):
     """How the kernel's control groups are mounted."""
 
     V2 = "v2"
-    HYBRID = "hybrid"  # v1 controllers, and a v2 hierarchy without controllers beside them
+    HYBRID = "hybrid"  # v1 controllers, and a v2 hierarchy without controllers
     V1 = "v1"
 
     @property
     def root(self) -> Path | None:
-        """The mount point of the v2 hierarchy."""
+        """The mount point of the v2 hierarchy, None without one."""
         paths = {CgroupMode.V2: Path("/sys/fs/cgroup"), CgroupMode.HYBRID: Path("/sys/fs/cgroup/unified")}
         return paths.get(self)
 
@@ -43,19 +43,17 @@ CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 
 @dataclass(frozen=True)
 class Host:
-    """What the machine offers."""
+    """What this machine offers."""
 
-    systemd: int  # major version of systemd-nspawn, 0 when it is not installed
+    systemd: int  # major version of systemd-nspawn, 0 if it is not installed
     kernel: tuple[int, int]
     cgroups: CgroupMode
     problems: tuple[str, ...]
     cpus: int = 1
     controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
-    has_device_policy: bool = True  # whether tasks can be kept from devices that are not theirs
-    is_filtered: bool = False  # whether this process has seccomp filters itself: then it sees those of no other
-    open_directories: tuple[
-        str, ...
-    ] = ()  # directories that tasks write to and other users of the host can get to
+    has_device_policy: bool = True  # tasks can be kept from devices that are not theirs
+    is_filtered: bool = False  # this process has a seccomp filter itself, so the kernel hides those of others
+    open_directories: tuple[str, ...] = ()  # where tasks write and other users of the host can go
 
     @property
     def is_healthy(self) -> bool:
@@ -68,12 +66,12 @@ class Host:
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """The controllers that limit what a task may use."""
+        """The controllers that can limit tasks here."""
         return tuple(controller for controller in CONTROLLERS if controller in self.controllers)
 
     @property
     def shortcomings(self) -> Iterator[str]:
-        """What tasks have to do without, a sentence a thing."""
+        """Yield a sentence for each thing that tasks have to do without."""
         missing = [controller for controller in CONTROLLERS if controller not in self.controllers]
         if missing and self.cgroups is CgroupMode.V2:
             yield f"(tasks run without limits of {', '.join(missing)}: the cgroup v2 controllers are missing)"
@@ -87,8 +85,8 @@ class Host:
 
 
 def explain_open_directory(place: str) -> str:
-    """A container's root is the host's root on files there, and may make them set-user-id; inside that has no
-    effect, on the host it has."""
+    """For files there, root in a container counts as root of the host, and may make them set-user-id. The
+    container ignores that bit; the host does not."""
     return (
         f"(other users of this machine can get to {place}: a set-user-id file that a task makes there makes them "
         f"root; run chmod 0700 {place})"
@@ -96,8 +94,8 @@ def explain_open_directory(place: str) -> str:
 
 
 def is_open_to_others(path: str) -> bool:
-    """Whether users other than root can get to a directory: every one on the way lets somebody pass. False for one
-    that is not there."""
+    """Whether users other than root can reach a directory: it and all its parents let somebody through. False if
+    it does not exist."""
     place = Path(path).absolute()
     try:
         found = [os.stat(directory) for directory in (place, *place.parents)]
@@ -130,13 +128,13 @@ def read_cgroup_mode(root: Path = Path("/sys/fs/cgroup")) -> CgroupMode:
 
 @functools.lru_cache(maxsize=4)
 def read_nspawn_version(path: str, modified: float) -> int:
-    """Return nspawn's major version; asked again only when the file has changed."""
+    """Return nspawn's major version, 0 if it does not say one. `modified` is there for the cache."""
     match = re.match(r"systemd (\d+)", run([path, "--version"], timeout=10))
     return int(match[1]) if match else 0
 
 
 def find_problems(systemd: int) -> Iterator[str]:
-    """Yield a sentence for each thing without which no task can run."""
+    """Yield a sentence for each problem that keeps all tasks from running."""
     if os.geteuid() != 0:
         yield "The Nomad client must run as root to start containers."
     for tool, package in TOOLS.items():
@@ -154,7 +152,7 @@ def find_problems(systemd: int) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1)
 def read_boot_id() -> str:
-    """Return what tells this run of the kernel from all others."""
+    """Return an id that is new after each boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -162,7 +160,7 @@ UNIT_PATHS = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/sy
 
 
 def have_machined() -> bool:
-    """Whether systemd-machined can be called: the call starts it, unless it is masked."""
+    """Whether busctl can call systemd-machined. The call starts it, unless it is masked."""
     if not all(map(os.path.exists, ("/run/systemd/system", "/run/dbus/system_bus_socket"))):
         return False
     found = [path for folder in UNIT_PATHS if os.path.lexists(path := f"{folder}/systemd-machined.service")]
@@ -187,8 +185,8 @@ def read_host() -> Host:
     )
 
 
-# Kernels from which a file system can be the source of an id-mapped mount. What is not listed (overlay, nfs,
-# fuse, 9p, ...) cannot; overlay answers "Invalid argument" on every kernel measured up to 7.2.
+# The first kernel on which a file system can be id-mapped. Those not listed (overlay, nfs, fuse, 9p, ...) cannot:
+# overlay answers "Invalid argument" on every kernel measured, up to 7.2.
 IDMAP_SINCE = {
     "ext4": (5, 12),
     "xfs": (5, 12),
@@ -204,12 +202,13 @@ IDMAP_SINCE = {
 
 @dataclass(frozen=True)
 class Mounts:
-    """The mounts of this process, to ask which file system a path is on."""
+    """The mounts of this process."""
 
-    # mount point and file system, in mountinfo's order: later ones cover earlier ones
+    # mount point and file system type; later mounts cover earlier ones
     points: tuple[tuple[str, str], ...]
 
     def filesystem(self, path: str) -> str:
+        """Return the type of the file system that a path is on, "" if none is known."""
         best = ("", "")
         for point, kind in self.points:
             inside = path == point or path.startswith(point.rstrip("/") + "/")
@@ -218,13 +217,14 @@ class Mounts:
         return best[1]
 
     def have_idmap(self, path: str, kernel: tuple[int, int]) -> bool:
+        """Whether the file system that a path is on can be id-mapped."""
         since = IDMAP_SINCE.get(self.filesystem(path))
         return since is not None and kernel >= since
 
 
 def parse_mountinfo(text: str) -> Mounts:
     points = []
-    for line in filter(None, text.split("\n")):  # not splitlines: a path may hold what else ends a line
+    for line in filter(None, text.split("\n")):  # not splitlines: a path may contain other line ends
         left, _, right = line.partition(" - ")
         point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split(" ")[4])
         points.append((point, right.split(" ")[0]))

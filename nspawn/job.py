@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What Nomad says of a task, free of protobuf, and the names and signals that come from it. Pure."""
+"""What Nomad says about a task, without protobuf, and the names and signals that follow from it. Pure."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Device:
 
     host_path: str
     task_path: str
-    permissions: str = "rwm"  # to read, to write, to make with mknod(2)
+    permissions: str = "rwm"  # r to read, w to write, m to make it with mknod(2)
 
 
 @dataclass(frozen=True)
 class Port:
-    """A port of the group's or the task's network block."""
+    """A port of a network block of the group or the task."""
 
     host: int
-    to: int = 0  # the one inside; 0: the same
+    to: int = 0  # the port inside the container, 0: the same
     host_ip: str = ""
 
     @property
@@ -43,7 +43,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Dns:
-    """The group's dns block. What it leaves out is the host's, as with Nomad's own drivers."""
+    """The group's dns block. The host's settings replace what it leaves out, as with Nomad's own drivers."""
 
     servers: tuple[str, ...] = ()
     searches: tuple[str, ...] = ()
@@ -56,9 +56,9 @@ class Dns:
 
 @dataclass(frozen=True)
 class GroupNetwork:
-    """What Nomad says of a task's network."""
+    """What Nomad says about a task's network."""
 
-    namespace: str = ""  # a path; "" in host mode
+    namespace: str = ""  # its path, "" in host mode
     ports: Mapping[str, Port] = field(default_factory=dict)  # by label
     dns: Dns = Dns()
 
@@ -67,16 +67,16 @@ class GroupNetwork:
 class Resources:
     """What Nomad grants a task."""
 
-    memory: int = 0  # bytes that are reserved for it, 0: unknown
-    memory_max: int | None = 0  # bytes it may use when the machine has them; 0: as many as reserved, None: any
-    cpu: int = 0  # MHz, which are its weight among the others
-    cpu_fraction: float = 0.0  # of all the machine's MHz
-    cores: str = ""  # those reserved for it, as in 0,2-3
+    memory: int = 0  # reserved bytes, 0: unknown
+    memory_max: int | None = 0  # bytes it may use if the machine has them, 0: the reserved ones, None: any number
+    cpu: int = 0  # MHz; they decide its share among the tasks
+    cpu_fraction: float = 0.0  # these MHz as a part of the machine's
+    cores: str = ""  # reserved cores, as in 0,2-3
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A volume Nomad asks for (host volume, CSI, device plugin)."""
+    """A mount that Nomad asks for: of a host volume, a CSI volume or a device plugin."""
 
     source: str
     target: str
@@ -86,12 +86,12 @@ class Mount:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What Nomad says of a task, free of protobuf."""
+    """What Nomad says about a task."""
 
-    id: str  # <allocation>/<task>/<8 hex digits>, new for every start
+    id: str  # <allocation>/<task>/<8 hex digits>, new for each start
     name: str
     alloc_id: str
-    alloc_dir: str  # of the allocation, on the host
+    alloc_dir: str  # the allocation's directory on the host
     options: Mapping[str, object]  # the job's `config` block
     user: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class TaskConfig:
     resources: Resources = Resources()
     network: GroupNetwork = GroupNetwork()
     mounts: tuple[Mount, ...] = ()
-    devices: tuple[Device, ...] = ()  # of device plugins
+    devices: tuple[Device, ...] = ()  # from device plugins
 
     @property
     def shared_dir(self) -> str:
@@ -117,23 +117,23 @@ class TaskConfig:
 
     @property
     def own_directories(self) -> dict[str, str]:
-        """The directories a task may name without a permission, by their names."""
+        """The paths of the directories that a task may use without a permission, by their names in its job."""
         paths = (self.shared_dir, f"{self.task_dir}/local", f"{self.task_dir}/secrets")
         return dict(zip(OWN_DIRECTORIES, paths, strict=True)) if self.alloc_dir else {}
 
     @property
     def directory_names(self) -> tuple[str, ...]:
-        """The task's directories, as below the allocation's; those above others first."""
+        """The task's directories, relative to alloc_dir. Parents come first."""
         own = (f"{self.name}{end}" for end in ("", "/local", "/secrets"))
         return ("alloc", "alloc/logs", *own) if self.alloc_dir else ()
 
 
 class Mode(enum.Enum):
-    """What the container's PID 1 is. It decides who gets a signal, and what one means."""
+    """What the container's PID 1 is. This decides which process gets a signal, and what the signal means."""
 
     BOOT = "boot"
-    COMMAND = "command"  # the command itself: a signal it has no handler for is ignored
-    PROCESS_TWO = "process_two"  # nspawn's stub; the command is PID 2
+    COMMAND = "command"  # the command itself: the kernel drops signals for which it has no handler
+    PROCESS_TWO = "process_two"  # a stub of nspawn; the command is PID 2
 
     @classmethod
     def of(cls, values: Values) -> Mode:
@@ -143,8 +143,8 @@ class Mode(enum.Enum):
 
     @property
     def console(self) -> str:
-        # A booted systemd writes nothing to its console in pipe mode (measured on 252 and 257); a pty would
-        # merge a command's stdout and stderr and end its lines with CR LF.
+        # In pipe mode a booted systemd writes nothing to its console (measured on 252 and 257). A command gets no
+        # pty, because that would merge its stdout and stderr and end its lines with CR LF.
         return "read-only" if self is Mode.BOOT else "pipe"
 
     @property
@@ -152,10 +152,10 @@ class Mode(enum.Enum):
         return {"TERM": "dumb"} if self is Mode.BOOT else {}  # no colours and no cursor movement in the logs
 
     def stop_signal(self, name: str) -> int:
-        """Return the signal that asks the payload to end. `name` is the job's kill_signal, "" when unset.
+        """Return the signal that asks the payload to end. `name` is the job's kill_signal, "" if it has none.
 
-        For systemd SIGTERM means "re-exec" and SIGINT "reboot"; who writes one of them as kill_signal means
-        "end", which is SIGRTMIN+4 (poweroff). Others are sent as they are.
+        systemd takes SIGTERM for "re-exec" and SIGINT for "reboot". A job with one of these as kill_signal means
+        "end", so a booted system gets SIGRTMIN+4 (poweroff) instead. Raises ConfigError for an unknown name.
         """
         number = parse_signal(name) if name else signal.SIGTERM
         if self is Mode.BOOT and number in (signal.SIGTERM, signal.SIGINT):
@@ -164,7 +164,7 @@ class Mode(enum.Enum):
 
 
 def parse_signal(name: str) -> int:
-    """Return the number of SIGTERM, TERM, 15 or SIGRTMIN+4."""
+    """Return the number of a signal such as SIGTERM, TERM, 15 or SIGRTMIN+4. Raises ConfigError."""
     match = re.fullmatch(r"(?:SIG)?(RTMIN|RTMAX)([+-]\d{1,2})|(?:SIG)?([A-Z][A-Z0-9]*)|(\d{1,3})", name.upper())
     if match:
         base, offset, plain, digits = match.groups()
@@ -183,10 +183,10 @@ def render_signal(number: int) -> str:
 
 
 def plan_machine(task_name: str, alloc_id: str) -> str:
-    """Return the machine's name, <task>-<allocation>, in nspawn's alphabet and 64 characters.
+    """Return the machine's name, <task>-<allocation>, in nspawn's alphabet and at most 64 characters.
 
-    What differs from the task's name ends in 64 bits of a digest, and so does a name that looks like one of these:
-    no two tasks of an allocation have one name.
+    If the task's name must be changed for that, 64 bits of its digest follow. They also follow a name that looks
+    like such a result, so that two tasks of an allocation never get the same name.
     """
     alloc = re.sub(r"[^A-Za-z0-9-]+", "-", alloc_id)[:36].strip("-") or "alloc"
     room = 64 - len(alloc) - 1
@@ -198,11 +198,11 @@ def plan_machine(task_name: str, alloc_id: str) -> str:
 
 
 def render_id_prefix(task_id: str) -> str:
-    """Return the beginning of an id for a file's name: the allocation's, which has 36 characters, and a bit."""
+    """Return the start of an id for a file name: the 36 characters of the allocation and some of the task."""
     return re.sub(r"[^A-Za-z0-9-]+", "-", task_id)[:40]
 
 
 def state_directory(task_id: str) -> Path:
-    """Return where a task's files are: found from the id alone, short enough for a socket's path, and never
-    outside the state root whatever the id holds."""
+    """Return the directory for a task's files. It follows from the id alone, is short enough for the path of a
+    socket, and is below the state root, no matter what the id contains."""
     return STATE_ROOT / f"{render_id_prefix(task_id)}-{hashlib.sha256(task_id.encode()).hexdigest()[:12]}"

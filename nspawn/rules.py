@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Rules about two options at a time, and what the operator has to allow because it opens the host.
-
-Also what options that are not set become when that depends on other options or on the operator.
-"""
+"""Rules about two options at a time, permissions, and defaults that depend on other options or on the operator."""
 
 from __future__ import annotations
 
@@ -19,34 +16,34 @@ from nspawn.options import Option, Permission, Values, check_permission, is_set
 
 
 def apply_defaults(values: Values, config: Values, *, is_in_group: bool = False) -> dict[str, Any]:
-    """Return a task's options with what depends on other options, or on the operator, filled in."""
+    """Return a task's options with the defaults that depend on others or on the operator. Raises ConfigError."""
     values = dict(values)
     if values["user_namespacing"] is None:
         values["user_namespacing"] = config["user_namespacing"]
     if values["private_users"] == "no":
         values["user_namespacing"] = False
-    # Not -U: it silently does without a user namespace where it cannot have one.
+    # Not nspawn's -U: it silently runs without a user namespace if it cannot make one.
     users = ("pick", "auto") if values["user_namespacing"] else (None, None)
     for name, usual in zip(("private_users", "private_users_ownership"), users, strict=True):
         values[name] = usual and (values[name] or usual)
     values["pids_limit"] = choose_pids_limit(values["pids_limit"], config["pids_limit"])
     if values["network_veth"] is None:
         values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
-    if is_in_group:  # its network is Nomad's, with the ports; the Go driver's jobs leave network_veth at true
+    if is_in_group:  # Nomad makes its network and maps its ports; jobs of the Go driver have network_veth = true
         check_group_options(values)
         values |= {"network_veth": False, "ports": ()}
     return values
 
 
 def choose_pids_limit(wanted: int | None, allowed: int) -> int:
-    """Return how many processes a task may have, 0 for any number."""
+    """Return how many processes a task may have, 0: any number. Raises ConfigError if it wants too many."""
     if wanted and allowed and wanted > allowed:
         rule = f"the operator of this client allows a task {allowed} processes"
         raise ConfigError("pids_limit", wanted, rule, "ask for fewer")
     return wanted or allowed
 
 
-# What gives a container a network of its own, beside network_veth.
+# The options beside network_veth that give a container its own network.
 OWN_NETWORK = (
     "private_network",
     "network_zone",
@@ -59,7 +56,7 @@ OWN_NETWORK = (
 
 
 def check_group_options(values: Values) -> None:
-    """Refuse what would be a second network, or a second mapping of ports, beside the group's."""
+    """Refuse a second network or a second mapping of ports beside those of the group."""
     for name in ("port_map", *OWN_NETWORK):
         if values[name]:
             remedy = "leave it out, or the group's network block"
@@ -73,13 +70,13 @@ def have_own_network(values: Values) -> bool:
 
 
 def have_link(values: Values) -> bool:
-    """Whether the container has the link that nspawn can forward ports through."""
+    """Whether the container has a link through which nspawn can forward ports."""
     return bool(values["network_veth"] or values["network_zone"] or values["network_bridge"])
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What two options, or an option and the host, may not be together."""
+    """A combination that is refused: of an option with another one or with the host."""
 
     option: str
     is_broken: Callable[[Values, Host], bool]
@@ -88,7 +85,7 @@ class Rule:
 
 
 def excludes(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...]:
-    """Make rules that an option excludes others."""
+    """Return rules by which an option cannot be combined with others."""
 
     def rule(other: str) -> Rule:
         def is_broken(value: Values, host: Host) -> bool:
@@ -100,7 +97,7 @@ def excludes(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...
 
 
 def needs(option: str, other: str) -> Rule:
-    """Make the rule that an option is nothing without another one."""
+    """Return the rule that an option needs another one."""
     return Rule(
         option,
         lambda value, host: bool(value[option]) and not value[other],
@@ -110,6 +107,7 @@ def needs(option: str, other: str) -> Rule:
 
 
 def needs_link(option: str) -> Rule:
+    """Return the rule that an option needs a link to forward ports through."""
     return Rule(
         option,
         lambda value, host: bool(value[option]) and not have_link(value),
@@ -128,7 +126,7 @@ RULES: tuple[Rule, ...] = (
     ),
     *excludes("user", ("boot",), "set boot = false: an init must run as root"),
     *excludes("ambient_capability", ("boot",), "set boot = false: an init has its capabilities by itself"),
-    # The payload is PID 2 and can never say READY (measured on 252, 257 and 262).
+    # As PID 2 the payload can never say READY (measured on 252, 257 and 262).
     *excludes("notify_ready", ("process_two",), "leave process_two out: only PID 1 can say that it is ready"),
     needs_link("ports"),
     needs_link("port_map"),
@@ -180,7 +178,7 @@ def list_devices(values: Values) -> Iterator[Device]:
 
 
 def paths_collide(values: Values) -> bool:
-    """Whether two devices, or one and a bind, are to be at the same path in the container."""
+    """Whether two devices, or a device and a bind, have the same path in the container."""
     devices = [os.path.normpath(device.task_path.lstrip("/")) for device in list_devices(values)]
     binds = [
         os.path.normpath(parse_bind(text)[0].lstrip("/"))
@@ -191,6 +189,7 @@ def paths_collide(values: Values) -> bool:
 
 
 def check_rules(rows: Sequence[Option], values: Values, host: Host) -> None:
+    """Raise ConfigError for an option that this host is too old for, or that breaks a rule."""
     for option in rows:
         value = values[option.name]
         needed = option.needed_systemd(value)
@@ -205,8 +204,8 @@ def check_rules(rows: Sequence[Option], values: Values, host: Host) -> None:
 def check_permissions(
     rows: Sequence[Option], values: Values, config: Values, *, is_in_group: bool = False
 ) -> None:
-    """Refuse what the operator does not allow. Paths are judged when they have been opened, see sources.py. The
-    network of a group is not the host's."""
+    """Refuse options that need a permission which the operator does not give. Paths are not checked here, but when
+    they have been opened: see sources.py. A task in a group's network does not use the host's."""
     for option in rows:
         if option.permission and option.permission.is_word and option.needs_permission(values[option.name]):
             check_permission(option.name, values[option.name], option.permission, config)
