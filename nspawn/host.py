@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nspawn.common import SAFE_PATH
+from nspawn.common import SAFE_PATH, is_below
 from nspawn.devices import can_restrict_devices
 from nspawn.files import read_text
 from nspawn.process import read_status, run
@@ -211,8 +211,7 @@ class Mounts:
         """Return the type of the file system that a path is on, "" if none is known."""
         best = ("", "")
         for point, kind in self.points:
-            inside = path == point or path.startswith(point.rstrip("/") + "/")
-            if inside and len(point) >= len(best[0]):
+            if is_below(path, point) and len(point) >= len(best[0]):
                 best = (point, kind)
         return best[1]
 

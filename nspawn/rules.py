@@ -23,9 +23,8 @@ def apply_defaults(values: Values, config: Values, *, is_in_group: bool = False)
     if values["private_users"] == "no":
         values["user_namespacing"] = False
     # Not nspawn's -U: it silently runs without a user namespace if it cannot make one.
-    users = ("pick", "auto") if values["user_namespacing"] else (None, None)
-    for name, usual in zip(("private_users", "private_users_ownership"), users, strict=True):
-        values[name] = usual and (values[name] or usual)
+    for name, default in (("private_users", "pick"), ("private_users_ownership", "auto")):
+        values[name] = (values[name] or default) if values["user_namespacing"] else None
     values["pids_limit"] = choose_pids_limit(values["pids_limit"], config["pids_limit"])
     if values["network_veth"] is None:
         values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
