@@ -1174,8 +1174,8 @@ class Start:
             await asyncio.shield(started)
         finally:  # when the call is cancelled, too: a thread cannot be, and the keeper it starts must be known
             keeper, complaint = await started
-            locks = find_locks(keeper, self.state.image)
-            self.save(keeper=keeper, complaint=complaint, locks=locks)
+            self.state = replace(self.state, keeper=keeper)  # first: `abandon` must know it, whatever fails now
+            self.save(complaint=complaint, locks=find_locks(keeper, self.state.image))
 
     def save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)

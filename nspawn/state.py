@@ -326,8 +326,10 @@ def find_locks(keeper: ProcessId, image: str) -> tuple[str, ...]:
 
 def add_locks(state: State) -> State:
     """Return a state with the locks that are held now as well: for those who are about to kill nspawn, which may
-    have begun to copy its image after its state was written."""
-    return replace(state, locks=tuple(sorted({*state.locks, *find_locks(state.keeper, state.image)})))
+    have begun to copy its image after its state was written. When the host cannot tell, the copy stays."""
+    with contextlib.suppress(OSError):
+        return replace(state, locks=tuple(sorted({*state.locks, *find_locks(state.keeper, state.image)})))
+    return state
 
 
 def remove_locks(locks: Iterable[str]) -> None:
