@@ -285,49 +285,59 @@ FILE_NAME = "nomad-driver-nspawn"  # what the agent's `plugin` block is looked u
 
 IMAGE_OPTIONS: tuple[Option, ...] = (
     Option("image", Kind.STRING,
-           "The container's file system: the path of a directory, of a disk image or block device, or the name "
-           "of an image in `image_dir`. A relative path is looked up in the task's directory first.",
+           "The container's file system: the path of a directory, a disk image, a block device or a tar archive, "
+           "the name of an image in `image_dir`, or `docker://HOST/NAME:TAG`. A name is looked up in `image_dir` "
+           "first. A relative path is looked up in the task's directory, then in the plugin's, then in the "
+           "agent's working directory.",
            '"debian"', required=True),
     Option("image_download", Kind.BLOCK,
-           "Where the image comes from when `image_dir` has none of this name: it is fetched once, into the "
+           "Where to fetch the image from if `image_dir` has none of this name. It is fetched once, into the "
            "driver's own store.",
            '{ url = "https://example.com/debian.tar.xz" }', fields=(
                Option("url", Kind.STRING,
-                      "The address: http or https, or an image in a registry as `HOST/NAME:TAG`.",
+                      "The address: http or https, or `HOST/NAME:TAG` for an image in a registry.",
                       '"https://example.com/debian.tar.xz"', required=True, check=check_image_address),
                Option("type", Kind.STRING,
-                      "What is there: an archive of a directory, a disk image, or an image in a registry.",
+                      "What the address holds: a tar archive of a directory, a disk image, or an image in a "
+                      "registry.",
                       '"raw"', default="tar", choices=any_of("tar", "raw", "docker")),
                Option("verify", Kind.STRING,
-                      "What the file is checked against: `URL.sha256` or `SHA256SUMS` beside it, and for "
-                      "`signature` the keys of systemd's import keyring. Registries have digests for that.",
+                      "How to verify the file: `checksum` checks it against `URL.sha256` or `SHA256SUMS` beside "
+                      "it, `signature` also checks the signature with the keys of systemd's import keyring. "
+                      "Images of registries are always checked against their digests.",
                       '"checksum"', default="no", choices=any_of("no", "checksum", "signature")),
-               Option("checksum", Kind.STRING, "The checksum the file must have.",
+               Option("checksum", Kind.STRING, "The checksum that the file must have.",
                       '"sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"',
                       check=check_checksum),
                Option("platform", Kind.STRING,
-                      "Which of a registry's images of one name; this machine's when unset.", '"linux/arm64"',
+                      "The platform to pick from a multi-platform image; this machine's by default.",
+                      '"linux/arm64"',
                       check=check_platform),
-               Option("force", Kind.BOOL, "Ask at every start whether there is something newer.", "true",
+               Option("force", Kind.BOOL,
+                      "Ask at every start whether there is a newer image, also if `image_dir` has one of this "
+                      "name.",
+                      "true",
                       default=False),
            )),
     Option("auth", Kind.BLOCK,
-           "Credentials for where the image is fetched from.",
+           "Credentials for the server or registry of the image.",
            '{ username = "ci" }', fields=(
                Option("username", Kind.STRING, "The user's name.", '"ci"'),
-               Option("password", Kind.STRING, "The password or token; best from a variable.", '"s3cret"'),
+               Option("password", Kind.STRING,
+                      "The password or token. Better take it from a variable.", '"s3cret"'),
            )),
     Option("ephemeral", Kind.BOOL,
-           "Run on a root of the task's own over the image: changes are kept in the task's directory and thrown "
-           "away at the end. Any number of tasks can share the image, and nothing of it is copied.",
+           "Give the task a private root over the image. What the task changes is kept in its directory and "
+           "deleted when it ends. Any number of tasks can share the image, and nothing is copied.",
            "true", default=False, argument="--ephemeral"),
     Option("read_only", Kind.BOOL, "Mount the image read-only.", "true", default=False, argument="--read-only"),
     Option("volatile", Kind.STRING,
-           "Keep changes in memory only: `yes` for all but `/usr`, `state` for `/var`, `overlay` for everything. "
-           "`overlay` is `ephemeral` in memory.",
+           "Keep changes in memory only. `yes`: only `/usr` is taken from the image. `state`: the image is "
+           "read-only, with an empty `/var`. `overlay`: the whole image, as with `ephemeral` but in memory.",
            '"overlay"', choices=any_of("no", "yes", "state", "overlay"), argument="--volatile"),
     Option("pivot_root", Kind.STRING,
-           "Make this directory of the image the root: `PATH`, or `PATH:PATH` to say where the old root goes.",
+           "The directory of the image that becomes the root: `PATH`, or `PATH:PATH` with the place for the old "
+           "root.",
            '"/sysroot"', check=check_pivot_root, permission=Permission.PIVOT_ROOT, argument="--pivot-root"),
     Option("image_policy", Kind.STRING,
            "Which partitions a disk image must and may have, and how they must be protected.",
@@ -349,134 +359,135 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
            "Boot the image's init as PID 1; `command` then holds arguments for it.",
            "false", default=True, argument="--boot"),
     Option("command", Kind.STRINGS,
-           "The program and its arguments; required unless `boot` is true.",
+           "The program and its arguments. Required if `boot` is false and the image names no program itself.",
            '["/bin/sleep", "60"]', default=()),
     Option("process_two", Kind.BOOL,
-           "Run the command as PID 2 under a small init that reaps processes and keeps the usual meaning of "
-           "signals.",
+           "Run the command as PID 2 under a small init that reaps processes. Signals then have their usual "
+           "effect on the command.",
            "true", default=False, aliases=("init",), argument="--as-pid2"),
     Option("user", Kind.STRING,
-           "The user inside the container that runs the command; the task's own `user` when unset.",
+           "The user inside the container that runs the command. By default the task's own `user`.",
            '"www-data"', check=check_user, argument="-u",
            render=render_short_option),  # --user= means another thing since 261
     Option("working_directory", Kind.STRING,
            "The directory inside the container in which the command starts.",
            '"/srv"', aliases=("work_dir",), check=check_container_path, argument="--chdir"),
     Option("environment", Kind.STRING_MAP,
-           "Variables for the command or init; those that Nomad sets win.",
+           "Variables for the command or init. If Nomad sets a variable too, Nomad's value is used.",
            '{ GREETING = "hello" }', default={}, check=check_variables),
     Option("console", Kind.STRING,
-           "How stdin, stdout and stderr are set up: `pipe` for commands and `read-only` for booted systems when "
-           "unset.",
+           "How stdin, stdout and stderr are set up. By default `pipe` for commands and `read-only` for booted "
+           "systems.",
            '"pipe"', choices=any_of("interactive", "read-only", "passive", "pipe", "autopipe"),
            argument="--console"),
     Option("notify_ready", Kind.BOOL,
-           "Take the task for started only when its PID 1 says so (`sd_notify`): a booted systemd does, once it "
-           "has reached its default target.",
+           "The task counts as started only when its PID 1 reports that it is ready (`sd_notify`). A booted "
+           "systemd does so when it has reached its default target.",
            "true", default=False, argument="--notify-ready=yes"),
     Option("suppress_sync", Kind.BOOL,
-           "Let fsync() and its like do nothing: faster, and not for data that must outlive a power failure.",
+           "Make fsync() and similar calls do nothing. This is faster, but data may be lost in a power failure.",
            "true", default=False, since=250, argument="--suppress-sync=yes"),
     Option("personality", Kind.STRING,
-           "The architecture that uname() reports, to run 32-bit systems on 64-bit hosts.",
+           "The architecture that uname() reports: for 32-bit systems on 64-bit hosts.",
            '"x86"', choices=any_of("x86", "x86-64", "arm", "arm64", "ppc", "ppc64", "ppc64-le", "s390", "s390x"),
            argument="--personality"),
     Option("set_credential", Kind.STRING_MAP,
-           "Credentials for systemd and its services inside, by name. The values stand on no command line.",
+           "Credentials for systemd and its services inside, by name. The values never appear on a command line.",
            '{ "db.password" = "secret" }', default={}, check=check_credentials),
     Option("load_credential", Kind.STRING_MAP,
-           "Credentials out of files: by name, a path of the host or one in the task's directories.",
+           "Credentials from files: names and paths, on the host or in the task's directories.",
            '{ "db.password" = "secrets/password" }', default={}, check=check_credential_files,
            permission=Permission.HOST_CREDENTIALS, needs_permission=never),
 )  # fmt: skip
 
 USER_OPTIONS: tuple[Option, ...] = (
     Option("user_namespacing", Kind.BOOL,
-           "Map the container's users to a range of their own on the host. The operator chooses what it is when "
-           "unset.",
+           "Map the container's users to a range of ids of their own on the host. The plugin's option of the same "
+           "name sets the default.",
            "false", permission=Permission.HOST_USERS, needs_permission=lambda value: not value),
     Option("private_users", Kind.STRING,
-           "Which range: `pick` finds a free one, `identity` and `BASE:COUNT` name one, `no` is the same as "
-           "`user_namespacing = false`. Counts only with user namespaces.",
+           "The range of ids: `pick` finds a free one, `identity` and `BASE:COUNT` name one, and `no` is the "
+           "same as `user_namespacing = false`. It has no effect without user namespaces.",
            '"pick"', check=check_id_range, permission=Permission.HOST_USERS,
            needs_permission=lambda value: value not in (None, "yes", "pick"),
            argument="--private-users"),
     Option("private_users_ownership", Kind.STRING,
-           "How the image's files come to belong to that range: `map` shows them so, `chown` changes them for "
-           "good, `auto` maps where that is possible.",
+           "How the image's files get owners in that range: `map` shows them so in the container, `chown` changes "
+           "the image permanently, and `auto` maps where that is possible.",
            '"map"', choices=any_of("off", "chown", "map", "auto", foreign=258),
            argument="--private-users-ownership"),
     Option("private_users_delegate", Kind.NUMBER,
-           "How many further ranges of 65536 users the container gets for containers of its own.",
+           "How many more ranges of 65536 ids the container gets, for containers inside it.",
            "1", since=260, check=check_range(1, 1024), argument="--private-users-delegate"),
     Option("bind_user", Kind.STRINGS,
            "Users of the host to bring into the container, with their home directories.",
            '["alice"]', default=(), check=check_pattern(ACCOUNT, "must be the name of a user of the host"),
            permission=Permission.HOST_ACCOUNTS, argument="--bind-user"),
     Option("bind_user_shell", Kind.STRING,
-           "The shell of those users inside: a path, or true for their own one.",
+           "The shell of these users inside: a path, or `true` for the shell they have on the host.",
            '"/bin/bash"', since=258, check=check_pattern(r"true|false|/[!-~]+", "must be a path, true or false"),
            argument="--bind-user-shell"),
     Option("bind_user_group", Kind.STRINGS,
-           "Further groups of those users inside.",
+           "Additional groups of these users inside.",
            '["video"]', default=(), since=259, check=check_pattern(ACCOUNT, "must be the name of a group"),
            argument="--bind-user-group"),
 )  # fmt: skip
 
 NETWORK_OPTIONS: tuple[Option, ...] = (
     Option("network_veth", Kind.BOOL,
-           "Give the container a network of its own with a virtual link to the host; false: the host's network. "
-           "True when unset, unless another option of this table makes its network.",
+           "Give the container a network of its own with a virtual link to the host. With `false` it uses the "
+           "host's network, unless another option of this table gives it one. The default is `true` if no other "
+           "does.",
            "false", permission=Permission.HOST_NETWORK, needs_permission=never,  # see check_permissions
            argument="--network-veth"),
     Option("network_zone", Kind.STRING,
-           "Join the virtual link to a bridge of this name, which all containers of the zone share and which is "
-           "there as long as one of them runs.",
+           "Connect the virtual link to the bridge of this zone. All containers of the zone share it, and it "
+           "exists as long as one of them runs.",
            '"web"',
            check=check_pattern(r"[A-Za-z0-9_.-]{1,12}",
                                "must be 1 to 12 letters, digits, dots, dashes or underscores"),
            argument="--network-zone"),
     Option("network_bridge", Kind.STRING,
-           "Join the virtual link to this bridge of the host.",
+           "Connect the virtual link to this bridge of the host.",
            '"br0"', check=check_interface_name, permission=Permission.HOST_NETWORK, argument="--network-bridge"),
     Option("network_veth_extra", Kind.STRINGS,
-           "Further virtual links to the host: `HOST`, or `HOST:CONTAINER` with the names of both ends.",
+           "Additional virtual links to the host: `HOST`, or `HOST:CONTAINER` with the names of both ends.",
            '["ve-db:db0"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
            argument="--network-veth-extra"),
     Option("network_macvlan", Kind.STRINGS,
-           "Interfaces of the host on each of which the container gets an address of its own in the LAN.",
+           "Interfaces of the host. On each the container gets an interface with its own MAC address.",
            '["eth0"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
            argument="--network-macvlan"),
     Option("network_ipvlan", Kind.STRINGS,
-           "The same with the hardware address of the host's interface.",
+           "As `network_macvlan`, but sharing the MAC address of the host's interface.",
            '["eth0"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
            argument="--network-ipvlan"),
     Option("network_interface", Kind.STRINGS,
-           "Interfaces of the host that move into the container while it runs.",
+           "Interfaces of the host to move into the container while it runs.",
            '["eth1"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
            argument="--network-interface"),
     Option("private_network", Kind.BOOL,
-           "Give the container a network of its own with nothing in it but the loopback interface, and what other "
-           "options of this table add.",
+           "Give the container a network of its own. It holds only the loopback interface and what other options "
+           "of this table add.",
            "true", default=False, argument="--private-network"),
     Option("ports", Kind.STRINGS,
-           "Labels of ports in the group's network block: the host's port leads to the label's `to`, or to the "
-           "same number.",
+           "Labels of ports in the group's network block. The host's port is forwarded to the label's `to`, or to "
+           "the same number.",
            '["http"]', default=()),
     Option("port_map", Kind.NUMBER_MAP,
-           "Port labels to ports inside the container, for TCP and UDP.",
+           "Labels of ports, and the ports inside the container that they are forwarded to, for TCP and UDP.",
            "{ http = 8080 }", default={}, check=check_ports),
     Option("hostname", Kind.STRING,
-           "The name of the host inside; the machine's name when unset.",
+           "The host name inside the container. By default the machine's name.",
            '"web1"',
            check=check_pattern(HOSTNAME, "must be a host name of up to 64 letters, digits, dashes and dots"),
            argument="--hostname"),
     Option("extra_hosts", Kind.STRINGS,
-           "Lines for `/etc/hosts`, beside the image's own: `NAME:ADDRESS`.",
+           "Lines to add to the image's `/etc/hosts`: `NAME:ADDRESS`.",
            '["db:192.0.2.7"]', default=(), check=check_extra_hosts),
     Option("address_timeout", Kind.STRING,
-           "How long the start waits for the container's address; `0s` when unset. Only services with "
-           '`address_mode = "driver"` need it: Nomad cannot be told later.',
+           "How long the start waits for the container's address, by default `0s`. Only services with "
+           '`address_mode = "driver"` need it: Nomad takes the address only when the task starts.',
            '"10s"', check=parse_duration),
     Option("resolv_conf", Kind.STRING,
            "How `/etc/resolv.conf` inside the container is made.",
@@ -485,40 +496,41 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
 
 FILE_OPTIONS: tuple[Option, ...] = (
     Option("bind", Kind.STRING_MAP,
-           "Directories and files to mount, writable. The source is a path of the host, or one that begins with "
-           "`alloc`, `local` or `secrets` in the task's own directories; options may follow the target after a "
-           "colon: `norbind`, `idmap`, `rootidmap`, `owneridmap` (systemd 256).",
+           "Directories and files to mount writable. The source is a path of the host, or a path in the task's "
+           "own directories that begins with `alloc`, `local` or `secrets`. Options may follow the target after "
+           "a colon: `norbind`, `idmap`, `rootidmap`, `owneridmap` (systemd 256).",
            '{ "/srv/data" = "/data", "local/etc" = "/etc/app:idmap" }', default={}, check=check_binds,
            permission=Permission.PATHS),
     Option("bind_read_only", Kind.STRING_MAP,
-           "The same, read-only.",
+           "As `bind`, but read-only.",
            '{ "/etc/ssl/certs" = "/etc/ssl/certs" }', default={}, check=check_binds, permission=Permission.PATHS),
     Option("tmpfs", Kind.STRINGS,
-           "Directories to mount an empty file system in memory on: `PATH` or `PATH:OPTIONS`.",
+           "Directories on which to mount an empty file system in memory: `PATH` or `PATH:OPTIONS`.",
            '["/run/cache:size=100M"]', default=(), check=check_tmpfs, argument="--tmpfs", render=render_tmpfs),
     Option("overlay", Kind.STRINGS,
-           "Directories whose changes are kept in memory until the task ends: `LOWER::TARGET`, or "
-           "`LOWER:LOWER::TARGET` with the topmost last. A `+` in front of a path takes it from the image.",
+           "Directories to mount as a writable overlay: `LOWER::TARGET`, or `LOWER:LOWER::TARGET` with the "
+           "topmost last. Changes are kept in memory until the task ends. A path with `+` before it is one of "
+           "the image.",
            '["+/etc::/etc"]', default=(), check=check_overlays, permission=Permission.HOST_OVERLAYS,
            needs_permission=has_image_source),
     Option("overlay_read_only", Kind.STRINGS,
-           "Directories to lay over one another, read-only: `LOWER:LOWER:TARGET` with the topmost last.",
+           "Directories to mount as a read-only overlay: `LOWER:LOWER:TARGET` with the topmost last.",
            '["+/usr:/srv/addon/usr:/usr"]', default=(), check=check_overlays, permission=Permission.HOST_OVERLAYS,
            needs_permission=has_image_source),
     Option("inaccessible", Kind.STRINGS,
            "Files and directories of the image to hide.",
            '["/usr/bin/ssh"]', default=(), check=check_container_paths, argument="--inaccessible"),
     Option("devices", Kind.BLOCKS,
-           "Devices of the host that the container may use, a block each. All others it cannot open, whatever "
-           "nodes its image holds.",
+           "Devices of the host that the container may use, one block each. It cannot open any other device, "
+           "whatever nodes its image holds.",
            '{ host_path = "/dev/kvm" }', default=(), permission=Permission.DEVICES, fields=(
-               Option("host_path", Kind.STRING, "The device node on the host; symbolic links are followed.",
+               Option("host_path", Kind.STRING, "The device node on the host. Symbolic links are followed.",
                       '"/dev/ttyUSB0"', required=True, check=check_host_directory),
-               Option("container_path", Kind.STRING, "Where it is inside; in the same place when unset.",
+               Option("container_path", Kind.STRING, "The path in the container. By default the same path.",
                       '"/dev/modem"', check=check_container_path),
                Option("cgroup_permissions", Kind.STRING,
-                      "What may be done with it: `r` to read, `w` to write, `m` to make further nodes of it, for "
-                      "which it takes `CAP_MKNOD`, too.",
+                      "What the container may do with it: `r` to read, `w` to write, `m` to make more nodes of "
+                      "it, which needs `CAP_MKNOD` too.",
                       '"r"', default="rwm",
                       check=check_pattern(r"(?!.*(.).*\1)[rwm]{1,3}",
                                           "must be one or more of the letters r, w and m")),
@@ -527,25 +539,27 @@ FILE_OPTIONS: tuple[Option, ...] = (
 
 SECURITY_OPTIONS: tuple[Option, ...] = (
     Option("capability", Kind.STRINGS,
-           "Capabilities the container gets beside the default ones; `all` for all there are. Without user "
-           "namespaces `CAP_MKNOD` is no default one.",
+           "Capabilities the container gets in addition to the default ones, or `all`. Without user namespaces "
+           "`CAP_MKNOD` is not among the defaults.",
            '["CAP_NET_ADMIN"]', default=(), aliases=("cap_add",), check=parse_capabilities,
            permission=Permission.CAPABILITIES,
            argument="--capability"),
     Option("drop_capability", Kind.STRINGS,
-           "Capabilities it shall not have.",
+           "Capabilities to take away from the container.",
            '["CAP_NET_RAW", "CAP_SYS_PTRACE"]', default=(), aliases=("cap_drop",), check=parse_capabilities,
            argument="--drop-capability"),
     Option("ambient_capability", Kind.STRINGS,
-           "Capabilities the command has although its user is not root.",
+           "Capabilities that the command keeps although its user is not root.",
            '["CAP_NET_BIND_SERVICE"]', default=(), check=parse_single_capabilities,
            permission=Permission.AMBIENT_CAPABILITIES,
            argument="--ambient-capability", render=render_ambient),
     Option("no_new_privileges", Kind.BOOL,
-           "Let no program inside get more rights than who starts it: setuid programs lose their effect.",
+           "Let no program inside get more rights than the process that started it. Set-user-id programs then "
+           "have no effect.",
            "true", default=False, argument="--no-new-privileges=yes"),
     Option("system_call_filter", Kind.STRINGS,
-           "System calls and groups of them to allow beside the default ones, or with a `~` in front to forbid.",
+           "System calls and groups of them to allow in addition to the default ones, or to forbid, with `~` "
+           "before each.",
            '["~@mount", "~bpf"]', default=(),
            check=check_pattern(r"~?@?[a-z0-9_-]+",
                                "must be a system call or a group as @mount, or ~ and one of them"),
@@ -553,8 +567,8 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
            needs_permission=lambda value: any(not item.startswith("~") for item in value),
            argument="--system-call-filter"),
     Option("restrict_address_families", Kind.STRINGS,
-           "The only families of sockets the container may use, or with a `~` in front of the first the only ones "
-           "it may not.",
+           "The only address families of sockets the container may use, or, with `~` before the first, the only "
+           "ones it may not use.",
            '["AF_UNIX", "AF_INET", "AF_INET6"]', default=(), since=261,
            check=check_pattern(r"~?AF_[A-Z0-9_]+|none", "must be an address family such as AF_INET"),
            argument="--restrict-address-families", render=render_joined),
@@ -563,7 +577,7 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
            '"system_u:system_r:svirt_lxc_net_t:s0"', check=check_printable, permission=Permission.SELINUX_LABELS,
            argument="--selinux-context"),
     Option("selinux_apifs_context", Kind.STRING,
-           "The SELinux label of the files in its API file systems.",
+           "The SELinux label of the files in the container's API file systems, such as `/proc`.",
            '"system_u:object_r:svirt_sandbox_file_t:s0"', check=check_printable,
            permission=Permission.SELINUX_LABELS,
            argument="--selinux-apifs-context"),
@@ -578,26 +592,27 @@ RESOURCE_OPTIONS: tuple[Option, ...] = (
            argument="--rlimit",
            render=render_pairs),
     Option("oom_score_adjust", Kind.NUMBER,
-           "How much sooner than others the kernel ends the container's processes when the host is out of memory: "
-           "0 to 1000.",
+           "How likely the kernel is to kill the container's processes first when the host runs out of memory: 0 "
+           "to 1000.",
            "500", aliases=("oom_score_adj",), check=check_range(0, 1000)),
     Option("cpu_affinity", Kind.STRING,
-           "The only CPUs its processes run on, as in `0-3,5`.",
+           "The CPUs that the container's processes may run on, such as `0-3,5`.",
            '"0-1"',
            check=check_pattern(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*",
                                "must be CPUs and ranges, as in 0-3,5"),
            argument="--cpu-affinity"),
     Option("cpu_hard_limit", Kind.BOOL,
-           "Never more CPU than the job's `cpu`, even when the machine is idle.", "true", default=False),
+           "Limit the task to the job's `cpu`, even when the machine is idle.", "true", default=False),
     Option("pids_limit", Kind.NUMBER,
-           "How many processes and threads it may have, at most the plugin's `pids_limit`, which is also the "
+           "How many processes and threads the task may have. The plugin's `pids_limit` is the maximum and the "
            "default.",
            "200", check=check_range(1, MAX_PIDS)),
     Option("memory_swap_max", Kind.STRING,
-           "How much swap it may use beside its memory: a size such as `512M`, or `infinity`; none when unset.",
+           "How much swap the task may use beside its memory: a size such as `512M`, or `infinity`. The default "
+           "is none.",
            '"512M"', check=parse_size),
     Option("io_weight", Kind.NUMBER,
-           "Its share of disk time beside other tasks, 1 to 10000; 100 is usual.",
+           "The task's share of disk time compared to other tasks: 1 to 10000. 100 is usual.",
            "200", check=check_range(1, 10000)),
 )  # fmt: skip
 
@@ -606,9 +621,10 @@ INTEGRATION_OPTIONS: tuple[Option, ...] = (
            "How `/etc/localtime` inside the container is made.",
            '"off"', choices=any_of("off", "copy", "bind", "symlink", "delete", "auto"), argument="--timezone"),
     Option("link_journal", Kind.STRING,
-           "Show the container's journal on the host, as `/var/log/journal/ALLOCATION` until the task is "
-           "destroyed: its files are kept there (`host`), or linked from there (`guest`). The image must have no "
-           "machine id of its own. `try-` goes without where it cannot be; `auto` is `no`.",
+           "Show the container's journal on the host, as `/var/log/journal/ALLOCATION`, until the task is "
+           "destroyed. With `host` its files are kept there, with `guest` they are linked from there. The image "
+           "must have no machine id of its own. `try-` starts the task without it where it is not possible. "
+           "`auto` means `no`.",
            '"try-guest"', choices=any_of("no", "host", "try-host", "guest", "try-guest", "auto"),
            permission=Permission.LINK_JOURNAL, needs_permission=lambda value: value not in (None, "no", "auto")),
 )  # fmt: skip
@@ -626,56 +642,59 @@ TASK_GROUPS: Mapping[str, tuple[Option, ...]] = {
 TASK_OPTIONS: tuple[Option, ...] = tuple(itertools.chain(*TASK_GROUPS.values()))
 
 PLUGIN_OPTIONS: tuple[Option, ...] = (
-    Option("enabled", Kind.BOOL, "Whether the driver offers itself to jobs at all.", "false", default=True),
+    Option("enabled", Kind.BOOL, "Whether jobs can use the driver on this client.", "false", default=True),
     Option("volumes", Kind.BOOL,
-           "Whether tasks may mount anything of the host: Nomad's volumes (`volume_mount`), and what `bind`, "
-           "`bind_read_only`, `overlay`, `load_credential` and a path in `image` name. Their own directories they "
-           "always may.",
+           "Whether tasks may mount paths of the host: Nomad's volumes (`volume_mount`), and what `bind`, "
+           "`bind_read_only`, `overlay`, `overlay_read_only`, `load_credential` and a path in `image` name. Tasks "
+           "may always mount their own directories.",
            "false", default=True),
     Option("allow_paths", Kind.STRINGS,
-           "The only directories of the host that jobs may name in those options, with all that is below them; "
-           "links are followed first. Nomad's volumes and `image_dir` need not be among them.",
+           "The only directories of the host that jobs may name in these options, with everything below them. "
+           "Links are followed first. Nomad's volumes and `image_dir` need not be among them.",
            '["/srv", "/etc/ssl/certs"]', default=("/",), check=check_host_directories),
     Option("allow_caps", Kind.STRINGS,
-           "The only capabilities jobs may ask for; `all` for any.",
+           "The only capabilities that jobs may ask for. `all` allows any.",
            '["CAP_NET_ADMIN"]', default=("all",), check=parse_capabilities),
     Option("allow", Kind.STRINGS,
-           "What else jobs may do that opens the host, see [Permissions](#permissions). `default` stands for what "
-           "an empty plugin block allows, to add to it; `all` for everything.",
+           "The permissions of jobs to use what opens the host, see [Permissions](#permissions). `default` stands "
+           "for what an empty plugin block allows, and `all` for everything.",
            '["default", "devices"]', default=DEFAULT_PERMISSIONS, check=parse_permissions),
     Option("user_namespacing", Kind.BOOL,
-           "Whether containers have user namespaces when their job does not say.", "false", default=True),
+           "Whether containers have user namespaces if their job does not say.", "false", default=True),
     Option("pids_limit", Kind.NUMBER,
-           "How many processes and threads a task may have; 0 for any number.",
+           "How many processes and threads a task may have. 0 means any number.",
            "4096", default=16384, check=check_range(0, MAX_PIDS)),
     Option("image_dir", Kind.STRING,
-           "The directory of images that jobs name without a path.",
+           "The directory of the images that jobs name without a path.",
            '"/srv/images"', default=str(MACHINES_ROOT), check=check_host_directory),
     Option("ephemeral_dir", Kind.STRING,
-           "The directory for what tasks with `ephemeral` change; their own in the allocation when unset, for "
-           "which `ephemeral_disk` reserves room.",
+           "The directory for what tasks with `ephemeral` change. By default it is kept in the task's directory, "
+           "for which `ephemeral_disk` reserves space.",
            '"/srv/scratch"', check=check_host_directory),
     Option("image_gc", Kind.BOOL, "Whether fetched images that no task uses are removed.", "false", default=True),
-    Option("image_gc_delay", Kind.STRING, "How long a fetched image is kept after its last use; a day when unset.",
+    Option("image_gc_delay", Kind.STRING, "How long a fetched image is kept after its last use. By default a day.",
            '"30m"', check=parse_duration),
-    Option("image_size_limit", Kind.NUMBER, "How many megabytes a fetched image may have, unpacked.", "20000",
+    Option("image_size_limit", Kind.NUMBER,
+           "How many megabytes a fetched image may have when it is unpacked.", "20000",
            default=65536, check=check_positive),
     Option("image_stall_timeout", Kind.STRING,
-           "After how long without any data a download counts as broken, a minute when unset. There is no limit "
-           "on the whole.",
+           "How long a download may receive no data before it counts as broken. By default a minute. There is no "
+           "limit for the whole download.",
            '"30s"', check=parse_duration),
-    Option("insecure_registries", Kind.STRINGS, "Registries that are asked by plain http.",
+    Option("insecure_registries", Kind.STRINGS, "Registries to ask by plain http.",
            '["registry.local:5000"]', default=()),
     Option("auth", Kind.BLOCK,
-           "Credentials for registries, for jobs that bring none.",
+           "Credentials for registries, for jobs that give none.",
            '{ config = "/root/.docker/config.json" }', fields=(
-               Option("config", Kind.STRING, "A file of docker's, with `auths`, `credHelpers` or `credsStore`.",
+               Option("config", Kind.STRING,
+                      "Docker's configuration file, with `auths`, `credHelpers` or `credsStore`.",
                       '"/root/.docker/config.json"', check=check_host_directory),
-               Option("helper", Kind.STRING, "The helper to ask, without its prefix `docker-credential-`.",
+               Option("helper", Kind.STRING,
+                      "The credential helper to ask, without its prefix `docker-credential-`.",
                       '"ecr-login"', check=check_helper),
            )),
     Option("disable_log_collection", Kind.BOOL,
-           "Whether Nomad shall not collect what tasks write (Nomad 1.6 and later).", "true", default=False),
+           "Do not let Nomad collect the tasks' output (Nomad 1.6 and later).", "true", default=False),
 )  # fmt: skip
 
 
@@ -2338,7 +2357,7 @@ USUAL_ALLOC_DIRS = ("/opt/nomad/data/alloc", "/var/lib/nomad/alloc")  # of Hashi
 
 def render_permissions() -> str:
     """Return what jobs may do to this host, a line a permission, for people."""
-    lines = ["What jobs may do to this host with an empty plugin block (!: who may has the host):"]
+    lines = ["What jobs may do to this host with an empty plugin block (! marks what gives a job the whole host):"]
     for permission, info in PERMISSIONS.items():
         mark = "!" if info.gives_host else " "
         answer = "yes" if info.is_default else "no"

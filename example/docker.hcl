@@ -1,5 +1,5 @@
-# An image from a registry. Its layers are fetched once for all images that have them, and stacked; the task's own
-# changes lie above them and are gone at its end.
+# An image from a registry. A layer is fetched once for all images that have it. The task runs on a private root over
+# the layers, and what it changes is deleted when it ends.
 job "docker" {
   group "docker" {
     task "web" {
@@ -8,11 +8,11 @@ job "docker" {
       config {
         image = "docker://docker.io/library/nginx:1.27"
 
-        # Such images hold one program and no init. Which program, its variables, user and directory are the image's
-        # own; command = [...] would replace Entrypoint and Cmd.
+        # Such images hold one program and no init. The image itself names the program and its variables, user and
+        # directory; command = [...] would replace its Entrypoint and Cmd.
         boot = false
 
-        # For a private registry; or once for all jobs in the plugin's block.
+        # Credentials for a private registry. The operator can give them for all jobs, too, in the plugin's block.
         # auth {
         #   username = "ci"
         #   password = var.token

@@ -1,6 +1,6 @@
-# A system that is fetched: the client needs no image of its own.
+# A system that is downloaded: the client needs no image before.
 #
-# Any web server will do. This makes an archive of the image of debian.hcl, and serves it:
+# Any web server will do. As root, this makes an archive of the image of debian.hcl, and serves it:
 #
 #     tar --numeric-owner --xattrs -cJf debian.tar.xz -C /var/lib/machines/debian .
 #     python3 -m http.server --bind 127.0.0.1 8000
@@ -12,10 +12,11 @@ job "download" {
       driver = "nspawn"
 
       config {
-        # A name for people: nothing of it need be on the client. If there is such an image, that one is used.
+        # The client needs no image of this name. If it has one in /var/lib/machines, that one is used.
         image = "fetched-debian"
 
-        # Fetched once, however many tasks want it. Give a checksum where the server is not your own.
+        # It is fetched once for any number of tasks. Each task gets a private root over it. Give a checksum if the
+        # server is not your own.
         image_download {
           url  = "http://127.0.0.1:8000/debian.tar.xz"
           type = "tar"

@@ -1,5 +1,6 @@
-# Configuration of an agent whose jobs come from people it does not trust with the host: nothing that opens it. What
-# each permission opens is said in the README, "Permissions"; add to these lists what your jobs need.
+# Configuration of an agent for jobs from people whom the operator does not trust with the host: no job may use what
+# opens the host. The README says under "Permissions" what each permission opens. Add to these lists what your jobs
+# need.
 #
 #     sudo nomad agent -config=example/hardened.hcl ...
 

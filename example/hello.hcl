@@ -1,11 +1,11 @@
-# One command instead of a whole system: it starts in about a tenth of a second, prints, and ends.
+# One command instead of a whole system. It starts in about a tenth of a second, prints some lines, and ends.
 #
 # It uses the image of debian.hcl.
 job "hello" {
   type = "batch"
 
   group "hello" {
-    # Run it once: a demonstration that fails should say so.
+    # Run it only once, so that a failure is visible.
     restart {
       attempts = 0
       mode     = "fail"
@@ -17,14 +17,14 @@ job "hello" {
       config {
         image = "debian"
 
-        # Run the command below instead of the image's init ...
+        # Run the command below instead of the image's init,
         boot = false
 
-        # ... as process 2, below a tiny process 1 that reaps what the command leaves behind.
+        # as process 2, under a small process 1 that reaps the processes that the command leaves.
         process_two = true
 
-        # Nothing is written to the image, so that any number of tasks may share it.
-        read_only = true
+        # A private root over the image, so that any number of tasks can use the image at once.
+        ephemeral = true
 
         command = ["/bin/sh", "-euc", <<-EOT
           echo "Hello from $NOMAD_TASK_NAME, as $(id -un) with process id $$"

@@ -1,14 +1,14 @@
-# Five Debians from one image, each of which may write wherever it likes: nothing is copied, and when a task ends,
-# what it has written is gone.
+# Five Debians from one image. Each may write anywhere. Nothing is copied, and what a task writes is deleted when it
+# ends.
 #
-# The image is that of debian.hcl; it stays as it is, and can be used by any number of tasks at the same time.
+# The image is that of debian.hcl. It is not changed, and any number of tasks can use it at the same time.
 job "shared" {
   type = "service"
 
   group "shared" {
     count = 5
 
-    # Room for what a task writes, in MB.
+    # Space for what the group's tasks write, in MB.
     ephemeral_disk {
       size = 500
     }
@@ -19,7 +19,7 @@ job "shared" {
       config {
         image = "debian"
 
-        # A root of the task's own over the image, with users of its own, in some milliseconds.
+        # A private root over the image, with users of the task's own. It is made in some milliseconds.
         ephemeral = true
 
         boot        = false

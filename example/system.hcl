@@ -1,7 +1,7 @@
-# A system job: on every client, with the host's network and the host's users, for what looks after the host itself.
+# A system job: it runs on every client, with the host's network and the host's users, and watches the host itself.
 #
-# It uses the image of debian.hcl. An operator who allows neither says so in the plugin's block (see hardened.hcl),
-# and then this job is refused there.
+# It uses the image of debian.hcl. It needs the permissions host_network and host_users, and "/var/log" in allow_paths.
+# An empty plugin block gives them; with that of hardened.hcl the job is refused.
 job "system" {
   type = "system"
 
@@ -11,18 +11,18 @@ job "system" {
 
       config {
         image            = "debian"
-        read_only        = true
+        ephemeral        = true
         boot             = false
         process_two      = true
         network_veth     = false
         user_namespacing = false
 
-        # The host's processes and logs, to look at only.
+        # The host's logs, read-only.
         bind_read_only = {
           "/var/log" = "/mnt"
         }
 
-        # Root of the host without what root could do harm with.
+        # Root of the host, but without the capabilities that could do harm.
         drop_capability   = ["all"]
         no_new_privileges = true
 

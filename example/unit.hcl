@@ -1,7 +1,7 @@
-# Units of systemd written by the job: one image of an operating system, and the job says what it does.
+# Units of systemd in the job: the image is a plain operating system, and the job says what it does.
 #
-# It uses the image of debian.hcl. Nomad's templates write the units into /local; a variable tells the systemd
-# inside to look for units there first.
+# It uses the image of debian.hcl. Nomad's templates write the units into /local. A variable tells the systemd inside to
+# look for units there first.
 job "unit" {
   type = "service"
 
@@ -12,17 +12,17 @@ job "unit" {
       config {
         image = "debian"
 
-        # A root of the task's own over the image, so that any number of tasks can use it at once.
+        # A private root over the image, so that any number of tasks can use the image at once.
         ephemeral = true
 
         environment = {
-          SYSTEMD_UNIT_PATH = "/local/systemd:" # the colon: and the usual places
+          SYSTEMD_UNIT_PATH = "/local/systemd:" # the colon at the end adds the usual places
         }
 
-        # Take the task for started when its systemd says that all units are up.
+        # The task counts as started when its systemd reports that it has reached its default target.
         notify_ready = true
 
-        # A secret for the unit alone: not in its environment, and on no command line.
+        # A secret for this unit only. It is in no environment and on no command line.
         set_credential = {
           "clock.greeting" = "The time by ${NOMAD_ALLOC_NAME}"
         }

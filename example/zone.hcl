@@ -1,7 +1,8 @@
-# Two systems in a network zone: a bridge of their own that is there as long as one of them runs.
+# Two systems in a network zone: a bridge of their own that exists as long as one of them runs.
 #
-# It uses the image of debian.hcl, made with systemd-networkd and systemd-resolved in it:
+# The image is like that of debian.hcl, but with systemd-networkd and systemd-resolved. This makes it, as root:
 #
+#     mkdir -p -m 700 /var/lib/machines
 #     mmdebstrap --variant=minbase --include=systemd,systemd-sysv,dbus,systemd-resolved,iproute2,iputils-ping \
 #         bookworm /var/lib/machines/debian-net
 #     systemctl --root=/var/lib/machines/debian-net enable systemd-networkd

@@ -1,13 +1,13 @@
-# The web server of nginx.hcl in a network of its group: Nomad and its CNI plugins make it and map the port.
+# The web server of nginx.hcl in a network of its group. Nomad and its CNI plugins make the network and map the port.
 #
-# `sh example/nginx/image.sh` makes its image. The client needs the CNI plugins (Debian: containernetworking-plugins)
-# and in its configuration the place of them:
+# `sudo sh example/nginx/image.sh` makes the image. The client needs the CNI plugins (Debian: package
+# containernetworking-plugins), and the agent's configuration says where they are:
 #
 #     client {
 #       cni_path = "/usr/lib/cni"
 #     }
 #
-# connect.hcl has the same behind a proxy of Consul's.
+# connect.hcl is the same web server behind a proxy of Consul.
 job "bridge" {
   type = "service"
 
@@ -15,7 +15,7 @@ job "bridge" {
     network {
       mode = "bridge"
 
-      # Any free port of the host leads to port 80 inside.
+      # Nomad picks a free port of the host and forwards it to port 80 inside.
       port "http" {
         to = 80
       }

@@ -1,11 +1,11 @@
-# The web server of nginx.hcl in a service mesh: Consul lets others reach it through a proxy beside it only.
+# The web server of nginx.hcl in a service mesh. Others can reach it only through a proxy of Consul in the same group.
 #
-# `sh example/nginx/image.sh` makes its image. The client needs Consul, and the CNI plugins as for bridge.hcl.
+# `sudo sh example/nginx/image.sh` makes the image. The client needs Consul, and the CNI plugins as for bridge.hcl.
 job "connect" {
   type = "service"
 
   group "web" {
-    # What runs in the group shares one network, so server and proxy meet on its 127.0.0.1.
+    # All tasks of the group share one network, so server and proxy reach each other on 127.0.0.1.
     network {
       mode = "bridge"
     }
@@ -17,7 +17,7 @@ job "connect" {
       connect {
         sidecar_service {
           proxy {
-            # What the task finds at 127.0.0.1:5432, NOMAD_UPSTREAM_ADDR_database, is another service of the mesh.
+            # Another service of the mesh, which the task reaches at 127.0.0.1:5432 (NOMAD_UPSTREAM_ADDR_database).
             upstreams {
               destination_name = "database"
               local_bind_port  = 5432
@@ -25,7 +25,7 @@ job "connect" {
           }
         }
 
-        # Nomad would run the proxy with Docker; so it needs none.
+        # By default Nomad runs the proxy with Docker. With this block the client needs no Docker.
         sidecar_task {
           driver = "nspawn"
 

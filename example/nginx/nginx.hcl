@@ -1,12 +1,12 @@
 # A web server without an init: nginx itself is the payload.
 #
-# `sh example/nginx/image.sh` makes its image.
+# `sudo sh example/nginx/image.sh` makes the image. The job needs the permission host_network.
 job "nginx" {
   type = "service"
 
   group "nginx" {
     network {
-      # Nomad picks a free port of the host; the template below hands it to nginx.
+      # Nomad picks a free port of the host; the template below tells nginx.
       port "http" {}
     }
 
@@ -20,12 +20,12 @@ job "nginx" {
         process_two = true
         command     = ["nginx", "-c", "/local/nginx.conf", "-g", "daemon off;"]
 
-        # Share the host's network. In a user namespace root may not bind its ports below 1024, so nginx listens on
-        # the port that Nomad picked, not on 80.
+        # Use the host's network. In a user namespace root may not listen on the host's ports below 1024, so nginx
+        # listens on the port that Nomad picked, not on 80.
         network_veth = false
       }
 
-      # nginx ends orderly, serving what it has begun, on SIGQUIT.
+      # On SIGQUIT nginx first answers the requests it has begun, then ends.
       kill_signal  = "SIGQUIT"
       kill_timeout = "10s"
 
