@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MPL-2.0
 """Nomad task driver that runs tasks as systemd-nspawn containers: a booted OS, or one command.
 
-This file is what the plugin is. What it knows of containers and of the machine is in nspawn/, a room a subject;
-the rooms import each other downwards only, and none imports this file.
+This file is the plugin. What it knows of containers and of the machine is in nspawn/, one module per subject. The
+modules import each other downwards only, and none imports this file.
 
     Schema      the options of tasks and of the plugin's block, and the schema Nomad checks them against
     Supervisor  starting the shim, and a task's life: start, recover, wait, signal, stop, destroy
     Services    the gRPC services Nomad calls
     Handshake   the plugin as a process; `check`, `images`, `options`, `--version` and `--help` for people
 
-"Measured" in a comment means: on a real systemd-nspawn, of the versions named.
+"Measured" in a comment means: on a real systemd-nspawn, in the versions named.
 """
 
 from __future__ import annotations
@@ -732,19 +732,19 @@ def render_spec(options: Sequence[Option]) -> hcl_spec_pb2.Spec:
 # Supervisor
 #
 # The shim (nspawn/shim.sh) is the small process that outlives the plugin: it holds both log FIFOs, waits for
-# nspawn and leaves the exit record. It and nspawn have a mount namespace of their own, so whatever nspawn mounts
-# is gone when they are gone, even by SIGKILL (on 257 and later a left-over mount under /run/systemd/nspawn refuses
-# the next start of that name). nspawn's messages go to a file that is mounted over its /dev/kmsg: the payload's
-# stderr stays the payload's, and the plugin can read what went wrong. To mount and start takes a thread in a
-# namespace of its own, a millisecond, where a helper process would cost the start of a Python. Events of the
-# kernel (pidfds, the notify socket) drive everything; nothing polls, and a running task costs the plugin one
-# descriptor.
+# nspawn and leaves the exit record. It shares a mount namespace with nspawn, so nspawn's mounts disappear with
+# them, even after SIGKILL (on 257 and later, a left-over mount under /run/systemd/nspawn blocks the next start of
+# that name). nspawn's messages go to a file mounted over its /dev/kmsg: so stderr is the payload's alone, and the
+# plugin can read what went wrong. A thread enters the namespace, mounts and starts the shim in about a
+# millisecond; a helper process would have to start a Python first. The kernel's events (pidfds, the notify socket,
+# memory.events) drive the plugin; it polls only for an address and for a payload that is not there yet. A running
+# task costs it up to three descriptors.
 # =====================================================================================================
 
 
 def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
-    """Make a task's private root; return nspawn's arguments for it. Adds to `locks` what must be held as long as
-    the task lives."""
+    """Make a task's private root; return nspawn's arguments for it. Adds to `locks` the descriptors of the locks
+    to hold as long as the task lives. Raises DriverError."""
     assert plan.private
     if (lock := lock_image(plan.image)) is not None:
         locks.append(lock)
@@ -767,7 +767,8 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
 
 
 def prepare_root(plan: Plan, root: Path) -> str:
-    """Make what a read-only root needs to be mounted on. Return a sentence if the command cannot be executed."""
+    """Make the mount points of a read-only root. Return a sentence if the command cannot be executed, else "".
+    Raises DriverError if a mount point is missing and cannot be made, or if there is no init to boot."""
     if plan.is_read_only and plan.image.is_protected and not plan.private:
         check_mount_points(root, plan.network.mount_files)
     elif plan.is_read_only:
@@ -793,11 +794,11 @@ KEEPER = (Path(__file__).parent / "nspawn/shim.sh").read_text()
 
 
 def open_log(path: str, folder: Source | None = None) -> int:
-    """Open one of the task's log FIFOs for its whole life; /dev/null when nobody collects logs.
+    """Open one of the task's log FIFOs for its whole life; /dev/null when nobody collects logs. Raises HostError.
 
-    Read-write, so that opening never waits for a reader, and a reader that goes away and comes back (logmon,
-    with every agent restart) neither ends the payload by SIGPIPE nor loses a line. Never through a symbolic
-    link: other tasks of the allocation can write to the directory (CVE-2026-8052), which is `folder`, if given.
+    It is opened read-write: then opening never waits for a reader, and when the reader goes away and comes back
+    (logmon, with every agent restart), the payload gets no SIGPIPE and no line is lost. A symbolic link is never
+    followed: other tasks of the allocation can write to the directory (CVE-2026-8052). That is `folder`, if given.
     """
     if not path:
         path = "/dev/null"
@@ -818,7 +819,7 @@ def open_log(path: str, folder: Source | None = None) -> int:
 
 @contextlib.contextmanager
 def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[int]]:
-    """Yield stdout and stderr for a task; they close here when the keeper has them, too."""
+    """Yield stdout and stderr for a task; close them at the end, when the shim has its own copies."""
     with contextlib.ExitStack() as stack:
         logs = []
         for path in plan.log_paths:
@@ -828,9 +829,10 @@ def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[in
 
 
 def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> tuple[ProcessId, str]:
-    """Start the keeper in a mount namespace of its own, where the task's private root is; for `run_in_thread`. It
-    gets the `locks`, which are closed here. The second result is a sentence if the command cannot be executed."""
-    with contextlib.ExitStack() as stack:  # the keeper has the locks, its namespace the mounts
+    """Start the shim in a mount namespace of its own, which holds the task's private root. Blocks, and leaves its
+    thread in that namespace: for `run_in_thread`. The shim inherits `locks`; our copies are closed. The second
+    result is a sentence if the command cannot be executed. Raises DriverError or OSError."""
+    with contextlib.ExitStack() as stack:  # from here on the shim holds the locks, and its namespace the mounts
         trees = []
         for pin in plan.pins:
             if not pin.is_node:
@@ -879,8 +881,8 @@ def start_shell(
 
 
 def read_record(state_dir: Path) -> Record | None:
-    """Return the exit record, None while the task runs (or when its keeper was killed). Raises OSError when the
-    host cannot tell."""
+    """Return the exit record, None if there is none (the task runs, or its shim was killed) or it is damaged.
+    Raises OSError when the host cannot tell."""
     path = state_dir / "exit"
     try:
         first, _, counters = path.read_text().partition("\n")
@@ -896,7 +898,7 @@ END_LIMIT = 15.0  # seconds for nspawn to clean up after its payload: it removes
 
 
 class Task:
-    """A started task. Every way to learn of its end leads through `watch`."""
+    """A started task. Only `watch` finds out how it ended; everything else waits for `ended`."""
 
     def __init__(self, state: State, events: Events) -> None:
         self.state = state
@@ -914,10 +916,10 @@ class Task:
             while self.exit is None:
                 try:
                     self.exit = await self.wait_end()
-                except OSError as error:  # no descriptors, no memory: that says nothing of the task
+                except OSError as error:  # no descriptors, no memory: this says nothing about the task
                     self.log.warn("this machine keeps the task from being watched", error=error.strerror)
                     await asyncio.sleep(HOST_PATIENCE)
-        except Exception as error:  # whoever waits for the task must not wait for ever
+        except Exception as error:  # callers that wait for the task must not wait for ever
             self.log.error("the task cannot be watched", error=repr(error))
             self.exit = Exit(1, error=f"the task was lost: {error}", at=time.time())
         finally:
@@ -926,16 +928,16 @@ class Task:
         self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
 
     async def wait_end(self) -> Exit:
-        """Wait for the end, make sure nothing is left running, and work out how it ended."""
+        """Wait for the end and until nothing is left running, then work out how it ended. Raises OSError."""
         state = self.state
         await state.keeper.wait()
         nspawn = find_nspawn(state)
         if nspawn.is_alive:
             self.log.warn("the keeper was killed; the container runs on, its exit code may not be known")
             await nspawn.wait()
-        is_orphaned = bool(state.leader and state.leader.send(signal.SIGKILL))  # nspawn was killed
-        await wait_processes(state)  # without a keeper nspawn may still be cleaning up
-        record = read_record(state.directory)  # only now: a shell of a killed keeper may have left it
+        is_orphaned = bool(state.leader and state.leader.send(signal.SIGKILL))  # then nspawn was killed
+        await wait_processes(state)  # if the shim was killed, nspawn may still be cleaning up
+        record = read_record(state.directory)  # only now: a subshell of a killed shim may still have written it
         end = Ending(
             mode=state.mode,
             at=record.at if record else time.time(),
@@ -949,10 +951,10 @@ class Task:
         return explain_exit(end)
 
     async def watch_memory(self) -> None:
-        """Tell when the kernel has killed a process of the task for lack of memory and the task runs on. Once: the
-        result has the sum. What was killed before this plugin has taken the task up is not told again.
+        """Emit an event when the kernel first OOM-kills a process of the task and the task runs on. It comes once:
+        the exit result has the total. It never comes if there were kills before this plugin took the task up.
 
-        The kernel wakes who polls memory.events.
+        memory.events wakes its pollers.
         """
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             fd = os.open(f"{self.state.cgroup}/memory.events", os.O_RDONLY | os.O_CLOEXEC)
@@ -968,23 +970,25 @@ class Task:
                 await wait_readable(alarm.fileno())
 
     def read_shortage(self, events: int) -> Shortage:
-        """Return what an open memory.events counts. To read it is also what ends the kernel's alarm."""
+        """Return what an open memory.events counts. Reading it also resets the poll."""
         limit = read_number(f"{self.state.cgroup}/memory.max")
         return Shortage.of({**parse_counters(os.pread(events, 4096, 0).decode()), "memory.max": limit})
 
     def find_payload(self) -> ProcessId | None:
-        """Return the process that signals are for: the leader, or under the stub the command it started."""
+        """Return the process that signals are for: the leader, or under the stub the command it started. None if
+        there is none yet or any more."""
         leader = self.state.leader
         if leader is None or self.state.mode is not Mode.PROCESS_TWO:
             return leader
-        if not is_confined(leader.pid, self.state.mode):  # what looks up its user is a child, too
+        if not is_confined(leader.pid, self.state.mode):  # so far, a child may be nspawn's getent
             return None
-        # Later children are orphans the stub has inherited. It is not always 2: to look a user up takes processes.
+        # Later children are orphans that the stub inherited. The pid is not always 2: nspawn may have run getent.
         children = [(read_inner_pid(process.pid), process) for process in find_children(leader)]
         return min(children, key=lambda child: child[0])[1] if children else None
 
     async def send(self, number: int) -> None:
-        """Send a signal to the payload. The stub forks it a moment after it reports itself as ready."""
+        """Send a signal to the payload. Waits for it up to a second, because the stub forks it just after READY;
+        then sends nothing."""
         for _ in range(100):
             payload = self.find_payload()
             if payload is not None or self.ended.is_set():
@@ -995,13 +999,14 @@ class Task:
             self.log.debug("signal sent", signal=render_signal(number), pid=payload.pid)
 
     async def wait(self, timeout: float | None = None) -> Exit | None:
-        """Return how the task ended, None when it has not within `timeout` seconds."""
+        """Return how the task ended, None if it still runs after `timeout` seconds."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.ended.wait(), timeout)
         return self.exit
 
     async def stop(self, kill_signal: str, timeout: float) -> None:
-        """End the task: its signal, `timeout` seconds, then SIGKILL. Returns when it is dead."""
+        """End the task: its signal, `timeout` seconds, then SIGKILL; 0 means SIGKILL at once. Returns when it is
+        dead; raises HostError if it cannot be killed."""
         number = self.find_stop_signal(kill_signal)
         if timeout > 0 and not self.ended.is_set():
             await self.send(number)
@@ -1018,7 +1023,8 @@ class Task:
         await self.kill()
 
     def find_stop_signal(self, name: str) -> int:
-        """Return the job's kill_signal; where it is none the usual one: refusing would keep the task running."""
+        """Return the signal of this name, or of the image if it is "". For an unknown name, return the default
+        signal: a refusal would keep the task running."""
         try:
             return self.state.mode.stop_signal(name or self.state.stop_signal)
         except ConfigError as error:
@@ -1026,7 +1032,7 @@ class Task:
             return self.state.mode.stop_signal("")
 
     async def kill(self) -> None:
-        """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if all that fails."""
+        """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if the task survives."""
         state = self.state
         self.sent = signal.SIGKILL
         if not kill_cgroup(f"{state.cgroup}/payload" if state.cgroup else "") and state.leader:
@@ -1040,17 +1046,17 @@ class Task:
             raise HostError(f"the container {state.machine} cannot be killed: a process of it hangs in the kernel")
 
     async def destroy(self) -> None:
-        """Leave nothing of the task on this machine."""
+        """Kill the task if it runs, and remove all of it from this machine. Raises HostError if it survives."""
         if not self.ended.is_set():
             await self.kill()
         await remove_network(self.state)
         await remove_leftovers(self.state)
 
     async def find_address(self, limit: float) -> str:
-        """Return the container's address as soon as it has one, "" when it has none within `limit` seconds.
+        """Return the container's address as soon as it has one, "" if it has none within `limit` seconds or ends.
 
-        Looks again after growing pauses: what could tell would be a netlink socket in the container's namespace,
-        which keeps the namespace, and with it the host's end of its link.
+        Polls with growing pauses. Only a netlink socket in the container's network namespace could report it, and
+        that would keep the namespace alive, with the host's end of its link.
         """
         deadline, pause = time.monotonic() + limit, 0.02
         while self.state.leader and not self.ended.is_set():
@@ -1064,7 +1070,7 @@ class Task:
         return ""
 
     async def tell_address(self, mode: NetworkMode) -> None:
-        """Make an event of the container's address, or of what may be missing."""
+        """Emit an event with the container's address, or with what may be missing."""
         address = await self.find_address(ADDRESS_PATIENCE)
         if address:
             self.events.emit(self.state, f"The container has the address {address}.")
@@ -1073,7 +1079,7 @@ class Task:
             self.events.emit(self.state, NO_ADDRESS.format(limit=ADDRESS_PATIENCE) + why)
 
     async def find_usage(self) -> Usage:
-        """Return what the task uses; where the cgroup has no numbers, its processes take a while to read."""
+        """Return what the task uses. In a thread: without numbers in the cgroup, every process must be read."""
         return await run_in_thread(self.read_usage)
 
     def read_usage(self) -> Usage:
@@ -1088,8 +1094,8 @@ class Task:
 
 
 def find_nspawn(state: State) -> ProcessId:
-    """Return the leader's parent while that is nspawn, which is in the keeper's session; NO_PROCESS when nspawn
-    has ended, or has seen the leader's end."""
+    """Return the leader's parent if that is nspawn, which is in the shim's session. Return NO_PROCESS if there is
+    no leader, nspawn has ended, or nspawn has reaped the leader. Raises OSError."""
     leader = read_stat(state.leader.pid) if state.leader else None
     if leader and state.leader and int(leader[19]) == state.leader.started:
         parent = int(leader[1])
@@ -1108,15 +1114,15 @@ SLOW_START = 10.0  # seconds after which an event says what is going on
 
 
 async def make_upper_place(place: Path) -> int:
-    """Make the directory for what a task changes; return the lock that tells others that it is in use."""
-    # There may be one of a start before a reboot, or anything an artifact has put there.
+    """Make the directory for what a task changes; return the lock that marks it as in use. Raises OSError."""
+    # A start before a reboot may have left one, or an artifact may have put anything there.
     await remove_place(str(place))
-    if place.name != PLACE_NAME:  # in `ephemeral_dir`: nobody else removes what a crash of the machine has left
+    if place.name != PLACE_NAME:  # in `ephemeral_dir`: nobody else removes what a crash of the machine left there
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for other in place.parent.glob(f"*{PLACE_NAME}"):
             with contextlib.suppress(OSError):
                 fd = lock_directory(other)  # BlockingIOError when it is in use
-                # Out of the way first: the same task may start again while this is removed.
+                # Rename it first: the same task may start again while this is being removed.
                 doomed = other.rename(other.with_name(f"{os.urandom(8).hex()}{PLACE_NAME}"))
                 os.close(fd)
                 await remove_place(str(doomed))
@@ -1140,7 +1146,7 @@ class Start:
     def __init__(self, plan: Plan, events: Events, task: TaskConfig, logs: Sequence[int]) -> None:
         self.plan = plan
         self.logs = logs
-        self.locks: list[int] = []  # for the keeper
+        self.locks: list[int] = []  # for the shim
         self.events = events
         self.task = task
         self.state = State(
@@ -1163,7 +1169,7 @@ class Start:
         self.directory = self.state.directory
 
     async def run(self) -> Task:
-        """Start the container and return when it is up; leave nothing behind when that fails."""
+        """Start the container and return when it is up. If that fails, leave nothing behind."""
         try:
             await self.prepare()
             await self.tell_copying()
@@ -1191,9 +1197,9 @@ class Start:
         )
         try:
             await asyncio.shield(started)
-        finally:  # when the call is cancelled, too: a thread cannot be, and the keeper it starts must be known
+        finally:  # after a cancel, too: it does not stop the thread, and the shim it starts must be known
             keeper, complaint = await started
-            self.state = replace(self.state, keeper=keeper)  # first: `abandon` must know it, whatever fails now
+            self.state = replace(self.state, keeper=keeper)  # first: if the next line fails, `abandon` needs it
             self.save(complaint=complaint, locks=find_locks(keeper, self.state.image))
 
     def save(self, **changes: Any) -> None:
@@ -1203,7 +1209,7 @@ class Start:
     async def prepare(self) -> None:
         STATE_ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory.mkdir(mode=0o700)
-        self.save()  # before the first process: whatever dies from here on, the id alone leads to the cgroup
+        self.save()  # before the first process: if we die from here on, the task id alone leads to the cgroup
         write_file(self.directory / "inside.json", json.dumps(asdict(self.plan.inside)))
         (self.directory / "nspawn.log").touch(mode=0o600)
         Store().use(self.directory.name, self.plan.task_id, self.plan.image)
@@ -1234,15 +1240,15 @@ class Start:
         kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         with socket.socket(socket.AF_UNIX, kind) as notify:
             notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            notify.bind(str(self.directory / "notify"))  # in a directory of root's alone: no one else can send
+            notify.bind(str(self.directory / "notify"))  # only root can enter the directory: nobody else can send
             try:
                 yield notify
             finally:
                 (self.directory / "notify").unlink(missing_ok=True)
 
     async def wait_ready(self, notify: socket.socket) -> tuple[ProcessId, tuple[tuple[int, int], ...]]:
-        """Return the leader and its ranges of ids when nspawn says READY; raise what went wrong when it has ended
-        instead."""
+        """Wait until nspawn says READY; return the leader and its ranges of ids, or NO_PROCESS and () if it has
+        ended by then. Raises DriverError if nspawn fails or takes too long, or if the leader is refused."""
         ended = asyncio.create_task(self.state.keeper.wait())
         try:
             claim = await asyncio.wait_for(self.read_ready(notify, ended), START_LIMIT)
@@ -1255,15 +1261,15 @@ class Start:
             lines = [self.plan.name_sources(line) for line in read_nspawn_log(self.directory)]
             raise explain_failure(lines, record.status if record else -1)
         leader = ProcessId.of(claim.leader)
-        if leader is None:  # it has ended already: the exit record tells how
+        if leader is None:
             return NO_PROCESS, ()
         users = read_ranges(leader.pid)
         check_leader(leader, replace(self.state, users=users), self.plan.has_other_users, claim.sender)
         return leader, users
 
     async def read_ready(self, notify: socket.socket, ended: asyncio.Task[None]) -> Claim | None:
-        """Return whom nspawn names as the leader, None when the keeper ended without READY. Messages are read by
-        lines: where one datagram ends is nspawn's business."""
+        """Return what nspawn says of the leader, None if the shim ended without READY. Reads lines, because nspawn
+        is free to split its messages into datagrams."""
         loop = asyncio.get_running_loop()
         wake, claim = asyncio.Event(), None
         loop.add_reader(notify.fileno(), wake.set)
@@ -1271,7 +1277,7 @@ class Start:
         slow = loop.call_later(SLOW_START, self.tell_slow)
         try:
             while True:
-                is_over = ended.done()  # asked before reading: what nspawn said before its end is not missed
+                is_over = ended.done()  # before reading, so that nspawn's last words are not missed
                 wake.clear()
                 for sender, line in read_notifications(notify):
                     claim = claim or parse_claim(sender, line)
@@ -1285,23 +1291,23 @@ class Start:
             loop.remove_reader(notify.fileno())
 
     def tell_missing(self, controllers: Sequence[str]) -> None:
-        """Tell which limits the task does not have although the machine could have them; of others the fingerprint
-        speaks."""
+        """Emit an event about limits that the machine has but this cgroup lacks. The fingerprint reports those
+        that the machine lacks."""
         here = [controller for controller in controllers if controller in read_host().controllers]
         if here:
             where = f"{self.plan.cgroup} has no such cgroup controllers"
             self.events.emit(self.task, f"The task runs without its limits of {', '.join(here)}: {where}.")
 
     def restrict_devices(self) -> None:
-        """Keep the payload from devices that are not the task's. nspawn takes the cgroup that is there for it, and
-        is in another one itself, where it can make the container's /dev."""
+        """Keep the payload from devices that are not the task's. nspawn puts the payload into the existing cgroup
+        and stays in another one itself, where it can make the container's /dev."""
         payload = f"{self.plan.cgroup}/payload"
         try:
             for place in reversed(find_mirrors(payload)):
                 Path(place).mkdir(parents=True, exist_ok=True)
             restrict_devices(payload, self.plan.device_rules)
         except OSError as error:
-            if can_restrict_devices():  # else the fingerprint speaks of it
+            if can_restrict_devices():  # else the fingerprint reports it
                 self.events.emit(self.task, f"The task runs without a device policy: {error.strerror}.")
 
     async def tell_copying(self) -> None:
@@ -1324,7 +1330,7 @@ class Start:
 
 
 def make_place(path: Path, is_directory: bool) -> None:
-    """Make something to mount a source on."""
+    """Make the directory or file to mount a source on. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
     if is_directory:
         path.mkdir()
@@ -1343,7 +1349,7 @@ def make_journal(journal: Journal) -> None:
 
 
 def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
-    """Make what nspawn hides paths with, where no systemd has made it as PID 1."""
+    """Make the nodes that nspawn mounts over hidden paths, where no systemd is PID 1 to make them."""
     if not root.is_dir():
         (root / "dir").mkdir(mode=0o000, parents=True)
         (root / "reg").touch(mode=0o000)
@@ -1357,7 +1363,7 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def read_notifications(notify: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that wait in a notify socket, each with its sender, whom the kernel attests."""
+    """Yield the lines waiting in a notify socket, each with its sender's pid as the kernel gives it (0: none)."""
     with contextlib.suppress(BlockingIOError):
         while True:
             data, ancillary, _, _ = notify.recvmsg(65536, socket.CMSG_SPACE(CREDENTIALS.size))
@@ -1370,14 +1376,14 @@ CREDENTIALS = struct.Struct("iii")  # pid, uid and gid
 
 
 def split_notification(data: bytes) -> list[bytes]:
-    """Return the lines of a datagram, which end at \\n alone: nspawn passes the STATUS of its payload on, with all
-    else that Python takes for the end of a line."""
+    """Return the lines of a datagram, which end at \\n alone: nspawn passes on its payload's STATUS, which may
+    hold the other characters at which splitlines() splits."""
     return data.split(b"\n")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Whom a message names as the container's first process; nothing of it is believed before check_leader."""
+    """The leader as a message names it. Do not trust it before check_leader."""
 
     sender: int
     leader: int
@@ -1389,22 +1395,22 @@ def parse_claim(sender: int, line: bytes) -> Claim | None:
 
 
 def read_ranges(pid: int) -> tuple[tuple[int, int], ...]:
-    """Return the ranges of the host's ids that a process's user namespace maps."""
+    """Return the ranges of host ids that a process's user namespace maps: begin and count. () if it has ended."""
     lines = read_text(Path(f"/proc/{pid}/uid_map")).split("\n")
     return tuple((int(line.split()[1]), int(line.split()[2])) for line in lines if line)
 
 
 def check_leader(leader: ProcessId, state: State, has_other_users: bool, nspawn: int = 0) -> None:
-    """Raise HostError unless the kernel agrees that a process is the first of a task's container: a child of the
-    systemd-nspawn below our keeper, in the payload's cgroup, the first of a process namespace, and one of the
-    task's users. `nspawn` is who named it; 0 after a restart of the plugin, when the parent may be gone."""
+    """Raise HostError if a live process cannot be a task's leader. The kernel must say that it is a child of the
+    nspawn below our shim, in the payload's cgroup, PID 1 of a pid namespace, and one of the task's users. `nspawn`
+    is the pid that named it; 0 skips its check after a restart of the plugin, when the parent may be gone."""
     why = find_objection(leader, state, has_other_users, nspawn)
-    if why and leader.is_alive:  # else what was read may be another's: nothing is done with a dead one
+    if why and leader.is_alive:  # else we may have read about another process; a dead leader is not used
         raise HostError(f"process {leader.pid} is not the first of the container {state.machine}: {why}")
 
 
 def find_objection(leader: ProcessId, state: State, has_other_users: bool, nspawn: int) -> str:
-    """Say why a process cannot be a task's leader, "" when it can."""
+    """Return why a process cannot be a task's leader, "" if it can."""
     status = read_status(leader.pid)
     if nspawn and (status.get("PPid") != str(nspawn) or not has_ancestor(nspawn, state.keeper)):
         return "it is no child of the task's systemd-nspawn"
@@ -1422,7 +1428,7 @@ def find_objection(leader: ProcessId, state: State, has_other_users: bool, nspaw
 
 
 def has_ancestor(pid: int, ancestor: ProcessId, most: int = 4) -> bool:
-    """Whether a process is one or is below it: the keeper's shells are between it and nspawn."""
+    """Whether a process is `ancestor`, or fewer than `most` levels below it: nspawn's parents are subshells."""
     for _ in range(most):
         if pid == ancestor.pid:
             return ancestor.is_alive
@@ -1431,27 +1437,27 @@ def has_ancestor(pid: int, ancestor: ProcessId, most: int = 4) -> bool:
 
 
 def check_keeper(state: State) -> None:
-    """Raise HostError when the process of a stored state is not the task's keeper."""
+    """Raise HostError if the shim of a stored state lives but is not in the task's cgroup."""
     path = f"{state.cgroup}/keeper"
     if state.cgroup and not find_cgroups(state.keeper.pid, path) and state.keeper.is_alive:
         raise HostError(f"process {state.keeper.pid} is not the keeper of {state.machine}: it is not in {path}")
 
 
 def give_logs(logs: Sequence[int], users: Sequence[tuple[int, int]]) -> None:
-    """Make the container's root the owner of its log FIFOs, so that programs may open /dev/stdout anew."""
+    """Make the container's root the owner of its log FIFOs, so that programs can reopen /dev/stdout."""
     for fd in logs:
         if users and users[0][0] and stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.fchown(fd, users[0][0], -1)
 
 
 class Tasks:
-    """The tasks this plugin process knows, and the way back to those that another one started."""
+    """The tasks that this plugin process has started or recovered."""
 
     def __init__(self, events: Events) -> None:
         self.events = events
         self.machined = Machined()
         self.known: dict[str, Task] = {}
-        self.lost: dict[str, State] = {}  # of an earlier boot, until they are destroyed
+        self.lost: dict[str, State] = {}  # tasks of an earlier boot, until they are destroyed
 
     def get(self, task_id: str) -> Task:
         task = self.known.get(task_id)
@@ -1460,8 +1466,7 @@ class Tasks:
         return task
 
     async def start(self, plan: Plan, config: TaskConfig, directories: Mapping[str, Source]) -> Task:
-        # The logs first: while one writer holds them, Nomad's reader does not take the end of a left-over for the
-        # end of the log.
+        # The logs first: Nomad's reader stops when the last writer closes, and `clear` may end a writer.
         with open_logs(plan, directories) as logs:
             await self.clear(plan)
             task = await Start(plan, self.events, config, logs).run()
@@ -1477,8 +1482,8 @@ class Tasks:
         self.machined.remind([task.state for task in self.known.values() if not task.ended.is_set()])
 
     async def clear(self, plan: Plan) -> None:
-        """End and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same
-        id, and it never runs two of one task at once."""
+        """Kill and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same
+        id, and it never runs a task twice at once. Raises ConfigError if another task has the machine name."""
         for state in (*read_states(split_id(plan.task_id)[0]), *self.lost.values()):
             if state.task_id == plan.task_id or state.machine == plan.machine:
                 if split_id(state.task_id) != split_id(plan.task_id):
@@ -1489,7 +1494,8 @@ class Tasks:
         await self.destroy(plan.task_id)
 
     async def recover(self, task_id: str, driver_state: bytes) -> None:
-        """Take up a running or ended task again; TaskNotFound, at once, when it is gone."""
+        """Take up a running or ended task again, without waiting. Raises TaskNotFound if it is gone, DriverError
+        if its state is damaged or names processes that are not the task's."""
         if task_id in self.known:
             return
         try:
@@ -1508,17 +1514,17 @@ class Tasks:
             raise TaskNotFound(task_id)
         check_keeper(state)
         if state.leader:
-            check_leader(state.leader, state, has_other_users=False)  # their ranges are known
+            check_leader(state.leader, state, has_other_users=False)  # the state has the ranges of ids
         self.adopt(Task(state, self.events))
 
     async def destroy(self, task_id: str) -> None:
-        """Kill and remove a task; from its id alone if need be, and without complaint if there is none."""
+        """Kill and remove a task, by its id alone if needed; none is no error. Raises HostError if it survives."""
         task, lost = self.known.get(task_id), self.lost.pop(task_id, None)
         if task is None:
             directory = state_directory(task_id)
             if not directory.exists():
                 if lost:
-                    await remove_leftovers(lost)  # on disks; the rest went with the kernel
+                    await remove_leftovers(lost)  # from the disks; the reboot removed the rest
                 return
             task = Task(read_state(directory) or guess_state(task_id), self.events)
         await task.destroy()
@@ -1528,11 +1534,11 @@ class Tasks:
 # =====================================================================================================
 # Services
 #
-# What Nomad's agent calls, in the order of the proto files, each method thin; before it, the conversion of the
-# protocol's messages and errors. One thread: every method is a coroutine, and ends when its client goes away.
+# What Nomad's agent calls, in thin methods, in the order of a task's life. Before them comes the conversion of the
+# protocol's messages and errors. One thread: every method is a coroutine, cancelled when its client goes away.
 # =====================================================================================================
 
-# UNAVAILABLE and CANCELLED are left out with care: Nomad takes them for the plugin's death and waits 3 s.
+# Never UNAVAILABLE or CANCELLED: Nomad takes them for the plugin's death and waits 3 s.
 STATUS_CODES: tuple[tuple[type[DriverError], str], ...] = (
     (ConfigError, "INVALID_ARGUMENT"),
     (TaskNotFound, "NOT_FOUND"),
@@ -1544,10 +1550,10 @@ STATUS_CODES: tuple[tuple[type[DriverError], str], ...] = (
 
 
 async def abort(context: Any, error: DriverError) -> None:
-    """End a call with an error as Nomad's client reads it: the text in the status, and whether to try again in
-    the first detail of a google.rpc.Status in the trailing metadata."""
+    """End a call with an error, as Nomad's client reads it: the text is in the status. Whether to try again is in
+    the trailing metadata, in the first detail of a google.rpc.Status."""
     code = next(getattr(grpc.StatusCode, name) for kind, name in STATUS_CODES if isinstance(error, kind))
-    text = shorten(str(error), 1500)  # some clients refuse metadata of more than 8 KiB, and this goes there twice
+    text = shorten(str(error), 1500)  # it goes into the metadata twice, and some clients refuse more than 8 KiB
     status = rpc_status_pb2.Status(code=code.value[0], message=text)
     detail = status.details.add()
     detail.type_url = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError"
@@ -1557,7 +1563,7 @@ async def abort(context: Any, error: DriverError) -> None:
 
 
 def as_driver_error(error: Exception) -> DriverError:
-    """Pass what is meant for people; of anything else log the trace and say little."""
+    """Return a DriverError as it is. For any other error, log the trace and return a short DriverError."""
     if isinstance(error, DriverError):
         return error
     log.error("internal error", trace=traceback.format_exc())
@@ -1565,7 +1571,7 @@ def as_driver_error(error: Exception) -> DriverError:
 
 
 def answers(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-    """Make a coroutine that takes a request into a gRPC handler."""
+    """Turn a coroutine function, which takes the request alone, into a gRPC handler."""
 
     @functools.wraps(method)
     async def handler(self: Any, request: Any, context: Any) -> Any:
@@ -1581,7 +1587,7 @@ def answers(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any,
 def streams(
     method: Callable[[Any, Any], AsyncIterator[Any]],
 ) -> Callable[[Any, Any, Any], AsyncIterator[Any]]:
-    """Make an asynchronous generator that takes a request into a gRPC handler."""
+    """Turn an asynchronous generator, which takes the request alone, into a gRPC handler."""
 
     @functools.wraps(method)
     async def handler(self: Any, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -1597,7 +1603,7 @@ def streams(
 
 
 def unpack_options(packed: bytes) -> Mapping[str, object]:
-    """Decode a msgpack map of options, {} from nothing."""
+    """Decode a msgpack map of options; {} if there are no bytes. Raises DriverError."""
     if not packed:
         return {}
     try:
@@ -1635,7 +1641,7 @@ def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
 
 
 def read_resources(resources: driver_pb2.Resources) -> Resources:
-    """Agents before 1.1 send no memory_max; with -1, for any, some add to it what secrets take."""
+    """Agents before 1.1 send no memory_max. -1 means no limit; some agents add the size of the secrets to it."""
     linux, memory = resources.linux_resources, resources.allocated_resources.memory
     most = None if memory.memory_max_mb < 0 else memory.memory_max_mb * MIB
     return Resources(
@@ -1681,8 +1687,8 @@ class BaseService:
 
     @answers
     async def SetConfig(self, request: base_pb2.SetConfigRequest) -> base_pb2.SetConfigResponse:
-        """Takes the plugin block. The agent calls it in throw-away processes too, while another process may be
-        looking after running tasks: so it never touches anything on the machine."""
+        """Takes the plugin block. It changes nothing on the machine: the agent also calls it in short-lived
+        processes, while another process looks after running tasks."""
         self.driver.config = decode_options(PLUGIN_OPTIONS, unpack_options(request.msgpack_config))
         if request.HasField("nomad_config") and request.nomad_config.driver.HasField("Topology"):
             self.driver.core_mhz = read_core_mhz(request.nomad_config.driver.Topology)
@@ -1690,7 +1696,7 @@ class BaseService:
 
 
 def read_core_mhz(topology: base_pb2.ClientTopology) -> float:
-    """Return the mean speed of a core, 0 when the topology does not say."""
+    """Return the mean speed of a core in MHz, 0 if the topology does not say."""
     if not topology.cores:
         return 0.0
     total = topology.override_total_compute or sum(
@@ -1700,13 +1706,13 @@ def read_core_mhz(topology: base_pb2.ClientTopology) -> float:
 
 
 def read_cpu_mhz() -> float:
-    """Return the mean speed of a core as the kernel has it, for agents before 1.7."""
+    """Return the kernel's mean speed of a core in MHz, 1000 if it has none; for agents before 1.7."""
     speeds = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
     return sum(map(float, speeds)) / len(speeds) if speeds else 1000.0
 
 
 COLLECTION_DELAY = 86400.0  # seconds
-FIRST_SAMPLE = 0.2  # seconds: the least time over which a use of CPU can be told
+FIRST_SAMPLE = 0.2  # seconds for the first measurement of CPU use
 
 
 class DriverService:
@@ -1743,12 +1749,12 @@ class DriverService:
 
     @answers
     async def Init(self, request: Any) -> driver_pb2.InitResponse:
-        """Called by Nomad 2.0.4 and later before the streams; also after it has found a running plugin again."""
+        """Called by Nomad 2.0.4 and later before the streams, also after it has reattached to a running plugin."""
         return driver_pb2.InitResponse()
 
     @streams
     async def Fingerprint(self, request: Any) -> AsyncIterator[driver_pb2.FingerprintResponse]:
-        """Never ends: the agent would open it again at once, without any delay."""
+        """Never ends: the agent would reopen it at once, without any delay."""
         last = None
         self.agents += 1
         try:
@@ -1766,8 +1772,8 @@ class DriverService:
             self.agents -= 1
 
     def find_open_directories(self) -> tuple[str, ...]:
-        """Return where tasks write and other users of this machine can get to, of `image_dir` and the client's
-        alloc_dir. The latter is known once there has been a task."""
+        """Return which of `image_dir` and the client's alloc_dir other users of this machine can reach: tasks may
+        write to both. The alloc_dir is known once there has been a task."""
         self.alloc_dirs |= find_alloc_dirs(task.state for task in self.tasks.known.values())
         return tuple(filter(is_open_to_others, sorted({self.config["image_dir"], *self.alloc_dirs})))
 
@@ -1785,7 +1791,7 @@ class DriverService:
         return response
 
     def find_attributes(self, host: Host) -> dict[str, bool | int | str]:
-        """Return what jobs can be constrained by, by the ends of the attributes' names."""
+        """Return the attributes for job constraints, by what follows `driver.nspawn` in their names."""
         image_dir = os.path.realpath(self.config["image_dir"])
         return {
             "": True,
@@ -1804,7 +1810,7 @@ class DriverService:
 
     @answers
     async def RecoverTask(self, request: driver_pb2.RecoverTaskRequest) -> driver_pb2.RecoverTaskResponse:
-        """Answers at once: it is called one by one while the agent starts, and also for tasks long gone."""
+        """Answers at once: a starting agent calls it for one task after the other, even for tasks long gone."""
         task_id = request.task_id or request.handle.config.id  # the agent leaves task_id empty
         await self.tasks.recover(task_id, request.handle.driver_state)
         return driver_pb2.RecoverTaskResponse()
@@ -1837,8 +1843,8 @@ class DriverService:
         )
 
     async def find_override(self, task: Task, network: NetworkPlan) -> driver_pb2.NetworkOverride | None:
-        """Return what services with `address_mode = "driver"` are registered under, None without an address. A
-        container on a network of the outside whose ports are not mapped is registered so with "auto", too."""
+        """Return what `address_mode = "driver"` registers services under, None without an address. Waits for one
+        up to `address_timeout`. On an outside network without mapped ports, "auto" uses it too."""
         if not network.mode.has_address:
             return None
         address = await task.find_address(network.address_timeout)
@@ -1852,7 +1858,8 @@ class DriverService:
         )
 
     async def run_start(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
-        """Start a task. It ends with the call, and with one that stops or destroys the task or starts it anew."""
+        """Start a task. It is cancelled with the call, and by another call that stops, destroys or starts the same
+        task: then this raises DriverError."""
         await self.stop_start(config.id)
         start = self.starts[config.id] = asyncio.create_task(self.start_task(config, host))
         try:
@@ -1866,7 +1873,8 @@ class DriverService:
                 del self.starts[config.id]
 
     async def stop_start(self, task_id: str) -> None:
-        """End a start that is under way, and wait until nothing is left of it: neither a fetch nor a container."""
+        """Cancel a start under way, and wait until its container is gone. Its fetch ends soon after, unless
+        another task waits for the image."""
         start = self.starts.pop(task_id, None)
         if start:
             start.cancel()
@@ -1911,8 +1919,8 @@ class DriverService:
     async def find_image(
         self, config: TaskConfig, values: Values, own: Mapping[str, Source], stack: contextlib.ExitStack
     ) -> Image:
-        """Return the task's image, fetched if need be, and open until the end of `stack`. One of the store is kept
-        from collection by the start that asks for it, and from its end on by the task's use."""
+        """Return the task's image; fetch it if needed. An image of the host stays open until the end of `stack`. A
+        stored one is kept from collection: by a lock until the start ends, then by the task's use of it."""
         task_dir = Path(config.task_dir) if config.alloc_dir else None
         image_dir = Path(self.config["image_dir"])
         origin = plan_origin(values, image_dir)
@@ -1946,7 +1954,7 @@ class DriverService:
 
     @answers
     async def StopTask(self, request: driver_pb2.StopTaskRequest) -> driver_pb2.StopTaskResponse:
-        """An unknown task is a stopped one: the agent would repeat the call for minutes."""
+        """An unknown task counts as stopped: on an error, the agent would repeat the call for minutes."""
         await self.stop_start(request.task_id)
         task = self.tasks.known.get(request.task_id)
         if task:
@@ -1998,8 +2006,8 @@ class DriverService:
             before, pause = now, interval
 
     def render_stats(self, task: Task, before: Usage, now: Usage) -> driver_pb2.TaskStatsResponse:
-        """Return a sample. TOTAL_TICKS is not among the measured fields: the CLI has a column title for it, but
-        no value."""
+        """Return a sample. TOTAL_TICKS is not among the measured fields: the CLI would print a column title for
+        it, but no value."""
         elapsed = max(now.at - before.at, 1e-3)
         user = max(now.user - before.user, 0.0) / elapsed * 100
         system = max(now.system - before.system, 0.0) / elapsed * 100
@@ -2048,7 +2056,7 @@ class DriverService:
 
     @answers
     async def ExecTask(self, request: driver_pb2.ExecTaskRequest) -> driver_pb2.ExecTaskResponse:
-        """For script checks: they read stdout only, so that stderr goes there too, and want the end of it."""
+        """For script checks. They read stdout only, so stderr goes there too; only the end of it is kept."""
         task = self.tasks.get(request.task_id)
         run = Exec(self.helper, task.state, task.ended, request.command, merge=True)
         timeout = request.timeout.ToNanoseconds() / 1e9
@@ -2084,7 +2092,7 @@ class DriverService:
             return
         except Exception as error:
             failure = as_driver_error(error)
-        # A client that finds "closed" in an error takes it for its own end, and shows nothing at all.
+        # A client that finds "closed" in an error takes the error for its own end and shows nothing.
         await abort(context, DriverError(re.sub("(?i)closed", "clos-ed", str(failure))))
 
     @answers
@@ -2097,7 +2105,7 @@ class DriverService:
 
     @answers
     async def Shutdown(self, request: Any) -> driver_pb2.ShutdownResponse:
-        """Called by Nomad 2.0.4 and later before the controller's Shutdown; tasks are not concerned."""
+        """Called by Nomad 2.0.4 and later before the controller's Shutdown; tasks run on."""
         return driver_pb2.ShutdownResponse()
 
 
@@ -2109,14 +2117,14 @@ MAX_CHECK_OUTPUT = 4096  # bytes of a check's output that Nomad keeps
 
 
 def render_code(status: int) -> driver_pb2.ExitResult:
-    """Return a command's end; `status` is minus the signal's number where one has ended it."""
+    """Return how a command ended. `status`: its exit code, or minus the number of the signal that ended it."""
     return driver_pb2.ExitResult(exit_code=status if status >= 0 else 128 - status, signal=max(-status, 0))
 
 
 async def stream_exec(run: Exec, requests: AsyncIterator[Any], context: Any) -> None:
-    """Pass everything between a client and a command. The client never ends its side: the command does."""
+    """Pass everything between a client and a command, until the command ends: the client never ends its side."""
     response = driver_pb2.ExecTaskStreamingResponse
-    writing = asyncio.Lock()  # one message at a time; while the client takes none, nothing is read either
+    writing = asyncio.Lock()  # one message at a time; while the client takes none, no output is read
 
     async def send(name: str, data: bytes) -> None:
         operation = driver_pb2.ExecTaskStreamingIOOperation(data=data)
@@ -2179,12 +2187,12 @@ class PluginService:
         return grpc_plugin_pb2.Empty()
 
     async def StartStream(self, requests: AsyncIterator[Any], context: Any) -> None:
-        """The broker: opened by every client, used by none of Nomad's."""
+        """The broker: every client opens it, but Nomad's never use it."""
         async for _ in requests:
             pass
 
     async def StreamStdio(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Nomad throws away what comes here; it only has to stay open."""
+        """Nomad drops what comes here, but the stream must stay open."""
         await asyncio.Event().wait()
         yield
 
@@ -2192,8 +2200,8 @@ class PluginService:
 # =====================================================================================================
 # Handshake
 #
-# The agent starts the file without arguments and with a cookie in the environment: then it is a plugin, with a
-# socket, a handshake on stdout, and an end. Everything else is for people.
+# The agent starts the file without arguments and with a cookie in the environment. Then it is a plugin: it opens a
+# socket, prints its handshake, and serves until it is told to end. Everything else is for people.
 # =====================================================================================================
 
 
@@ -2213,8 +2221,8 @@ def register(server: Any, driver: DriverService, stop: asyncio.Event) -> None:
 
 
 def render_old_services(plugin: Any) -> list[grpc.GenericRpcHandler]:
-    """Return controller and broker under the names that Nomad 0.10.0 and 0.10.1 call them by. The messages are the
-    same on the wire."""
+    """Return controller and broker under the names that Nomad 0.10.0 and 0.10.1 use. The messages are the same on
+    the wire."""
     empty, connection = grpc_plugin_pb2.Empty, grpc_plugin_pb2.ConnInfo
     methods: dict[str, dict[str, Any]] = {
         "proto.GRPCController": {
@@ -2235,9 +2243,9 @@ MAX_SOCKET_PATH = 107  # bytes in a sockaddr_un, without the final NUL
 
 
 def make_socket_directory() -> Path:
-    """Make a directory of this process's own for its socket; remove those that dead processes have left.
+    """Make this process's own directory for its socket. In STATE_ROOT, first remove those of dead processes.
 
-    Not in /tmp if it can be helped: tidying there would cut a reattaching agent off.
+    /tmp is the last choice: a cleaner there would cut off a reattaching agent. Raises HostError.
     """
     name = f"plugin-{os.getpid()}-{os.urandom(4).hex()}"
     for base in (os.environ.get("PLUGIN_UNIX_SOCKET_DIR"), STATE_ROOT, os.environ.get("TMPDIR"), "/tmp"):
@@ -2260,13 +2268,13 @@ def remove_dead_sockets() -> None:
 
 
 async def serve() -> None:
-    """Be a plugin until the agent says Shutdown, or SIGTERM comes."""
+    """Be a plugin until the agent calls Shutdown, SIGTERM comes, or the agent has been dead for long enough."""
     logging.getLogger().addHandler(LibraryLog())
     driver, stop = DriverService(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    for ignored in (signal.SIGINT, signal.SIGHUP):  # meant for the agent; tasks are ended by calls only
-        loop.add_signal_handler(ignored, lambda: None)  # SIG_IGN would be passed on to children
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # meant for the agent; only calls end tasks
+        loop.add_signal_handler(ignored, lambda: None)  # children would inherit SIG_IGN
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", -1),
@@ -2285,15 +2293,15 @@ async def serve() -> None:
         watcher = asyncio.create_task(watch_agent(driver, stop))
         await stop.wait()
         watcher.cancel()
-        await server.stop(0.2)  # seconds for answers under way, the one to Shutdown among them
-        if driver.starts:  # their calls are cancelled by now: they remove what they have made
+        await server.stop(0.2)  # seconds for the last answers, such as the one to Shutdown
+        if driver.starts:  # their calls are cancelled by now: let them remove what they made
             await asyncio.wait(driver.starts.values(), timeout=1.5)
     finally:
         remove_tree(directory)
 
 
 def write_handshake(address: str) -> None:
-    """Print go-plugin's line, and nothing to stdout ever after: the agent stops reading at a long line."""
+    """Print go-plugin's line, then point stdin and stdout at /dev/null: the agent stops reading at a long line."""
     os.write(1, f"1|2|unix|{address}|grpc|\n".encode())
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
@@ -2305,15 +2313,15 @@ ORPHAN_PERIOD = 300.0  # seconds
 
 
 async def watch_agent(driver: DriverService, stop: asyncio.Event) -> None:
-    """End the plugin some minutes after its agent has died, unless tasks run or another agent has found it.
+    """End the plugin some minutes after its agent died, unless tasks run or another agent has found it.
 
-    With tasks it stays for the next agent to reattach: some agents (before 1.9.2) kill the process number they
-    remember, whatever process that is by then.
+    With tasks it stays, so that the next agent can reattach: otherwise an agent before 1.9.2 kills the pid it
+    remembers, whatever process that is by then.
     """
-    with contextlib.suppress(OSError):  # stderr may be a terminal or a file
+    with contextlib.suppress(OSError):  # stderr may be a terminal or a file: it does not show the agent's death
         if not stat.S_ISFIFO(os.fstat(2).st_mode):
             return
-    await wait_readable(2)  # a pipe's writing end becomes "readable" when its reader is gone
+    await wait_readable(2)  # the writing end of a pipe becomes "readable" when its reader is gone
     while True:
         await asyncio.sleep(ORPHAN_PERIOD)
         if not driver.agents and all(task.ended.is_set() for task in driver.tasks.known.values()):
@@ -2356,7 +2364,7 @@ USUAL_ALLOC_DIRS = ("/opt/nomad/data/alloc", "/var/lib/nomad/alloc")  # of Hashi
 
 
 def render_permissions() -> str:
-    """Return what jobs may do to this host, a line a permission, for people."""
+    """Return what jobs may do to this host, one line per permission, for people."""
     lines = ["What jobs may do to this host with an empty plugin block (! marks what gives a job the whole host):"]
     for permission, info in PERMISSIONS.items():
         mark = "!" if info.gives_host else " "
@@ -2367,7 +2375,7 @@ def render_permissions() -> str:
 
 
 def check_host() -> int:
-    """Print what the fingerprint would say, and what jobs may do; 0 when tasks can run here."""
+    """Print what the fingerprint would say, and what jobs may do. Return 0 if tasks can run here, else 1."""
     host = read_host()
     print(f"systemd-nspawn {host.systemd or 'not found'}, Linux {host.kernel[0]}.{host.kernel[1]}, "
           f"cgroups {host.cgroups.value}")  # fmt: skip
@@ -2386,7 +2394,7 @@ def check_host() -> int:
 
 
 def render_images(store: Store, now: float) -> str:
-    """Return a table of what is in the store, for people."""
+    """Return a table of the images in the store, for people."""
     uses = store.read_uses()
     rows = [("IMAGE", "TYPE", "SIZE", "FETCHED", "LAST USE", "USED BY")]
     for image in store.read_all():
@@ -2412,15 +2420,14 @@ def render_age(seconds: float) -> str:
 
 
 def run_plugin() -> int:
-    """Be a plugin until the process ends; return an exit status only when it cannot be one."""
+    """Be a plugin until the process ends. Returns only if it cannot be one: its exit status."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         for later in (gc.collect, gc.freeze, gc.enable):
             loop.call_later(1, later)
         await serve()
-        # What is left are gRPC's threads, whose end nobody needs to wait for, and calls of its own, which it would
-        # write about to stderr if asyncio cancelled them.
+        # Nobody needs to wait for gRPC's threads, and gRPC complains on stderr when asyncio cancels its calls.
         os._exit(0)
 
     try:
@@ -2431,7 +2438,7 @@ def run_plugin() -> int:
 
 
 def fail(text: str) -> int:
-    """Say why there will be no plugin where the agent looks: it shows the first line of stdout."""
+    """Tell the agent why there is no plugin: it shows the first line of stdout. Return the exit status."""
     with contextlib.suppress(OSError):
         sys.stderr.write(f"[ERROR] {FILE_NAME}: {text}\n")
         sys.stdout.write(f"{FILE_NAME}: {text}\n")
