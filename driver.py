@@ -975,8 +975,8 @@ class Task:
         return Shortage.of({**parse_counters(os.pread(events, 4096, 0).decode()), "memory.max": limit})
 
     def find_payload(self) -> ProcessId | None:
-        """Return the process that signals are for: the leader, or under the stub the command it started. None if
-        there is none yet or any more."""
+        """Return the process that signals are for: the leader, or under the stub the command it started. None
+        before it has started and after its end."""
         leader = self.state.leader
         if leader is None or self.state.mode is not Mode.PROCESS_TWO:
             return leader
@@ -1518,7 +1518,7 @@ class Tasks:
         self.adopt(Task(state, self.events))
 
     async def destroy(self, task_id: str) -> None:
-        """Kill and remove a task, by its id alone if needed; none is no error. Raises HostError if it survives."""
+        """Kill and remove a task: the id is enough, and may be unknown. Raises HostError if the task survives."""
         task, lost = self.known.get(task_id), self.lost.pop(task_id, None)
         if task is None:
             directory = state_directory(task_id)
