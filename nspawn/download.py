@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MPL-2.0
 """Downloads by http and https, with progress, resumption and a limit on stalls.
 
-urllib with what a root process on a client's network needs: http and https only, also after a redirect, and never
-from https to http; credentials only for the host they belong to; no addresses at which clouds tell a machine its
-secrets. Proxies are those of the agent's environment.
+This is urllib with the restrictions that a root process on a client's network needs. It speaks http and https
+only, and no redirect leads elsewhere or from https to http. Credentials go only to the host they belong to.
+Addresses where clouds tell a machine its secrets are refused. Proxies are those of the agent's environment.
 
-The fetching process tells its progress to the plugin in JSON, one object a line, on stdout. Long silence means a
-stall, so every kind of work reports how far it is.
+The fetching process reports to the plugin on stdout, one JSON object per line. Long silence means a stall, so
+every step reports its progress.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from nspawn.images import redact
 
 CHUNK = 1 << 20
 MAX_DOCUMENT = 4 << 20  # bytes of a manifest, a configuration, a list of checksums
-MAX_DEPTH = 256  # directories in each other, of an archive
-MAX_PATH = 4095  # bytes of a name in an archive: what the kernel takes at once
+MAX_DEPTH = 256  # nested directories of an archive
+MAX_PATH = 4095  # bytes of a name in an archive: the kernel takes no longer path
 
 
 def tell(**values: object) -> None:
@@ -50,7 +50,7 @@ def tell(**values: object) -> None:
 
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
-    """Give a sign of life every second, during work that can say nothing of its own and waits for no stranger."""
+    """Send a sign of life every second, for work that reports no progress and does not wait for a stranger."""
     done = threading.Event()
 
     def go_on() -> None:
@@ -67,7 +67,7 @@ def telling() -> Iterator[None]:
 
 
 class Meter:
-    """Tells how far a piece of work is, once a second."""
+    """Reports the progress of a piece of work, at most once a second."""
 
     def __init__(self, what: str, total: int = 0) -> None:
         self.what, self.total = what, total
@@ -91,11 +91,11 @@ METADATA = tuple(
 )
 # IPv6 addresses with an IPv4 address at their end: mapped, compatible, translated (RFC 6052).
 IPV4_AT_END = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "::ffff:0:0:0/96", "::/96", "64:ff9b::/96")))
-LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215: who runs it chooses the length of the prefix
+LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215: its operator chooses the length of the prefix
 
 
 def check_address(text: str) -> None:
-    """Refuse an address at which there may be secrets of this machine, in whatever form it comes."""
+    """Raise DriverError for an address that may serve this machine's secrets, in any form of the address."""
     address = ipaddress.ip_address(text.partition("%")[0])
     for form in (address, *find_ipv4(address)):
         if form.is_link_local or any(form in network for network in METADATA):
@@ -118,7 +118,7 @@ def find_ipv4(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ip
 
 
 class PlainConnection(http.client.HTTPConnection):
-    """Looks at where it has been led before it says anything there, be it TLS's greeting."""
+    """Checks the address it is connected to before it sends anything, even the TLS handshake."""
 
     def connect(self) -> None:
         super().connect()
@@ -130,8 +130,8 @@ class SecureConnection(http.client.HTTPSConnection, PlainConnection):
 
 
 def is_proxied(request: urllib.request.Request) -> bool:
-    """Tell whether a request goes to a proxy, which is the operator's choice and may have any address. What it is
-    asked for is looked up here, too, and judged; a name that is not known here is the proxy's to judge."""
+    """Whether a request goes to a proxy. The operator chose the proxy, so it may have any address. The host it is
+    asked for is looked up and checked here too (DriverError), unless only the proxy can resolve it."""
     if not (request.has_proxy() or getattr(request, "_tunnel_host", None)):
         return False
     host = urllib.parse.unquote(urllib.parse.urlsplit(request.full_url).hostname or "").rstrip(".")
@@ -172,7 +172,7 @@ class RedirectHandler(urllib.request.HTTPRedirectHandler):
             )
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request:
-            request.remove_header("Proxy-authorization")  # comes back if the proxy is asked again
+            request.remove_header("Proxy-authorization")  # added again if the proxy is used again
             if before != after:
                 request.remove_header("Authorization")
         return request
@@ -203,8 +203,8 @@ class Client:
             self.director.add_handler(handler)
 
     def open(self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None) -> Any:
-        """Return the response; a form is posted. Raises DriverError, and HTTPError for what the caller may know
-        better."""
+        """Return the response to a GET, or to a POST of `form`. Raises HTTPError, which the caller can explain
+        better, and DriverError."""
         data = urllib.parse.urlencode(form).encode() if form else None
         with explaining(url):
             parts = urllib.parse.urlsplit(url)
@@ -216,7 +216,7 @@ class Client:
     def read(
         self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None
     ) -> tuple[bytes, Any]:
-        """Return a short document and the response's headers."""
+        """Return a document of at most MAX_DOCUMENT bytes, and the response's headers. Raises as `open`."""
         with self.open(url, headers, form) as response, explaining(url):
             data: bytes = response.read(MAX_DOCUMENT + 1)
             if len(data) > MAX_DOCUMENT:
@@ -226,7 +226,7 @@ class Client:
 
 @contextlib.contextmanager
 def explaining(url: str) -> Iterator[None]:
-    """Turn the many ways in which a transfer can fail into sentences."""
+    """Turn all errors of a transfer into DriverErrors, except HTTPError."""
     where = shorten(redact(url))
     try:
         yield
@@ -260,7 +260,7 @@ def explain_os(reason: object) -> str:
 
 
 def explain_status(error: urllib.error.HTTPError, what: str) -> DriverError:
-    """Return what an HTTP error means for the job."""
+    """Return the error that the job gets for an HTTP error."""
     if error.code == 404:
         return DriverError(f"{what} is not there (HTTP 404)")
     if error.code in (401, 403):
@@ -278,13 +278,14 @@ def discard(part: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-MAX_RESUMPTIONS = 10  # without any progress in between: none
+MAX_RESUMPTIONS = 10  # attempts, with the first; one without any progress is the last
 
 
 class Download:
-    """One file to be fetched to `part`; goes on with what an interrupted one has left there.
+    """Fetches one file to `part`, and resumes what an interrupted download left there.
 
-    What tells that the rest is of the same file: a digest known beforehand, or the server's ETag kept beside it.
+    It resumes only what is surely the same file: its digest is known beforehand (`is_fixed`), or the server's ETag
+    was kept beside it.
     """
 
     def __init__(self, client: Client, url: str, part: Path, *, limit: int, is_fixed: bool = False) -> None:
@@ -295,7 +296,7 @@ class Download:
         self.total: int | None = None
 
     def run(self, headers: Callable[[], Mapping[str, str]]) -> None:
-        """Raises TransientError when the network fails for good, DriverError on all else."""
+        """Raises TransientError when the network fails for good, HTTPError, DriverError, and OSError of files."""
         left = MAX_RESUMPTIONS
         while True:
             before = self.size
@@ -321,7 +322,7 @@ class Download:
         try:
             response = self.client.open(self.url, {**headers, **extra})
         except urllib.error.HTTPError as error:
-            if error.code == 416 and extra:  # what is here is all there is, or not of this file
+            if error.code == 416 and extra:  # the part is complete, or of another file
                 if self.is_fixed and re.fullmatch(rf"bytes \*/{have}", error.headers.get("Content-Range", "")):
                     return
                 discard(self.part)
@@ -356,7 +357,7 @@ class Download:
             raise TransientError(f"the transfer from {where} broke off after {meter.done} of {self.total} bytes")
 
     def chunks(self, response: Any) -> Iterator[bytes]:
-        """Yield data as it comes. A trickle is a stall, too: a kilobyte in the time allowed is the least."""
+        """Yield data as it comes. Less than a kilobyte in `stall` seconds is a stall, too (TransientError)."""
         mark, count = time.monotonic(), 0
         with explaining(self.url):
             while chunk := response.read1(CHUNK):
@@ -387,7 +388,7 @@ ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512", 32: "md5"} 
 
 
 def check_checksum(path: Path, wanted: str) -> None:
-    """Compare with "sha256:HEX", or HEX alone; the option's check has seen to its form."""
+    """Compare a file with "sha256:HEX" or HEX, which checks.py has checked. Raises DriverError if they differ."""
     value = wanted.rpartition(":")[2].lower()
     found = hash_file(path, ALGORITHMS[len(value)])
     if not hmac.compare_digest(found, value):
@@ -397,8 +398,8 @@ def check_checksum(path: Path, wanted: str) -> None:
 def check_published(
     client: Client, url: str, headers: Mapping[str, str], path: Path, mode: str, work: Path
 ) -> None:
-    """Check a file as systemd-pull does: its checksum stands in FILE.sha256 or SHA256SUMS beside it, and for
-    "signature" that list is signed by a key of systemd's import keyring."""
+    """Check a file as systemd-pull does: its checksum must be in FILE.sha256 or SHA256SUMS beside it. For
+    "signature", SHA256SUMS must be signed by a key of systemd's import keyring. Raises DriverError."""
     base, _, name = urllib.parse.urlsplit(url).path.rpartition("/")
     beside = [f"{name}.sha256", "SHA256SUMS"] if mode == "checksum" else ["SHA256SUMS"]
     addresses = {other: urllib.parse.urljoin(url, f"{base}/{other}") for other in beside}
@@ -416,7 +417,7 @@ def check_published(
 
 
 def read_first(client: Client, addresses: Mapping[str, str], headers: Mapping[str, str]) -> tuple[bytes, str]:
-    """Return the first of some documents that is there, and its name."""
+    """Return the first of these documents that exists, and its name. Raises DriverError if none does."""
     for name, address in addresses.items():
         try:
             return client.read(address, headers)[0], name
