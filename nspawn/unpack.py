@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Archives, which may be hostile, to a directory.
+"""Unpacks archives, which may be hostile, to a directory.
 
-tarfile only reads. Every entry is made here, below a directory of root's alone, one path component after the
-other and never through a symbolic link, no matter who made it. Refused are ".." in a name, names that are
-absurdly deep or long, hard links out of the archive, and attributes that mean something to overlayfs. Left out
-are devices (nspawn makes its own) and sockets. Whiteouts become overlayfs's own, so layers can be stacked.
+tarfile only reads. Every entry is made here, in a directory that only root can enter, one path component at a time
+and never through a symbolic link, no matter who made it. An archive is refused for "..", very deep or very long
+names, hard links to files outside, and attributes that mean something to overlayfs. Devices (nspawn makes its own)
+and entries of unknown types are left out. Whiteouts become those of overlayfs, so layers can be stacked.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ COMPRESSIONS = (  # magic, the tool, its package
 
 @contextlib.contextmanager
 def decompressed(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file's contents, decompressed by a tool if need be; read to the end, a damaged one is an error."""
-    with open(path, "rb", buffering=0) as file:  # a tool goes on where this has stopped reading
+    """Yield a file's contents, decompressed by a tool if needed. The caller must read to the end; then DriverError
+    is raised if the file is damaged."""
+    with open(path, "rb", buffering=0) as file:  # unbuffered: the tool reads on from this position
         magic = file.read(8)
         file.seek(0)
         found = next((entry for entry in COMPRESSIONS if magic.startswith(entry[0])), None)
@@ -80,7 +81,7 @@ class Source:
 
 @dataclass
 class Room:
-    """What an image may have unpacked, all its layers together."""
+    """What an image may unpack to, all its layers together. `take` raises DriverError beyond that."""
 
     limit: int  # bytes
     size: int = 0
@@ -96,7 +97,7 @@ class Room:
 
 
 class Entry(tarfile.TarInfo):
-    """tarfile takes a damaged header in the middle for the archive's end; this does not."""
+    """An entry whose damaged header is an error; tarfile takes it for the archive's end."""
 
     needs_end = True
 
@@ -114,7 +115,7 @@ class Entry(tarfile.TarInfo):
 
 
 class LayerEntry(Entry):
-    """A layer's digest proves it whole: it may lack the empty blocks at the end, as some do."""
+    """A layer's digest proves that it is complete, so it may lack the empty blocks at the end. Some do."""
 
     needs_end = False
 
@@ -125,12 +126,12 @@ class Unpacker:
     def __init__(self, root: Path, room: Room, *, is_layer: bool) -> None:
         self.root, self.room, self.is_layer = root, room, is_layer
         self.devices = 0  # left out
-        self.directories: dict[str, tarfile.TarInfo] = {}  # their modes and times are set when all is in them
+        self.directories: dict[str, tarfile.TarInfo] = {}  # they get their owners, modes and times last
         self.open_path: str | None = None
         self.open_fd = -1
 
     def run(self, stream: IO[bytes]) -> str:
-        """Return the sha256 of the archive, decompressed."""
+        """Unpack a decompressed archive; return its sha256. Raises DriverError, or OSError about the host."""
         source: Any = Source(stream, 2 * self.room.limit, "unpacking")
         try:
             with tarfile.open(
@@ -148,11 +149,11 @@ class Unpacker:
             source.drain()
             with telling():
                 self.finish()
-        except RecursionError:  # tarfile's, at headers that are about headers that are about headers
+        except RecursionError:  # in tarfile: each header extends the next one, without end
             raise DriverError("the archive is refused: it has too many headers for one entry") from None
         except tarfile.TarError as error:
             raise DriverError(f"this is no tar archive that can be unpacked: {shorten(str(error))}") from None
-        except (ValueError, OverflowError, UnicodeError) as error:  # NUL in a name, a time beyond all clocks
+        except (ValueError, OverflowError, UnicodeError) as error:  # a NUL in a name, a time too large for utime
             raise DriverError(f"the archive is damaged: {shorten(str(error))}") from None
         finally:
             self.close_directory()
@@ -179,7 +180,7 @@ class Unpacker:
             self.make_file(archive, where, name, entry)
 
     def open_directory(self, parts: Sequence[str]) -> int:
-        """Return the directory an entry belongs in, made if need be; no component of it is a link."""
+        """Return an entry's directory, open until the next call; make it if needed. No component may be a link."""
         path = "/".join(parts)
         if self.open_path == path:
             return self.open_fd
@@ -194,7 +195,7 @@ class Unpacker:
         return self.open_fd
 
     def descend(self, parts: Sequence[str], *, make: bool) -> int:
-        """Open a directory, one component after the other."""
+        """Open a directory, one component at a time; the caller closes it. Raises OSError if one is a link."""
         fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in parts:
             try:
@@ -214,7 +215,7 @@ class Unpacker:
         self.open_path = None
 
     def remove(self, where: int, name: str, *, keep_whiteout: bool) -> None:
-        """Make room for an entry: of two with one name the later counts."""
+        """Remove an earlier entry of the same name: the later one counts."""
         try:
             found = os.lstat(name, dir_fd=where)
         except FileNotFoundError:
@@ -226,13 +227,13 @@ class Unpacker:
             os.unlink(name, dir_fd=where)
 
     def make_whiteout(self, where: int, name: str, shown: str) -> None:
-        """Hide what the layers below have. It does not concern what this layer has itself."""
+        """Hide what the layers below have. What this layer has itself stays."""
         if name == ".wh..opq":
             os.setxattr(where, "trusted.overlay.opaque", b"y")
             return
         if name in ("", ".", "..") or name.startswith(".wh."):
             if name.startswith(".wh."):
-                return  # aufs's own, as .wh..wh.plnk
+                return  # aufs's own files, such as .wh..wh.plnk
             raise refused(shown, "is no name")
         try:
             found = os.lstat(name, dir_fd=where)
@@ -290,12 +291,12 @@ class Unpacker:
             os.close(where)
 
     def finish(self) -> None:
-        """Give directories their owners, modes and times, the deepest first."""
+        """Set the owners, attributes, modes and times of directories, the deepest first."""
         for path, entry in sorted(self.directories.items(), reverse=True):
             parts = [part for part in path.split("/") if part != "."]
             try:
                 fd = self.descend(parts, make=False)
-            except (FileNotFoundError, NotADirectoryError):  # replaced by something else later on
+            except (FileNotFoundError, NotADirectoryError):  # a later entry replaced it
                 continue
             try:
                 set_owner(fd, entry)
@@ -321,7 +322,7 @@ HOST_TROUBLE = frozenset((
 
 @contextlib.contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """Turn what the kernel does not want to make into a refusal of the archive, unless the host is the reason."""
+    """Turn an OSError about an entry into a refusal of the archive, unless the host is at fault."""
     try:
         yield
     except OSError as error:
@@ -339,7 +340,7 @@ def is_whiteout(found: os.stat_result) -> bool:
 
 
 def set_owner(fd: int, entry: tarfile.TarInfo) -> None:
-    """Set owner, attributes and mode, in this order: a change of owner drops the others."""
+    """Set owner, attributes and mode, in this order: chown drops capabilities and set-user-id bits."""
     os.fchown(fd, entry.uid, entry.gid)
     for key, value in entry.pax_headers.items():
         name = key.removeprefix("SCHILY.xattr.")
@@ -354,7 +355,7 @@ def set_owner(fd: int, entry: tarfile.TarInfo) -> None:
 
 
 def copy_sparse(source: IO[bytes] | Source, target: IO[bytes]) -> None:
-    """Copy, with holes for what is zero."""
+    """Copy, with holes for blocks of zeros."""
     zeros = bytes(1 << 16)
     while chunk := source.read(1 << 16):
         if chunk == zeros:
