@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MPL-2.0
-"""OCI and Docker registries, as far as pulling needs them, and images that were saved to an archive.
+"""Pulling from OCI and Docker registries, and images that were saved to an archive.
 
-Manifests, configurations and layers are what their digests say, or they are refused. Layers come from the
-registry itself and from no address that an image names. Of an archive only what was unpacked from it is read.
+Manifests, configurations and layers that do not match their digests are refused. Layers come from the registry,
+never from an address that an image names. Of an archive, only what was unpacked from it is read.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def is_loopback(host: str) -> bool:
 class Credentials:
     username: str = ""
     password: str = ""
-    token: str = ""  # an identity token, which stands for both
+    token: str = ""  # an identity token, instead of both
 
     @property
     def header(self) -> dict[str, str]:
@@ -101,7 +101,7 @@ class Credentials:
 
 
 def find_credentials(host: str, request: Mapping[str, Any]) -> Credentials:
-    """Return the job's credentials, or those the operator has for the registry."""
+    """Return the job's credentials, or the operator's for this registry, or empty ones. Raises HostError."""
     if request.get("username") or request.get("password"):
         return Credentials(request.get("username") or "", request.get("password") or "")
     config = read_docker_config(request.get("auth_config") or "")
@@ -134,7 +134,7 @@ def read_docker_config(path: str) -> dict[str, Any]:
 
 
 def ask_helper(name: str, host: str) -> Credentials | None:
-    """Return what docker-credential-NAME knows of a registry."""
+    """Return what docker-credential-NAME knows of a registry, None if nothing. Raises HostError."""
     argv = [f"docker-credential-{name}", "get"]
     environ = {"PATH": SAFE_PATH, "HOME": "/root", "LANG": "C.UTF-8"}
     try:
@@ -153,7 +153,7 @@ def ask_helper(name: str, host: str) -> Credentials | None:
 
 
 class Registry:
-    """One repository of a registry, with the authorization it has asked for."""
+    """One repository of a registry, with the authorization that it asked for."""
 
     def __init__(self, client: Client, reference: Reference, credentials: Credentials, is_plain: bool) -> None:
         self.client, self.reference, self.credentials = client, reference, credentials
@@ -168,8 +168,9 @@ class Registry:
         return f"{self.server}/v2/{self.reference.name}/{path}"
 
     def retrying(self, act: Callable[[], Any]) -> Any:
-        """Do something that may need authorization first, or the plain http of a registry on this machine."""
-        for attempt in range(4):  # a token may have run out since the last request
+        """Call `act` and return its result. Authorize and repeat it if it is refused; repeat it with http if a
+        registry on this machine has no https. Raises DriverError."""
+        for attempt in range(4):  # a token may have expired since the last request
             try:
                 return act()
             except urllib.error.HTTPError as error:
@@ -223,7 +224,7 @@ class Registry:
         return token
 
     def read_manifest(self, version: str) -> tuple[dict[str, Any], str]:
-        """Return a manifest or an index, and its digest."""
+        """Return a manifest or an index, with its `mediaType` set, and its digest."""
         accept = {"Accept": ", ".join(MANIFESTS + INDEXES)}
         data, headers = self.retrying(
             lambda: self.client.read(self.url(f"manifests/{version}"), {**accept, **self.authorization})
@@ -248,13 +249,13 @@ class Registry:
         return parse_json(data, "the image's configuration")
 
     def check_access(self, descriptor: Mapping[str, Any]) -> None:
-        """Raise unless the registry gives a layer to this job: its first byte is asked for, as a server to which
-        it redirects may allow nothing but GET."""
+        """Raise DriverError unless the registry gives this job a layer. Asks for the first byte: a server that it
+        redirects to may allow only GET."""
         url = self.url(f"blobs/{want_digest(descriptor)}")
         self.retrying(lambda: self.client.open(url, {"Range": "bytes=0-0", **self.authorization}).close())
 
     def download(self, descriptor: Mapping[str, Any], part: Path, limit: int) -> None:
-        """Fetch a layer as the manifest describes it."""
+        """Fetch a layer. Raises DriverError if its digest or size is not what the manifest says."""
         digest, size = want_digest(descriptor), want_size(descriptor, limit)
         blob = Download(self.client, self.url(f"blobs/{digest}"), part, limit=size, is_fixed=True)
         self.retrying(lambda: blob.run(lambda: self.authorization))
@@ -297,7 +298,7 @@ class Platform:
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """Parse linux/arm64/v8; this machine's from ""."""
+        """Parse linux/arm64/v8 or arm64; "" means this machine's platform."""
         if not text:
             machine = os.uname().machine
             return cls("linux", MACHINES.get(machine, machine), {"armv7l": "v7", "armv6l": "v6"}.get(machine, ""))
@@ -336,7 +337,8 @@ def check_platform(config: Mapping[str, Any], wanted: Platform, shown: str) -> N
 
 
 def read_layer_names(config: Mapping[str, Any], count: int, shown: str) -> list[str]:
-    """Return the names in the store of an image's layers, the lowest first: the digests of what they unpack to."""
+    """Return the store's names of an image's layers, the lowest first. They hold the digests of the decompressed
+    layers. Raises DriverError."""
     rootfs = config.get("rootfs")
     ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
     if not isinstance(ids, list) or len(ids) != count:
@@ -347,12 +349,12 @@ def read_layer_names(config: Mapping[str, Any], count: int, shown: str) -> list[
 
 
 def clean(value: object) -> str:
-    """Return a text that a program can be given, "" for all else: JSON may hold NUL and halves of characters."""
+    """Return a text that can be passed to a program, "" for all else: JSON may hold NUL and lone surrogates."""
     return value if isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value) else ""
 
 
 def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
-    """Return what an image says of how to run it; what is not of the right type counts as not said."""
+    """Return what an image says about how to run it. A value of the wrong type counts as missing."""
     inner = config.get("config")
     inner = inner if isinstance(inner, dict) else {}
 
@@ -374,7 +376,7 @@ def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
 
 
 class Saved:
-    """A directory with an image of layers. `shown` is its name for people."""
+    """An unpacked archive that may be an image of layers (`is_there`). `shown` is its name for people."""
 
     def __init__(self, tree: Path, shown: str) -> None:
         self.tree, self.shown = tree, shown
@@ -402,7 +404,7 @@ class Saved:
         raise DriverError(f"{self.shown} is no whole image: {shorten(ascii(name))} is not the JSON it should be")
 
     def parts(self) -> tuple[dict[str, Any], list[Path]]:
-        """Return the image's configuration, and its layers, the lowest first."""
+        """Return the image's configuration, and the files of its layers, the lowest first. Raises DriverError."""
         config, layers = self.read_docker() if self.has("manifest.json") else self.read_layout()
         found = self.read(config)
         if not isinstance(found, dict) or not isinstance(layers, list):
@@ -419,7 +421,7 @@ class Saved:
         found, levels = self.read("index.json"), 0
         while isinstance(found, dict) and isinstance(found.get("manifests"), list) and levels < 3:
             entries, levels = found["manifests"], levels + 1
-            if len(entries) != 1:  # the only one may come without its platform
+            if len(entries) != 1:  # a single one may lack its platform
                 entries = [{"digest": choose_manifest(found, Platform.parse(""), self.shown)}]
             found = self.read(blob_path(entries[0]))
         if not isinstance(found, dict) or not isinstance(found.get("layers"), list):
