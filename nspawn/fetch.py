@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MPL-2.0
 """The short-lived process that fetches an image into the store; `Fetches` of nspawn/store.py starts it.
 
-The lock of the image's key is held all along: whoever asks for the same image meanwhile waits, and finds it
-there. The locks of its layers are shared: no layer is collected meanwhile, and nobody waits for another image's
-download, which a stranger could make last forever.
+It holds the lock of the image's key all along: a second process for the same image waits, and then finds it. It
+shares the locks of the layers: no layer is collected meanwhile, and nobody waits for another image's download,
+which a stranger could make last forever.
 
 skopeo and umoci would be five more packages on every client (23 MB on Debian 12) and would replace registry.py
-alone: umoci unpacks all layers of an image into one tree, so images could not share them, and the rest is needed
-for archives and addresses anyway.
+alone. umoci unpacks all layers of an image into one tree, so images could not share them, and archives and
+addresses need the rest anyway.
 
-Everything that comes from outside is a stranger's: addresses, redirects, sizes, names, links. A thing gets its
-name in the store when it is whole and its digest is right, never before.
+Nothing from outside is trusted: addresses, redirects, sizes, names, links. A thing gets its name in the store when
+it is complete and its digest is right, never before.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ from nspawn.registry import (
 from nspawn.store import Store, StoredImage
 from nspawn.unpack import Room, Source, Unpacker, copy_sparse, decompressed
 
-MAX_MEMORY = 1 << 30  # bytes of address space: headers and dictionaries of archives can ask for any amount
+MAX_MEMORY = 1 << 30  # bytes of address space: an archive's headers and dictionaries can ask for any amount
 
 
 @contextlib.contextmanager
 def hold(store: Store, name: str, *, alone: bool = False) -> Iterator[None]:
-    """Hold a lock, waiting for it."""
+    """Wait for a lock and hold it."""
     with telling():
         while (fd := store.try_lock(name, alone=alone)) is None:
             time.sleep(0.1)
@@ -86,7 +86,7 @@ def hold(store: Store, name: str, *, alone: bool = False) -> Iterator[None]:
 
 @dataclass
 class Fetch:
-    """One request. `values` is what the plugin says of the image."""
+    """One request. `values` is what the plugin says about the image."""
 
     store: Store
     values: Mapping[str, Any]
@@ -107,7 +107,7 @@ class Fetch:
         return str(self.values["key"])
 
     def keep(self, name: str, *, alone: bool = False) -> None:
-        """Hold a lock until the image is in the store."""
+        """Wait for a lock and hold it until the image is in the store."""
         self.held.enter_context(hold(self.store, name, alone=alone))
 
     def run(self) -> StoredImage:
@@ -127,7 +127,7 @@ class Fetch:
                 tell(note=f"{error}; the copy of {found.name} that is here already is used")
                 image = found
             except DriverError:
-                self.discard_parts()  # what is wrong is not gone on with
+                self.discard_parts()  # never resume what is wrong
                 raise
             finally:
                 self.remove_work()
@@ -143,7 +143,7 @@ class Fetch:
             path.unlink()
 
     def is_old(self, found: StoredImage) -> bool:
-        """Tell whether to ask again where the image comes from; not if somebody has while this waited."""
+        """Whether to ask the image's source again; not if somebody did while this waited."""
         return bool(self.values["force"] or self.values["refresh"]) and found.checked_at < self.values["asked_at"]
 
     def fetch(self, found: StoredImage | None) -> StoredImage:
@@ -164,14 +164,14 @@ class Fetch:
         return StoredImage(self.key, self.values["name"], self.values["type"], layers, sizes, now, now, **more)
 
     def pin(self, path: Path) -> Path:
-        """Open an archive so that nobody can exchange it any more; it must lie where it was found."""
+        """Return a path to the archive that nobody can redirect any more. Raises DriverError if it is already."""
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # not yet for reading: it may be a device
         if os.path.realpath(f"/proc/self/fd/{fd}") != str(path) or not stat.S_ISREG(os.fstat(fd).st_mode):
             raise DriverError(f"{path} has become something else meanwhile")
         return Path(f"/proc/self/fd/{fd}")
 
     def download(self) -> Path:
-        """Fetch and check what an address holds."""
+        """Fetch what an address holds, check it, and return its file."""
         with explaining(self.values["place"]):
             parts = urllib.parse.urlsplit(self.values["place"])
         credentials = Credentials(self.values.get("username") or "", self.values.get("password") or "")
@@ -192,7 +192,7 @@ class Fetch:
         return part
 
     def load(self, path: Path) -> StoredImage:
-        """Bring what an archive holds into the store: the tree of a system, or an image of layers."""
+        """Bring what an archive holds into the store: a system's tree, or an image of layers."""
         tree = self.work / "tree"
         name = "tar-" + self.unpack(path, tree, Room(self.limit))
         saved = Saved(tree, self.values["name"])
@@ -208,16 +208,17 @@ class Fetch:
         return self.stack(layers, config)
 
     def stack(self, layers: Sequence[str], config: Mapping[str, Any], digest: str = "") -> StoredImage:
-        """Return an image of layers, the lowest first, and its maker's configuration."""
-        names = dict.fromkeys((*reversed(layers), self.make_skeleton()))  # overlayfs takes none twice
+        """Return the image of these layers, given lowest first, with its configuration."""
+        names = dict.fromkeys((*reversed(layers), self.make_skeleton()))  # overlayfs takes no layer twice
         return self.image(tuple(names), digest=digest, config=read_image_config(config))
 
     def unpack(self, path: Path, tree: Path, room: Room, wanted: str = "") -> str:
-        """Unpack an archive to a new directory; return its contents' digest, which must be what is wanted."""
+        """Unpack an archive to a new directory; return the digest of its decompressed bytes. With `wanted`, it is
+        a layer and must have that digest."""
         tree.mkdir(mode=0o755)
         unpacker = Unpacker(tree, room, is_layer=bool(wanted))
         digest = ""
-        # Outside, so that the tool ends; what has filled the memory is free afterwards.
+        # Suppressed outside, so that the tool ends first. Then the memory is free again.
         with contextlib.suppress(MemoryError), decompressed(path) as stream:
             digest = unpacker.run(stream)
         if not digest:
@@ -229,7 +230,7 @@ class Fetch:
         return digest
 
     def convert(self, path: Path) -> str:
-        """Make a disk image out of a download: decompressed, from qcow2 to raw, with holes."""
+        """Make a raw disk image of a download, with holes, and commit it. Decompresses it, and converts qcow2."""
         name = f"{hash_file(path, 'sha256')}.raw"
         disk = self.work / "disk.raw"
         with decompressed(path) as stream, open(disk, "wb") as target:
@@ -238,7 +239,7 @@ class Fetch:
         with open(disk, "rb") as file:
             head = file.read(32)
         if head.startswith(b"QFI\xfb"):
-            size = int.from_bytes(head[24:32], "big")  # clusters may be named again and again: not the file's
+            size = int.from_bytes(head[24:32], "big")  # not the file's: it can name a cluster again and again
             if size > self.limit:
                 raise too_large(f"the disk image has {size} bytes", self.limit)
             disk = convert_qcow2(disk, self.work)
@@ -250,9 +251,9 @@ class Fetch:
         return name
 
     def commit(self, made: Path, name: str) -> None:
-        """Give something whole its name in the store. What is there already is the same: names are digests."""
+        """Give something complete its name in the store. What is there already is the same: names are digests."""
         self.keep(name)
-        with telling():  # without the sync a power failure might leave the name alone
+        with telling():  # without the sync, a power failure might leave the name without the data
             run(["sync", "--file-system", str(made)], timeout=600)
         target = self.store.layer(name)
         try:
@@ -281,7 +282,8 @@ class Fetch:
         return self.stack(self.fetch_layers(registry, manifest, config), config, digest)
 
     def make_skeleton(self) -> str:
-        """Make what nspawn wants of every tree, as the lowest layer: an image may hold one program and no more."""
+        """Make the layer of directories that nspawn needs, which is the lowest, and return its name: an image may
+        hold nothing but one program."""
         self.keep(SKELETON)
         if not self.store.layer(SKELETON).exists():
             tree = self.work / "skeleton"
@@ -294,7 +296,7 @@ class Fetch:
     def fetch_layers(
         self, registry: Registry, manifest: Mapping[str, Any], config: Mapping[str, Any]
     ) -> list[str]:
-        """Return the names of the layers, the lowest first."""
+        """Bring an image's layers into the store; return their names, the lowest first."""
         descriptors = manifest.get("layers")
         if not isinstance(descriptors, list):
             raise DriverError(f"{registry.shown} is no image of file system layers")
@@ -314,9 +316,9 @@ class Fetch:
     def fetch_layer(self, registry: Registry, descriptor: Mapping[str, Any], name: str) -> None:
         """Bring one layer into the store.
 
-        What is there already may be another job's secret, and its digest is none. So the server that has sent it
-        must give it to this job, too; any other server must send all of it. So must one that is spoken to without
-        encryption: who answers there is not known.
+        A layer that is there already may be another job's secret, but its digest is no secret. So the server that
+        sent it must grant this job access to it. Any other server must send all of it. So must a server without
+        encryption: nobody knows who answers there.
         """
         digest = want_digest(descriptor)
         proof = find_proof(self.store, name, registry.server, digest)
@@ -326,7 +328,7 @@ class Fetch:
                 registry.check_access(descriptor)
                 self.room.take(measure(self.store.layer(name)))
                 return
-        # The part is this image's own: what another has begun may be another's secret, or nonsense.
+        # Each image has its own part: what another image has begun may be another job's secret, or nonsense.
         part = self.store.part(f"{self.key}.{digest.partition(':')[2]}")
         registry.download(descriptor, part, self.limit)
         try:
@@ -337,7 +339,7 @@ class Fetch:
         proof.touch(mode=0o600)
 
     def bring_layer(self, path: Path, name: str) -> None:
-        """Unpack a layer into the store. If it is there already, see to it that the job has what it names."""
+        """Unpack a layer into the store. If it is there already, check that `path` has the same contents."""
         wanted = name.partition("-")[2]
         if self.store.layer(name).exists():
             with decompressed(path) as stream:
@@ -350,11 +352,11 @@ class Fetch:
         self.unpack(path, tree, self.room, wanted)
         self.commit(tree, name)
         with telling():
-            remove_tree(tree)  # if another was faster
+            remove_tree(tree)  # it is still there if another process was faster
 
 
 def find_proof(store: Store, layer: str, server: str, digest: str) -> Path:
-    """Return the file that says that a server has sent a blob of this digest, and that it unpacks to the layer."""
+    """Return the file that proves that a server sent a blob of this digest, and that it unpacks to the layer."""
     mark = hashlib.sha256(json.dumps([server, digest]).encode()).hexdigest()[:32]
     return store.proofs / f"{layer}.{mark}"
 
@@ -365,19 +367,19 @@ def check_contents(digest: str, wanted: str) -> None:
 
 
 SKELETON = "skeleton-1"
-CERTIFICATES = Path("/etc/docker/certs.d")  # docker's own place for those of single registries
+CERTIFICATES = Path("/etc/docker/certs.d")  # docker's directory for the certificates of single registries
 
 
 def measure(path: Path) -> int:
     """Return the bytes that a layer takes on disk."""
     size = path.lstat().st_blocks
-    for _, folders, names, fd in os.fwalk(path):  # not by paths, which may be too long from here
+    for _, folders, names, fd in os.fwalk(path):  # by descriptors: paths from here may be too long
         size += sum(os.lstat(name, dir_fd=fd).st_blocks for name in (*folders, *names))
     return size * 512
 
 
 def convert_qcow2(disk: Path, work: Path) -> Path:
-    """systemd-pull reads the format without any other package; a file address keeps it off the network."""
+    """Convert with systemd-pull, which needs no other package. A file: address keeps it off the network."""
     root = work / "pulled"
     root.mkdir()
     source = work / "disk.qcow2"
@@ -396,7 +398,7 @@ def convert_qcow2(disk: Path, work: Path) -> Path:
 
 
 def check_disk(disk: Path) -> None:
-    """Refuse what is plainly no disk image: a page of HTML, an archive, nothing at all."""
+    """Raise DriverError for what is plainly no disk image: a page of HTML, an archive, an empty file."""
     with open(disk, "rb") as file:
         head = file.read(4096)
     if len(head) < 4096 or head.lstrip()[:1] in (b"<", b"{"):
@@ -406,7 +408,7 @@ def check_disk(disk: Path) -> None:
 
 
 def main() -> None:
-    """Do what the request on stdin says; tell how it went on stdout."""
+    """Do what the request on stdin says; report the result on stdout."""
     request = json.loads(sys.stdin.readline())
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
