@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Makes the built file out of shiv's archive: `python nspawn/pack.py ARCHITECTURE SHIV OUT`, called by build.sh.
+"""Makes the built file from shiv's archive: `python nspawn/pack.py ARCHITECTURE SHIV OUT`, called by build.sh.
 
 The file is launcher.sh, then the archive, compressed, with bootstrap.py as its __main__.py.
 """
@@ -23,7 +23,7 @@ def read_version() -> str:
 
 
 def fill(path: Path, facts: Mapping[str, str]) -> str:
-    """Return a file with the facts of this build in place of their names."""
+    """Return a file's text with the facts of this build filled in."""
     text = path.read_text()
     for name, value in facts.items():
         text = text.replace(name, value)
@@ -45,7 +45,7 @@ def pack(architecture: str, shiv: str, out: str) -> None:
                 archive.writestr(entry, replaced.get(name) or source.read(name))
         size = target.seek(0, os.SEEK_END)
         target.seek(0)
-        target.write(launcher.replace("@FILE_SIZE@", f"{size:<11}").encode())  # no byte more or less than before
+        target.write(launcher.replace("@FILE_SIZE@", f"{size:<11}").encode())  # as long as the placeholder
     os.chmod(out, 0o755)
 
 
