@@ -164,7 +164,7 @@ class Fetch:
         return StoredImage(self.key, self.values["name"], self.values["type"], layers, sizes, now, now, **more)
 
     def pin(self, path: Path) -> Path:
-        """Return a path to the archive that nobody can redirect any more. Raises DriverError if it is already."""
+        """Return a path that stays the archive's. Raises DriverError if something else has taken its place."""
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # not yet for reading: it may be a device
         if os.path.realpath(f"/proc/self/fd/{fd}") != str(path) or not stat.S_ISREG(os.fstat(fd).st_mode):
             raise DriverError(f"{path} has become something else meanwhile")
