@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MPL-2.0
 """The __main__.py of the built file: unpacks what this interpreter needs, then lets shiv's bootstrap run it.
 
-shiv's bootstrap unpacks too, but it trusts any directory of the right name: files that are missing after a power
-failure or a cleaner's visit stay missing, a directory that somebody else has put there is executed, and nothing is
-ever removed. So this unpacks first, and shiv finds its tree. A preamble of shiv would run too late, and would
-itself lie in the tree it has to check.
+shiv's bootstrap unpacks too, but it trusts any directory of the right name. Files that a power failure or a
+cleaner removed stay missing, a directory that somebody else put there is executed, and nothing is ever removed. So
+this unpacks first, and shiv finds its tree. A preamble of shiv would run too late, and would itself be in the tree
+that it has to check.
 
-Any Python 3 must be able to read this file, to say that it is too old.
+Any Python 3 must be able to parse this file, so that it can say that it is too old.
 
 The cache holds `<file name>_<build id>/site-packages`, as shiv expects. Every start compares it with the archive
-and unpacks what is missing or has another size, which also finishes what an interrupted start left. Each running
-process shares a lock on its tree; trees of other builds that nobody holds are removed.
+and unpacks what is missing or has another size. That also completes an interrupted start. Each running process
+holds a shared lock on its tree; trees of other builds that nobody holds are removed.
 """
 
 import fcntl
@@ -36,7 +36,8 @@ def fail(text: str) -> None:
 
 
 def needed(archive: zipfile.ZipFile) -> "list[zipfile.ZipInfo]":
-    """Files for this interpreter: all but the modules compiled for other ones, three quarters of all bytes."""
+    """Returns the files for this interpreter. Modules compiled for others, three quarters of all bytes, are left
+    out. Exits if there are none for this one."""
     entries = [e for e in archive.infolist() if e.filename.startswith("site-packages/")]
     if not any(e.filename.endswith(SUFFIX) for e in entries):
         fail(
@@ -48,7 +49,7 @@ def needed(archive: zipfile.ZipFile) -> "list[zipfile.ZipInfo]":
 
 
 def places() -> "list[str]":
-    """Where a tree may lie, best first. Nothing world-writable: the name of a tree is public."""
+    """Returns the directories for a tree, best first. None is world-writable: anybody knows the tree's name."""
     if os.environ.get("SHIV_ROOT"):
         return [os.path.expanduser(os.environ["SHIV_ROOT"])]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -59,7 +60,8 @@ def places() -> "list[str]":
 
 
 def check_place(place: str) -> None:
-    """Nobody else may be able to change or exchange what will be run from here, or this would run it as root."""
+    """Makes a directory for trees. Raises OSError if another user could plant code there, which this user would
+    run, or if no code can run there. It trusts groups that can write to a parent directory."""
     os.makedirs(place, 0o700, exist_ok=True)
     if os.stat(place).st_mode & 0o022:
         raise PermissionError("cannot be trusted with code: others can write to it (chmod go-w)")
@@ -83,7 +85,7 @@ def check_place(place: str) -> None:
 def lock(path: str, how: int) -> int:
     """Returns a file descriptor that holds the lock until it is closed; children do not inherit it.
 
-    Who holds a lock exclusively may remove its file, so a lock got on a removed file counts for nothing.
+    The file is removed only under an exclusive lock, so a lock on a removed file is void: retry. Raises OSError.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -100,7 +102,8 @@ def lock(path: str, how: int) -> int:
 
 
 def damaged(tree: str, entries: "list[zipfile.ZipInfo]") -> "list[zipfile.ZipInfo]":
-    """Looks at sizes only: finds what a power failure, a full disk or a cleaner leaves, with one stat a file."""
+    """Returns the entries whose files are missing or have another size. One stat per file finds what a power
+    failure, a full disk or a cleaner leaves."""
 
     def size(path: str) -> int:
         try:
@@ -116,7 +119,7 @@ def repair(tree: str, archive: zipfile.ZipFile, entries: "list[zipfile.ZipInfo]"
     writing = lock(tree + "/.lock", fcntl.LOCK_EX)
     part = tree + "/.part"
     try:
-        for entry in damaged(tree, entries):  # again: somebody else may just have done it
+        for entry in damaged(tree, entries):  # look again: another process may just have repaired it
             path = tree + "/" + entry.filename
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(part, "wb") as file:
@@ -124,14 +127,14 @@ def repair(tree: str, archive: zipfile.ZipFile, entries: "list[zipfile.ZipInfo]"
             os.rename(part, path)
     except OSError:
         if os.path.exists(part):
-            os.unlink(part)  # gives a full disk its room back
+            os.unlink(part)  # frees its room on a full disk
         raise
     finally:
         os.close(writing)
 
 
 def prune(place: str) -> None:
-    """Removes the trees of other builds that no process holds: after an upgrade, the old one."""
+    """Removes the trees of other builds of this file that no process holds: after an upgrade, the old one."""
     names = {n[:-5] if n.endswith(".lock") else n for n in os.listdir(place)}
     for name in names:
         if name == TREE or not name.startswith(STEM) or len(name) != len(TREE):
@@ -143,11 +146,11 @@ def prune(place: str) -> None:
             os.unlink(path + ".lock")
             os.close(held)
         except OSError:
-            pass  # held, most likely; and never a reason not to start
+            pass  # most likely a process holds it; this is never a reason not to start
 
 
 def unpack() -> str:
-    """Returns the place that now holds a whole tree, locked; exits with a sentence when there is none."""
+    """Returns the directory that now holds a complete, locked tree. Exits with a sentence if there is none."""
     reasons = []
     with zipfile.ZipFile(FILE) as archive:
         entries = needed(archive)
@@ -169,9 +172,9 @@ def unpack() -> str:
     raise AssertionError
 
 
-os.umask(0o022)  # with another one directories of the tree might be writable for all
+os.umask(0o022)  # with another one, all users might be able to write to the tree
 for variable in [v for v in os.environ if v.startswith("SHIV_") and v != "SHIV_ROOT"]:
-    del os.environ[variable]  # shiv would take another entry point, sys.path or interpreter from them
+    del os.environ[variable]  # they would give shiv another entry point, sys.path or interpreter
 os.environ["SHIV_ROOT"] = unpack()
 if sys.argv[1:] == ["--version"]:  # driver.py would say the same, 60 ms later
     print(NAME + " @VERSION@")
@@ -180,7 +183,7 @@ if sys.argv[1:] == ["--version"]:  # driver.py would say the same, 60 ms later
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # its fork handlers crash the children we start (grpc#41768)
 os.environ["GRPC_VERBOSITY"] = "NONE"  # its C core writes to stderr by itself
 sys.modules["ssl"] = None  # type: ignore[assignment]  # asyncio does without: 12 ms and 4 MB less
-gc.disable()  # nothing that is imported now is garbage: 10 ms; driver.py enables it again
+gc.disable()  # imports make no garbage: this saves 10 ms; driver.py enables it again
 from _bootstrap import bootstrap  # noqa: E402 # shiv's, which reads the environment set above
 
 bootstrap()
