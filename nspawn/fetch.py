@@ -218,7 +218,7 @@ class Fetch:
         tree.mkdir(mode=0o755)
         unpacker = Unpacker(tree, room, is_layer=bool(wanted))
         digest = ""
-        # Suppressed outside, so that the tool ends first. Then the memory is free again.
+        # Suppress it out here, so that the tool ends first. Then the memory is free again.
         with contextlib.suppress(MemoryError), decompressed(path) as stream:
             digest = unpacker.run(stream)
         if not digest:
