@@ -226,7 +226,7 @@ class Client:
 
 @contextlib.contextmanager
 def explaining(url: str) -> Iterator[None]:
-    """Turn all errors of a transfer into DriverErrors, except HTTPError."""
+    """Turn the errors of a transfer into DriverErrors; HTTPError passes."""
     where = shorten(redact(url))
     try:
         yield
