@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MPL-2.0
 """Where a task's processes live, what they may use and what they use.
 
-<task>/keeper is the shim's; <task>/supervisor and <task>/payload are made by nspawn itself, with --keep-unit.
-<task> is the cgroup Nomad made, or one of the same shape. It is never the agent's own: the task would end with
-the agent's service. On hosts with v1 controllers the v2 hierarchy beside them serves to find and kill processes,
-and the usage is added up from the processes.
+The shim is in <task>/keeper, nspawn (with --keep-unit) in <task>/supervisor, the container in <task>/payload.
+<task> is the cgroup that Nomad made, or one of the same shape. It is never the agent's own: the task would end
+with the agent's service. On hybrid hosts the v2 hierarchy has no controllers: it only serves to find and kill
+processes, and their usage is added up.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from nspawn.process import ProcessId, read_children, read_stat
 
 
 def plan_cgroup(mode: CgroupMode, given: str, alloc_id: str, task_name: str) -> str:
-    """Return the path of the task's cgroup, "" where there is no v2 hierarchy.
+    """Return the path of the task's cgroup, "" if the host has no v2 hierarchy.
 
-    `given` is what Nomad sends since 1.3; with v1 controllers it names a cpuset, which is not for us.
+    `given` is the path that Nomad sends since 1.3. With v1 controllers it names a cpuset, and is not used.
     """
     if mode.root is None:
         return ""
@@ -45,25 +45,25 @@ def plan_cgroup(mode: CgroupMode, given: str, alloc_id: str, task_name: str) -> 
     return f"{mode.root}/nomad.slice/share.slice/{name}.scope"
 
 
-MIN_SHARES, MAX_SHARES = 2, 1 << 18  # of a v1 cgroup: what Nomad's numbers and the formula below stand on
+MIN_SHARES, MAX_SHARES = 2, 1 << 18  # the limits of cgroup v1, which the formula below assumes
 CPU_PERIOD = 100_000  # microseconds
 
 
 def plan_cpu_weight(resources: Resources) -> int:
-    """Return the weight for a number of MHz, by the formula that Nomad's own drivers use (opencontainers/cgroups):
-    1024 shares weigh the usual 100, and the ends meet at 1 and 10000."""
+    """Return the cpu.weight for a number of MHz, by the formula of Nomad's own drivers (opencontainers/cgroups):
+    1024 shares become the default weight 100, and the limits become 1 and 10000."""
     shares = float(resources.cpu)
     if resources.cpu_fraction and shares / resources.cpu_fraction >= MAX_SHARES:
-        shares = resources.cpu_fraction * MAX_SHARES  # the machine as a whole has more than fits
+        shares = resources.cpu_fraction * MAX_SHARES  # the whole machine has more MHz than that
     bits = math.log2(min(max(shares, MIN_SHARES), MAX_SHARES))
     return min(max(math.ceil(10 ** ((bits * bits + 125 * bits) / 612 - 7 / 34)), 1), 10000)
 
 
 def plan_limits(resources: Resources, values: Values, cpus: int) -> dict[str, str]:
-    """Return the contents of the task's control files: names as in `memory.max`.
+    """Return the contents of the task's control files by name, as in `memory.max`.
 
-    What is above the reservation is given back first when memory gets short (memory.low). There is no memory.high:
-    it would slow down every task that uses what it may, on an idle machine, too.
+    If memory_max is set, memory.low lets the kernel reclaim first what is above the reservation. There is no
+    memory.high: even on an idle machine it would slow down a task that uses all it may.
     """
     limits: dict[str, str] = {}
     if resources.memory:
@@ -74,7 +74,7 @@ def plan_limits(resources: Resources, values: Values, cpus: int) -> dict[str, st
     if resources.cpu:
         limits["cpu.weight"] = str(plan_cpu_weight(resources))
     if values["cpu_hard_limit"] and resources.cpu_fraction:
-        quota = max(round(resources.cpu_fraction * cpus * CPU_PERIOD), 1000)  # the kernel's least
+        quota = max(round(resources.cpu_fraction * cpus * CPU_PERIOD), 1000)  # the kernel's minimum
         limits["cpu.max"] = f"{quota} {CPU_PERIOD}"
     if resources.cores:
         limits["cpuset.cpus"] = resources.cores
@@ -85,16 +85,16 @@ def plan_limits(resources: Resources, values: Values, cpus: int) -> dict[str, st
     return limits
 
 
-# What a container may nest and make: more than systemd and other containers inside need, and little enough for
-# whoever walks through it. The kernel counts from the task's cgroup on, where nobody inside can change it.
+# Limits on the cgroups that a container makes. systemd and nested containers need fewer, and the driver's walks
+# through them stay short. Nobody inside can change the limits: they are in the task's own cgroup.
 CGROUP_BOUNDS = {"cgroup.max.depth": "64", "cgroup.max.descendants": "10000"}
 
 
 def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
-    """Make a task's cgroup with its limits; return the controllers that cannot be had there.
+    """Make a task's cgroup with its limits, and return the controllers that the limits need but the cgroup lacks.
 
-    All controllers are switched on, so that a booted system can set limits of its own. Raises HostError when a
-    limit cannot be set although its controller is there.
+    All of CONTROLLERS are enabled if possible, so that a booted system can set limits of its own. Raises HostError
+    if a limit cannot be set although its controller is there, and OSError if the cgroup cannot be made.
     """
     place = Path(cgroup)
     (place / "keeper").mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
 
 
 def write_control(path: Path, value: str) -> None:
-    """Write a control file; unlike Path.write_text it makes none."""
+    """Write a control file. Unlike Path.write_text, this creates none. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, value.encode())
@@ -133,10 +133,10 @@ def open_cgroup(path: str, parent: int | None = None) -> int:
 
 
 def walk_cgroup(cgroup: str) -> Iterator[tuple[int, str]]:
-    """Yield all cgroups below one, each after those below it, as its parent's descriptor and its name.
+    """Yield all cgroups below one, children first, as the parent's descriptor and the name.
 
-    A container may nest them deeply, up to paths that are longer than the kernel takes: nothing here is recursive,
-    and there is one descriptor at a time. What is not there any more is left out.
+    The descriptor is valid until the next step. A container may nest cgroups until their paths are too long for
+    the kernel, so this is not recursive and keeps at most three descriptors. Skips what is gone. Raises OSError.
     """
     try:
         here = open_cgroup(cgroup)
@@ -154,7 +154,7 @@ def walk_cgroup(cgroup: str) -> Iterator[tuple[int, str]]:
                     continue
                 waiting.append(list_cgroups(below))
                 names.append(name)
-            elif names:  # back: the parent of a removed cgroup is still its parent
+            elif names:  # ".." works even if the cgroup was removed
                 waiting.pop()
                 below = open_cgroup("..", here)
                 yield below, names.pop()
@@ -175,8 +175,8 @@ def list_cgroups(directory: int) -> list[str]:
 
 
 def read_cgroup_pids(cgroup: str) -> list[int]:
-    """Return all processes in a cgroup and below it, [] for the cgroup "". Takes as long as the container has made
-    cgroups and processes: for `run_in_thread`."""
+    """Return the pids in a cgroup and below it, [] for the cgroup "". Slow if the container has many cgroups or
+    processes: use `run_in_thread`. Raises OSError."""
     if not cgroup:
         return []
     places = (f"/proc/self/fd/{parent}/{name}" for parent, name in walk_cgroup(cgroup))
@@ -184,23 +184,23 @@ def read_cgroup_pids(cgroup: str) -> list[int]:
 
 
 def read_members(cgroup: str) -> list[int]:
-    """Return the processes in a cgroup itself. Raises OSError when the host cannot tell."""
+    """Return the pids in a cgroup, without those below it; [] if it is gone. Raises OSError."""
     try:
         return [int(pid) for pid in Path(cgroup, "cgroup.procs").read_bytes().split()]
     except OSError as error:
-        # Removed; being removed; threads without processes, which are listed further up.
+        # Removed; being removed; threaded: then a parent lists the processes.
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
             return []
         raise
 
 
 def read_cgroup_processes(cgroup: str) -> list[ProcessId]:
-    """As read_cgroup_pids, with identities."""
+    """As read_cgroup_pids, but with identities and without zombies."""
     return [found for pid in read_cgroup_pids(cgroup) if (found := ProcessId.of(pid))]
 
 
 def read_counters(path: str) -> dict[str, int]:
-    """Read a file of lines `name number`, {} when it is not there."""
+    """Return the numbers of a file of lines `name number`, {} if it cannot be read."""
     return parse_counters(read_text(Path(path)))
 
 
@@ -218,7 +218,7 @@ def read_number(path: str) -> int:
 
 @dataclass(frozen=True)
 class Usage:
-    """A task's use of the machine at one moment: CPU in seconds since its start, memory in bytes."""
+    """What a task uses: CPU in seconds since its start, memory in bytes."""
 
     at: float  # time.monotonic()
     user: float
@@ -230,11 +230,11 @@ class Usage:
     peak: int = 0
     throttled_periods: int = 0
     throttled_time: int = 0  # nanoseconds
-    is_cgroup: bool = False  # memory is the cgroup's own number
+    is_cgroup: bool = False  # counted by the cgroup, not added up from processes
 
 
 def read_cgroup_usage(cgroup: str) -> Usage | None:
-    """Return the cgroup's numbers, None where it has no memory controller."""
+    """Return the cgroup's own counts, None if it has no memory controller or is gone."""
     memory = read_counters(f"{cgroup}/memory.stat")
     if not memory:
         return None
@@ -259,7 +259,7 @@ PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 
 def read_process_usage(pids: Sequence[int]) -> Usage:
-    """Add up the processes: the time of ended children counts once their parent has waited for them."""
+    """Add up the processes. A child that ended counts once its parent has waited for it. Raises OSError."""
     user = system = rss = usage = 0
     for pid in pids:
         fields = read_stat(pid)
@@ -275,7 +275,8 @@ def read_process_usage(pids: Sequence[int]) -> Usage:
 
 
 def read_descendants(pid: int) -> list[int]:
-    """Return a process and all below it, for hosts without a v2 hierarchy."""
+    """Return a process and its descendants, for hosts without a v2 hierarchy. Misses what a thread that is not the
+    main one has started."""
     found = [pid]
     for known in found:
         found += read_children(known)
@@ -283,7 +284,7 @@ def read_descendants(pid: int) -> list[int]:
 
 
 def kill_cgroup(cgroup: str) -> bool:
-    """Kill every process in a cgroup and below; False where the kernel (before 5.14) cannot."""
+    """Kill all processes in a cgroup and below it. False if it is gone, or if the kernel is older than 5.14."""
     if not cgroup:
         return False
     try:
@@ -297,14 +298,14 @@ SYSTEMD_HIERARCHY = "/sys/fs/cgroup/systemd"
 
 
 def find_mirrors(cgroup: str) -> list[str]:
-    """Return a cgroup and, on hybrid hosts, its mirror in systemd's v1 hierarchy: nspawn keeps both in step."""
+    """Return a cgroup and, on hybrid hosts, its mirror in systemd's v1 hierarchy. nspawn keeps the two in step."""
     hybrid, other = f"{CgroupMode.HYBRID.root}/", SYSTEMD_HIERARCHY
     is_mirrored = cgroup.startswith(hybrid) and os.path.isdir(other)
     return [cgroup, *([f"{other}/{cgroup[len(hybrid) :]}"] if is_mirrored else [])]
 
 
 def remove_cgroup(cgroup: str) -> None:
-    """Remove a cgroup and all below it, and its mirror; leave what has processes."""
+    """Remove a cgroup with all below it, and its mirror. Any with processes stay. May be slow. Raises OSError."""
     for root in find_mirrors(cgroup):
         for parent, name in walk_cgroup(root):
             with contextlib.suppress(OSError):
@@ -314,14 +315,14 @@ def remove_cgroup(cgroup: str) -> None:
 
 
 def parse_cgroups(text: bytes) -> dict[str, str]:
-    """Return a process's cgroups by their controllers, from /proc/PID/cgroup: "" is the v2 hierarchy. Lines end at
-    nothing but \\n, the one thing that the kernel allows in no name."""
+    """Return the cgroups in the text of /proc/PID/cgroup by controllers, "" for the v2 hierarchy. Only \\n ends a
+    line: it is the one line end that the kernel does not allow in names."""
     lines = (line.split(b":", 2) for line in text.split(b"\n"))
     return {os.fsdecode(line[1]): os.fsdecode(line[2]) for line in lines if len(line) == 3}
 
 
 def read_cgroups(pid: int) -> dict[str, str]:
-    """Return parse_cgroups of a process, {} when it is gone."""
+    """Return what parse_cgroups makes of a process, {} if the process is gone. Raises OSError."""
     try:
         return parse_cgroups(Path(f"/proc/{pid}/cgroup").read_bytes())
     except (FileNotFoundError, ProcessLookupError):
@@ -329,21 +330,21 @@ def read_cgroups(pid: int) -> dict[str, str]:
 
 
 def find_own_cgroups() -> list[str]:
-    """Return where this process is: in the v2 hierarchy, and in systemd's v1 hierarchy if there is one."""
+    """Return this process's cgroup in the v2 hierarchy, and the one in systemd's v1 hierarchy if it has one."""
     roots = {"": str(read_cgroup_mode().root), "name=systemd": SYSTEMD_HIERARCHY}
     paths = read_cgroups(os.getpid())
     return [f"{root}{paths[controllers]}" for controllers, root in roots.items() if controllers in paths]
 
 
 def find_cgroups(pid: int, cgroup: str) -> list[str]:
-    """Return where below a cgroup, and below its mirror, a process is; [] when it is elsewhere. A booted systemd
-    has moved from payload/ to init.scope: a cgroup with others below it may have no processes."""
+    """Return the cgroups of a process at or below a cgroup and its mirror; [] if it is elsewhere or gone. A booted
+    systemd is below payload/, in init.scope: cgroups with others below them may have no processes."""
     roots = {"": str(read_cgroup_mode().root), "name=systemd": SYSTEMD_HIERARCHY}
     paths = read_cgroups(pid)
     found = []
     for place, (controllers, root) in zip(find_mirrors(cgroup) if cgroup else (), roots.items(), strict=False):
         path = f"{root}{paths.get(controllers, '')}"
-        if is_below(path, place) and ".." not in path.split("/"):  # the kernel's word for what it does not show
+        if is_below(path, place) and ".." not in path.split("/"):  # "..": outside our cgroup namespace
             found.append(path)
         elif not controllers:
             return []
