@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MPL-2.0
-"""From the name of an image to something nspawn can run, or to the source it has to be fetched from.
+"""From the name of an image to something that nspawn can run, or to the source to fetch it from.
 
-Also who a command runs as: USER or, in an image of a registry, USER:GROUP, each a name or a number, as in docker.
-The driver looks them up in the image's own files and gives nspawn numbers: nspawn itself would run the image's
-`getent`, which many images do not have (distroless, scratch) or only in a form it cannot use (Alpine). Images are
-only read here.
+Also who a command runs as: USER or, in the configuration of an OCI image, USER:GROUP, each a name or a number.
+The driver looks them up in the image's own files and gives nspawn numbers. nspawn itself would run the image's
+`getent`, which many images lack (distroless, scratch) or have in a form it cannot use (Alpine). Nothing here
+writes to an image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nspawn.options import Values
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What an image's maker says of how its command is run: the configuration of an OCI image."""
+    """How an image's maker wants its command run: from the configuration of an OCI image."""
 
     env: tuple[str, ...] = ()  # NAME=VALUE
     command: tuple[str, ...] = ()  # Entrypoint, then Cmd
@@ -41,15 +41,15 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class Image:
-    path: Path  # what the job names: a directory, a disk image or a device
+    path: Path  # a directory, a disk image or a block device
     is_directory: bool
-    layers: tuple[Path, ...] = ()  # directories, topmost first, where `path` is not the only one
-    key: str = ""  # of an image in the store, which nothing may ever write to
-    label: str = ""  # for people, where the path says nothing
+    layers: tuple[Path, ...] = ()  # directories, topmost first, if there is more than `path`
+    key: str = ""  # of an image in the store: nothing may ever write to it
+    label: str = ""  # for people, if the path means nothing to them
     config: ImageConfig = ImageConfig()
-    fd: int = -1  # the image itself, open; -1 for one of the store, which is root's alone
-    is_fixed: bool = False  # only the operator can put another in its place
-    is_shared: bool = False  # other tasks run from it, and the operator lets none write to it
+    fd: int = -1  # the open image; -1 before open_image, and in the store, which only root can reach
+    is_fixed: bool = False  # tasks cannot swap it: see sources.is_fixed
+    is_shared: bool = False  # not the task's own, and the operator lets no task write to it
 
     @property
     def is_protected(self) -> bool:
@@ -57,7 +57,7 @@ class Image:
 
     @property
     def opened(self) -> Path:
-        """Its path for this process: what has been opened, whatever is at its place by now."""
+        """A path for this process only. It leads to what was opened, even if the image was swapped since."""
         return self.path if self.fd < 0 else Path(f"/proc/self/fd/{self.fd}")
 
     @property
@@ -70,10 +70,10 @@ class Image:
 
 
 def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path = MACHINES_ROOT) -> Image:
-    """Return the image a job names.
+    """Return the image that a job names. Raises ConfigError.
 
-    A name without a slash is one in `image_dir`; a relative path is looked up in the task's directory (where
-    artifacts land), then in the plugin's, as the Go driver did.
+    A name without a slash is looked up in `image_dir` first. Relative paths are looked up in the task's directory
+    (where artifacts land), then in the plugin's, then in the agent's working directory.
     """
     path = find_image_path(name, task_dir, image_dir)
     check_tree(path, name, values)
@@ -81,12 +81,12 @@ def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path
 
 
 def explain_linked_usr() -> ConfigError:
-    """systemd-nspawn would follow such a link on the host (measured on 252)."""
+    """Return the error for it: systemd-nspawn would follow the link on the host (measured on 252)."""
     return ConfigError("volatile", "yes", "needs an image whose /usr is no symbolic link", 'use "overlay"')
 
 
 def check_tree(path: Path, name: str, values: Values) -> None:
-    """Refuse what nspawn cannot run."""
+    """Refuse what nspawn cannot run, or must not run: the host's own root."""
     mode = path.stat().st_mode
     if path == Path("/") and not (values["ephemeral"] or values["volatile"] in ("yes", "state")):
         raise ConfigError("image", name, "is the host's own root", "set ephemeral, or volatile to yes or state")
@@ -107,7 +107,7 @@ def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
     candidates = list(image_places(name, task_dir, image_dir))
     for candidate in candidates:
         found = Path(os.path.realpath(candidate))
-        if not os.path.exists(found):  # unlike Path.exists it takes a name that is too long for one of nothing
+        if not os.path.exists(found):  # Path.exists raises ENAMETOOLONG; this says no
             continue
         inside = task_dir if task_dir and candidate.is_relative_to(task_dir) else Path("/")
         if not found.is_relative_to(os.path.realpath(inside)):
@@ -137,14 +137,14 @@ def is_image_name(name: str) -> bool:
 
 
 def place_in_image(values: Values, path: str) -> str:
-    """Return where a path of the container is in the image."""
+    """Return the image's path for a path in the container."""
     return (values["pivot_root"] or "").split(":")[0] + path
 
 
 @contextlib.contextmanager
 def open_directory(root: Path, path: str) -> Iterator[int]:
-    """Yield a directory of an image, opened without following symbolic links: a container that may write to the
-    image can make any, and root would follow them. `root` must be out of reach of all tasks. Raises OSError."""
+    """Open a directory of an image without following symbolic links, and yield its O_PATH descriptor. A container
+    that writes to the image can make links to anywhere. Tasks must not control the path `root`. Raises OSError."""
     top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fd = open_in_root(top, path, os.O_PATH | os.O_DIRECTORY, follow=False)
@@ -160,14 +160,15 @@ MAX_TEXT = 256 << 10  # bytes of an image's /etc/hosts, passwd or group
 
 
 def read_in_image(image: Image, values: Values, path: str) -> str:
-    """Return the beginning of a file of an image, "" when it is not there or is a symbolic link."""
+    """Return the first MAX_TEXT bytes of an image's file, "" if it is not regular, cannot be read, or has symbolic
+    links in its path. Always "" for a disk image."""
     folder, name = os.path.split(place_in_image(values, path))
     for directory in image.directories if image.is_directory else ():
         try:
             with open_directory(directory, folder) as fd:
                 os.stat(name, dir_fd=fd, follow_symlinks=False)
                 return read_head(name, MAX_TEXT, fd).decode(errors="replace")
-        except FileNotFoundError:  # the layers below may have it
+        except FileNotFoundError:  # a lower layer may have it
             continue
         except OSError:
             break
@@ -176,23 +177,23 @@ def read_in_image(image: Image, values: Values, path: str) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an image comes from that is not simply there: an address, a registry, or an archive to unpack."""
+    """The source of an image that must be fetched or unpacked."""
 
     type: str  # tar, raw, docker, archive
     place: str  # a URL, a reference, or a path
     name: str  # for people, without credentials
-    identity: tuple[str, ...] = ()  # what else makes it another image
+    identity: tuple[str, ...] = ()  # what else tells it from other images
     verify: str = "no"
     checksum: str = ""
     platform: str = ""
     username: str = ""
     password: str = ""
-    force: bool = False  # ask the place even when the image is in the store, and fail when it does not answer
-    refresh: bool = False  # ask, and take what is there when it does not answer
+    force: bool = False  # ask the source even if the image is in the store, and fail if it does not answer
+    refresh: bool = False  # ask it, and use the stored image if it does not answer
 
     @property
     def key(self) -> str:
-        """The image's name in the store. Credentials are part of it: what one job may fetch is not for all."""
+        """The image's name in the store. It depends on the credentials, so no job gets what it could not fetch."""
         parts = (self.type, self.place, *self.identity, self.verify, self.checksum, self.platform, self.username)
         secret = hashlib.sha256(self.password.encode()).hexdigest()
         return hashlib.sha256(json.dumps([*parts, secret]).encode()).hexdigest()[:40]
@@ -202,7 +203,7 @@ DOCKER = "docker://"
 
 
 def plan_origin(values: Values, image_dir: Path) -> Origin | None:
-    """Return where an image is to be fetched from; None when it is on this machine."""
+    """Return where to fetch an image from, None if it has to be on this machine. Raises ConfigError."""
     name, block, auth = values["image"], values["image_download"], values["auth"] or {}
     if name.startswith(DOCKER):
         if block:
@@ -251,7 +252,7 @@ def check_download(block: Values) -> None:
 
 
 def redact(url: str) -> str:
-    """Return an address without what may be a secret in it."""
+    """Return an address without user, password, query and fragment, which may be secret."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -259,8 +260,8 @@ def redact(url: str) -> str:
 
 
 def read_head(path: Path | str, size: int, folder: int | None = None) -> bytes:
-    """Return how a file begins, b"" where there is none. A pipe or a device that a task has put in its place is
-    not opened: the plugin would wait for it with all its tasks."""
+    """Return the first `size` bytes of a regular file, b"" for anything else, and for symbolic links. A pipe or
+    device that a task puts there is not opened: it would block the plugin."""
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:
@@ -271,42 +272,42 @@ def read_head(path: Path | str, size: int, folder: int | None = None) -> bytes:
 
 
 def read_opened(fd: int, size: int) -> bytes:
-    """Return how the regular file begins that a descriptor, of O_PATH, is of; b"" for what else there is."""
+    """Return the first `size` bytes of an O_PATH descriptor's file, b"" if it is not regular. Raises OSError."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         return b""
     with open(f"/proc/self/fd/{fd}", "rb") as file:
         return file.read(size)
 
 
-ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh")  # how compressed files begin
+ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh")  # the first bytes of compressed files
 
 
 def find_archive(image: Image) -> Origin | None:
-    """Return the source for an image that is a tar archive, None for all others."""
+    """Return the source for an image that is a tar archive or compressed, None for others. Raises OSError."""
     head = b"" if image.is_directory else read_opened(image.fd, 512)
     if not (head[257:262] == b"ustar" or head.startswith(ARCHIVES)):
         return None
-    status = os.fstat(image.fd)  # another file of this name is another image
+    status = os.fstat(image.fd)  # another file at this path is another image
     stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return Origin("archive", str(image.path), str(image.path), tuple(map(str, stamp)))
 
 
-# What says that there is no such file, not that something is wrong with this machine.
+# Errors that mean that there is no such file, not that something is wrong with this machine.
 IS_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
 class View:
-    """A container's root and what is to be mounted in it, to look files up before there is a container. Only for a
-    thread: what an image or a task has made decides how long a look takes."""
+    """A container's root and its future mounts, to look up files before the container starts. Use it in a thread:
+    the image or a task can make a look-up slow."""
 
     image: Path
     mounts: Mapping[str, str] = field(default_factory=dict)  # targets in the container to sources on the host
     pivot: str = "/"  # the directory of the image that becomes the root
 
     def open(self, path: str, links: int = 8) -> int | None:
-        """Return the file, of O_PATH; None when it is not there. Follows `links` from the root into mounts. Raises
-        OSError when it cannot be known."""
+        """Return an O_PATH descriptor of a file, None if there is none. Follows at most `links` links that lead
+        from the root into mounts. Raises OSError if it cannot tell."""
         path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
         is_plain = ".." not in path.split("/")
         place = max((point for point in self.mounts if is_plain and is_below(path, point)), key=len, default="")
@@ -333,7 +334,7 @@ class View:
             os.close(top)
 
     def find_mount(self, root: int, path: str) -> str:
-        """Return where a path leads to of which the root has nothing: into a mount, perhaps; "" for nowhere."""
+        """Resolve a link in a path that the root lacks: it may lead into a mount. Return "" if there is none."""
         parts = path.strip("/").split("/")
         for length in range(min(len(parts), MAX_PARTS) - 1, -1, -1):
             with contextlib.suppress(OSError):
@@ -347,7 +348,7 @@ class View:
         return ""
 
     def follow(self, root: int, parent: int, name: str) -> str:
-        """Return the path in the container of a file of an open directory, or what it is a link to."""
+        """Return the container's path of a file in an open directory, or what it links to."""
         top, here = (os.readlink(f"/proc/self/fd/{fd}") for fd in (root, parent))
         here = f"/{here.removeprefix(top).lstrip('/')}"
         if not any(is_below(here, point) for point in self.mounts):
@@ -361,7 +362,7 @@ MAX_PLACES = 64  # of a PATH
 
 
 def explain_command(command: str, search: str, view: View) -> str:
-    """Say why a program cannot be executed, "" when it looks as if it could."""
+    """Return why a program cannot be executed, "" if it can be or if that is not known."""
     if "/" in command and not command.startswith("/"):
         return ""  # relative to the working directory
     places = [command] if "/" in command else [f"{place}/{command}" for place in search.split(":")]
@@ -382,19 +383,19 @@ def explain_command(command: str, search: str, view: View) -> str:
 
 
 def explain_program(fd: int) -> str:
-    """Say what is wrong with a program, "" when nothing is."""
+    """Return what is wrong with a program, "" if nothing is. Raises OSError."""
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISREG(mode) and mode & 0o111):
         return "not an executable file"
     return f"for another machine than this {os.uname().machine}" if is_foreign(fd) else ""
 
 
-ELF_MACHINES = {"x86_64": (62, 3), "aarch64": (183, 40)}  # e_machine of what a kernel runs, 32-bit programs too
+ELF_MACHINES = {"x86_64": (62, 3), "aarch64": (183, 40)}  # e_machine of 64-bit and 32-bit programs
 BINFMT_MISC = Path("/proc/sys/fs/binfmt_misc")
 
 
 def is_foreign(fd: int) -> bool:
-    """Tell whether a program is for another architecture, and nothing (binfmt_misc) emulates that here."""
+    """Whether a program is an ELF file for another architecture, and binfmt_misc has no qemu at all."""
     header, native = read_opened(fd, 20), ELF_MACHINES.get(os.uname().machine)
     if not native or len(header) < 20 or not header.startswith(b"\x7fELF"):
         return False
@@ -414,14 +415,14 @@ class Account:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What nspawn sets for a user by name, and does not for one by number."""
+        """The variables that nspawn sets for a user given by name, but not for one given by number."""
         return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
 
 
 def find_account(image: Image, values: Values, volumes: Iterable[str] = ()) -> Account | None:
-    """Return the user for the command. None: nspawn has to look it up in the container. That is so for a disk
-    image, where the job mounts files over the image's, and for a name that is not in /etc/passwd, because systemd
-    knows further ones (`bind_user`). `volumes` are the targets of Nomad's mounts."""
+    """Return the user for the command. None: none is set, the container boots, or nspawn has to look the user up.
+    It does for a disk image and, outside the store, if mounts hide /etc/passwd or the name is not there: systemd
+    knows others (`bind_user`). `volumes` are the targets of Nomad's mounts. Raises ConfigError."""
     wanted = values["user"]
     if not wanted or values["boot"] or not image.is_directory:
         return None
@@ -444,7 +445,7 @@ def find_account(image: Image, values: Values, volumes: Iterable[str] = ()) -> A
 
 
 def hides_accounts(values: Values, volumes: Iterable[str]) -> bool:
-    """Tell whether something is mounted over the image's passwd or group."""
+    """Whether something is mounted over the image's passwd or group."""
     binds = [parse_bind(text)[0] for name in ("bind", "bind_read_only") for text in values[name].values()]
     overlays = [split_fields(item)[-1] for name in ("overlay", "overlay_read_only") for item in values[name]]
     targets = {os.path.normpath(f"/{target}").lstrip("/") for target in (*binds, *overlays, *volumes)}
@@ -452,7 +453,7 @@ def hides_accounts(values: Values, volumes: Iterable[str]) -> bool:
 
 
 def read_entries(image: Image, values: Values, path: str) -> list[list[str]]:
-    """Return the fields of an image's passwd or group, line by line."""
+    """Return the lines of an image's passwd or group, each split into fields."""
     text = read_in_image(image, values, path)
     if len(text.encode()) >= MAX_TEXT:
         text = text.rpartition("\n")[0]  # the last line may have been cut in the middle of a number
@@ -460,7 +461,7 @@ def read_entries(image: Image, values: Values, path: str) -> list[list[str]]:
 
 
 def parse_account(entry: Sequence[str], gid: int | None, groups: Sequence[Sequence[str]]) -> Account:
-    """Return the user of a line of passwd. A group that was asked for takes the place of all others."""
+    """Return the user of a line of passwd. A group that was asked for replaces all others."""
     name, uid, home = entry[0] if USER.fullmatch(entry[0]) else entry[2], int(entry[2]), entry[5]
     if not home.startswith("/") or NO_TEXT.search(home):
         home = "/"
@@ -471,7 +472,7 @@ def parse_account(entry: Sequence[str], gid: int | None, groups: Sequence[Sequen
 
 
 def find_group(wanted: str, group: str, groups: Sequence[Sequence[str]]) -> int | None:
-    """Return the number of a group, None where none is asked for."""
+    """Return the number of a group, None if none is asked for. Raises ConfigError if the image has none such."""
     if not group:
         return None
     numbers = [int(entry[2]) for entry in groups if len(entry) > 2 and entry[0] == group and is_id(entry[2])]
@@ -481,14 +482,14 @@ def find_group(wanted: str, group: str, groups: Sequence[Sequence[str]]) -> int 
 
 
 def is_number(wanted: str, text: str) -> bool:
-    """Tell whether a name is a number. Raises ConfigError for one that no user has."""
+    """Whether a name is a number. Raises ConfigError for a number that no user can have."""
     if text.isascii() and text.isdigit() and not is_id(text):
         raise ConfigError("user", wanted, "numbers of users go up to 999999999, and 65535 is none", "give another")
     return is_id(text)
 
 
 def is_id(text: str) -> bool:
-    """Tell whether a text is the number of a user or group. 65535 is none for systemd: it is -1 in 16 bits."""
+    """Whether a text is the number of a user or group. systemd refuses 65535, which is -1 in 16 bits."""
     return bool(re.fullmatch(r"\d{1,9}", text, re.ASCII)) and int(text) != 0xFFFF
 
 
