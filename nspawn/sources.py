@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Paths of the host that a job names: opened once, judged, then read or mounted from the descriptor.
+"""Paths of the host that a job names: opened once, checked, then read or mounted from the descriptor.
 
-Whoever may write to a directory on the way can swap a part of the path at any moment. So a path is opened, what
-was opened is judged by what the operator allows, and that is what is mounted or read, wherever the path leads by
-then.
+Whoever can write to a directory on the way can swap a part of the path at any moment. So the checks apply to what
+was opened, and exactly that is read or mounted.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from nspawn.options import Option, Permission, Values, check_permission, is_allo
 class Source:
     """An open file or directory of the host."""
 
-    path: str  # where it was when it was opened, without symbolic links
-    mode: int
+    path: str  # when it was opened, without symbolic links
+    mode: int  # st_mode
     fd: int = -1
-    number: int = 0  # of a device node
+    number: int = 0  # st_rdev of a device node
 
     @property
     def is_node(self) -> bool:
@@ -58,7 +57,7 @@ class Source:
 
 
 def name_sources(values: Values) -> Iterator[tuple[str, str]]:
-    """Yield option and source for everything of the host that a job names beside its image."""
+    """Yield option and source for all paths of the host that a job names, except its image and devices."""
     for option in ("bind", "bind_read_only"):
         yield from ((option, source) for source in values[option])
     for option in ("overlay", "overlay_read_only"):
@@ -82,8 +81,8 @@ LEADS_OUT = "leads out of the task's directories"
 
 @contextlib.contextmanager
 def open_directories(alloc_dir: str, names: Iterable[str]) -> Iterator[dict[str, Source]]:
-    """Yield directories of an allocation, open, by their paths. There is no symbolic link on the way: other tasks
-    of the allocation can put them there. What is above the allocation's directory is the operator's."""
+    """Open directories of an allocation and yield them by path. Below `alloc_dir` symbolic links are refused, as
+    other tasks of the allocation can make them. The way to it is the operator's. Raises HostError."""
     found: dict[str, Source] = {}
     with contextlib.ExitStack() as stack:
         try:
@@ -108,7 +107,7 @@ def open_directories(alloc_dir: str, names: Iterable[str]) -> Iterator[dict[str,
 
 @contextlib.contextmanager
 def open_volumes(paths: Iterable[str]) -> Iterator[dict[str, Source]]:
-    """Yield what Nomad asks to be mounted, open, by its path."""
+    """Open what Nomad wants mounted and yield it by path. Raises ConfigError."""
     with contextlib.ExitStack() as stack:
         found = {}
         for path in paths:
@@ -120,7 +119,7 @@ def open_volumes(paths: Iterable[str]) -> Iterator[dict[str, Source]]:
 def check_source(
     rows: Sequence[Option], option: str, name: str, source: Source, own: Mapping[str, Source], config: Values
 ) -> None:
-    """Refuse a source the operator does not allow."""
+    """Refuse a source that the operator does not allow, or that holds the log pipes."""
     if "alloc" in own and (source.path == own["alloc"].path or is_below(source.path, f"{own['alloc'].path}/logs")):
         rule = "holds the log pipes of all tasks of the allocation"
         raise ConfigError(option, name, rule, "use a directory below alloc, or /alloc, which is there anyway")
@@ -130,13 +129,13 @@ def check_source(
         check_outside(rows, option, name, source.path, config)
         folder = os.path.realpath(config["image_dir"])
         if option == "bind" and (is_below(source.path, folder) or is_below(folder, source.path)):
-            check_permission(option, name, Permission.IMAGE_WRITE, config)  # images could be written to through it
+            check_permission(option, name, Permission.IMAGE_WRITE, config)  # it could write to images
     if source.is_device and not is_allowed(Permission.DEVICES, config):
         check_permission(option, name, Permission.DEVICE_BINDS, config)
 
 
 def check_outside(rows: Sequence[Option], option: str, name: str, path: str, config: Values) -> None:
-    """Refuse a path of the host that the operator does not allow this option."""
+    """Refuse a path outside the task's directories that the operator does not allow for this option."""
     permission = next(row.permission for row in rows if row.name == option)
     if permission and permission.is_word:
         check_permission(option, name, permission, config)
@@ -144,8 +143,8 @@ def check_outside(rows: Sequence[Option], option: str, name: str, path: str, con
 
 
 def check_host_path(option: str, name: str, path: str, config: Values) -> None:
-    """Refuse a path that is not below what the operator allows. `path` is without symbolic links; where there is
-    nothing to be opened it is the name the job says, so that a refusal does not tell what is there."""
+    """Refuse a path that is not below what the operator allows. `path` has no symbolic links. But if it could not
+    be opened, it is the job's own name for it, so that the error does not reveal what exists."""
     if not config["volumes"]:
         rule = "the operator of this client does not let tasks mount anything of the host (volumes = false)"
         raise ConfigError(option, name, rule, "use the task's own directories, alloc, local and secrets")
@@ -162,7 +161,8 @@ def check_host_path(option: str, name: str, path: str, config: Values) -> None:
 def open_sources(
     rows: Sequence[Option], values: Values, own: Mapping[str, Source], config: Values
 ) -> Iterator[dict[str, Source]]:
-    """Yield what a job names, open, by its name. `own`: a task's directories, by its names for them."""
+    """Open and check the paths that a job names, and yield them by these names. `own`: the task's directories, by
+    the job's names for them. Raises ConfigError."""
     found: dict[str, Source] = {}
     with contextlib.ExitStack() as stack:
         for option, name in name_sources(values):
@@ -184,7 +184,7 @@ def open_sources(
 
 @contextlib.contextmanager
 def open_devices(devices: Iterable[Device]) -> Iterator[dict[Device, Source]]:
-    """Yield device nodes, open: the job's, and those of device plugins, which are the operator's."""
+    """Open device nodes and yield them: those of the job and those of device plugins, which the operator runs."""
     found: dict[Device, Source] = {}
     with contextlib.ExitStack() as stack:
         for device in devices:
@@ -197,11 +197,11 @@ def open_devices(devices: Iterable[Device]) -> Iterator[dict[Device, Source]]:
         yield found
 
 
-MAX_NODES = 1024  # in a directory
+MAX_NODES = 1024  # files to look at in a directory
 
 
 def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:
-    """Yield a rule for a node, or for each in a directory of /dev."""
+    """Yield a rule for a node, or for each node below a directory of /dev; nothing for other sources."""
     if source.is_node:
         yield DeviceRule.of(source.mode, source.number, permissions)
     if not (source.is_directory and source.is_device):
@@ -214,11 +214,11 @@ def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:
                 yield DeviceRule.of(found.st_mode, found.st_rdev, permissions)
 
 
-MAX_CREDENTIALS = 1 << 20  # bytes of all together, systemd's own limit
+MAX_CREDENTIALS = 1 << 20  # bytes of all credentials together: systemd's limit
 
 
 def read_credentials(values: Values, sources: Mapping[str, Source]) -> dict[str, bytes]:
-    """Return what each credential holds."""
+    """Return the content of each credential. Raises ConfigError."""
     found = {key: value.encode() for key, value in values["set_credential"].items()}
     for key, name in values["load_credential"].items():
         found[key] = read_source(f"load_credential.{key}", name, sources[name])
@@ -228,7 +228,7 @@ def read_credentials(values: Values, sources: Mapping[str, Source]) -> dict[str,
 
 
 def read_source(option: str, name: str, source: Source) -> bytes:
-    """Return what a source holds."""
+    """Return the content of a file, cut one byte after MAX_CREDENTIALS. Raises ConfigError."""
     if not stat.S_ISREG(source.mode):
         raise ConfigError(option, name, "must be a file")
     try:
@@ -244,8 +244,8 @@ def is_own(path: str, own: Mapping[str, Source]) -> bool:
 
 @contextlib.contextmanager
 def open_image(image: Image, name: str, own: Mapping[str, Source], config: Values) -> Iterator[Image]:
-    """Yield an image that has been found, open and judged. It must still be what was found: whoever may write to a
-    directory on the way, or to an image that others lie in, can exchange it at any moment."""
+    """Open an image that was found, check it, and yield it. It must still be what was found: tasks that can write
+    to a directory on the way, or to an image that contains this one, can swap it. Raises ConfigError."""
     try:
         fd = os.open(image.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -264,7 +264,7 @@ def open_image(image: Image, name: str, own: Mapping[str, Source], config: Value
 
 
 def check_image_name(name: str, own: Mapping[str, Source], config: Values) -> None:
-    """Refuse a path that cannot be used as an image as one that could be, if the operator does not allow it."""
+    """Refuse a path that is not allowed even if no image was found: a job must not learn what exists there."""
     path = os.path.normpath(name)
     places = [*(source.path for source in own.values()), config["image_dir"]]
     if os.path.isabs(path) and not any(is_below(path, place) for place in places):
@@ -272,14 +272,16 @@ def check_image_name(name: str, own: Mapping[str, Source], config: Values) -> No
 
 
 def is_fixed(path: str, own: Mapping[str, Source], config: Values) -> bool:
-    """Whether tasks cannot exchange an image: it lies in image_dir itself, or jobs may do all of that anyway."""
+    """Whether tasks cannot swap an image: it is directly in image_dir. Also true if jobs may mount all of the host
+    anyway. False in the task's own directories."""
     is_free = config["volumes"] and "/" in config["allow_paths"]
     return not is_own(path, own) and (is_free or os.path.dirname(path) == os.path.realpath(config["image_dir"]))
 
 
 def check_image(image: Image, name: str, own: Mapping[str, Source], config: Values) -> None:
-    """Refuse an image the operator does not allow: what is not his own is a path of the host as any other. Below
-    image_dir are images of his, and in those what tasks have written: directories, but no file systems."""
+    """Refuse an image that the operator does not allow. What image_dir itself holds or links to is allowed.
+    Elsewhere a disk image needs a permission, as a task may have made it. Outside the task's own directories and
+    image_dir, the path must be allowed, too."""
     path, folder = str(image.path), os.path.realpath(config["image_dir"])
     places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in IMAGE_SUFFIXES]
     if os.path.dirname(path) == folder or (is_image_name(name) and {path, os.path.dirname(path)} & {*places}):
@@ -291,7 +293,7 @@ def check_image(image: Image, name: str, own: Mapping[str, Source], config: Valu
 
 
 def check_image_write(image: Image, values: Values, config: Values) -> None:
-    """Refuse what would change an image that no task may write to, and that a private root does not prevent."""
+    """Refuse what would change a shared image, where no private root prevents it."""
     if not image.is_shared:
         return
     if values["private_users_ownership"] == "chown":
@@ -306,15 +308,15 @@ def check_image_write(image: Image, values: Values, config: Values) -> None:
 
 @dataclass(frozen=True)
 class Pin:
-    """A source and the place, which nobody else can touch, that it is mounted at for nspawn."""
+    """A source and the path, out of reach of tasks, where it is mounted for nspawn."""
 
     source: Source
     place: str  # in the task's state directory
-    is_node: bool = False  # there shall be a device node like the source, not the source itself
+    is_node: bool = False  # instead of a mount, there is a new device node like the source
 
 
 def clone_source(source: Source) -> int:
-    """Return a mount of an open file or directory, with what is mounted below it, that is nowhere yet."""
+    """Return a detached bind mount of an open file or directory, with the mounts below it. Raises HostError."""
     flags = OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC
     try:
         return call_libc("syscall", OPEN_TREE, source.fd, b"", flags)
@@ -323,8 +325,8 @@ def clone_source(source: Source) -> int:
 
 
 def make_nodes(pins: Sequence[Pin], directory: Path) -> None:
-    """Make copies of device nodes, in a file system of this thread's namespace. A container may do to them what it
-    likes, and, unlike the host's /dev, the file system can be id-mapped: their owner is the same inside."""
+    """Make copies of device nodes in a tmpfs, in this thread's mount namespace. A container may change them, and a
+    tmpfs, unlike the host's /dev, can be id-mapped: the owner is the same inside. Raises OSError or HostError."""
     if not pins:
         return
     mount_filesystem("tmpfs", str(directory), MS_NOSUID, "mode=0700,size=64k,nr_inodes=4k")
