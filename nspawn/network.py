@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MPL-2.0
 """Where a container's network comes from, and what is in its /etc/resolv.conf and /etc/hosts.
 
-The namespace of a group (bridge, none, cni) is Nomad's: the shim and nspawn enter it, and nspawn is told of no
-network at all. --network-namespace-path would do the same, but without user namespaces before 262
-(systemd#36363). Disk images need it all the same: nspawn mounts them only in the host's network, where it hears
-from udev. What goes through a group's namespace (ports, Consul Connect) is up to Nomad and CNI. All other
-networks are options of nspawn. The driver makes no firewall rules; nspawn makes its own for --port.
+The namespace of a group (bridge, none, cni) is Nomad's. The shim and nspawn are started in it, and nspawn gets no
+network option. --network-namespace-path would do the same, but before 262 not with user namespaces
+(systemd#36363). Disk images still need it: to mount them, nspawn must be in the host's network, where it hears
+from udev. Nomad and CNI decide what goes through a group's namespace (ports, Consul Connect). All other networks
+are options of nspawn. The driver makes no firewall rules; nspawn makes its own for --port.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from nspawn.process import run
 
 @dataclass(frozen=True)
 class Names:
-    """What a container's /etc/resolv.conf and /etc/hosts are made from, see read_names."""
+    """What a container's /etc/resolv.conf and /etc/hosts are made from: see read_names."""
 
     resolv_conf: str = ""  # the host's
     hosts: str = ""  # the image's
-    addresses: tuple[str, ...] = ()  # of the group's namespace
+    addresses: tuple[str, ...] = ()  # those of the group's namespace
     missing: frozenset[str] = frozenset()  # files of NAME_FILES that cannot be mounted in the image
 
 
 NAME_FILES = ("/etc/resolv.conf", "/etc/hosts")
 
 
-# Run inside the group's namespace, before the keeper. Root of a user namespace has no rights over a network
-# namespace made outside of it: without these it could neither listen on ports below 1024 nor ping. Docker sets
-# the same two; they go with the namespace.
+# Starts the shim in the group's namespace. Root in a user namespace has no rights over a network namespace made
+# outside: without these settings it could neither listen on ports below 1024 nor ping. Docker sets the same two.
+# They end with the network namespace.
 ENTER_NAMESPACE = r"""
 exec 4>&2 2>/dev/null
 echo 0 >/proc/sys/net/ipv4/ip_unprivileged_port_start
@@ -61,11 +61,11 @@ class NetworkMode(enum.Enum):
     """Where the container's network comes from."""
 
     HOST = "host"
-    NONE = "none"  # a namespace with nothing but loopback in it
+    NONE = "none"  # only loopback, and the links of network_veth_extra
     GROUP = "group"
-    VETH = "veth"  # a link to the host, which gives out addresses on it
-    BRIDGE = "bridge"  # on a network that somebody else looks after
-    INTERFACE = "interface"  # the same, without a link to the host
+    VETH = "veth"  # a link to the host, which gives it an address
+    BRIDGE = "bridge"  # a link to a bridge that somebody else manages
+    INTERFACE = "interface"  # an interface of the host, or one on top of it
 
     @classmethod
     def of(cls, group: GroupNetwork, values: Values) -> NetworkMode:
@@ -78,7 +78,7 @@ class NetworkMode(enum.Enum):
 
     @property
     def has_address(self) -> bool:
-        """Whether the container is to get an address of its own after it has started."""
+        """Whether the container should get an address of its own after its start."""
         return self in (NetworkMode.VETH, NetworkMode.BRIDGE, NetworkMode.INTERFACE)
 
     @property
@@ -87,7 +87,7 @@ class NetworkMode(enum.Enum):
         return self in (NetworkMode.BRIDGE, NetworkMode.INTERFACE)
 
 
-# The first that is set counts: addresses of a LAN before those that are for this host alone.
+# The first that is set counts. Addresses in a LAN come before those that only this host can reach.
 MODE_OPTIONS = {
     NetworkMode.BRIDGE: ("network_bridge",),
     NetworkMode.INTERFACE: ("network_macvlan", "network_ipvlan", "network_interface"),
@@ -102,24 +102,24 @@ class NetworkPlan:
 
     mode: NetworkMode = NetworkMode.HOST
     zone: str = ""
-    link: str = ""  # the whole name of the host's end; the first one has room for 15 characters
+    link: str = ""  # the host's end; over 15 characters it is an alternative name
     address_timeout: float = 0.0  # seconds
     ports: Mapping[str, Port] = field(default_factory=dict)  # those that nspawn maps, by label
-    values: Mapping[str, Any] = field(default_factory=dict)  # options as they are to be rendered
-    entry: tuple[str, ...] = ()  # what starts the keeper in another network namespace
-    argv: tuple[str, ...] = ()  # of nspawn
+    values: Mapping[str, Any] = field(default_factory=dict)  # options that replace the job's
+    entry: tuple[str, ...] = ()  # starts the shim in another network namespace
+    argv: tuple[str, ...] = ()  # further arguments of nspawn
     environ: Mapping[str, str] = field(default_factory=dict)  # for the payload
-    files: Mapping[str, str] = field(default_factory=dict)  # paths inside to texts, to be mounted read-only
-    mount_files: tuple[str, ...] = ()  # to be made in a read-only image, to mount on
+    files: Mapping[str, str] = field(default_factory=dict)  # texts by their paths inside, mounted read-only
+    mount_files: tuple[str, ...] = ()  # mount points to make for them in a read-only image
     notes: tuple[str, ...] = ()  # sentences for the task's events
 
     def render_files(self, directory: Path) -> list[str]:
-        """Return nspawn's arguments for the files, which lie in the task's state directory."""
+        """Return nspawn's arguments for `files`. `directory` is the task's state directory."""
         return [f"--bind-ro={directory}{path}:{path}" for path in self.files]
 
 
 def plan_link(values: Values, machine: str) -> str:
-    """Return how nspawn calls its link to a container, "" when it makes none."""
+    """Return nspawn's name for the host's end of its link, "" if it makes none beside network_veth_extra."""
     if values["network_bridge"] or values["network_zone"]:
         return f"vb-{machine}"
     return f"ve-{machine}" if values["network_veth"] else ""
@@ -128,7 +128,7 @@ def plan_link(values: Values, machine: str) -> str:
 def plan_network(
     group: GroupNetwork, values: Values, names: Names, machine: str, *, is_disk: bool = False
 ) -> NetworkPlan:
-    """Return the network of a task."""
+    """Return how a task gets its network. Raises ConfigError."""
     files = plan_name_files(group, values, names, machine)
     network = NetworkPlan(
         mode=NetworkMode.of(group, values),
@@ -140,7 +140,7 @@ def plan_network(
         mount_files=tuple(place_in_image(values, path) for path in files if is_read_only(values)),
         notes=tuple(explain_dns(group, values, files)),
     )
-    if group.namespace and is_disk:  # without user namespaces: see check_image_rules
+    if group.namespace and is_disk:  # never with user namespaces: see check_image_rules
         return replace(network, argv=(f"--network-namespace-path={group.namespace}",))
     if group.namespace:
         set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if values["user_namespacing"] else ()
@@ -172,15 +172,15 @@ def render_port(port: Port) -> list[str]:
 
 
 def plan_port_environ(ports: Mapping[str, Port]) -> dict[str, str]:
-    """Return the variables that tell the port inside. Nomad does not know of port_map; it knows of `to`."""
+    """Return the variables for the ports inside. Nomad's own follow `to`, but not port_map."""
     names = {label: re.sub(r"[^A-Za-z0-9_]", "_", label) for label in ports}
     kinds = ("NOMAD_PORT", "NOMAD_ALLOC_PORT")
     return {f"{kind}_{names[label]}": str(port.inside) for label, port in ports.items() for kind in kinds}
 
 
 def explain_port(label: str, port: Port) -> Iterator[str]:
-    """Say where nspawn's mapping differs from what Nomad shows: it is for all addresses of the host but loopback
-    ones (measured on 252, 257 and 262)."""
+    """Warn about a port on a loopback address: nspawn maps ports at the host's other addresses only (measured on
+    252, 257 and 262)."""
     if port.host_ip.startswith("127.") or port.host_ip == "::1":
         yield (
             f"The port {label!r} cannot be reached at {port.host_ip}:{port.host}: systemd-nspawn maps ports at "
@@ -192,7 +192,7 @@ NO_ADDRESS = "The container has no address after {limit:g} s: "
 
 
 def explain_no_address(mode: NetworkMode, is_booted: bool, have_networkd: bool) -> str:
-    """Say what may be missing when a container gets no address."""
+    """Say why a container may have no address."""
     if mode is NetworkMode.VETH and not have_networkd:
         return (
             "systemd-networkd, which gives out addresses on the host's end of its link, does not run on this host "
@@ -205,11 +205,11 @@ def explain_no_address(mode: NetworkMode, is_booted: bool, have_networkd: bool) 
     return "is a DHCP client enabled in the image, and does a DHCP server answer on that network?"
 
 
-NETWORKD_IS_ACTIVE = "/run/systemd/units/invocation:systemd-networkd.service"  # systemd's link, to nowhere
+NETWORKD_IS_ACTIVE = "/run/systemd/units/invocation:systemd-networkd.service"  # a symbolic link to nowhere
 
 
 def have_networkd() -> bool:
-    """Whether systemd-networkd runs. Where only its socket does, the first link of a container starts it."""
+    """Whether systemd-networkd runs. If only its socket is active, the first link of a container starts it."""
     return os.path.lexists(NETWORKD_IS_ACTIVE)
 
 
@@ -217,13 +217,14 @@ NAT_ELEMENT = re.compile(r"\S+ \. (\d+) : [0-9a-f.:]+ \. (\d+)")  # of nspawn's 
 
 
 def find_port_maps(text: str, ports: Sequence[tuple[int, int]]) -> list[str]:
-    """Return the elements of nspawn's map in nftables for `ports`, pairs of a port of the host and one inside."""
+    """Return the elements for `ports` in nspawn's nftables map. `ports` are pairs: on the host, and inside."""
     return [match[0] for match in NAT_ELEMENT.finditer(text) if (int(match[1]), int(match[2])) in ports]
 
 
 def plan_name_files(group: GroupNetwork, values: Values, names: Names, machine: str) -> dict[str, str]:
-    """Return the texts of /etc/resolv.conf and /etc/hosts where they are the driver's to make: in a group's
-    network, which the image cannot know, and for a dns block. What the job mounts there itself stays."""
+    """Return the name files that the driver has to make: /etc/resolv.conf for a dns block, /etc/hosts for
+    extra_hosts, and both for a group's network (the first only if resolv_conf is unset or auto). Leaves out what
+    the job's binds cover, and what cannot be mounted, unless dns or extra_hosts asks for it."""
     policy = values["resolv_conf"]
     files = {}
     if not group.dns.is_empty or (group.namespace and policy in (None, "auto")):
@@ -246,7 +247,7 @@ def plan_name_files(group: GroupNetwork, values: Values, names: Names, machine: 
 
 
 def render_resolv_conf(host: str, dns: Dns) -> str:
-    """Return a resolv.conf of the group's dns block, and of the host's lines for what the block leaves out."""
+    """Return a resolv.conf with the group's dns block. What the block leaves out is the host's."""
     given = {"nameserver": dns.servers, "search": dns.searches, "options": dns.options}
     lines = []
     for name, values in given.items():
@@ -259,14 +260,14 @@ def render_resolv_conf(host: str, dns: Dns) -> str:
 
 
 def find_resolv_conf(text: str, name: str) -> list[str]:
-    """Return the words of all lines of a resolv.conf that begin with `name`; of several search lines the last
-    counts, as for the resolver."""
+    """Return the words after `name` in all lines of a resolv.conf that begin with it. Of several search lines the
+    last counts, as for the resolver."""
     found = [line.split()[1:] for line in text.split("\n") if line.split()[:1] == [name]]
     return found[-1] if name == "search" and found else [word for words in found for word in words]
 
 
 def render_hosts(image: str, own: Sequence[str]) -> str:
-    """Return the lines of the image's file but those for names in `own`, and the lines `own`."""
+    """Return the image's hosts file, with the lines `own` in place of its lines for their names, and localhost."""
     names = {name for line in own for name in line.split()[1:]}
     lines = [line for line in filter(None, image.split("\n")) if not names & set(line.split("#")[0].split()[1:])]
     if not any("localhost" in line.split("#")[0].split()[1:] for line in lines):
@@ -275,7 +276,7 @@ def render_hosts(image: str, own: Sequence[str]) -> str:
 
 
 def explain_dns(group: GroupNetwork, values: Values, files: Mapping[str, str]) -> Iterator[str]:
-    """Say what of a resolv.conf may surprise."""
+    """Warn if the driver's resolv.conf overrides an option, or names only servers out of reach."""
     policy, text = values["resolv_conf"], files.get("/etc/resolv.conf")
     if text is None:
         return
@@ -297,8 +298,8 @@ RESOLV_CONF_PATHS = (
 
 
 def read_resolv_conf(paths: Sequence[str] = RESOLV_CONF_PATHS) -> str:
-    """Return the host's resolv.conf. A name server on its loopback (systemd-resolved) is of use to the host alone:
-    then the file that names the servers behind it."""
+    """Return the host's resolv.conf, "" without one. Only the host can use name servers on its loopback interface
+    (systemd-resolved): then return the file with the servers behind them, if there is one."""
     texts = [text for path in paths if (text := read_text(Path(path)))]
     for text in texts:
         servers = find_resolv_conf(text, "nameserver")
@@ -308,26 +309,27 @@ def read_resolv_conf(paths: Sequence[str] = RESOLV_CONF_PATHS) -> str:
 
 
 def parse_addresses(fib_trie: str, if_inet6: str) -> tuple[str, ...]:
-    """Return the addresses of a network namespace that others can reach, IPv4 first, from files of /proc/net."""
+    """Return the addresses that others can reach, IPv4 first, from the texts of two files of /proc/net."""
     found = re.findall(r"\|-- ([\d.]+)\n\s+/32 host LOCAL", fib_trie)
     for line in filter(None, if_inet6.split("\n")):
-        # The name of the interface comes last, and may hold what else Python takes for blanks and line ends.
+        # The interface's name comes last. It may contain other characters that Python takes for blanks.
         digits, _, _, scope, flags = line.split(" ")[:5]
         if scope == "00" and not int(flags, 16) & IFA_F_TENTATIVE:
             found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
     return tuple(dict.fromkeys(address for address in found if not address.startswith(("127.", "169.254."))))
 
 
-IFA_F_TENTATIVE = 0x40  # being checked for duplicates; cannot be used yet
+IFA_F_TENTATIVE = 0x40  # being checked for duplicates, not usable yet
 
 
 def read_addresses(pid: int) -> tuple[str, ...]:
-    """Return the addresses of a process's network namespace."""
+    """Return the addresses of a process's network namespace, () if the process is gone."""
     return parse_addresses(*(read_text(Path(f"/proc/{pid}/net/{name}")) for name in ("fib_trie", "if_inet6")))
 
 
 def read_group_addresses(namespace: str) -> tuple[str, ...]:
-    """Return the addresses of a group's namespace. /proc/net is that of the process which reads it."""
+    """Return the addresses of a group's namespace, () if that fails. It takes a process, because /proc/net shows
+    the reader's own namespace. It blocks, for up to 10 s."""
     command = ["nsenter", f"--net={namespace}", "--", "cat", "/proc/net/fib_trie", "/proc/net/if_inet6"]
     text = run(command, timeout=10)
     inet6 = [line for line in text.split("\n") if re.match(r"[0-9a-f]{32} ", line)]
@@ -335,7 +337,7 @@ def read_group_addresses(namespace: str) -> tuple[str, ...]:
 
 
 def read_names(group: GroupNetwork, image: Image, values: Values) -> Names:
-    """Read what the container's name files depend on; nothing where they are not the driver's to make."""
+    """Read what the container's name files are made from, nothing if the driver makes none. It blocks."""
     if not group.namespace and group.dns.is_empty and not values["extra_hosts"]:
         return Names()
     return Names(
@@ -347,16 +349,17 @@ def read_names(group: GroupNetwork, image: Image, values: Values) -> Names:
 
 
 def is_read_only(values: Values) -> bool:
-    """Whether nspawn cannot make mount points, because the image is mounted read-only before it comes to that."""
+    """Whether nspawn cannot make mount points, because it mounts the image read-only first."""
     return bool(values["read_only"]) or values["volatile"] == "state"
 
 
 def can_mount_file(image: Image, values: Values, path: str) -> bool:
-    """Whether nspawn will find a file to mount on, or can make one, or make_mount_points can."""
+    """Whether there is a file to mount on, or nspawn or make_mount_file can make one. Looks only into a read-only
+    image, and only into its topmost layer."""
     if not is_read_only(values):
         return True
     if not image.is_directory:
-        return False  # nobody has looked into it
+        return False  # not mounted yet, so not known
     folder, name = os.path.split(place_in_image(values, path))
     with contextlib.suppress(OSError), open_directory(image.opened, folder) as fd:
         try:
@@ -368,7 +371,7 @@ def can_mount_file(image: Image, values: Values, path: str) -> bool:
 
 
 def check_interfaces(values: Values) -> None:
-    """Refuse interfaces that the host does not have: of network_interface nspawn 257 and 262 say nothing."""
+    """Refuse interfaces that the host does not have: for network_interface nspawn 257 and 262 do not tell."""
     for option in MODE_OPTIONS[NetworkMode.INTERFACE]:
         for item in values[option]:
             name = item.partition(":")[0]
@@ -379,7 +382,7 @@ def check_interfaces(values: Values) -> None:
                 raise ConfigError(option, name, rule, "`ip link` on the host lists them") from None
 
 
-NS_GET_NSTYPE = 0xB703  # ioctl: which kind of namespace a file is
+NS_GET_NSTYPE = 0xB703  # ioctl: return the kind of a namespace
 
 
 def check_namespace(path: str) -> None:
