@@ -2,14 +2,14 @@
 """What becomes the container's root: the image itself, or a private root laid over the image.
 
 A private root is an overlay: its upper directory takes what the task changes. With user namespaces the lower
-directories are id-mapped mounts of the image, so no file is copied or given another owner. An image of any size
-serves any number of tasks at once, and each starts as fast as without (measured on 252 and 257, Linux 6.1 to
-6.18). nspawn itself copies the image for `--ephemeral`, and into memory for `--volatile=overlay`, to change the
-owners.
+directories are id-mapped mounts of the image, so no file is copied and none gets another owner. An image of any
+size serves any number of tasks at once, and each starts as fast as without an overlay (measured on 252 and 257,
+Linux 6.1 to 6.18). nspawn itself copies the image: to disk for `--ephemeral`, except on btrfs, and to memory for
+`--volatile=overlay` with user namespaces.
 
-Private roots are mounted in a mount namespace that only the task's shim and nspawn are in: no kill -9 can leave a
-mount behind, and the host never sees one. What is in use while a task runs (its range of ids, its image) is
-locked in systemd-nspawn's own way. The shim and nspawn hold the locks, so a lock ends with them.
+Private roots are mounted in a mount namespace of the task's shim and nspawn alone. The host never sees a mount,
+and no kill -9 can leave one behind. A task's image and its range of ids are locked in systemd-nspawn's own way.
+The shim and nspawn hold the locks, so a lock ends with them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from nspawn.process import open_user_namespace
 
 
 def check_mount_points(root: Path, files: Sequence[str]) -> None:
-    """Refuse an image that lacks something to mount on, where nothing may be made in it."""
+    """Refuse an image that lacks a mount point and that no task may write to."""
     for path in ("/alloc", "/local", "/secrets", *files):
         folder, name = os.path.split(path)
         try:
@@ -74,17 +74,16 @@ class Users:
 
 @dataclass(frozen=True)
 class PrivateRoot:
-    """A root of the task's own."""
+    """The task's own overlay over its image."""
 
-    layers: tuple[str, ...]  # directories of the image, topmost first
-    place: str  # directory on the host for what the task changes; "" keeps it in memory
-    users: Users | None  # None: without a user namespace
-    is_mapped: bool  # the image's files are shown with the users' ids; else they have them already
-    is_usr_mounted: bool = False  # systemd-nspawn takes its /usr from it, by path
+    layers: tuple[str, ...]  # the image's directories, topmost first
+    place: str  # the host's directory for what the task changes; "": in memory
+    users: Users | None  # None: no user namespace
+    is_mapped: bool  # the layers are id-mapped to the users; otherwise files keep the ids they have
+    is_usr_mounted: bool = False  # nspawn binds its /usr, by path
 
 
-# In the task's directory, which is out of reach of all tasks: they see what is in it. In `ephemeral_dir` it is the
-# end of the name of a machine's directory.
+# The name in the task's directory, where no task can see it. In `ephemeral_dir` it follows the machine's name.
 PLACE_NAME = ".nspawn-root"
 UPPER_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "tmpfs"})
 OVERLAY_IDMAP = (5, 19)  # the first kernel whose overlay takes id-mapped layers
@@ -94,10 +93,10 @@ OVERLAY_IDMAP = (5, 19)  # the first kernel whose overlay takes id-mapped layers
 class RootPlan:
     """How one container gets its root."""
 
-    private: PrivateRoot | None  # None: nspawn's own way
-    values: Mapping[str, Any] = field(default_factory=dict)  # options as they are to be rendered
-    argv: tuple[str, ...] = ()  # of nspawn; a private root's are known when it is made
-    copying: str = ""  # a sentence about the copy nspawn makes of the image
+    private: PrivateRoot | None  # None: nspawn makes the root
+    values: Mapping[str, Any] = field(default_factory=dict)  # options that replace the job's
+    argv: tuple[str, ...] = ()  # of nspawn; those of a private root are known later
+    copying: str = ""  # a sentence about the copy that nspawn makes of the image
 
 
 def plan_place(task_dir: str, ephemeral_dir: str, machine: str) -> str:
@@ -106,9 +105,9 @@ def plan_place(task_dir: str, ephemeral_dir: str, machine: str) -> str:
 
 
 def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: str) -> RootPlan:
-    """Return how the container gets its root. `place`: directory for what it changes."""
+    """Return how the container gets its root. `place`: the directory for what it changes. Raises ConfigError."""
     is_volatile = values["volatile"] not in (None, "no")
-    # "Failed to set up ID mapped mounts: Device or resource busy"; measured on 252, works on 257 and 262.
+    # nspawn 252: "Failed to set up ID mapped mounts: Device or resource busy". 257 and 262 work.
     is_old = values["volatile"] in ("yes", "state") and values["user_namespacing"] and host.systemd < 257
     is_asked = values["ephemeral"] or values["volatile"] == "overlay" or (is_volatile and image.is_protected)
     if not (is_asked or is_old or image.layers):
@@ -142,7 +141,7 @@ def plan_users(values: Values) -> Users | None:
 
 
 def find_obstacle(image: Image, root: PrivateRoot, values: Values, host: Host, mounts: Mounts) -> str:
-    """Say why there can be no private root, "" when there can be one."""
+    """Return why there can be no private root, "" if there can be one."""
     if not image.is_directory:
         return "the image is no directory"
     for option, own in (("private_users", "yes"), ("private_users_ownership", "foreign")):
@@ -160,8 +159,8 @@ def find_obstacle(image: Image, root: PrivateRoot, values: Values, host: Host, m
 
 
 def explain_copy(values: Values, image: Image, mounts: Mounts, obstacle: str) -> str:
-    """Say for the task's events what takes its time, "" when nothing does."""
-    if not obstacle or mounts.filesystem(str(image.path)) == "btrfs":  # nspawn makes a snapshot there
+    """Return a sentence about the copy that nspawn makes of the image; "" without one, and always on btrfs."""
+    if not obstacle or mounts.filesystem(str(image.path)) == "btrfs":  # nspawn makes a snapshot
         return ""
     if values["ephemeral"]:
         return f"ephemeral: systemd-nspawn makes a full copy of the image first, because {obstacle}."
@@ -171,8 +170,8 @@ def explain_copy(values: Values, image: Image, mounts: Mounts, obstacle: str) ->
 
 
 def cover_nosuid(path: str) -> None:
-    """Mount a file or directory over itself, for this thread's namespace, so that set-user-id files in it have no
-    effect, nor in what binds it."""
+    """Mount a path over itself as nosuid, in this thread's mount namespace. The mounts below it and later binds of
+    it are nosuid, too. Does nothing if it is missing. Raises OSError."""
     flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
     try:
         tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
@@ -188,11 +187,11 @@ def cover_nosuid(path: str) -> None:
 
 
 def mount_root(root: PrivateRoot, base: int, directory: Path) -> None:
-    """Mount a private root at `directory`/root, for this thread's namespace. `base`: where its ids begin on the
-    host."""
+    """Mount a private root at `directory`/root, in this thread's mount namespace. `base`: the host's id for its id
+    0. Changes this thread's working directory. Raises OSError, HostError or ConfigError."""
     for name in ("lower", "upper", "root"):
         (directory / name).mkdir(mode=0o700)
-    os.chdir(directory)  # of this thread alone. Relative names keep the options short: the kernel takes 4 KiB
+    os.chdir(directory)  # of this thread only. Relative names keep the options below the kernel's 4 KiB
     users_fd = open_user_namespace(base, root.users.count) if root.users and root.is_mapped else None
     lower = []
     try:
@@ -208,20 +207,21 @@ def mount_root(root: PrivateRoot, base: int, directory: Path) -> None:
     else:
         mount_filesystem("tmpfs", "upper", options="mode=0700,size=10%,nr_inodes=1m")  # as systemd-nspawn's own
     make_upper(lower[0])
-    # "volatile": what is thrown away at the end need not reach the disk, and the end need not sync the disk. With
-    # "redirect_dir" directories of the image can be renamed; without "metacopy" no upper file shows the data of
-    # another lower one. Both rest on attributes that only root of the host can write.
+    # "volatile": the changes are thrown away, so they need no sync to disk. With "redirect_dir" tasks can rename
+    # directories of the image. Without "metacopy" no upper file can show the data of another lower file. Both use
+    # attributes that only root of the host can write.
     options = f"lowerdir={':'.join(lower)},upperdir=upper/upper,workdir=upper/work"
     options += ",redirect_dir=on,metacopy=off,index=off,volatile"
-    mount_filesystem("overlay", "root", MS_NODEV, options)  # nodev: as systemd-nspawn mounts disk images
-    for path in (*lower, "upper"):  # the overlay has its own
+    mount_filesystem("overlay", "root", MS_NODEV, options)  # nspawn mounts disk images nodev, too
+    for path in (*lower, "upper"):  # the overlay keeps its own
         call_libc("umount2", path.encode(), MNT_DETACH)
     if root.is_usr_mounted:
         fix_usr("root/usr")
 
 
 def fix_usr(path: str) -> None:
-    """Mount a root's /usr over itself: whatever others put in its place in the image, the path leads there."""
+    """Mount a root's /usr over itself: the path leads there even if somebody swaps /usr in the image. Raises
+    ConfigError if it is a symbolic link."""
     try:
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except NotADirectoryError:
@@ -238,16 +238,17 @@ def fix_usr(path: str) -> None:
 
 
 def make_upper(lower: str) -> None:
-    """Make the overlay's upper directory; its mode and owner are those of the container's root."""
+    """Make the overlay's work and upper directories, the latter with the mode and owner of the image's root."""
     os.mkdir("upper/work", mode=0o700)
     os.mkdir("upper/upper", mode=0o700)
-    found = os.stat(lower)  # as the container sees it: with its ids
+    found = os.stat(lower)  # id-mapped: the owner is the container's
     os.chown("upper/upper", found.st_uid, found.st_gid)
     os.chmod("upper/upper", stat.S_IMODE(found.st_mode))
 
 
 def lock_image(image: Image) -> int | None:
-    """Keep others from writing to an image, as nspawn does for `--read-only`; return what holds the lock."""
+    """Keep other containers from writing to an image, as nspawn does for `--read-only`. Return the descriptor that
+    holds the lock, None for layers and the host's root. Raises OSError, or TransientError if one may write."""
     if image.layers or image.path == Path("/"):
         return None
     found = image.opened.stat()
@@ -258,15 +259,15 @@ def lock_image(image: Image) -> int | None:
 
 
 UID_LOCKS = Path("/run/systemd/nspawn-uid")
-ACCOUNTS = Path("/etc")  # where passwd, group, subuid and subgid are
-FIRST_SLOT, LAST_SLOT = 0x8, 0x6FFF  # systemd's ranges for containers, in ranges of 65536 ids
+ACCOUNTS = Path("/etc")  # of passwd, group, subuid and subgid
+FIRST_SLOT, LAST_SLOT = 0x8, 0x6FFF  # systemd's ids for containers, in units of 65536
 
 
 def pick_users(machine: str) -> tuple[int, int]:
-    """Return where a range of ids begins that nothing else uses, and the descriptor that holds its lock. Tasks and
-    systemd-nspawn's own picks meet at the lock; the rest is what can be seen of others."""
+    """Return the first id of a free range of 65536, and the descriptor of its lock. The lock keeps other tasks and
+    nspawn's own picks out. read_taken_slots finds other uses. Raises TransientError or OSError."""
     taken = read_taken_slots()
-    first = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:4], "big")  # as a rule the same for a name
+    first = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:4], "big")  # usually the same for a name
     count = LAST_SLOT - FIRST_SLOT
     for number in range(count):
         slot = FIRST_SLOT + (first + number) % count
@@ -279,7 +280,7 @@ def pick_users(machine: str) -> tuple[int, int]:
 
 
 def read_taken_slots() -> set[int]:
-    """Return the ranges that users, groups, subordinate ids or processes of this machine are in."""
+    """Return the slots (ranges of 65536 ids) with users, groups, subordinate ids or processes of this machine."""
     slots = set()
     for name, column in (("passwd", 2), ("group", 2), ("subuid", 1), ("subgid", 1)):
         for line in read_text(ACCOUNTS / name).splitlines():
@@ -295,7 +296,7 @@ def read_taken_slots() -> set[int]:
 
 
 def complete_root(root: Path) -> None:
-    """Make /usr in a root of the task's own: nspawn asks for one, and an image of a registry need not have it."""
+    """Make /usr in a private root: nspawn needs it, and an OCI image may lack it. Errors are ignored."""
     owner = os.stat(root)
     with contextlib.suppress(OSError), open_directory(root, "/") as fd:
         os.mkdir("usr", 0o755, dir_fd=fd)
@@ -303,8 +304,8 @@ def complete_root(root: Path) -> None:
 
 
 def make_mount_points(root: Path) -> None:
-    """Make the directories a task finds its own ones at: nspawn makes what is missing in a writable image, but
-    mounts a read-only one before it comes to that."""
+    """Make the mount points of the task's own directories in an image that will be read-only. nspawn would do so
+    too late: it has mounted the image by then. Raises ConfigError."""
     for name in ("alloc", "local", "secrets"):
         try:
             (root / name).mkdir(mode=0o755)
@@ -316,7 +317,7 @@ def make_mount_points(root: Path) -> None:
 
 
 def make_mount_file(root: Path, path: str) -> None:
-    """Make an empty file to mount on in an image that is to be read-only."""
+    """Make an empty file to mount on in an image that will be read-only, if there is none. Raises ConfigError."""
     folder, name = os.path.split(path)
     try:
         with open_directory(root, folder) as fd:
