@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MPL-2.0
-"""A task's configuration and what was found on the host become a Plan: everything needed to start the task.
+"""Makes a Plan out of a task's configuration and what was found on the host: everything needed to start the task.
 
-A task's variables and its user reach the payload in an OCI bundle, a file for root alone. nspawn reads it when it
-starts (252, 257, 262) and hands the variables to the payload byte for byte; they are neither in nspawn's
-environment nor on a command line. With a bundle it reads no settings file (*.nspawn).
+A task's variables, and its user if it has an Account, reach the payload in an OCI bundle that only root can read.
+nspawn reads it when it starts (252, 257, 262) and gives the variables to the payload byte for byte. They are not
+in nspawn's environment and on no command line. With a bundle nspawn reads no settings file (*.nspawn).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from nspawn.roots import PrivateRoot, RootPlan, plan_place, plan_root
 from nspawn.rules import check_rules
 from nspawn.sources import Pin, Source, read_rules
 
-MAX_VARIABLE = 128 << 10  # bytes of a variable with its final NUL: MAX_ARG_STRLEN of the kernel
-MAX_ENVIRONMENT = 1536 << 10  # the kernel's limit for arguments and environment together is 2 MiB
+MAX_VARIABLE = 128 << 10  # bytes of NAME=VALUE and its final NUL: the kernel's MAX_ARG_STRLEN
+MAX_ENVIRONMENT = 1536 << 10  # bytes; the kernel takes 2 MiB of arguments and environment together
 
 
 def check_environment(variables: Mapping[str, str]) -> None:
@@ -59,7 +59,7 @@ def check_environment(variables: Mapping[str, str]) -> None:
 
 
 def select_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that nspawn accepts. Nomad makes others, too: a key of a meta block may hold dots."""
+    """Return the variables whose names nspawn accepts. A key of a meta block, for example, may contain dots."""
     return {name: value for name, value in variables.items() if VARIABLE.fullmatch(name)}
 
 
@@ -72,8 +72,8 @@ def explain_variables(variables: Mapping[str, str]) -> Iterator[str]:
 
 
 def render_bundle(variables: Mapping[str, str], account: Account | None) -> str:
-    """Return a bundle's config.json, in ASCII. All else is on the command line: nspawn takes both together. Raises
-    ConfigError for what does not fit into a payload's environment."""
+    """Return the bundle's config.json, in ASCII; nspawn's command line has the rest. Raises ConfigError for
+    variables that are too large or no text."""
     variables = {**(account.variables if account else {}), **variables}
     check_environment(variables)
     process: dict[str, object] = {"env": [f"{name}={value}" for name, value in sorted(variables.items())]}
@@ -82,22 +82,21 @@ def render_bundle(variables: Mapping[str, str], account: Account | None) -> str:
     return json.dumps({"ociVersion": "1.0.0", "process": process})
 
 
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # nspawn's own for the payload
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # nspawn's default for the payload
 
 
 @dataclass(frozen=True)
 class Inside:
-    """What a further command in the container gets, as the payload has it."""
+    """What a command gets that exec runs in the container: the task's user, directory and variables."""
 
     user: str = ""  # "": root
     directory: str = "/"
     variables: Mapping[str, str] = field(default_factory=dict)
-    account: Account | None = None  # None: to be looked up in the container
+    account: Account | None = None  # None: enter.py looks the user up in the container
 
 
 def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str], account: Account | None) -> Inside:
-    """Return the surroundings of the payload; without an account, user and home come from the container's own
-    files."""
+    """Return what exec gives to commands. Without an account, enter.py looks the user up in the container."""
     given = {
         "PATH": DEFAULT_PATH,
         "LANG": "C.UTF-8",
@@ -117,32 +116,32 @@ class Plan:
     machine: str
     mode: Mode
     network: NetworkPlan
-    argv: tuple[str, ...]  # of systemd-nspawn
-    environ: Mapping[str, str]  # of nspawn, beside what it always holds
+    argv: tuple[str, ...]  # of systemd-nspawn; a private root adds its own
+    environ: Mapping[str, str]  # variables for nspawn beside the usual ones
     bundle: str  # the text of config.json
     cgroup: str
-    limits: Mapping[str, str]  # the cgroup's control files
+    limits: Mapping[str, str]  # contents of the cgroup's control files, by name
     log_paths: tuple[str, str]  # of stdout and stderr
     image: Image
-    private: PrivateRoot | None  # None: the image is the root, in nspawn's own way
-    pivot: str  # the directory of the image that becomes the container's root, as `find_root`
+    private: PrivateRoot | None  # None: nspawn makes the root from the image
+    pivot: str  # the directory of the image that becomes the container's root
     is_read_only: bool  # nspawn cannot make mount points in the image
     command: tuple[str, ...]
-    search_path: str  # PATH of the command
-    mounts: Mapping[str, str]  # targets in the container to their places in the keeper's namespace
-    prefix: tuple[str, ...]  # what nspawn is started by
+    search_path: str  # the command's PATH
+    mounts: Mapping[str, str]  # of binds and volumes: targets to sources in the shim's mount namespace
+    prefix: tuple[str, ...]  # the command that starts nspawn, () for none
     pins: tuple[Pin, ...]
-    nosuid: tuple[str, ...]  # paths that nspawn binds, in which set-user-id files shall have no effect
+    nosuid: tuple[str, ...]  # paths that nspawn binds and that must be mounted nosuid
     device_rules: tuple[DeviceRule, ...]
     credentials: Mapping[str, bytes]  # by their names
-    copying: str  # a sentence about the copy nspawn makes of the image, "" when it makes none
+    copying: str  # a sentence about nspawn's copy of the image, "" if it makes none
     inside: Inside
-    has_other_users: bool  # than the host's
+    has_other_users: bool  # its users have other ids on the host
     journal: Journal
     notes: tuple[str, ...]  # sentences for the task's events
 
     def find_root(self, state_dir: Path) -> Path | None:
-        """Return where the container's root is in the keeper's namespace; None when nobody has looked into it."""
+        """Return the image's directory or the private root, as the shim's namespace has it; None for a disk."""
         if self.private:
             return state_dir / "root"
         if not self.image.is_directory:
@@ -151,7 +150,7 @@ class Plan:
         return Path(pin.place) if pin else self.image.opened
 
     def name_sources(self, line: str) -> str:
-        """Return a message of nspawn with the paths that people know."""
+        """Return a message of nspawn with the host's paths instead of those in the state directory."""
         for pin in sorted(self.pins, key=lambda pin: len(pin.place), reverse=True):
             line = line.replace(pin.place, pin.source.path)
         return line
@@ -161,7 +160,7 @@ class Plan:
 
     @property
     def wants_filter(self) -> bool:
-        """A booted system's console is a terminal: its lines end with CR LF, twice over."""
+        """Whether CRs must be removed: a booted system's console is a terminal, which puts them before each LF."""
         return self.mode is Mode.BOOT and "--console=pipe" not in self.argv
 
 
@@ -170,10 +169,10 @@ JOURNALS = "/var/log/journal"
 
 @dataclass(frozen=True)
 class Journal:
-    """What shows a container's journal among the host's."""
+    """How the host shows a container's journal."""
 
-    place: str = ""  # the task's own, removed at its end; "" without one
-    target: str = ""  # what it is a link to; "" for a directory that is mounted in the container
+    place: str = ""  # a path in JOURNALS, removed with the task; "" for no journal
+    target: str = ""  # what `place` is a link to; "" if it is a directory that is mounted in the container
     notes: tuple[str, ...] = ()  # sentences for the task's events
 
     @property
@@ -182,8 +181,8 @@ class Journal:
 
 
 def plan_journal(task: TaskConfig, values: Values, found: HostInputs, root: RootPlan) -> Journal:
-    """Return the journal to show on the host. Its name is the allocation's id, whatever machine id the image has:
-    an image could name the journal of the host or of another task."""
+    """Return the journal to show on the host. It is named by the allocation's id: the image's machine id could be
+    that of the host or another task. Raises ConfigError."""
     kind = (values["link_journal"] or "no").removeprefix("try-")
     if kind in ("no", "auto"):
         return Journal()
@@ -206,23 +205,23 @@ def name_journal(alloc_id: str) -> str:
 
 @dataclass(frozen=True)
 class HostInputs:
-    """What was looked up on the host before a task's start is planned."""
+    """What was found on the host before a start is planned."""
 
     image: Image
     mounts: Mounts
-    sources: Mapping[str, Source] = field(default_factory=dict)  # by the names the job has for them
+    sources: Mapping[str, Source] = field(default_factory=dict)  # by the job's names for them
     credentials: Mapping[str, bytes] = field(default_factory=dict)
     names: Names = Names()
     devices: Mapping[Device, Source] = field(default_factory=dict)
-    device_rules: tuple[DeviceRule, ...] = ()  # for the devices, and what else of /dev is mounted
-    directories: Mapping[str, Source] = field(default_factory=dict)  # the task's and volumes, by their paths
-    ephemeral_dir: str = ""  # the operator's, "" for the task's own directory
+    device_rules: tuple[DeviceRule, ...] = ()  # for the devices, and for nodes in binds and volumes
+    directories: Mapping[str, Source] = field(default_factory=dict)  # of the task, and volumes, by path
+    ephemeral_dir: str = ""  # the operator's, "" for the task's directory
     account: Account | None = None
-    journal_obstacle: str = ""  # why the host cannot show the task's journal, "" when it can
+    journal_obstacle: str = ""  # why the host cannot show the task's journal, "" if it can
 
 
 def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Host, found: HostInputs) -> Plan:
-    """Work out everything that is needed to start a task."""
+    """Plan the start of a task. Raises ConfigError."""
     check_rules(rows, values, host)
     state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
     root, image_pins = plan_image(task, values, host, found)
@@ -274,7 +273,7 @@ def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Ho
 
 
 def plan_image(task: TaskConfig, values: Values, host: Host, found: HostInputs) -> tuple[RootPlan, list[Pin]]:
-    """Return how the container gets its root, and what has to be mounted for that."""
+    """Return how the container gets its root, and what must be mounted for it. Raises ConfigError."""
     check_image_rules(values, found.image, task.network)
     place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
     root = plan_root(found.image, values, host, found.mounts, place)
@@ -282,7 +281,7 @@ def plan_image(task: TaskConfig, values: Values, host: Host, found: HostInputs) 
 
 
 def explain_limits(values: Values, host: Host) -> Iterator[str]:
-    """Yield a sentence for each limit the job itself asks for and this machine does not have."""
+    """Yield a sentence for each limit that the job's options ask for and this machine does not have."""
     options = {"cpu_hard_limit": "cpu", "memory_swap_max": "memory", "io_weight": "io"}
     for option, controller in options.items():
         if values[option] and controller not in host.controllers:
@@ -292,14 +291,14 @@ def explain_limits(values: Values, host: Host) -> Iterator[str]:
 
 def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[str]) -> tuple[str, ...]:
     """Return nspawn's command line."""
-    # nspawn 261 and later print a note at every start, even with --quiet, unless the families are said.
+    # nspawn 261 and later print a note at every start, even with --quiet, unless this option is given.
     is_noisy = host.systemd >= 261 and not values["restrict_address_families"]
     return (
         "systemd-nspawn",
         "--quiet",
         "--keep-unit",
         "--register=no",
-        "--link-journal=no",  # nspawn would mount the host's directory that the image's machine id names
+        "--link-journal=no",  # "auto" mounts the host's journal of the image's machine id
         f"--machine={plan_machine(task.name, task.alloc_id)}",
         *([f"--uuid={task.alloc_id}"] if UUID.fullmatch(task.alloc_id) else []),
         *(["--restrict-address-families="] if is_noisy else []),
@@ -310,20 +309,21 @@ def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[
 
 
 def can_make_devices(values: Values) -> bool:
-    """Whether a container may make device nodes. In a user namespace the kernel itself refuses; else it is one
-    thing more between a container and the host's disks, and the only one where there is no device policy."""
+    """Whether a container keeps CAP_MKNOD. In a user namespace the kernel makes no nodes anyway. Elsewhere its
+    lack helps to protect the host's disks; without a device policy, nothing else does."""
     return bool(values["user_namespacing"]) or not {"CAP_MKNOD", "all"}.isdisjoint(values["capability"])
 
 
 def plan_prefix(values: Values) -> tuple[str, ...]:
-    """nspawn's own --oom-score-adjust= fails with user namespaces: "Permission denied" (measured on 252)."""
+    """Return the command that starts nspawn. nspawn's own --oom-score-adjust= fails with user namespaces:
+    "Permission denied" (measured on 252)."""
     score = values["oom_score_adjust"]
     return () if score is None else ("choom", "-n", str(score), "--")
 
 
 def plan_defaults(task: TaskConfig, values: Values, mode: Mode, account: Account | None) -> dict[str, str]:
-    """Return the options whose default depends on others."""
-    # A booted system's init is root's, whatever the job says.
+    """Return the options whose defaults depend on others. Raises ConfigError."""
+    # An init must run as root, so the task's `user` does not count for a booted system.
     user = "" if mode is Mode.BOOT or not task.user else check_user("user", decode_string("user", task.user))
     return {
         "console": values["console"] or mode.console,
@@ -342,7 +342,8 @@ def check_image_rules(values: Values, image: Image, group: GroupNetwork) -> None
 
 
 def pin_image(root: RootPlan, values: Values, found: HostInputs, state: Path) -> tuple[RootPlan, list[Pin]]:
-    """Have an image that others could exchange mounted at a place they cannot touch, and used from there."""
+    """Let an image that needs it be used from a mount in the state directory, where nobody can exchange it. Return
+    the changed root plan, and the pin if there is one. Raises ConfigError."""
     image = found.image
     if image.fd < 0:
         return root, []
@@ -350,7 +351,7 @@ def pin_image(root: RootPlan, values: Values, found: HostInputs, state: Path) ->
         rule = "would have systemd-nspawn copy an image that others can exchange meanwhile"
         remedy = "leave it out for an image of the task's own; others can lie in the client's image_dir"
         raise ConfigError("ephemeral", True, rule, remedy)
-    # nspawn makes the copy beside the image, and there it looks for what a disk image is verified with.
+    # nspawn puts its copy beside the image, and looks there for the files that verify a disk image.
     if image.is_fixed and not root.private and (values["ephemeral"] or not image.is_directory):
         return root, []
     place, mode = f"{state}/{IMAGE_PLACE}", os.fstat(image.fd).st_mode
@@ -363,15 +364,15 @@ IMAGE_PLACE, DEVICES_PLACE, BUNDLE_PLACE = "image", "devices", "bundle"  # in th
 
 
 def plan_pins(sources: Mapping[str, Source], state: Path, folder: str = "mounts") -> dict[str, Pin]:
-    """Return a place for each source, by the name the job, or Nomad, has for it."""
+    """Return a pin for each source, under the key of the source."""
     return {
         name: Pin(source, f"{state}/{folder}/{number}") for number, (name, source) in enumerate(sources.items())
     }
 
 
 def plan_nosuid(values: Values, volumes: Sequence[Volume], pins: Mapping[str, Pin]) -> tuple[str, ...]:
-    """Return what of the host is mounted so that set-user-id files have no effect: all that is id-mapped. A file
-    of the host's root is root's inside then, and one that another task has made would make any user there root."""
+    """Return the paths of id-mapped volumes and binds. Files of the host's root there belong to root inside, too:
+    without nosuid, a set-user-id file that another task made would make any user inside root."""
     mapped = [volume.source for volume in volumes if volume.have_idmap]
     for option in ("bind", "bind_read_only"):
         for name, text in values[option].items():
@@ -396,7 +397,7 @@ def plan_binds(values: Values, pins: Mapping[str, Pin]) -> list[str]:
 
 
 def plan_nodes(devices: Mapping[Device, Source], state: Path) -> dict[Device, Pin]:
-    """Return a place for a node of each device."""
+    """Return a pin for each device, for a copy of its node."""
     return {
         device: Pin(source, f"{state}/{DEVICES_PLACE}/{number}", is_node=True)
         for number, (device, source) in enumerate(devices.items())
@@ -404,14 +405,14 @@ def plan_nodes(devices: Mapping[Device, Source], state: Path) -> dict[Device, Pi
 
 
 def render_devices(devices: Mapping[Device, Pin], values: Values, host: Host) -> Iterator[str]:
-    """Without `idmap`, on older kernels, they are nobody's in a user namespace."""
+    """Yield the binds. Without `idmap`, on older kernels, the nodes belong to `nobody` in a user namespace."""
     end = ":idmap" if have_other_users(values) and host.kernel >= IDMAP_SINCE["tmpfs"] else ""
     for device, pin in devices.items():
         yield f"--bind={pin.place}:{escape_field(device.task_path)}{end}"
 
 
 def plan_credentials(credentials: Mapping[str, bytes], state: Path) -> dict[str, str]:
-    """Return where each credential's file is."""
+    """Return the path of each credential's file."""
     return {key: f"{state}/credentials/{number}" for number, key in enumerate(credentials)}
 
 
@@ -422,12 +423,12 @@ def render_credentials(places: Mapping[str, str]) -> list[str]:
 def render_sources(
     values: Values, host: Host, pins: Mapping[str, Pin], devices: Mapping[Device, Pin], places: Mapping[str, str]
 ) -> list[str]:
-    """Return nspawn's arguments for what of the host is mounted or read. `places`: where the credentials are."""
+    """Return nspawn's arguments for binds, overlays, devices and credentials, which are at `places`."""
     return [*plan_binds(values, pins), *render_devices(devices, values, host), *render_credentials(places)]
 
 
 def render_bundle_options(values: Values, state: Path) -> Iterator[str]:
-    """With a bundle these two would be off where nothing is said of them (252, 257, 262)."""
+    """Yield --oci-bundle, and two options that a bundle turns off unless they are given (252, 257, 262)."""
     for option in ("timezone", "resolv_conf"):
         if not values[option]:
             yield f"--{option.replace('_', '-')}=auto"
@@ -435,15 +436,15 @@ def render_bundle_options(values: Values, state: Path) -> Iterator[str]:
 
 
 def plan_environ(host: Host) -> dict[str, str]:
-    """Return what is in nspawn's own environment beside what the keeper's always holds."""
-    # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots there (measured).
+    """Return the variables for nspawn beside the usual ones."""
+    # A v1 hierarchy cannot be delegated to a user namespace: without this nothing boots in one (measured).
     return {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"} if host.cgroups is CgroupMode.HYBRID else {}
 
 
 def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
-    """Return the options with what the image itself says where the job says nothing. `user` is the task's own.
+    """Return the options; for a command, the image sets those that the job leaves out. `user` is Nomad's.
 
-    An image in the store, or one that no task may write to, serves many: a task gets a root of its own.
+    An image that no task may write to becomes `ephemeral`, unless it is `volatile` or a `read_only` disk image.
     """
     changes: dict[str, Any] = {}
     is_volatile = values["volatile"] not in (None, "no")
@@ -462,7 +463,7 @@ def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
 
 
 def check_init(plan: Plan, view: View) -> None:
-    """Refuse to boot what has no init, before nspawn reports a container as up that ends at once."""
+    """Raise ConfigError if there is no init: nspawn would report a container as up that ends at once. Blocks."""
     places = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/sbin/init")
     kinds = set()
     try:
@@ -473,7 +474,7 @@ def check_init(plan: Plan, view: View) -> None:
                 finally:
                     os.close(fd)
     except OSError:
-        return  # not known: nspawn will find it, or say what it did not find
+        return  # not known: nspawn will find it, or say what is missing
     if kinds == {True}:
         rule = f"holds a system for another machine than this {os.uname().machine}"
         raise ConfigError("image", str(plan.image.path), rule, "use an image for this architecture")
@@ -490,7 +491,7 @@ def render_options(rows: Sequence[Option], values: Values) -> list[str]:
 
 @dataclass(frozen=True)
 class Volume:
-    """A directory bound into the container beside what the job's `bind` says."""
+    """A directory of the task, or a mount that Nomad asks for, to be bound into the container."""
 
     source: str
     target: str
@@ -499,23 +500,23 @@ class Volume:
 
     @property
     def argv(self) -> list[str]:
-        # "idmap" shows the host's ids inside: root and every user of the container can use their files.
-        # "rootidmap" would not do: it takes the directory's owner (nobody) for root, so that root's own files
-        # cannot be read, and no other user can create any (measured on 252).
+        # "idmap" shows the host's ids inside, so root and all users of the container can use their files.
+        # "rootidmap" maps the directory's owner (nobody) to root: then root cannot read its own files, and no
+        # other user can create any (measured on 252).
         option = ":idmap" if self.have_idmap else ""
         argument = "--bind-ro" if self.read_only else "--bind"
         return [f"{argument}={escape_field(self.source)}:{escape_field(self.target)}{option}"]
 
 
 def have_other_users(values: Values) -> bool:
-    """Whether the container's users are others on the host: the kernel refuses to map ids to themselves."""
+    """Whether the container's users have other ids on the host: the kernel refuses to map ids to themselves."""
     return bool(values["user_namespacing"]) and not re.fullmatch(r"identity|0+(:.*)?", values["private_users"])
 
 
 def plan_volumes(
     task: TaskConfig, values: Values, host: Host, mounts: Mounts, pins: Mapping[str, Pin]
 ) -> list[Volume]:
-    """Return the task's own directories and the volumes Nomad asks for. `pins`: by their paths."""
+    """Return volumes for the task's directories and for Nomad's mounts. `pins` are by path. Raises ConfigError."""
 
     def volume(path: str, target: str, read_only: bool = False) -> Volume:
         have_idmap = have_other_users(values) and mounts.have_idmap(pins[path].source.path, host.kernel)
@@ -525,8 +526,8 @@ def plan_volumes(
     if task.alloc_dir:
         volumes = [
             volume(task.shared_dir, "/alloc"),
-            # Not id-mapped: the log FIFOs of all tasks are here, root's alone, and shall stay out of reach. Read
-            # only because Nomad writes to these names as root (CVE-2026-8052).
+            # Not id-mapped: root inside could open log FIFOs of other tasks that belong to the host's root.
+            # Read-only because Nomad writes to these names as root (CVE-2026-8052).
             Volume(pins[task.log_dir].place, "/alloc/logs", read_only=True, have_idmap=False),
             volume(f"{task.task_dir}/local", "/local"),
             volume(f"{task.task_dir}/secrets", "/secrets"),
@@ -549,7 +550,7 @@ def find_device_rules(
     volumes: Mapping[str, Source],
     devices: Mapping[Device, Source],
 ) -> Iterator[DeviceRule]:
-    """Yield rules for the devices of a task: those it names, and what of /dev it or a volume mounts."""
+    """Yield rules for the devices of a task: those it names, and the nodes in its binds and in Nomad's mounts."""
     for device, source in devices.items():
         yield from read_rules(source, device.permissions)
     for option, permissions in (("bind", "rw"), ("bind_read_only", "r")):
