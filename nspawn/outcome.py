@@ -13,9 +13,9 @@ from nspawn.common import ConfigError, DriverError, TransientError
 from nspawn.images import BUSY
 from nspawn.job import MIB, Mode, parse_signal
 
-# Those of nspawn's messages that mislead, or that may be right when tried again, said so that they name the option
-# and the remedy; {0} is the match's first group. All others are passed on as they are.
-MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work when tried again
+# Messages of nspawn that mislead, or whose cause may go away, with sentences that name the option and the remedy.
+# {0} is the match's first group. Other messages are passed on unchanged.
+MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, whether a retry may help
     (r"Directory tree (.+) is currently busy", BUSY, True),
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
     (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container: it must be in '
@@ -23,7 +23,7 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"(?:setres[ug]id\(\)|Changing privileges) failed: Invalid arg|set auxiliary groups: Invalid arg",
      "user: its number, or a group's, is not in the container's range of user ids; there are 65536 unless "
      "private_users says more", False),
-    (r"Failed to change to specified working directory ([^:]+)",  # after it has said READY
+    (r"Failed to change to specified working directory ([^:]+)",  # comes after READY
      "working_directory: there is no directory {0} in the container", False),
     (r"AmbientCapability= setting is not fully covered",
      "ambient_capability: the container cannot have it; for CAP_NET_BIND_SERVICE set private_network or another "
@@ -39,7 +39,8 @@ MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, may work w
     (r"No space left on device", "image: the disk is full", True),
 )  # fmt: skip
 
-# Said on every end where /run is no tmpfs; means nothing (measured on 252).
+# Lines that name no cause. The first comes at every end if /run is not a tmpfs (measured on 252), the others come
+# when nspawn's child has failed.
 NOISE = re.compile(r"Attempted to remove disk file system under|Child died too early|Short read while reading")
 
 
@@ -50,7 +51,7 @@ def parse_nspawn_log(text: str) -> list[str]:
 
 
 def find_message(lines: Sequence[str]) -> DriverError | None:
-    """Return the sentence for the first line that is known, with the line itself."""
+    """Return the error for the first line that MESSAGES knows, None if it knows none."""
     for line in lines:
         for pattern, sentence, is_transient in MESSAGES:
             match = re.search(pattern, line)
@@ -61,7 +62,7 @@ def find_message(lines: Sequence[str]) -> DriverError | None:
 
 
 def explain_failure(lines: Sequence[str], status: int) -> DriverError:
-    """Turn nspawn's last words before the container was up into an error."""
+    """Return the error for an nspawn that ended before the container was up."""
     known = find_message(lines)
     if known or not lines:
         silent = f"systemd-nspawn ended with status {status} before the container was up, and said nothing"
@@ -75,23 +76,23 @@ class Exit:
 
     code: int
     signal: int = 0
-    error: str = ""  # a sentence where the code alone would mislead
+    error: str = ""  # a sentence if the code alone would mislead
     at: float = 0.0  # Unix time
     oom_killed: bool = False
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """A task's lack of memory: what its cgroup has counted, sizes in bytes, 0 for none or unknown."""
+    """A task's lack of memory, as its cgroup has counted it. Sizes are in bytes; 0 is none or unknown."""
 
-    kills: int = 0  # of its processes, by the kernel
-    is_own: bool = True  # because of the task's own limit, and not because the machine had no more
+    kills: int = 0  # how many of its processes the kernel has killed
+    is_own: bool = True  # it reached its own limit; otherwise the machine had no more memory
     limit: int = 0
     peak: int = 0
 
     @classmethod
     def of(cls, counters: Mapping[str, int]) -> Shortage:
-        """From memory.events and the numbers of memory.max and memory.peak beside them."""
+        """Make one from the counters of memory.events, with memory.max and memory.peak added to them."""
         is_own = counters.get("oom", 0) > 0
         numbers = counters.get("memory.max", 0), counters.get("memory.peak", 0)
         return cls(counters.get("oom_kill", 0), is_own, *numbers)
@@ -107,38 +108,38 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Record:
-    """What the keeper leaves: nspawn's status as sh has it, and whether processes were still there then."""
+    """The exit record that the shim leaves."""
 
-    status: int
-    is_orphaned: bool
-    at: float
+    status: int  # of nspawn, as sh reports it
+    is_orphaned: bool  # the payload was there when nspawn was gone
+    at: float  # Unix time
     shortage: Shortage = Shortage()
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What is known of a task when none of its processes is left."""
+    """What is known about a task when none of its processes is left."""
 
     mode: Mode
     at: float  # Unix time
     record: Record | None  # None: the shim was killed before it could leave one
     is_orphaned: bool = False  # the payload was there when nspawn was gone
     lines: Sequence[str] = ()  # nspawn's messages
-    reason: str = ""  # why the driver has killed it
+    reason: str = ""  # why the driver killed it, if it noted that
     sent: int = 0  # the last signal sent on Nomad's behalf
-    complaint: str = ""  # why the command cannot be executed, as far as a look at it tells
+    complaint: str = ""  # why the command cannot be executed, as found at the start
 
 
 def explain_exit(end: Ending) -> Exit:
-    """Work out how a task ended. The first that fits:
+    """Return how a task ended. The first of these that fits decides:
 
-    1. The driver killed it, and has said why.
-    2. The shim was killed, and perhaps nspawn: nothing tells the exit code.
-    3. The kernel killed it for lack of memory: a SIGKILL that nobody else has sent, or a shell's word for that of
-       its child. Of a task that failed in another way it is said that processes of it had been killed.
-    4. nspawn was killed.
-    5. nspawn has let through how it ended: see explain_status.
-    6. An exit code that may come from a command that was not executed: why it was not, if that is known.
+    1. The driver killed it and noted why.
+    2. There is no record, because the shim was killed, perhaps with nspawn: the exit code is not known.
+    3. The kernel killed processes for lack of memory, and Nomad sent no SIGKILL. Exit code 137, or 255 with
+       process_two, is then an OOM kill. With any other failure, the error only mentions the processes.
+    4. nspawn itself was killed.
+    5. nspawn's status and messages tell it: see explain_status.
+    6. If the exit code may mean that the command was not executed, the error says why, if that is known.
     """
     if end.reason:
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, end.reason, end.at)
@@ -166,14 +167,14 @@ def explain_lost_shim(end: Ending) -> Exit:
 
 
 def explain_status(end: Ending, record: Record) -> Exit:
-    """Return what nspawn lets through of its payload's end (measured, the same on 252, 257, 262)."""
+    """Return how the payload ended, as far as nspawn tells (measured: the same on 252, 257 and 262)."""
     if record.is_orphaned:
         why = f"systemd-nspawn itself was killed (status {record.status}); the container was ended with it"
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
     for line in end.lines:
         match = re.search(r"terminated by signal (\S+)\.", line)
         if match:
-            with contextlib.suppress(ConfigError):  # a name that only a newer systemd has
+            with contextlib.suppress(ConfigError):  # a name that parse_signal does not know
                 number = parse_signal(match[1])
                 return Exit(128 + number, number, "", end.at)
     if record.status == 255 and end.mode is Mode.PROCESS_TWO:
@@ -187,10 +188,10 @@ def explain_status(end: Ending, record: Record) -> Exit:
 
 
 def explain_command(end: Ending) -> str:
-    """Say that the command could not be executed, if that is why it ended.
+    """Return why the command could not be executed, "" if that is not known.
 
-    nspawn reports the container as up before it enters the directory and executes the command; its line ("execv()
-    failed") is in the task's stderr, and so is that of the shell that gets what the kernel takes for no program.
+    nspawn reports the container as up before it enters the directory and executes the command. Its message
+    ("execv() failed") goes to the task's stderr, as does that of a shell that gets what the kernel cannot execute.
     """
     if known := find_message(end.lines):
         return str(known)
