@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MPL-2.0
 """Fetched images on disk, and the plugin's side of fetching them.
 
-The store is under /var/lib and root's alone, so nobody can reach a set-uid program in an image. An image is a
-record that names its layers; a layer is a directory, or the file of a disk image. Nothing gets its name before it
-is whole, and no name is a stranger's: all are digests. Locks (flock) end with their holders. A task's use of an
-image is a file, which counts as long as the task's state directory is there. So nothing needs repair after a
-crash. Whoever fetches an image holds its lock alone and shares the locks of its layers, so nobody waits for
-another's download. Whoever collects takes what is free.
+The store is under /var/lib, and only root can enter it, so nobody can reach a set-uid program in an image. An
+image is a record that names its layers; a layer is a directory, or the file of a disk image. Each gets its name
+when it is complete. The driver makes all names, most from digests. Locks (flock) end with their holders. A task's
+use of an image is a file that counts as long as the task's state directory exists. So nothing needs repair after
+a crash. A fetch holds the lock of its image exclusively and those of its layers shared, so it never waits for the
+download of another image. A collection takes only locks that are free.
 
-A process of its own (fetch.py) brings an image into the store and ends with the plugin: no download, certificate
-or archive takes the plugin's time or stays in its memory. There is one process for an image, however many tasks
-wait for it. It reports its progress in lines of JSON; when it is silent for too long, it has stalled.
+Each image is fetched by a process of its own (fetch.py), which ends with the plugin: no download, certificate or
+archive takes the plugin's time or memory. All tasks that wait for an image share its process. It reports its
+progress in lines of JSON; if it is silent for too long, it has stalled.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from nspawn.process import NO_PROCESS, start_process, wait_readable
 
 STORE_ROOT = Path("/var/lib/nomad-driver-nspawn")
 
-# The same archive makes different trees as an image and as a layer, where some names mean whiteouts.
+# An archive has different trees as an image (tar-) and as a layer (layer-), where some names are whiteouts.
 LAYER_NAME = re.compile(r"(tar|layer)-[0-9a-f]{64}|[0-9a-f]{64}\.raw|skeleton-1")
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image in the store. When it was last used is the time of its record's file."""
+    """An image in the store. The mtime of its record is the time of its last use."""
 
     key: str
     name: str  # for people, without credentials
@@ -51,13 +51,13 @@ class StoredImage:
     layers: tuple[str, ...]  # names in the store, topmost first
     sizes: tuple[int, ...]  # bytes on disk, of each layer
     fetched_at: float  # Unix time
-    checked_at: float  # when the place it comes from was last asked for something newer
+    checked_at: float  # Unix time when its source was last asked for a newer one
     digest: str = ""  # of its manifest in a registry
     config: ImageConfig = ImageConfig()
 
     @classmethod
     def parse(cls, text: str) -> StoredImage:
-        """Raise ValueError on what this version cannot read."""
+        """Read a record. Raises ValueError if this version cannot."""
         try:
             values = json.loads(text, object_hook=tuples)
             image = cls(**{**values, "config": ImageConfig(**values["config"])})
@@ -82,16 +82,14 @@ class Use:
 
 
 class Store:
-    """The directory of fetched images. Only short-lived processes change it, see `Fetches`; the plugin reads, and
-    notes what its tasks use."""
+    """The directory of fetched images. Only short-lived processes change images, see `Fetches`; the plugin reads
+    and locks them, and notes which its tasks use."""
 
     def __init__(self, root: Path = STORE_ROOT) -> None:
         self.root = root
         self.images, self.layers, self.parts = root / "images", root / "layers", root / "parts"
         self.work, self.locks, self.in_use = root / "work", root / "locks", root / "uses"
-        self.proofs = (
-            root / "proofs"
-        )  # empty files: that a registry has sent a layer, see `find_proof` of fetch.py
+        self.proofs = root / "proofs"  # empty files: a registry has sent this layer, see find_proof in fetch.py
         self.trash = self.work / "trash"
 
     def prepare(self) -> None:
@@ -111,15 +109,15 @@ class Store:
         return self.layers / name
 
     def part(self, name: str) -> Path:
-        """Return where a download grows. Up to a dot the name is the key of its image: whoever holds that lock may
+        """Return the path of a download. Up to a dot its name is the key of its image: whoever has that lock may
         write to it."""
         return self.parts / name
 
     # Locks
 
     def lock(self, name: str, how: int) -> int:
-        """Return a descriptor that holds a lock. Who removes a lock's file holds it alone: one got on a removed
-        file counts for nothing. Raises BlockingIOError for LOCK_NB."""
+        """Lock a file and return its descriptor. The file is removed only under an exclusive lock, so a lock on an
+        unlinked file is void: retry. It blocks; with LOCK_NB it raises BlockingIOError."""
         while True:
             fd = os.open(self.locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -133,7 +131,7 @@ class Store:
             os.close(fd)
 
     def try_lock(self, name: str, *, alone: bool = False) -> int | None:
-        """Return a descriptor that holds a lock, None when somebody else does."""
+        """Take a lock, shared or `alone`. Return its descriptor, None if another holder prevents it."""
         self.prepare()
         with contextlib.suppress(BlockingIOError):
             return self.lock(name, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -142,7 +140,7 @@ class Store:
     # Images
 
     def read(self, key: str) -> StoredImage | None:
-        """Return an image if all of it is there."""
+        """Return an image, None if it is incomplete or cannot be read."""
         with contextlib.suppress(OSError, ValueError):
             image = StoredImage.parse((self.images / f"{key}.json").read_text())
             if all(self.layer(name).exists() for name in image.layers):
@@ -166,7 +164,7 @@ class Store:
         write_file(self.images / f"{image.key}.json", json.dumps(asdict(image)))
 
     def find(self, stored: StoredImage) -> Image:
-        """Return what nspawn can run of an image."""
+        """Return a stored image in the form that a start uses."""
         layers = tuple(self.layer(name) for name in stored.layers)
         is_directory = layers[0].suffix != ".raw"
         return Image(layers[0], is_directory, layers if layers[1:] else (), stored.key, stored.name, stored.config)
@@ -174,7 +172,7 @@ class Store:
     # Uses
 
     def use(self, name: str, task_id: str, image: Image) -> None:
-        """Note that the task with the state directory `name` uses an image, if it is one of the store."""
+        """Note that the task with the state directory `name` uses an image, if it is from the store."""
         if not image.key:
             return
         use = Use(task_id, image.key, tuple(path.name for path in image.layers or (image.path,)))
@@ -199,8 +197,8 @@ class Store:
     # Collection
 
     def find_garbage(self, delay: float, is_free: Callable[[str], bool] = lambda key: True) -> list[Path]:
-        """Return what can go: images and layers that no task uses, for `delay` seconds now, and half things as
-        old. `is_free` tells whether nobody is about to use an image."""
+        """Return what can be removed: what no task has used for `delay` seconds, unfinished things as old, and all
+        damaged records. `is_free`: whether nobody else has locked an image."""
         oldest = time.time() - delay
         uses = self.read_uses()
         keys = {use.key for use in uses}
@@ -220,14 +218,14 @@ class Store:
         return records + [path for path in things if has_aged(path, oldest)]
 
     def collect(self, delay: float) -> int:
-        """Remove garbage; return how many things that were. What others hold the locks of stays: it is being
-        fetched, or a task is being started from it."""
+        """Remove garbage; return how many things it found, 0 if another process collects. What others have locked
+        stays: it is being fetched, or a task is being started from it. Blocks, perhaps for minutes."""
         collecting = self.try_lock("trash", alone=True)
-        if collecting is None:  # another process is at it
+        if collecting is None:  # another process collects
             return 0
         held: dict[str, int] = {}
         try:
-            # In two looks: with the locks held nobody can have come to want what the second one finds.
+            # Look twice: under the locks nobody can begin to use what the second look finds.
             for name in sorted({find_owner(path) for path in self.find_garbage(delay)} - {"trash"})[
                 :MAX_COLLECTED
             ]:
@@ -243,12 +241,12 @@ class Store:
         finally:
             for fd in held.values():
                 os.close(fd)
-        remove_tree(self.trash)  # may take long: nobody has to wait for it
+        remove_tree(self.trash)  # may take long, but the locks are free again
         os.close(collecting)
         return len(garbage)
 
     def remove_locks(self) -> None:
-        """Remove the files of locks that nobody has held for a day."""
+        """Remove the files of locks that are a day old and that nobody holds now."""
         for path in list_directory(self.locks):
             if has_aged(path, time.time() - 86400):
                 fd = self.try_lock(path.name, alone=True)
@@ -257,7 +255,7 @@ class Store:
                     os.close(fd)
 
 
-MAX_COLLECTED = 500  # locks held at a time, a descriptor each: the rest goes with the next collection
+MAX_COLLECTED = 500  # locks of one collection, with a descriptor each; the next one does the rest
 
 
 def list_directory(path: Path) -> list[Path]:
@@ -265,15 +263,15 @@ def list_directory(path: Path) -> list[Path]:
 
 
 def has_aged(path: Path, oldest: float) -> bool:
-    """Tell whether something has not changed since a time; not if it is gone."""
+    """Whether something has not changed since `oldest`; False if it is gone."""
     with contextlib.suppress(OSError):
         return path.lstat().st_ctime <= oldest
     return False
 
 
 def find_owner(path: Path) -> str:
-    """Return the name of the lock that is held for something in the store. Beside a layer nspawn keeps locks and
-    copies, with its name in theirs; an earlier version had names without a kind."""
+    """Return the name of the lock for something in the store. nspawn puts locks and copies beside a layer, with
+    its name in theirs. An earlier version had names without a kind."""
     layer = re.search(r"((tar|layer)-)?[0-9a-f]{64}(\.raw)?|skeleton-1", path.name)
     if path.parent.name in ("layers", "proofs") and layer:
         return layer[0]
@@ -288,16 +286,16 @@ def read_use(path: Path) -> Use | None:
 
 
 FETCH = "import sys; sys.path.insert(0, sys.argv[1]); from nspawn import fetch; fetch.main()"
-SILENCE_LIMIT = 60.0  # seconds beyond the limit on stalls; each step of the work says something every second
+SILENCE_LIMIT = 60.0  # seconds beyond the limit on stalls; the process usually writes a line every second
 PROGRESS_PERIOD = 15.0  # seconds between two events
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "ssl_cert_file", "ssl_cert_dir")
 
 
 @dataclass(frozen=True)
 class FetchSettings:
-    """What the operator says of fetching."""
+    """The operator's settings for fetching."""
 
-    limit: int  # bytes an image may have
+    limit: int  # bytes that an image may have
     stall: float  # seconds
     auth_config: str
     auth_helper: str
@@ -320,13 +318,13 @@ class Fetching:
 
     def __init__(self, request: Mapping[str, object], silence: float) -> None:
         self.request, self.silence = request, silence
-        self.listeners: list[Callable[[str], None]] = []  # of those who wait for it
+        self.listeners: list[Callable[[str], None]] = []  # of the tasks that wait for it
         self.name = str(request["name"])
         self.last_told = time.monotonic()
         self.task = asyncio.create_task(self.run())
 
     async def run(self) -> None:
-        """Return when the image is in the store. Raises what kept it from it."""
+        """Return when the image is in the store. Raises DriverError or OSError."""
         begun = time.monotonic()
         self.tell(f"Fetching the image {self.name}.")
         async with contextlib.aclosing(talk_to_fetcher(self.request, self.silence)) as lines:
@@ -372,11 +370,11 @@ def parse_message(line: str) -> dict[str, Any]:
 
 
 async def talk_to_fetcher(request: Mapping[str, object], silence: float) -> AsyncGenerator[str, None]:
-    """Start the process, hand it the request, and yield its lines; it is gone when this ends."""
+    """Start the process with the request and yield its lines; kill it at the end, and wait for that."""
     environ = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
     environ |= {"PATH": SAFE_PATH, "LANG": "C.UTF-8", "HOME": "/root"}
     argv = ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-IS", "-X", "utf8", "-c", FETCH]
-    ask = os.memfd_create("request")  # and no pipe: a job's request may be larger than one takes without waiting
+    ask = os.memfd_create("request")  # no pipe: a job's request may be too large for one, and writing would block
     answer_fd, answer = os.pipe2(os.O_CLOEXEC)
     process = NO_PROCESS
     try:
@@ -402,7 +400,7 @@ async def talk_to_fetcher(request: Mapping[str, object], silence: float) -> Asyn
 
 
 async def read_lines(fd: int, silence: float) -> AsyncIterator[str]:
-    """Yield lines until the end; raise TransientError when none comes for `silence` seconds."""
+    """Yield lines until the end or one that is too long. Raises TransientError after `silence` s without data."""
     rest = b""
     while True:
         try:
@@ -428,7 +426,7 @@ class Fetches:
     async def provide(
         self, origin: Origin, settings: FetchSettings, tell: Callable[[str], None]
     ) -> tuple[StoredImage, int]:
-        """Return an image of the store, fetched if need be, and a descriptor that keeps it from collection."""
+        """Return a stored image, fetched if need be, and a descriptor whose lock keeps it from being collected."""
         asked_at, is_fresh = time.time(), False
         for _ in range(3):
             fd = self.store.try_lock(origin.key)
@@ -446,7 +444,7 @@ class Fetches:
     async def fetch(
         self, origin: Origin, settings: FetchSettings, asked_at: float, tell: Callable[[str], None]
     ) -> None:
-        """Wait for the image with all who want it; the last to give up ends the process."""
+        """Fetch the image, or wait for the fetch that runs. The last caller to give up ends the process."""
         key = origin.key
         fetching = self.running.get(key)
         if fetching is None:
@@ -475,7 +473,7 @@ class Fetches:
         }
 
     def collect(self, delay: float) -> None:
-        """Start to remove what no task has used for `delay` seconds, if there is any such thing."""
+        """Start a collection in the background, if none runs and there is garbage. To look for it blocks."""
         is_busy = self.collecting is not None and not self.collecting.done()
         if not is_busy and self.store.find_garbage(delay):
             self.collecting = asyncio.create_task(self.run_collection(delay))
