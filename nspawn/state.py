@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What outlives the plugin: the state of a started task, its events, and the removal of all that is left of it.
+"""The state of a started task, which outlives the plugin; its events; the removal of all that is left of it.
 
-What is needed to find a task again is in its State, both in the handle that Nomad keeps and in the state
-directory: either one is enough. Removal works on what is there, even if the start was interrupted.
+A task's State is both in the handle that Nomad keeps and in a file of the state directory, and has all that is
+needed to find the task again. Removal works on what is there, even if the start was interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a started task, in a form that outlives the plugin."""
+    """What is known about a started task, in a form that outlives the plugin."""
 
     task_id: str
     machine: str
@@ -51,17 +51,17 @@ class State:
     keeper: ProcessId
     leader: ProcessId | None  # the container's PID 1; None while it is being started
     started_at: float  # Unix time
-    image: str  # its path, where nspawn leaves files beside it; else ""
-    alloc_dir: str = ""  # of the allocation, on the host
-    complaint: str = ""  # why the command cannot be executed, as far as a look at it tells
-    place: str = ""  # as `PrivateRoot.place`: removed at the end
+    image: str  # its path if nspawn leaves files beside it, else ""
+    alloc_dir: str = ""  # the allocation's directory on the host
+    complaint: str = ""  # why the command cannot be executed, as found at the start
+    place: str = ""  # `PrivateRoot.place`, removed with the task
     link: str = ""  # the host's end of nspawn's link to the container
     zone: str = ""  # nspawn's bridge vz-<zone>
-    ports: tuple[tuple[int, int], ...] = ()  # of the host, and inside: what nspawn maps
-    stop_signal: str = ""  # the image's own wish, for jobs without a kill_signal
+    ports: tuple[tuple[int, int], ...] = ()  # that nspawn maps: the host's port and the one inside
+    stop_signal: str = ""  # from the image, for jobs without a kill_signal
     users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
-    journal: str = ""  # as `Journal.place`, once it has been made: removed at the end
-    locks: tuple[str, ...] = ()  # files of the locks that the task holds: removed at the end
+    journal: str = ""  # `Journal.place` once it was made, removed with the task
+    locks: tuple[str, ...] = ()  # lock files that the task holds, removed with it
 
     @property
     def directory(self) -> Path:
@@ -72,7 +72,7 @@ class State:
 
     @classmethod
     def parse(cls, text: str | bytes) -> State:
-        """Raise ValueError on what this version cannot read."""
+        """Read a state. Raises ValueError if this version cannot."""
         try:
             values = json.loads(text)
             version = values.pop("version")
@@ -96,7 +96,7 @@ class State:
         raise ValueError(f"the task's stored state cannot be read: {rule}")
 
     def check(self) -> None:
-        """Raise ValueError when a field cannot be what `render` has written: what is named here is killed and
+        """Raise ValueError for a field that `render` cannot have written: what the fields name is killed and
         removed."""
         processes = [self.keeper, *([self.leader] if self.leader else [])]
         numbers = [number for process in processes for number in (process.pid, process.started)]
@@ -121,8 +121,8 @@ class State:
 
 
 def is_own_lock(path: str, image: str) -> bool:
-    """Whether this may be the file of a task's lock: on a range of ids, on its image, or on nspawn's copy of the
-    image, which lies beside it, or in it where it is a mount point."""
+    """Whether a path may be a task's lock file: for a range of ids, its image, or nspawn's copy of the image. The
+    copy is beside the image, or in it if the image is a mount point."""
     places = [rf"{UID_LOCKS}/[0-9]+", rf"{SETTINGS_ROOT}/locks/inode-[0-9]+:[0-9]+"]
     if image:
         folder, name = os.path.split(image)
@@ -137,7 +137,7 @@ def is_own_lock(path: str, image: str) -> bool:
 
 
 def read_state(directory: Path) -> State | None:
-    """Return what is known of a task, None when there is no such file or it is damaged. Raises OSError when the
+    """Return a task's stored state, None if there is none or this version cannot read it. Raises OSError if the
     host cannot tell."""
     try:
         return State.parse((directory / "state.json").read_bytes())
@@ -146,7 +146,7 @@ def read_state(directory: Path) -> State | None:
 
 
 def read_states(alloc_id: str = "") -> Iterator[State]:
-    """Yield the tasks that are on this machine, or those of one allocation."""
+    """Yield the readable states on this machine, or those whose ids begin like `alloc_id`. Raises OSError."""
     prefix = render_id_prefix(alloc_id)[:36]
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(STATE_ROOT)):
@@ -155,18 +155,18 @@ def read_states(alloc_id: str = "") -> Iterator[State]:
 
 
 def split_id(task_id: str) -> tuple[str, str]:
-    """Return allocation and task of `<allocation>/<task>/<8 hex digits>`; a task's name may hold slashes."""
+    """Return allocation and task of `<allocation>/<task>/<8 hex digits>`; a task's name may contain slashes."""
     alloc_id, *name = task_id.split("/")
     return alloc_id, "/".join(name[:-1])
 
 
 def find_alloc_dirs(states: Iterable[State]) -> set[str]:
-    """Return the directories that the allocations of these tasks are in: a client has one, its alloc_dir."""
+    """Return the directories that hold the allocations of these tasks: a client has one, its alloc_dir."""
     return {os.path.dirname(state.alloc_dir) for state in states if state.alloc_dir}
 
 
 def find_journal_obstacle(task: TaskConfig) -> str:
-    """Return why the host cannot show a task's journal, "" when it can."""
+    """Return why the host cannot show a task's journal, "" if it can."""
     place = name_journal(task.alloc_id)
     if not UUID.fullmatch(task.alloc_id):
         return "the allocation's id is no machine id"
@@ -178,7 +178,8 @@ def find_journal_obstacle(task: TaskConfig) -> str:
 
 
 def guess_state(task_id: str) -> State:
-    """Return what the id alone tells of a task whose state file cannot be read: enough to kill and remove it."""
+    """Return what follows from an id alone, for a task whose state cannot be read: enough to kill its cgroup (from
+    Linux 5.14 on) and to remove that and the state directory. What it has elsewhere stays."""
     alloc_id, task_name = split_id(task_id)
     shared = plan_cgroup(read_cgroup_mode(), "", alloc_id, task_name)
     reserved = shared.replace("/share.slice/", "/reserve.slice/")
@@ -196,7 +197,7 @@ def guess_state(task_id: str) -> State:
 
 
 class Events:
-    """Hands what happens to tasks to every TaskEvents stream; keeps a few while no stream is open."""
+    """Passes events of tasks to all TaskEvents streams. While no stream is open, it keeps the last 64."""
 
     def __init__(self) -> None:
         self.streams: set[asyncio.Queue[TaskEvent]] = set()
@@ -230,8 +231,8 @@ class TaskEvent:
 
 
 def kill_processes(state: State) -> None:
-    """Kill all there is of a task. Without cgroup.kill: the keeper's process group, where nspawn is too, and the
-    leader, with which the container's process namespace ends."""
+    """Kill all processes of a task; does not wait. Kernels without cgroup.kill need the last two: the shim's
+    process group, where nspawn is, and the leader, whose end kills its pid namespace. Raises OSError."""
     kill_cgroup(state.cgroup)
     if state.keeper.is_alive:
         with contextlib.suppress(ProcessLookupError):
@@ -241,7 +242,7 @@ def kill_processes(state: State) -> None:
 
 
 async def wait_processes(state: State) -> None:
-    """Return when no process of a task is left."""
+    """Wait until no process of a task is left. Raises OSError."""
     inside = [state.keeper, state.leader or NO_PROCESS]
     while inside:
         for process in inside:
@@ -250,10 +251,10 @@ async def wait_processes(state: State) -> None:
 
 
 async def remove_network(state: State) -> None:
-    """Remove what an nspawn that was killed has left of its network; one that ended by itself leaves nothing.
+    """Remove what a killed nspawn has left of its network; an nspawn that ended by itself leaves nothing.
 
-    A link goes with the container's namespace, but only when the kernel comes to it, and not while a process of
-    somebody who looks inside is there.
+    The kernel removes a link with the container's namespace, but asynchronously, and not while a process from
+    outside is in the namespace.
     """
     if state.link:
         await run_tool(["ip", "link", "delete", "dev", state.link])
@@ -266,7 +267,7 @@ async def remove_network(state: State) -> None:
 
 
 def is_empty_bridge(name: str) -> bool:
-    """Whether there is a bridge of this name that nothing is joined to."""
+    """Whether there is a bridge of this name without any interface."""
     try:
         return not os.listdir(f"/sys/class/net/{name}/brif")
     except FileNotFoundError:
@@ -274,7 +275,7 @@ def is_empty_bridge(name: str) -> bool:
 
 
 async def remove_port_maps(ports: Sequence[tuple[int, int]]) -> None:
-    """Remove what leads from ports of the host to a container that is gone."""
+    """Remove nspawn's NAT entries for the ports of a container that is gone."""
     for family in ("ip", "ip6"):
         table = (family, "io.systemd.nat", "map_port_ipport")
         for element in find_port_maps(await run_tool(["nft", "list", "map", *table]), ports):
@@ -283,24 +284,23 @@ async def remove_port_maps(ports: Sequence[tuple[int, int]]) -> None:
 
 
 async def remove_leftovers(state: State) -> None:
-    """Remove all files of a dead task; works on what is there, in any state of half-startedness."""
+    """Remove the files and the cgroup of a dead task, even if its start was interrupted."""
     await remove_place(state.place)
     await remove_place(state.journal)
     for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
                   state.machine):  # fmt: skip
         with contextlib.suppress(OSError):
             (SETTINGS_ROOT / place).rmdir()
-    await run_in_thread(lambda: remove_locks(state.locks))  # with them goes a copy of a whole image
+    await run_in_thread(lambda: remove_locks(state.locks))  # and nspawn's copy of the image
     if state.cgroup:
         await run_in_thread(lambda: remove_cgroup(state.cgroup))
-    await remove_place(str(state.directory / "tmp"))  # what nspawn keeps of overlays, when it was killed
-    await remove_place(str(state.directory))  # of an image in the task's directory nspawn makes its copy here
+    await remove_place(str(state.directory / "tmp"))  # what a killed nspawn leaves of overlays
+    await remove_place(str(state.directory))
     Store().release(state.directory.name)
 
 
 async def remove_place(place: str) -> None:
-    """Remove what a task has changed of its image, or its journal. In a thread: a task makes trees as large as it
-    likes."""
+    """Remove a tree, if one is named, in a thread: a task can make its trees as large as it likes."""
     if place:
         await run_in_thread(lambda: remove_tree(Path(place)))
 
@@ -309,8 +309,8 @@ WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 def find_locks(keeper: ProcessId, image: str) -> tuple[str, ...]:
-    """Return the files of the locks that a task holds: the keeper, the shells below it, and nspawn. What is in the
-    container's process namespace is not asked."""
+    """Return the lock files that a task's shim, the shells below it and nspawn have open. Processes in the
+    container's pid namespace are left out. Raises OSError."""
     found, processes = set(), [keeper]
     for _ in range(3):
         processes = [
@@ -325,26 +325,26 @@ def find_locks(keeper: ProcessId, image: str) -> tuple[str, ...]:
 
 
 def add_locks(state: State) -> State:
-    """Return a state with the locks that are held now as well: for those who are about to kill nspawn, which may
-    have begun to copy its image after its state was written. When the host cannot tell, the copy stays."""
+    """Return a state with the locks that are held now, too. Call it before you kill nspawn, which may have begun
+    to copy its image after the state was written. If the host cannot tell the locks, the copy stays."""
     with contextlib.suppress(OSError):
         return replace(state, locks=tuple(sorted({*state.locks, *find_locks(state.keeper, state.image)})))
     return state
 
 
 def remove_locks(locks: Iterable[str]) -> None:
-    """Remove the files of a task's locks that nobody holds any more, and with that of a copy of the image the
-    copy: a killed nspawn leaves them. Who takes a lock looks whether its file is still there."""
+    """Remove a task's lock files that nobody holds any more, and with the lock of an image's copy the copy: a
+    killed nspawn leaves both. Whoever takes a lock checks that its file still exists."""
     for path in map(Path, locks):
         with contextlib.suppress(OSError), open_lock(path) as file:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError when held
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError if held
             if path.name.startswith(".#.#"):
                 remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
             path.unlink()
 
 
 def open_lock(path: Path) -> IO[bytes]:
-    """Open the file of a lock. It may lie in a task's directory, where a task can put a link or a device there."""
+    """Open a lock file. Raises OSError for a link or a device, which a task could put in its place."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
