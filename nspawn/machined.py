@@ -16,20 +16,20 @@ from nspawn.state import State, split_id
 
 REGISTRY = Path("/run/systemd/machines")  # systemd-machined has a file there for each machine it knows
 CALL_LIMIT = 5  # seconds for a call
-SETTLE_LIMIT = 2.0  # seconds that the removal of a task waits for the end of its machine
+SETTLE_LIMIT = 2.0  # seconds that the removal of a task waits for `unregister`
 
 
 class Machined:
-    """Tells systemd-machined of the machines, for `machinectl` and `journalctl -M`, in the background: nothing
-    depends on it.
+    """Registers containers with systemd-machined, for `machinectl` and `journalctl -M`. It does so in the
+    background, and nothing depends on it.
 
-    Before 262 it forgets machines in cgroups that systemd has not made, whenever it or systemd is reloaded and
-    when `machinectl status` has asked for their unit (measured on 252 and 257): each look at the host tells it
-    again. nspawn's own --register=yes would wait for the answer, and fail where machined is masked.
+    Before 262 machined forgets machines in cgroups that systemd did not make, whenever it or systemd is reloaded
+    and when `machinectl status` has asked for their unit (measured on 252 and 257). So each fingerprint registers
+    them again. nspawn's own --register=yes would wait for the answer, and fail if machined is masked.
     """
 
     def __init__(self) -> None:
-        self.calls: set[asyncio.Task[None]] = set()  # asyncio itself keeps none
+        self.calls: set[asyncio.Task[None]] = set()  # asyncio itself keeps no references
         self.leaving: dict[str, asyncio.Task[None]] = {}
         self.reminder: asyncio.Task[None] | None = None
 
@@ -40,12 +40,12 @@ class Machined:
         self.leaving[state.machine] = self.start(unregister(state))
 
     def remind(self, states: Iterable[State]) -> None:
-        """Register what machined has forgotten, one after the other."""
+        """Register what machined has forgotten, unless the last `remind` still does so."""
         if not self.reminder or self.reminder.done():
             self.reminder = self.start(register(*states))
 
     async def settle(self, machine: str) -> None:
-        """Return when a machine is off the list, or machined is too slow with it."""
+        """Wait until the `unregister` of a machine has ended, at most SETTLE_LIMIT seconds."""
         if call := self.leaving.pop(machine, None):
             await asyncio.wait([call], timeout=SETTLE_LIMIT)
 
@@ -57,7 +57,7 @@ class Machined:
 
 
 async def register(*states: State) -> None:
-    """Register those machines that are not on the list."""
+    """Register the machines that run and are not on the list."""
     for state in states if have_machined() else ():
         if state.leader and state.leader.is_alive and not is_listed(state):
             await register_leader(state, state.leader)
@@ -87,7 +87,7 @@ async def call(method: str, *words: object) -> None:
 
 
 def render_machine_id(state: State) -> list[object]:
-    """Return the allocation's id, or for ids that are none of 16 bytes no id, as D-Bus has it."""
+    """Return the allocation's id as a D-Bus array of bytes, which is empty for ids that are no UUIDs."""
     digits = split_id(state.task_id)[0].replace("-", "")
     number = bytes.fromhex(digits) if UUID.fullmatch(digits) else b""
     return [len(number), *number]
