@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""A further command in a running container: its entry (see enter.py), its streams and its end."""
+"""One command in a running container: its entry (see enter.py), its streams and its end."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from nspawn.state import State
 
 T = TypeVar("T")
 
-# Read when the plugin starts: the directory with the plugin's code may have been removed when it is needed.
+# Read when the plugin starts: later the directory with the plugin's code may have been removed.
 ENTER = Path(__file__).with_name("enter.py").read_bytes()
 HELPER_PATIENCE = 30.0  # seconds without a command after which the helper ends
 
 
 def find_mounts_of_python(mounts: Mounts, maps: str) -> list[str]:
-    """Return the mount points above the interpreter and its libraries; `maps` is /proc/self/maps."""
+    """Return the mount points that hold the interpreter and its libraries; `maps` is /proc/self/maps."""
     files = {line[line.index("/") :] for line in maps.splitlines() if "/" in line}
     needed = {os.path.realpath(path) for path in (*files, sys.executable, os.__file__)}
     points = {point for point, _ in mounts.points}
@@ -65,8 +65,8 @@ def find_mounts_of_python(mounts: Mounts, maps: str) -> list[str]:
 
 
 def start_helper(requests: socket.socket, errors: int) -> ProcessId:
-    """Start the program that enters. A container may see for a moment what it was started from: that is read-only
-    in a mount namespace of the helper's own, where this leaves its thread."""
+    """Start enter.py. For a moment a container may see the files that run it. So they are read-only in a new mount
+    namespace, where the calling thread stays: for `run_in_thread`. Raises OSError."""
     enter_namespace()
     for point in find_mounts_of_python(read_mounts(), read_text(Path("/proc/self/maps"))):
         make_read_only(point)
@@ -83,33 +83,34 @@ def start_helper(requests: socket.socket, errors: int) -> ProcessId:
 
 
 class Helper:
-    """The process that forks an entry for each command; started when it is needed, ended when it has been idle."""
+    """The server that forks an entry for each command. It starts with the first command and ends when idle."""
 
     def __init__(self) -> None:
         self.socket: socket.socket | None = None
         self.process = NO_PROCESS
-        self.errors = -1  # what it writes to stderr
+        self.errors = -1  # a memfd with what it writes to stdout and stderr
         self.timer: asyncio.TimerHandle | None = None
         self.starting: asyncio.Task[socket.socket] | None = None
         self.background: set[asyncio.Task[Any]] = set()
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Do something that no end of a call interrupts."""
+        """Run something in the background, where the end of a call does not cancel it."""
         task = asyncio.create_task(work)
         self.background.add(task)
         task.add_done_callback(self.background.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # somebody may have gone away
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may have gone away
         return task
 
     async def connect(self) -> socket.socket:
-        """Return a connection to a new entry, which ends when it is closed before the plan is sent."""
+        """Return a connection to a new entry. If it is closed before the plan is sent, the entry ends. Raises
+        OSError."""
         self.rest()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
             try:
                 await self.request(theirs.fileno())
-            except ConnectionError:  # it was killed
+            except ConnectionError:  # the server was killed
                 self.close()
                 await self.request(theirs.fileno())
         return ours
@@ -135,7 +136,7 @@ class Helper:
         return ours
 
     def rest(self) -> None:
-        """Have the process there for a while from now on, and longer while commands run: they end with it."""
+        """Keep the server for HELPER_PATIENCE seconds, and longer while commands run: they would end with it."""
         if self.timer:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_later(HELPER_PATIENCE, self.end)
@@ -154,7 +155,7 @@ class Helper:
         self.starting, self.socket, self.errors = None, None, -1
 
     def find_entry(self, pid: int) -> ProcessId | None:
-        """Return a child of the process; None when it has ended."""
+        """Return a child of the server, None if it has ended. Raises OSError."""
         fields = read_stat(pid)
         return ProcessId.of(pid) if fields and int(fields[1]) == self.process.pid else None
 
@@ -172,7 +173,7 @@ async def send_fds(connection: socket.socket, data: bytes, descriptors: Sequence
 
 
 async def receive_fds(connection: socket.socket, count: int = 0) -> tuple[bytes, list[int]]:
-    """Return a message and up to `count` descriptors in it; b"" is the end."""
+    """Wait for a message. Return it with its descriptors, at most `count`; b"" is the end."""
     await wait_readable(connection.fileno())
     try:
         return socket.recv_fds(connection, 100, count, socket.MSG_CMSG_CLOEXEC)[:2]
@@ -192,7 +193,7 @@ NAMESPACES = {
 
 
 def find_namespaces(pid: int) -> int:
-    """Return the flags of the namespaces in which a process is and this one is not."""
+    """Return the flags of the namespaces in which a process is and this one is not. Raises OSError."""
 
     def differs(name: str) -> bool:
         return os.readlink(f"/proc/{pid}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
@@ -201,17 +202,17 @@ def find_namespaces(pid: int) -> int:
 
 
 def parse_limits(text: str) -> list[tuple[int, int]]:
-    """Return the soft and hard limits in /proc/PID/limits, which are in the order of their numbers. To ask the
-    kernel for them would need CAP_SYS_RESOURCE."""
+    """Return the soft and hard limits from /proc/PID/limits, in the order of their numbers. prlimit(2) would need
+    CAP_SYS_RESOURCE."""
     columns = [(line[26:46].strip(), line[47:67].strip()) for line in text.rstrip("\n").split("\n")[1:]]
     values = [[resource.RLIM_INFINITY if limit == "unlimited" else int(limit) for limit in row] for row in columns]
     return [(soft, hard) for soft, hard in values]
 
 
 def plan_entry(leader: int, cgroup: str, inside: Inside, command: Sequence[str]) -> dict[str, Any]:
-    """Return what an entry makes of itself: what the container's first process is, and the task's surroundings.
-    Raises HostError when that process is not in the task's cgroup, for a command would run without its limits.
-    Raises OSError, KeyError or ValueError when that process has ended."""
+    """Return the attributes of the container's first process and of the task that an entry takes over. Raises
+    HostError if that process is not in the task's cgroup, where a command must run to have its limits. If the
+    process has ended, raises HostError, OSError, KeyError or ValueError."""
     status = read_status(leader)
     cgroups = find_cgroups(leader, f"{cgroup}/payload" if cgroup else "")
     if cgroup and not cgroups:
@@ -237,14 +238,14 @@ def plan_entry(leader: int, cgroup: str, inside: Inside, command: Sequence[str])
 
 
 def leave_cgroup(entry: int) -> None:
-    """Take an entry back to the plugin's cgroup once its command is there: the task's limits are not for it."""
+    """Move an entry back to the plugin's cgroup once its command runs: the task's limits are not for it."""
     for place in find_own_cgroups():
         with contextlib.suppress(OSError):
             write_control(Path(place, "cgroup.procs"), str(entry))
 
 
 def find_session(root: int, pids: Sequence[int]) -> list[ProcessId]:
-    """Return those processes that descend from `root` or are in the session it leads."""
+    """Return the processes of `pids` that are `root`, in the session it leads, or descendants of these."""
     stats = {pid: fields for pid in pids if (fields := read_stat(pid)) and fields[0] not in ("Z", "X")}
     found = {pid for pid, fields in stats.items() if root in (pid, int(fields[3]))}
     while more := {pid for pid, fields in stats.items() if int(fields[1]) in found} - found:
@@ -253,8 +254,8 @@ def find_session(root: int, pids: Sequence[int]) -> list[ProcessId]:
 
 
 def is_confined(leader: int, mode: Mode) -> bool:
-    """Tell whether nspawn has done with a container's first process: it has executed the payload, or become the
-    stub, which is nspawn's own program under another name."""
+    """Whether nspawn has finished with a container's first process: it has executed the payload, or become the
+    stub, which is nspawn's own program under another name. May block."""
     if mode is Mode.PROCESS_TWO:
         return read_text(Path(f"/proc/{leader}/comm")).startswith("(sd-stubinit")
     nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
@@ -264,8 +265,8 @@ def is_confined(leader: int, mode: Mode) -> bool:
         return False
 
 
-CHUNK = 64 << 10  # bytes: what a pipe holds
-MAX_REST = 256 << 10  # bytes read after the command's end: more than its pipe or terminal may hold by then
+CHUNK = 64 << 10  # bytes: what a pipe usually holds
+MAX_REST = 256 << 10  # bytes read after the command's end: more than its pipe or terminal usually holds then
 
 
 class Exec:
@@ -281,14 +282,14 @@ class Exec:
         tty: bool = False,
         merge: bool = False,
     ) -> None:
-        """`merge`: stdout and stderr come as one."""
+        """`merge`: stdout and stderr are one stream. Raises ConfigError for a bad command."""
         if not command:
             raise ConfigError("command", list(command), "must name a program")
         if any("\0" in word for word in command):
             raise ConfigError("command", list(command), "must not hold a NUL character")
         self.helper, self.state, self.ended = helper, state, ended  # of the task
         self.command, self.tty, self.merge = command, tty, merge
-        self.report = -1  # the pipe of `reported`
+        self.report = -1  # the pipe from which `reported` is read
         self.reported = b""
         self.entry: ProcessId | None = None  # the parent of the command
         self.stdin = -1
@@ -297,12 +298,12 @@ class Exec:
         self.started = asyncio.Event()
         self.over = asyncio.Event()
         self.waits: set[asyncio.Event] = set()
-        self.status = -int(signal.SIGKILL)  # as long as the entry has not said anything else
+        self.status = -int(signal.SIGKILL)  # unless the entry reports another one
         self.error = ""  # why the command could not be executed
-        self.failure = ""  # why there was no command, or nobody knows how it ended
+        self.failure = ""  # why no command was started, or why its end is not known
 
     async def start(self) -> None:
-        """Return when the command is there; raise DriverError when it cannot be."""
+        """Return when the command has been forked. Raises DriverError or OSError."""
         leader = self.state.leader
         process = leader.open() if leader else None
         if leader is None or process is None or self.ended.is_set():
@@ -321,7 +322,7 @@ class Exec:
             self.helper.run(run_in_thread(functools.partial(leave_cgroup, self.entry.pid)))
 
     async def enter(self, control: socket.socket, leader: int, process: int) -> None:
-        """Have the entry enter and begin the command. From the plan on `close` knows it and can end it."""
+        """Let the entry enter and start the command. `close` knows it before it gets its plan."""
         number, _ = await receive_fds(control)
         entry = self.helper.find_entry(int(number)) if number.isdigit() else None
         pidfd = entry.open() if entry else None
@@ -331,7 +332,7 @@ class Exec:
         self.helper.run(self.follow(pidfd))
         try:
             plan = plan_entry(leader, self.state.cgroup, read_inside(self.state.directory), self.command)
-        except (OSError, KeyError, ValueError) as error:  # the task's end, most likely
+        except (OSError, KeyError, ValueError) as error:  # most likely the task has ended
             raise self.explain_silence(str(error)) from None
         self.report, report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -344,14 +345,14 @@ class Exec:
         _, descriptors = await receive_fds(control, 3)
         if descriptors:
             self.take_stdio(descriptors)
-            with contextlib.suppress(ConnectionError):  # its end is told soon
+            with contextlib.suppress(ConnectionError):  # the entry has ended: `start` finds out
                 control.send(b"+")
 
     async def wait_confined(self, leader: ProcessId) -> None:
-        """Return when the container's first process is no more nspawn on its way to be confined: nspawn says READY
-        before that (257 and later well before), and a command would get rights that the payload never has."""
+        """Wait until nspawn has confined the container's first process. It says READY before that (257 and later
+        well before), and a command would get rights that the payload never has. Raises DriverError."""
         for _ in range(1000):
-            # Its program may lie on a file system of the container's own, which need not answer.
+            # Its program may be on a file system of the container's own, which need not answer.
             if await run_in_thread(lambda: is_confined(leader.pid, self.state.mode)):
                 return
             if not leader.is_alive:
@@ -360,7 +361,7 @@ class Exec:
         raise self.explain_silence("the container is still being set up")
 
     def explain_silence(self, why: str = "") -> DriverError:
-        """Say why there is no command: in the entry's words, if it has left any."""
+        """Return the error for a command that was not started, in the entry's words if it has left any."""
         self.take_end()
         if self.failure:
             return DriverError(self.failure)
@@ -370,7 +371,7 @@ class Exec:
         return HostError(f"the command could not be started: {why}")
 
     def take_stdio(self, descriptors: Sequence[int]) -> None:
-        """Take the other ends of the command's streams."""
+        """Take our ends of the command's streams."""
         for fd in descriptors:
             os.set_blocking(fd, False)
         self.stdin = descriptors[0]
@@ -386,7 +387,7 @@ class Exec:
                 fcntl.ioctl(self.stdin, termios.TIOCSWINSZ, packed)
 
     async def follow(self, pidfd: int) -> None:
-        """Wait for the entry, which nobody in the container can hold up, and tell its end."""
+        """Wait for the end of the entry, which nobody in the container can delay, and set `over`."""
         try:
             await wait_readable(pidfd)
         finally:
@@ -395,20 +396,20 @@ class Exec:
                 event.set()
 
     def read_report(self) -> bytes:
-        """Return what the entry has reported by now: "+" when the command is there, and how it ended as JSON."""
+        """Return what the entry has reported so far: "+" when it has forked the command, then the end as JSON."""
         with contextlib.suppress(OSError):
             self.reported += os.read(self.report, 1 << 16)
         return self.reported
 
     def take_end(self) -> None:
-        """Note the end that the entry has reported: without one the command counts as killed."""
+        """Note the end that the entry has reported. Without one, the command counts as killed."""
         with contextlib.suppress(ValueError, TypeError, AttributeError):  # others may have written into the pipe
             end = json.loads(self.read_report().lstrip(b"+"))
             self.status, self.error = int(end.get("status", self.status)), render_line(end.get("words", ""))
             self.failure = end.get("error", "")
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
-        """Yield what the command writes until it has ended, whoever else holds its pipe or terminal."""
+        """Yield what the command writes until it ends, even if others still hold its pipe or terminal."""
         fd, rest = self.outputs[name], MAX_REST
         while rest > 0:
             is_over = self.over.is_set()  # asked before reading: nothing written before the end is missed
@@ -419,7 +420,7 @@ class Exec:
                     return
                 await self.wait_output(fd)
                 continue
-            except OSError:  # EIO: nobody has the terminal any more
+            except OSError:  # EIO: nobody has the terminal open any more
                 return
             if not data:
                 return
@@ -427,7 +428,7 @@ class Exec:
             rest -= len(data) if is_over else 0
 
     async def wait_output(self, fd: int) -> None:
-        """Return when there is something to read, or the command has ended."""
+        """Wait until there is something to read or the command has ended."""
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         if self.over.is_set():
             return
@@ -440,7 +441,7 @@ class Exec:
             loop.remove_reader(fd)
 
     async def write(self, data: bytes) -> None:
-        """Write to the command's stdin; what nobody reads any more is thrown away."""
+        """Write to the command's stdin. Drops the data if nobody can read it any more."""
         view = memoryview(data)
         while view and self.stdin >= 0:
             try:
@@ -451,7 +452,7 @@ class Exec:
                 return
 
     async def end_stdin(self) -> None:
-        """Close stdin; at a terminal, type what means the end."""
+        """Close stdin; at a terminal, type Ctrl-D."""
         if self.tty:
             await self.write(b"\x04")
         elif self.stdin >= 0:
@@ -459,7 +460,7 @@ class Exec:
             self.stdin = -1
 
     async def wait(self) -> int:
-        """Return the exit code, or minus the signal's number, after the command's end."""
+        """Wait for the end. Return the exit code, or minus the signal's number. Raises DriverError if unknown."""
         await self.over.wait()
         self.take_end()
         if self.failure:
@@ -467,7 +468,7 @@ class Exec:
         return self.status
 
     def close(self) -> None:
-        """Give up what there is of the command: nothing at all when it has ended by itself."""
+        """Close the streams. If the command has not ended, kill it in the background."""
         if self.entry and not self.over.is_set():
             self.helper.run(self.kill())
         for fd in {self.report, self.stdin, *self.outputs.values()} - {-1}:
@@ -475,24 +476,23 @@ class Exec:
         self.report, self.stdin, self.outputs = -1, -1, {}
 
     async def kill(self) -> None:
-        """End the command and all it has started: a hang-up, and soon after SIGKILL."""
+        """End the command, its session and their descendants: SIGHUP, and soon after SIGKILL."""
         if self.entry is None:
             return
         command = next(iter(find_children(self.entry)), NO_PROCESS)
         if command.pid:
-            await run_in_thread(
-                lambda: self.send(command.pid, signal.SIGHUP)
-            )  # a container may have many processes
+            # In a thread: a container may have many processes.
+            await run_in_thread(lambda: self.send(command.pid, signal.SIGHUP))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.over.wait(), HANG_UP)
-            for _ in range(10):  # what was just being forked is found the next time
+            for _ in range(10):  # finds what was forked meanwhile
                 if not await run_in_thread(lambda: self.send(command.pid, signal.SIGKILL)):
                     break
                 await asyncio.sleep(0.01)
         self.entry.send(signal.SIGKILL)
 
     def send(self, root: int, number: int) -> bool:
-        """Send a signal to all there is of a command; False when there is nothing."""
+        """Signal the command, its session and their descendants. Return False if there are none. Blocks."""
         state = self.state
         leader = state.leader.pid if state.leader else 0
         found = read_cgroup_pids(f"{state.cgroup}/payload") if state.cgroup else read_descendants(leader)
@@ -505,16 +505,16 @@ HANG_UP = 0.3  # seconds from SIGHUP to SIGKILL
 
 
 async def settle(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they have taken notice."""
+    """Cancel tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def read_inside(directory: Path) -> Inside:
-    """Return the surroundings of a task's commands, which stand in its state directory, root's alone: Nomad's
-    handle does not hold the job's own variables after a restart of the agent, and the payload can change what
-    /proc shows of its own."""
+    """Return what commands of a task get, from the state directory, which only root can read. Nomad's handle lacks
+    the job's variables after a restart of the agent, and the payload can change what /proc shows of its own. If it
+    cannot be read, commands run as root with PATH alone."""
     try:
         values = json.loads((directory / "inside.json").read_text(), object_hook=tuples)
         account = values.pop("account", None)
