@@ -4,10 +4,9 @@
 The command gets the payload's namespaces and cgroup, bounding set, no_new_privs, seccomp filters and limits, and
 runs as the task's user. nsenter would give it the host's capabilities, no filter and no limit.
 
-A program of its own that imports nothing of ours: nspawn/exec.py reads its text and hands it to a new Python, the
-server, which forks an entry for each command. The entry enters the container, forks the command, waits for it and
-reports how it ended. The server ends when its standard input does, an entry ends with the server, and a command
-ends with its entry.
+This program imports nothing of ours: nspawn/exec.py gives its text to a new Python, the server. The server forks
+an entry for each command. The entry enters the container, forks the command, waits for it and reports its end.
+The server ends when its standard input does, an entry ends with the server, and a command ends with its entry.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from typing import Any
 
 
 class Entry:
-    """A process that enters a container, but for the process namespace: nobody inside can see it.
+    """A process that enters a container except its pid namespace, so that nobody inside can see it.
 
-    Only its child, the command, is inside that. Everything is given up before that fork, for a container without a
-    user namespace has the capability to look into any process it sees. What it sees until the command is executed
-    has only the command's rights, no descriptors but those of the command and pipes whose words are worth no more
-    than the command's output (a socket would lead to the process at its other end: SO_PEERPIDFD), and files of the
-    host only from mounts that are read-only (CVE-2019-5736). The working directory and root are the container's
-    since `setns` (CVE-2024-21626).
+    Only its child, the command, is in the pid namespace. A container without a user namespace may look into any
+    process it sees, so everything is given up before that fork. Until the child executes the command, it has only
+    the command's rights, the command's descriptors, and pipes whose words count no more than the command's output.
+    It has no socket, which would lead to the process at its other end (SO_PEERPIDFD). The host's files that run it
+    are on read-only mounts (CVE-2019-5736). Its working directory and root are the container's since `setns`
+    (CVE-2024-21626).
     """
 
     PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, PTRACE_GET_FILTER = 0x4206, 0x4207, 17, 0x420C
@@ -45,7 +44,7 @@ class Entry:
     CAP_SYS_ADMIN = 1 << 21
     TIOCSPTLCK, TIOCGPTPEER = 0x40045431, 0x5441
     WALL = 0x40000000  # __WALL
-    PATIENCE = 2  # seconds for others to let go of a process
+    PATIENCE = 2  # seconds for another tracer to let go of a process
     MAX_FILE = 16 << 20  # bytes of a container's passwd or group that are read
 
     def __init__(self) -> None:
@@ -59,7 +58,7 @@ class Entry:
         for number in range(1, signal.NSIG):
             try:
                 signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE, and that would be inherited
-            except (OSError, ValueError):  # those of the C library, SIGKILL and SIGSTOP
+            except (OSError, ValueError):  # the C library's own, SIGKILL and SIGSTOP
                 continue
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
@@ -75,17 +74,17 @@ class Entry:
         return self.check(self.libc.ptrace(request, pid, address, data), "ptrace")
 
     def die_with(self, parent: int) -> None:
-        """Be killed when the parent ends. To be said again after a change of ids, which takes it back."""
+        """Be killed when the parent ends, or exit if it has ended. A change of ids undoes this: call it again."""
         self.prctl(self.PR_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 
     def serve(self) -> None:
-        """Fork an entry for each connection that comes on standard input, until that ends. What commands are about
-        never gets here: the next one's container might read it."""
+        """Fork an entry for each connection that comes on standard input, until that ends. This process never gets
+        a plan: its next child, in another container, would have a copy."""
         self.obstacle = self.find_obstacle()
         server, parent = socket.socket(fileno=0), os.getpid()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for entries
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps entries
         while True:
             _, descriptors, _, _ = socket.recv_fds(server, 1, 1)
             if not descriptors:
@@ -93,7 +92,7 @@ class Entry:
             with socket.socket(fileno=descriptors[0]) as control:
                 try:
                     pid = os.fork()
-                except OSError as error:  # others' entries would end with this process
+                except OSError as error:  # do not exit: other entries would end, too
                     control.send(str(error).encode())
                     continue
                 if pid == 0:
@@ -108,11 +107,11 @@ class Entry:
         self.die_with(parent)
         control.send(str(os.getpid()).encode())
         _, descriptors, _, _ = socket.recv_fds(control, 1, 3)
-        if not descriptors:  # given up
+        if not descriptors:  # the plugin gave the command up
             return
         plan_file, leader, self.report = descriptors
         try:
-            self.prctl(self.PR_DUMPABLE, 0)  # nobody inside may look into what comes from outside
+            self.prctl(self.PR_DUMPABLE, 0)  # nobody inside may read this process's memory
             with open(plan_file, "rb") as file:
                 self.plan: dict[str, Any] = json.load(file)
             filters = self.read_filters(self.plan["leader"]) if self.plan["has_seccomp"] else []
@@ -132,7 +131,7 @@ class Entry:
         os.write(self.report, json.dumps(end).encode())
 
     def join(self) -> None:
-        """Take the cgroups and limits of the container's first process."""
+        """Take the cgroups, OOM score adjustment and limits of the container's first process."""
         for place in self.plan["cgroups"]:
             with open(os.open(f"{place}/cgroup.procs", os.O_WRONLY), "wb") as file:
                 file.write(b"0")
@@ -142,7 +141,7 @@ class Entry:
             resource.setrlimit(number, limits)
 
     def run(self, user: tuple[int, int, list[int], bytes]) -> dict[str, Any]:
-        """Run the command and return its end: its status, and what a shell would say if it cannot be executed."""
+        """Fork the command, wait, and return its end: the status, and a shell's words if it cannot be executed."""
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
@@ -155,18 +154,18 @@ class Entry:
             os.write(writer, words.encode(errors="replace")[:2000])
             os._exit(status)
         for descriptor in (0, 1, 2, writer):
-            os.close(descriptor)  # or readers would never see the end
+            os.close(descriptor)  # otherwise readers would never see the end
         os.write(self.report, b"+")
         status = self.wait(pid)
         try:
             words = os.read(reader, 2000).decode(errors="replace")
-        except BlockingIOError:  # whoever has the other end
+        except BlockingIOError:  # somebody still has the other end
             words = ""
         return {"status": status, "words": words}
 
     def wait(self, pid: int) -> int:
-        """Return the exit code of the command, or minus the number of the signal that ended it. Its end is told to
-        a tracer first, which may be inside and never take notice: after a while somebody else will have to."""
+        """Return the exit code of the command, or minus the number of the signal that ended it. The kernel tells a
+        tracer first. One inside may never take notice: this raises SystemExit after PATIENCE seconds."""
         try:
             ended = select.poll()
             ended.register(os.pidfd_open(pid), select.POLLIN)
@@ -183,8 +182,8 @@ class Entry:
         return os.waitstatus_to_exitcode(result[1])
 
     def find_obstacle(self) -> str:
-        """Say why filters cannot be read on this host, "" when they can. Asked before a container has a say: of a
-        process of ours, which has none that its parent does not have."""
+        """Return why filters cannot be read on this host, "" if they can. Tries it on a child of this process,
+        before a container can interfere. The child has no filter unless its parent has one."""
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -203,7 +202,7 @@ class Entry:
 
     def read_filters(self, pid: int) -> list[bytes]:
         """Return the seccomp filters of a process, the oldest first (measured; ptrace(2) says the opposite). Stops
-        it for some microseconds. A command has all of them, or there is none: whatever goes wrong is said."""
+        it for some microseconds. Raises SystemExit unless it gets them all: no command may run with fewer."""
         if self.obstacle:
             raise SystemExit(f"the seccomp filters of the payload cannot be read on this host: {self.obstacle}")
         filters: list[bytes] = []
@@ -215,15 +214,15 @@ class Entry:
                 self.ptrace(self.PTRACE_GET_FILTER, pid, len(filters), ctypes.addressof(buffer))
                 filters.append(buffer.raw)
         except OSError as error:
-            if error.errno != errno.ENOENT or not filters:  # what the kernel says after the last one
+            if error.errno != errno.ENOENT or not filters:  # the kernel's answer after the last one
                 raise SystemExit(f"the seccomp filters of the payload cannot be read: {error.strerror}") from None
         finally:
             self.libc.ptrace(self.PTRACE_DETACH, pid, None, None)
         return filters
 
     def attach(self, pid: int, deadline: float) -> None:
-        """Trace a process and wait until it has stopped. There can be one tracer: another command's entry soon
-        gives way; one inside might want a command without filters, or that this waits for ever."""
+        """Trace a process and wait until it has stopped. A process has one tracer at most. Another entry soon lets
+        go; a tracer inside may not, so this raises OSError at the deadline."""
         while self.libc.ptrace(self.PTRACE_SEIZE, pid, None, None) < 0:
             if ctypes.get_errno() != errno.EPERM:
                 self.check(-1, "ptrace")
@@ -237,7 +236,8 @@ class Entry:
             time.sleep(0.0002)
 
     def find_user(self, name: bytes) -> tuple[int, int, list[int], bytes]:
-        """Return ids, further groups and home of a user by the container's own files."""
+        """Return uid, gid, further groups and home: the account's, or those in the container's files. Raises
+        SystemExit for an unknown user."""
         if known := self.plan["account"]:
             return known["uid"], known["gid"], known["groups"], os.fsencode(known["home"])
         if name in (b"", b"root", b"0"):
@@ -247,14 +247,14 @@ class Entry:
             entry = line.split(b":")
             if len(entry) > 5 and name in (entry[0], entry[2]):
                 groups = [line.split(b":") for line in self.read(b"/etc/group").split(b"\n")]
-                # A user named by number gets none from nspawn either.
+                # None for a user named by number: nspawn gives it none either.
                 further = [int(group[2]) for group in groups if len(group) > 3 and name in group[3].split(b",")]
                 self.plan["user"] = os.fsdecode(entry[0])
                 return int(entry[2]), int(entry[3]), further, entry[5]
         raise SystemExit(f'user: there is no user "{os.fsdecode(name)}" in the container\'s /etc/passwd')
 
     def read(self, path: bytes) -> bytes:
-        """Read a file of the container, whatever may stand in its place."""
+        """Return the start of a file of the container, b"" for what is no regular file or cannot be read."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
             with open(fd, "rb") as file:
@@ -263,20 +263,21 @@ class Entry:
             return b""
 
     def become(self, user: tuple[int, int, list[int], bytes]) -> None:
-        """Take the payload's bounding set and the user's ids; what is permitted stays until `confine`."""
+        """Take the payload's bounding set and the user's ids and directory; what `confine` needs stays permitted.
+        Raises SystemExit if the directory cannot be entered."""
         number = 0
         while self.libc.prctl(self.PR_CAPBSET_READ, number, 0, 0, 0) >= 0:
             if not self.plan["bounding"] >> number & 1:
                 self.prctl(self.PR_CAPBSET_DROP, number)
             number += 1
-        os.umask(0o022)  # nspawn's for its payload; systemd as the first process has taken 0 for itself
+        os.umask(0o022)  # what nspawn gives its payload; a booted systemd has changed its own to 0
         self.libc.personality(self.plan["personality"])
         self.prctl(self.PR_KEEPCAPS, 1)
         os.setgroups(user[2])
         os.setresgid(user[1], user[1], user[1])
         os.setresuid(user[0], user[0], user[0])
         if user[0]:
-            # Files are opened as the user. What is inheritable must be said while it is permitted.
+            # No effective ones: files are opened as the user. Inheritable ones must be set while permitted.
             self.set_capabilities(0, self.CAP_SYS_ADMIN | self.plan["ambient"], self.plan["inheritable"])
         where = self.plan["directory"]
         try:
@@ -285,7 +286,7 @@ class Entry:
             raise SystemExit(f"working_directory: {where} in the container: {error.strerror}") from None
 
     def open_stdio(self, control: socket.socket) -> None:
-        """Make the command's stdin, stdout and stderr, owned by its user, and hand the other ends out."""
+        """Make the command's stdin, stdout and stderr, owned by its user, and send the plugin the other ends."""
         if self.plan["tty"]:
             ours, given = self.open_terminal()
         else:
@@ -294,7 +295,7 @@ class Entry:
             ours = [pipes[0][0], pipes[1][1], pipes[2][1]]
             given = [pipes[0][1], *dict.fromkeys([pipes[1][0], pipes[2][0]])]
         socket.send_fds(control, [b"stdio"], given)
-        if not control.recv(1):  # the window has its size; or the command was given up
+        if not control.recv(1):  # the plugin gave the command up; otherwise the terminal has its size now
             os._exit(1)
         for number, descriptor in enumerate(ours):
             os.dup2(descriptor, number)
@@ -303,7 +304,7 @@ class Entry:
         os.closerange(self.report + 1, 1024)
 
     def open_terminal(self) -> tuple[list[int], list[int]]:
-        """Open a terminal of the container's own. Nothing is resolved outside, and only a terminal will do."""
+        """Open a terminal, with paths of the container only, and check that it is one. Raises SystemExit."""
         try:
             master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
             if os.fstat(master).st_rdev != os.makedev(5, 2):
@@ -315,7 +316,7 @@ class Entry:
         return [slave] * 3, [master]
 
     def confine(self, uid: int, filters: list[bytes]) -> None:
-        """Take the payload's filters, and its capabilities: after this nothing can be undone."""
+        """Take the payload's filters and capabilities. This cannot be undone."""
         ambient = self.plan["ambient"]
         rights = ambient if uid else self.plan["bounding"]
         inheritable = self.plan["inheritable"] | ambient  # a user's payload has none, until systemd 262
@@ -333,13 +334,13 @@ class Entry:
                 self.check(self.libc.prctl(self.PR_CAP_AMBIENT, 2, number, 0, 0), "prctl")
 
     def set_capabilities(self, *sets: int) -> None:
-        """Set the effective, permitted and inheritable ones."""
+        """Set the effective, permitted and inheritable capabilities."""
         words = [value >> shift & 0xFFFFFFFF for shift in (0, 32) for value in sets]
         header = struct.pack("Ii", 0x20080522, 0)
         self.check(self.libc.capset(header, struct.pack("6I", *words)), "capset")
 
     def execute(self, user: tuple[int, int, list[int], bytes], entry: int) -> tuple[int, str]:
-        """Become the command; return the status and words of a shell that cannot."""
+        """Become the command. If that fails, return the status and words of a shell."""
         os.setsid()
         if self.plan["tty"]:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -371,5 +372,5 @@ class Entry:
 
 
 if __name__ == "__main__":
-    os.closerange(3, 1024)  # the file this was read from
+    os.closerange(3, 1024)  # the file that this program was read from
     Entry().serve()
