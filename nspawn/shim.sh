@@ -1,9 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: MPL-2.0
-# The shim of a task: it outlives the plugin, waits for nspawn and leaves the exit record. Run by `sh -c`.
+# The shim of a task. It outlives the plugin, waits for nspawn and leaves the exit record. Run by `sh -c`.
 #
-# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. It starts when
-# a line comes on stdin: if the plugin dies before its pid is on disk, nothing has happened.
+# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. nspawn starts
+# when a line comes on stdin: if the plugin dies before the shim's pid is on disk, nothing has happened.
 keeper_state=$1 keeper_cgroup=$2 keeper_filter=$3
 shift 3
 read -r keeper_go || exit 1
