@@ -34,7 +34,7 @@ from nspawn.host import Mounts, read_mounts
 from nspawn.images import Account
 from nspawn.job import Mode
 from nspawn.linux import enter_namespace, make_read_only
-from nspawn.plan import DEFAULT_PATH, Inside
+from nspawn.plan import Inside
 from nspawn.process import (
     NO_PROCESS,
     ProcessId,
@@ -332,7 +332,7 @@ class Exec:
         self.helper.run(self.follow(pidfd))
         try:
             plan = plan_entry(leader, self.state.cgroup, read_inside(self.state.directory), self.command)
-        except (OSError, KeyError, ValueError) as error:  # most likely the task has ended
+        except (HostError, OSError, KeyError, ValueError) as error:  # most likely the task has ended
             raise self.explain_silence(str(error)) from None
         self.report, report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -513,11 +513,11 @@ async def settle(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 def read_inside(directory: Path) -> Inside:
     """Return what commands of a task get, from the state directory, which only root can read. Nomad's handle lacks
-    the job's variables after a restart of the agent, and the payload can change what /proc shows of its own. If it
-    cannot be read, commands run as root with PATH alone."""
+    the job's variables after a restart of the agent, and the payload can change what /proc shows of its own.
+    Raises OSError or ValueError: without this nobody knows which user a command may run as."""
+    values = json.loads((directory / "inside.json").read_text(), object_hook=tuples)
     try:
-        values = json.loads((directory / "inside.json").read_text(), object_hook=tuples)
         account = values.pop("account", None)
         return Inside(**values, account=Account(**account) if account else None)
-    except (OSError, ValueError, TypeError):
-        return Inside(variables={"PATH": DEFAULT_PATH})
+    except (AttributeError, TypeError):
+        raise ValueError(f"{directory}/inside.json is damaged") from None

@@ -81,6 +81,10 @@ class Use:
     layers: tuple[str, ...]
 
 
+# What says that a record is not there or is damaged, and not that something is wrong with this machine.
+NO_RECORD = (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError)
+
+
 class Store:
     """The directory of fetched images. Only short-lived processes change images, see `Fetches`; the plugin reads
     and locks them, and notes which its tasks use."""
@@ -140,8 +144,9 @@ class Store:
     # Images
 
     def read(self, key: str) -> StoredImage | None:
-        """Return an image, None if it is incomplete or cannot be read."""
-        with contextlib.suppress(OSError, ValueError):
+        """Return an image, None if it is not there, incomplete or damaged. Raises OSError when the host cannot
+        tell: what cannot be read now is no garbage."""
+        with contextlib.suppress(*NO_RECORD):
             image = StoredImage.parse((self.images / f"{key}.json").read_text())
             if all(self.layer(name).exists() for name in image.layers):
                 return image
@@ -279,7 +284,11 @@ def find_owner(path: Path) -> str:
 
 
 def read_use(path: Path) -> Use | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+    """Return a task's use of an image, None if it is not there or damaged. Raises OSError when the host cannot
+    tell: an image would look unused."""
+    with contextlib.suppress(
+        FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError
+    ):
         values = json.loads(path.read_text())
         return Use(values["task_id"], values["key"], tuple(map(str, values["layers"])))
     return None
@@ -474,9 +483,13 @@ class Fetches:
 
     def collect(self, delay: float) -> None:
         """Start a collection in the background, if none runs and there is garbage. To look for it blocks."""
-        is_busy = self.collecting is not None and not self.collecting.done()
-        if not is_busy and self.store.find_garbage(delay):
-            self.collecting = asyncio.create_task(self.run_collection(delay))
+        if self.collecting is not None and not self.collecting.done():
+            return
+        try:
+            if self.store.find_garbage(delay):
+                self.collecting = asyncio.create_task(self.run_collection(delay))
+        except OSError as error:
+            log.warn("this machine keeps images from being collected", error=error.strerror)
 
     async def run_collection(self, delay: float) -> None:
         request = {"action": "collect", "root": str(self.store.root), "delay": delay}

@@ -872,6 +872,18 @@ def test_surroundings_on_disk_are_roots_alone_and_go_with_the_task(tasks: Tasks)
     assert not path.parent.exists()
 
 
+@pytest.mark.parametrize("text", [None, "", "[]", '{"users": 1}'])
+def test_no_command_runs_as_somebody_else_than_the_task(tasks: Tasks, text: str | None) -> None:
+    """Without its surroundings nobody knows the task's user: such a command ran as root."""
+    task = tasks.start(FOREVER, user="daemon")
+    path = state_directory(task.id) / "inside.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DriverError, match="the command could not be started"):
+        task.exec(["id", "-un"])
+
+
 def test_helper_ends_with_the_plugin_and_comes_back_when_killed(driver_file: Path, image: Path) -> None:
     with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
         task = tasks.start(FOREVER)
