@@ -443,8 +443,13 @@ def test_image_with_endless_links_for_its_init(images: Tasks) -> None:
     for number in range(60):
         (images.image / f"l{number}").symlink_to("/".join(["d" * 10] * 100 + [".."] * 100 + [f"l{number + 1}"]))
     (images.image / "usr/lib/systemd/systemd").symlink_to("/l0")
-    with pytest.raises(DriverError, match="the image has no init"):
-        images.start([], boot=True, private_network=True, read_only=True)
+    task = images.make([], boot=True, private_network=True, read_only=True)
+    try:
+        task.start()
+    except DriverError as error:
+        assert "the image has no init" in error.text
+    else:  # the kernel gives a look-up up while others rename directories: then nspawn finds that out
+        assert not task.wait(60).successful
 
 
 def test_image_of_many_layers_holds_nobody_up(strict: Plugin, hostile: Tasks) -> None:
