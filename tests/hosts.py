@@ -44,7 +44,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(ROOT))
 
 from nspawn.cgroup import remove_cgroup  # noqa: E402 # what stands above is needed to find it
-from nspawn.host import read_cgroup_mode  # noqa: E402
+from nspawn.host import read_cgroup_mode  # noqa: E402 # the same
 
 CACHE = Path(os.environ.get("IMAGE_CACHE", "/var/cache/nomad-driver-nspawn-tests"))
 CONTAINER_IMAGE = CACHE / "debian-bookworm"  # what tests run as tasks; made by build.sh
