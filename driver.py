@@ -769,9 +769,9 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
 def prepare_root(plan: Plan, root: Path) -> str:
     """Make the mount points of a read-only root. Return a sentence if the command cannot be executed, else "".
     Raises DriverError if a mount point is missing and cannot be made, or if there is no init to boot."""
-    if plan.is_read_only and plan.image.is_protected and not plan.private:
+    if plan.needs.mount_points and plan.image.is_protected and not plan.private:
         check_mount_points(root, plan.network.mount_files)
-    elif plan.is_read_only:
+    elif plan.needs.mount_points:
         make_mount_points(root)
         for path in plan.network.mount_files:
             make_mount_file(root, path)
@@ -866,7 +866,7 @@ def start_shell(
         "NOTIFY_SOCKET": str(state_dir / "notify"),
     }
     argv = ["sh", "-c", KEEPER, "nomad-nspawn-keeper", str(state_dir), plan.cgroup]
-    argv += ["filter" if plan.wants_filter else ""]
+    argv += ["filter" if plan.needs.filter else ""]
     own = plan.argv.index(f"--machine={plan.machine}") + 1
     argv = [*plan.network.entry, *argv, *plan.prefix, *plan.argv[:own], *arguments, *plan.argv[own:]]
     try:
@@ -1229,9 +1229,9 @@ class Start:
             make_place(Path(pin.place), pin.source.is_directory)
         for key, place in plan_credentials(self.plan.credentials, self.directory).items():
             write_secret(Path(place), self.plan.credentials[key])
-        if any(word.startswith("--inaccessible=") for word in self.plan.argv):
+        if self.plan.needs.inaccessible:
             make_inaccessible()
-        if any(word.startswith("--overlay=") for word in self.plan.argv):
+        if self.plan.needs.overlays:
             (self.directory / "tmp").mkdir()
         write_secret(self.directory / BUNDLE_PLACE / "config.json", self.plan.bundle.encode())
 

@@ -109,6 +109,22 @@ def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str], 
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a start has to prepare for some options. It is never read back out of nspawn's arguments, which also
+    hold the words of the job's command."""
+
+    mount_points: bool  # nspawn cannot make them in the image
+    inaccessible: bool  # what nspawn hides paths with
+    overlays: bool  # a directory for what they change
+    filter: bool  # a booted system's console is a terminal, which puts a CR before each LF
+
+    @classmethod
+    def of(cls, values: Values, mode: Mode) -> Needs:
+        is_terminal = mode is Mode.BOOT and values["console"] != "pipe"
+        return cls(is_read_only(values), bool(values["inaccessible"]), bool(values["overlay"]), is_terminal)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything needed to start a task."""
 
@@ -125,7 +141,7 @@ class Plan:
     image: Image
     private: PrivateRoot | None  # None: nspawn makes the root from the image
     pivot: str  # the directory of the image that becomes the container's root
-    is_read_only: bool  # nspawn cannot make mount points in the image
+    needs: Needs
     command: tuple[str, ...]
     search_path: str  # the command's PATH
     mounts: Mapping[str, str]  # of binds and volumes: targets to sources in the shim's mount namespace
@@ -157,11 +173,6 @@ class Plan:
 
     def find_pin(self, fd: int) -> Pin | None:
         return next((pin for pin in self.pins if fd >= 0 and pin.source.fd == fd), None)
-
-    @property
-    def wants_filter(self) -> bool:
-        """Whether CRs must be removed: a booted system's console is a terminal, which puts them before each LF."""
-        return self.mode is Mode.BOOT and "--console=pipe" not in self.argv
 
 
 JOURNALS = "/var/log/journal"
@@ -255,7 +266,7 @@ def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Ho
         image=found.image,
         private=root.private,
         pivot=str(find_root(Path("/"), values)),
-        is_read_only=is_read_only(values),
+        needs=Needs.of(values, mode),
         command=values["command"],
         search_path=variables.get("PATH") or DEFAULT_PATH,
         mounts=plan_mount_table(values, volumes, pins),

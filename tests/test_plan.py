@@ -619,7 +619,14 @@ def test_hybrid_cgroups_need_a_switch() -> None:
     [({}, True), ({"console": "pipe"}, False), ({"console": "passive"}, True), (command("a"), False)],
 )
 def test_only_consoles_of_booted_systems_are_filtered(options: dict[str, object], filtered: bool) -> None:
-    assert plan(options).wants_filter is filtered
+    assert plan(options).needs.filter is filtered
+
+
+def test_words_of_a_command_are_no_options() -> None:
+    """They stand among nspawn's arguments, behind "--": `--console=pipe` there switched the filter off."""
+    words = ["--console=pipe", "--read-only", "--inaccessible=/x", "--overlay=/a::/b"]
+    assert plan({"command": words}).needs == plan({}).needs
+    assert plan(command("/bin/prog", *words)).needs == plan(command("/bin/prog")).needs
 
 
 def test_rest_of_the_plan() -> None:
