@@ -79,12 +79,12 @@ run_tests() {
 	esac
 	# The hosts of test_hosts.py keep one core busy, and all other tests the other one.
 	hosts=$(mktemp build/hosts.XXXXXX)
-	$python -m pytest tests/test_hosts.py "$@" >"$hosts" 2>&1 &
+	$python -m pytest tests/host/test_hosts.py "$@" >"$hosts" 2>&1 &
 	beside=$!
 	trap 'kill $beside; rm -f "$hosts"' EXIT
 	trap 'exit 1' INT TERM HUP
 	failed=0
-	$python -m pytest --ignore=tests/test_hosts.py "$@" || failed=$?
+	$python -m pytest tests --ignore=tests/host/test_hosts.py "$@" || failed=$?
 	wait $beside || failed=$?
 	trap - EXIT
 	cat "$hosts"

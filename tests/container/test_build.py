@@ -28,7 +28,7 @@ import pytest
 
 from tests.agent import Allocation, Task, launch_like_agent
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 NAME = "nomad-driver-nspawn"
 [VERSION] = re.findall(r'^__version__ = "(.+?)"', (TOP / "driver.py").read_text(), re.MULTILINE)
 HELLO = f"{NAME} {VERSION}\n"

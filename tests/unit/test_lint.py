@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 BUILT = "nomad-driver-nspawn"
 # The rooms of the house, the lowest first: a room imports only what stands before it.
 ROOMS = (
@@ -258,7 +258,7 @@ def test_no_blanks_at_line_ends(path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted({*TOP.glob("*.py"), *TOP.glob("nspawn/*.py"), *TOP.glob("tests/*.py")}),
+    sorted({*TOP.glob("*.py"), *TOP.glob("nspawn/*.py"), *TOP.glob("tests/**/*.py")}),
     ids=lambda path: path.name,
 )
 def test_licence_is_said(path: Path) -> None:

@@ -28,7 +28,7 @@ from nspawn.network import (
     render_resolv_conf,
 )
 from nspawn.roots import make_mount_file
-from tests.test_plan import ALLOC, AUTO, BOOT, BUNDLE, HEAD, TASK, USERS, VOLUMES, decode, plan
+from tests.unit.test_plan import ALLOC, AUTO, BOOT, BUNDLE, HEAD, TASK, USERS, VOLUMES, decode, plan
 
 GROUP = GroupNetwork(namespace=f"/var/run/netns/{ALLOC}")
 

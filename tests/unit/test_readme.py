@@ -11,7 +11,7 @@ import driver
 from nspawn.common import PLUGIN_NAME
 from tests.agent import parse_job
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -40,6 +40,7 @@ from nspawn.linux import AT_FDCWD, call_libc
 from nspawn.process import ProcessId, read_status
 from nspawn.registry import Credentials, Reference
 from tests.agent import Allocation, DriverError, Plugin, Task, call, launch_like_agent
+from tests.container.test_effects import swapping
 from tests.containers import Tasks, driver_state, eventually, leader, make_small_image, output, zombies
 from tests.servers import (
     Answer,
@@ -65,7 +66,6 @@ from tests.servers import (
     stall,
     url_origin,
 )
-from tests.test_effects import swapping
 
 pytestmark = pytest.mark.root
 

@@ -37,7 +37,7 @@ from tests.agent import (
 )
 
 Spec = hcl_spec_pb2.Spec
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def attr(name: str, kind: str, required: bool = False) -> Spec:

@@ -53,7 +53,7 @@ from tests.containers import eventually
 MIB = 1 << 20
 AT_ONCE = 1.0  # seconds; generous, for machines that do something else at the same time
 FINGERPRINT_PERIOD = 30.0  # seconds between two looks at the host
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STATE_ROOT = Path("/run/nomad-driver-nspawn")
 UNKNOWN = "6b1d2f9e-0000-4000-8000-000000000000/task/0badcafe"
 RECOVERABLE = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError"

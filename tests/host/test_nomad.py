@@ -22,12 +22,12 @@ from pathlib import Path
 import pytest
 
 from tests.agent import ROOT, AgentError, NomadAgent
+from tests.container.test_examples import JOBS
+from tests.container.test_reach import SERVER, make_dhcp_image
 from tests.containers import escape, eventually, make_small_image
 from tests.hosts import make_nginx_image
 from tests.leftovers import leftovers
 from tests.servers import FileServer, ImageParts, Registry, pack_tree
-from tests.test_examples import JOBS
-from tests.test_reach import SERVER, make_dhcp_image
 
 pytestmark = [
     pytest.mark.root,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MPL-2.0
 """Tasks and systemd-machined: shown when it is there, and never harmed by it.
 
-Needs systemd as PID 1: runs in the hosts of tests/test_hosts.py.
+Needs systemd as PID 1: runs in the hosts of tests/host/test_hosts.py.
 """
 
 from __future__ import annotations

@@ -385,7 +385,7 @@ def test_check_says_what_jobs_may_do(driver_file: Path) -> None:
     for permission, info in PERMISSIONS.items():
         answer, mark = "yes" if info.is_default else "no ", "!" if info.gives_host else " "
         assert f"\n  {answer} {mark} {permission.value} " in said
-    assert said.endswith((Path(__file__).parent.parent / "example/hardened.hcl").read_text().partition("\n\n")[2])
+    assert said.endswith((Path(__file__).parents[2] / "example/hardened.hcl").read_text().partition("\n\n")[2])
 
 
 @needs_root

@@ -22,10 +22,10 @@ import pytest
 from nspawn import checks
 from nspawn.host import read_host
 from tests.agent import Allocation, DriverError, Task, launch_like_agent
+from tests.container.test_reach import make_group
 from tests.containers import Tasks, make_small_image, nspawn, output
 from tests.leftovers import STATE
 from tests.servers import FileServer
-from tests.test_reach import make_group
 
 pytestmark = pytest.mark.root
 
@@ -501,11 +501,11 @@ def test_image_for_another_machine(tasks: Tasks, image: Path, tmp_path: Path) ->
         tasks.start([], boot=True, **options)
 
 
-# -- what needs udev: run in virtual machines by tests/test_hosts.py -----------------------------------------
+# -- what needs udev: run in virtual machines by tests/host/test_hosts.py -----------------------------------------
 
 needs_udev = pytest.mark.skipif(
     not Path("/run/udev/control").exists(),
-    reason="no systemd-udevd here: tests/test_hosts.py runs this in machines",
+    reason="no systemd-udevd here: tests/host/test_hosts.py runs this in machines",
 )
 
 

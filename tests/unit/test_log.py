@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nspawn.common import LEVELS, Log, render_log
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 NOW = datetime.datetime(2026, 11, 23, 20, 8, 1, 42, datetime.timezone.utc)
 LIMIT = 64 << 10  # go-plugin's read buffer
 FIXED = {"@level", "@message", "@timestamp", "@module"}

@@ -37,44 +37,48 @@ class Part:
     """Tests for a kind of host."""
 
     kind: str  # container or machine
-    tests: tuple[str, ...]  # pytest's arguments
+    files: str  # names in tests/, without test_ and .py
+    only: str = ""  # as pytest's -k
     suites: tuple[str, ...] = tuple(SYSTEMD)
     timeout: float = 600
+
+    @property
+    def arguments(self) -> list[str]:
+        """What pytest is started with."""
+        paths = [f"tests/{name.replace('/', '/test_')}.py" for name in self.files.split()]
+        return [*paths, *(["-k", self.only] if self.only else [])]
 
 
 # What depends on systemd, or on what Python makes of archives, addresses and certificates; no packages.
 IMAGES = "task or roots or user or harm or archive_may or stack or whiteout or tls or auth or taken_up"
 
 # One row: everything takes ten times as long there, also each start of pytest and of a file's first plugin.
-IN_MACHINES = (
-    "tests/test_effects.py", "tests/test_roots.py", "tests/test_cgroup.py", "tests/test_devices.py", "-k",
+IN_MACHINES = "container/effects container/roots container/cgroup container/devices"
+NEEDS_MACHINE = (
     "udev or test_cgroup or test_devices and (ephemeral or dead and not CAP)"
-    " or test_roots and (changes or booted or looks or layers or volatile)",
-)  # fmt: skip
+    " or test_roots and (changes or booted or looks or layers or volatile)"
+)
+NEWER = ("trixie", "sid")  # than 252
 # The whole life of tasks on other systemds than this machine's; what systemd and its daemons have to do with them;
 # and in a machine of its own only what a container does not have.
 PARTS = (
-    Part("container", ("tests/test_task.py",), suites=("trixie", "sid")),
-    Part("container", ("tests/test_recover.py", "tests/test_logs.py"), suites=("trixie", "sid")),
-    Part("container", ("tests/test_exec.py",), suites=("trixie", "sid")),
-    Part("container", ("tests/test_machined.py",)),
-    *([Part("container", ("tests/test_nomad.py", "-k", "not bridge"))] if shutil.which("nomad") else []),
-    Part("container", ("tests/test_effects.py", "-k", "not udev"), suites=("trixie", "sid")),
-    Part("container", ("tests/test_devices.py",)),
-    Part("container", ("tests/test_roots.py", "-k", "not file_system"), suites=("trixie", "sid")),
-    Part("machine", IN_MACHINES, timeout=1200),
-    Part("container", ("tests/test_reach.py",)),
-    Part(
-        "container",
-        ("tests/test_store.py", "tests/test_fetch.py", "tests/test_oci.py", "-k", IMAGES),
-        suites=("trixie", "sid"),
-    ),
+    Part("container", "container/task", suites=NEWER),
+    Part("container", "container/recover container/logs", suites=NEWER),
+    Part("container", "container/exec", suites=NEWER),
+    Part("container", "host/machined"),
+    *([Part("container", "host/nomad", "not bridge")] if shutil.which("nomad") else []),
+    Part("container", "container/effects", "not udev", suites=NEWER),
+    Part("container", "container/devices"),
+    Part("container", "container/roots", "not file_system", suites=NEWER),
+    Part("machine", IN_MACHINES, NEEDS_MACHINE, timeout=1200),
+    Part("container", "container/reach"),
+    Part("container", "container/store container/fetch container/oci", IMAGES, suites=NEWER),
 )
 
 
 def rows(kind: str) -> list[object]:
     return [
-        pytest.param(suite, part, id=f"{suite}-{' '.join(part.tests).replace('tests/test_', '')}")
+        pytest.param(suite, part, id=f"{suite}-{part.files}")
         for suite in SYSTEMD
         for part in PARTS
         if part.kind == kind and suite in part.suites
@@ -146,7 +150,7 @@ def machines() -> Iterator[Hosts]:
 def run_part(host: Host, part: Part) -> None:
     """Run tests in a host. Few that fail there get a second try, alone: a host shares two cores with all that
     runs beside it, and what it is late with is no fault of the driver's. What needed a second try is printed."""
-    result = host.pytest(*part.tests, "--timeout=300", timeout=part.timeout)
+    result = host.pytest(*part.arguments, "--timeout=300", timeout=part.timeout)
     print(result.output)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+::[^\s\[]+(?:\[.*?\])?)(?: - |$)", result.output, re.MULTILINE)
     if result.code == 1 and 0 < len(failed) <= SECOND_TRIES:
@@ -178,7 +182,8 @@ def test_tasks_of_a_host_that_reboots(driver_file: Path, suite: str) -> None:
     host = Container(suite)
     with host:
         for half in ("before", "after"):
-            code = f"from tests.test_recover import *; {half}_reboot(Path('{BUILT}'), Path('{CONTAINER_IMAGE}'))"
+            arguments = f"Path('{BUILT}'), Path('{CONTAINER_IMAGE}')"
+            code = f"from tests.container.test_recover import *; {half}_reboot({arguments})"
             host.check(f'{unit} -EPYTHONPATH={LIBRARY_ROOT} -EPYTHONDONTWRITEBYTECODE=1 python3 -c "{code}"', 120)
             if half == "before":
                 assert "task-" in host.check("machinectl list")

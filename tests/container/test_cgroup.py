@@ -2,7 +2,7 @@
 """What a task may use of the machine, and what it is told when memory runs short.
 
 The pure half runs anywhere. The other needs a machine whose controllers are those of cgroup v2: a virtual one, see
-tests/test_hosts.py. There each limit is read back from the kernel's file and seen to act.
+tests/host/test_hosts.py. There each limit is read back from the kernel's file and seen to act.
 """
 
 from __future__ import annotations
