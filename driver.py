@@ -790,7 +790,7 @@ def explain_mount(plan: Plan, error: OSError) -> DriverError:
     return HostError(f"ephemeral: no root can be laid over the image {plan.image.path}: {why}")
 
 
-KEEPER = (Path(__file__).parent / "nspawn/shim.sh").read_text()
+SHIM = (Path(__file__).parent / "nspawn/shim.sh").read_text()
 
 
 def open_log(path: str, folder: Source | None = None) -> int:
@@ -828,7 +828,7 @@ def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[in
         yield logs
 
 
-def start_keeper(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> tuple[ProcessId, str]:
+def start_shim(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> tuple[ProcessId, str]:
     """Start the shim in a mount namespace of its own, which holds the task's private root. Blocks, and leaves its
     thread in that namespace: for `run_in_thread`. The shim inherits `locks`; our copies are closed. The second
     result is a sentence if the command cannot be executed. Raises DriverError or OSError."""
@@ -865,7 +865,7 @@ def start_shell(
         "LANG": "C.UTF-8",
         "NOTIFY_SOCKET": str(state_dir / "notify"),
     }
-    argv = ["sh", "-c", KEEPER, "nomad-nspawn-keeper", str(state_dir), plan.cgroup]
+    argv = ["sh", "-c", SHIM, "nomad-nspawn-shim", str(state_dir), plan.cgroup]
     argv += ["filter" if plan.needs.filter else ""]
     own = plan.argv.index(f"--machine={plan.machine}") + 1
     argv = [*plan.network.entry, *argv, *plan.prefix, *plan.argv[:own], *arguments, *plan.argv[own:]]
@@ -877,7 +877,7 @@ def start_shell(
         if error.errno == errno.E2BIG:
             rule = "is longer than the kernel takes: 128 KiB an argument, 2 MiB with all options"
             raise ConfigError("command", list(plan.command), rule, "put long texts into files") from None
-        raise HostError(f"the container's keeper cannot be started: {error.strerror}") from None
+        raise HostError(f"the container's shim cannot be started: {error.strerror}") from None
 
 
 def read_record(state_dir: Path) -> Record | None:
@@ -930,10 +930,10 @@ class Task:
     async def wait_end(self) -> Exit:
         """Wait for the end and until nothing is left running, then work out how it ended. Raises OSError."""
         state = self.state
-        await state.keeper.wait()
+        await state.shim.wait()
         nspawn = find_nspawn(state)
         if nspawn.is_alive:
-            self.log.warn("the keeper was killed; the container runs on, its exit code may not be known")
+            self.log.warn("the shim was killed; the container runs on, its exit code may not be known")
             await nspawn.wait()
         is_orphaned = bool(state.leader and state.leader.send(signal.SIGKILL))  # then nspawn was killed
         await wait_processes(state)  # if the shim was killed, nspawn may still be cleaning up
@@ -1039,7 +1039,7 @@ class Task:
             state.leader.send(signal.SIGKILL)
         if state.leader and await self.wait(END_LIMIT):
             return
-        self.log.warn("killing systemd-nspawn and the keeper too: they did not end with the payload")
+        self.log.warn("killing systemd-nspawn and the shim too: they did not end with the payload")
         self.state = add_locks(state)
         kill_processes(state)
         if not await self.wait(END_LIMIT):
@@ -1100,7 +1100,7 @@ def find_nspawn(state: State) -> ProcessId:
     if leader and state.leader and int(leader[19]) == state.leader.started:
         parent = int(leader[1])
         fields = read_stat(parent)
-        if fields and int(fields[3]) == state.keeper.pid:
+        if fields and int(fields[3]) == state.shim.pid:
             return ProcessId(parent, int(fields[19]))
     return NO_PROCESS
 
@@ -1155,7 +1155,7 @@ class Start:
             mode=plan.mode,
             cgroup=plan.cgroup,
             boot_id=read_boot_id(),
-            keeper=NO_PROCESS,
+            shim=NO_PROCESS,
             leader=None,
             started_at=time.time(),
             image="" if plan.find_pin(plan.image.fd) else str(plan.image.path),
@@ -1178,7 +1178,7 @@ class Start:
                 go, may_go = os.pipe()
                 stack.callback(os.close, go)
                 stack.callback(os.close, may_go)
-                await self.start_keeper(go)
+                await self.start_shim(go)
                 os.write(may_go, b"go\n")
                 leader, users = await self.wait_ready(notify)
                 self.save(leader=leader, users=users, locks=add_locks(self.state).locks)
@@ -1190,17 +1190,17 @@ class Start:
             remove_tree(self.directory / name)
         return Task(self.state, self.events)
 
-    async def start_keeper(self, go: int) -> None:
+    async def start_shim(self, go: int) -> None:
         stdio = [go, *self.logs]
         started = asyncio.create_task(
-            run_in_thread(lambda: start_keeper(self.plan, self.directory, stdio, self.locks))
+            run_in_thread(lambda: start_shim(self.plan, self.directory, stdio, self.locks))
         )
         try:
             await asyncio.shield(started)
         finally:  # after a cancel, too: it does not stop the thread, and the shim it starts must be known
-            keeper, complaint = await started
-            self.state = replace(self.state, keeper=keeper)  # first: if the next line fails, `abandon` needs it
-            self.save(complaint=complaint, locks=find_locks(keeper, self.state.image))
+            shim, complaint = await started
+            self.state = replace(self.state, shim=shim)  # first: if the next line fails, `abandon` needs it
+            self.save(complaint=complaint, locks=find_locks(shim, self.state.image))
 
     def save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
@@ -1249,7 +1249,7 @@ class Start:
     async def wait_ready(self, notify: socket.socket) -> tuple[ProcessId, tuple[tuple[int, int], ...]]:
         """Wait until nspawn says READY; return the leader and its ranges of ids, or NO_PROCESS and () if it has
         ended by then. Raises DriverError if nspawn fails or takes too long, or if the leader is refused."""
-        ended = asyncio.create_task(self.state.keeper.wait())
+        ended = asyncio.create_task(self.state.shim.wait())
         try:
             claim = await asyncio.wait_for(self.read_ready(notify, ended), START_LIMIT)
         except asyncio.TimeoutError:
@@ -1412,7 +1412,7 @@ def check_leader(leader: ProcessId, state: State, has_other_users: bool, nspawn:
 def find_objection(leader: ProcessId, state: State, has_other_users: bool, nspawn: int) -> str:
     """Return why a process cannot be a task's leader, "" if it can."""
     status = read_status(leader.pid)
-    if nspawn and (status.get("PPid") != str(nspawn) or not has_ancestor(nspawn, state.keeper)):
+    if nspawn and (status.get("PPid") != str(nspawn) or not has_ancestor(nspawn, state.shim)):
         return "it is no child of the task's systemd-nspawn"
     if state.cgroup and not find_cgroups(leader.pid, f"{state.cgroup}/payload"):
         return f"it is not in {state.cgroup}/payload"
@@ -1436,11 +1436,11 @@ def has_ancestor(pid: int, ancestor: ProcessId, most: int = 4) -> bool:
     return False
 
 
-def check_keeper(state: State) -> None:
+def check_shim(state: State) -> None:
     """Raise HostError if the shim of a stored state lives but is not in the task's cgroup."""
-    path = f"{state.cgroup}/keeper"
-    if state.cgroup and not find_cgroups(state.keeper.pid, path) and state.keeper.is_alive:
-        raise HostError(f"process {state.keeper.pid} is not the keeper of {state.machine}: it is not in {path}")
+    path = f"{state.cgroup}/shim"
+    if state.cgroup and not find_cgroups(state.shim.pid, path) and state.shim.is_alive:
+        raise HostError(f"process {state.shim.pid} is not the shim of {state.machine}: it is not in {path}")
 
 
 def give_logs(logs: Sequence[int], users: Sequence[tuple[int, int]]) -> None:
@@ -1505,14 +1505,14 @@ class Tasks:
         if state.task_id == task_id and state.boot_id != read_boot_id():
             self.lost[task_id] = state
             raise TaskNotFound(task_id, "has ended: this machine was restarted since it was started")
-        is_running = state.keeper.is_alive or bool(state.leader and state.leader.is_alive)
+        is_running = state.shim.is_alive or bool(state.leader and state.leader.is_alive)
         if (
             state.task_id != task_id
             or not state.directory.is_dir()
             or not (is_running or read_record(state.directory))
         ):
             raise TaskNotFound(task_id)
-        check_keeper(state)
+        check_shim(state)
         if state.leader:
             check_leader(state.leader, state, has_other_users=False)  # the state has the ranges of ids
         self.adopt(Task(state, self.events))

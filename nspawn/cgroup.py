@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MPL-2.0
 """Where a task's processes live, what they may use and what they use.
 
-The shim is in <task>/keeper, nspawn (with --keep-unit) in <task>/supervisor, the container in <task>/payload.
+The shim is in <task>/shim, nspawn (with --keep-unit) in <task>/supervisor, the container in <task>/payload.
 <task> is the cgroup that Nomad made, or one of the same shape. It is never the agent's own: the task would end
 with the agent's service. On hybrid hosts the v2 hierarchy has no controllers: it only serves to find and kill
 processes, and their usage is added up.
@@ -97,7 +97,7 @@ def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
     if a limit cannot be set although its controller is there, and OSError if the cgroup cannot be made.
     """
     place = Path(cgroup)
-    (place / "keeper").mkdir(parents=True, exist_ok=True)
+    (place / "shim").mkdir(parents=True, exist_ok=True)
     ancestors = [parent for parent in reversed(place.parents) if (parent / "cgroup.subtree_control").exists()]
     for parent in ancestors:
         enabled = read_text(parent / "cgroup.subtree_control").split()

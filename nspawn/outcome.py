@@ -161,9 +161,9 @@ def explain_exit(end: Ending) -> Exit:
 
 def explain_lost_shim(end: Ending) -> Exit:
     if end.is_orphaned:
-        why = "the container's keeper and systemd-nspawn were killed; the container was ended with them"
+        why = "the container's shim and systemd-nspawn were killed; the container was ended with them"
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
-    return Exit(1, 0, "the container's keeper was killed, so the exit code is not known", end.at)
+    return Exit(1, 0, "the container's shim was killed, so the exit code is not known", end.at)
 
 
 def explain_status(end: Ending, record: Record) -> Exit:

@@ -48,7 +48,7 @@ class State:
     mode: Mode
     cgroup: str
     boot_id: str
-    keeper: ProcessId
+    shim: ProcessId
     leader: ProcessId | None  # the container's PID 1; None while it is being started
     started_at: float  # Unix time
     image: str  # its path if nspawn leaves files beside it, else ""
@@ -80,7 +80,7 @@ class State:
                 leader = values["leader"]
                 changes = {
                     "mode": Mode(values["mode"]),
-                    "keeper": ProcessId(**values["keeper"]),
+                    "shim": ProcessId(**values["shim"]),
                     "leader": ProcessId(**leader) if leader else None,
                     "ports": tuple((host, inside) for host, inside in values.get("ports", ())),
                     "users": tuple((begin, count) for begin, count in values.get("users", ())),
@@ -98,7 +98,7 @@ class State:
     def check(self) -> None:
         """Raise ValueError for a field that `render` cannot have written: what the fields name is killed and
         removed."""
-        processes = [self.keeper, *([self.leader] if self.leader else [])]
+        processes = [self.shim, *([self.leader] if self.leader else [])]
         numbers = [number for process in processes for number in (process.pid, process.started)]
         numbers += [number for pair in (*self.ports, *self.users) for number in pair]
         texts = [getattr(self, name.name) for name in fields(self) if name.type == "str"]
@@ -189,7 +189,7 @@ def guess_state(task_id: str) -> State:
         mode=Mode.COMMAND,
         cgroup=reserved if os.path.isdir(reserved) else shared,
         boot_id=read_boot_id(),
-        keeper=NO_PROCESS,
+        shim=NO_PROCESS,
         leader=None,
         started_at=0.0,
         image="",
@@ -234,16 +234,16 @@ def kill_processes(state: State) -> None:
     """Kill all processes of a task; does not wait. Kernels without cgroup.kill need the last two: the shim's
     process group, where nspawn is, and the leader, whose end kills its pid namespace. Raises OSError."""
     kill_cgroup(state.cgroup)
-    if state.keeper.is_alive:
+    if state.shim.is_alive:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(state.keeper.pid, signal.SIGKILL)
+            os.killpg(state.shim.pid, signal.SIGKILL)
     if state.leader:
         state.leader.send(signal.SIGKILL)
 
 
 async def wait_processes(state: State) -> None:
     """Wait until no process of a task is left. Raises OSError."""
-    inside = [state.keeper, state.leader or NO_PROCESS]
+    inside = [state.shim, state.leader or NO_PROCESS]
     while inside:
         for process in inside:
             await process.wait()
@@ -308,10 +308,10 @@ async def remove_place(place: str) -> None:
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
-def find_locks(keeper: ProcessId, image: str) -> tuple[str, ...]:
+def find_locks(shim: ProcessId, image: str) -> tuple[str, ...]:
     """Return the lock files that a task's shim, the shells below it and nspawn have open. Processes in the
     container's pid namespace are left out. Raises OSError."""
-    found, processes = set(), [keeper]
+    found, processes = set(), [shim]
     for _ in range(3):
         processes = [
             process for process in processes if len(read_status(process.pid).get("NSpid", "").split()) == 1
@@ -328,7 +328,7 @@ def add_locks(state: State) -> State:
     """Return a state with the locks that are held now, too. Call it before you kill nspawn, which may have begun
     to copy its image after the state was written. If the host cannot tell the locks, the copy stays."""
     with contextlib.suppress(OSError):
-        return replace(state, locks=tuple(sorted({*state.locks, *find_locks(state.keeper, state.image)})))
+        return replace(state, locks=tuple(sorted({*state.locks, *find_locks(state.shim, state.image)})))
     return state
 
 

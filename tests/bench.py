@@ -171,10 +171,10 @@ def bench_many(plugin: Plugin) -> None:
             task.start()
         busy = memory(plugin.pid, "Rss")
         row(f"plugin RSS, {COUNT} tasks running", f"{busy / 1024:.1f} MB")
-        keepers = [sum(memory(pid, "Pss") for pid in cgroup_pids(task, "keeper")) for task in running]
+        shims = [sum(memory(pid, "Pss") for pid in cgroup_pids(task, "shim")) for task in running]
         nspawns = [sum(memory(pid, "Pss") for pid in cgroup_pids(task, "supervisor")) for task in running]
-        ours = statistics.median(keepers) + (busy - idle) / COUNT
-        row("per task beside nspawn: PSS of the keeper", f"{statistics.median(keepers):.0f} KB")
+        ours = statistics.median(shims) + (busy - idle) / COUNT
+        row("per task beside nspawn: PSS of the shim", f"{statistics.median(shims):.0f} KB")
         row("per task beside nspawn: with the plugin's share", f"{ours:.0f} KB", "goal: under 1024 KB")
         row("for comparison: PSS of systemd-nspawn itself", f"{statistics.median(nspawns):.0f} KB")
         bench_stats(plugin, running)

@@ -143,9 +143,9 @@ def leader(task: Task) -> int:
     return int(driver_state(task)["leader"]["pid"])
 
 
-def keeper(task: Task) -> int:
+def shim(task: Task) -> int:
     """The pid of the process that waits for nspawn."""
-    return int(driver_state(task)["keeper"]["pid"])
+    return int(driver_state(task)["shim"]["pid"])
 
 
 def is_alive(pid: int) -> bool:

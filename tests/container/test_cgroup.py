@@ -25,7 +25,7 @@ from nspawn.outcome import Ending, Exit, Record, Shortage, explain_exit
 from nspawn.rules import choose_pids_limit
 from tests import agent
 from tests.agent import Task, launch_like_agent
-from tests.containers import Tasks, eventually, keeper, kill, leader, output
+from tests.containers import Tasks, eventually, kill, leader, output, shim
 from tests.hosts import needs_cgroup2
 
 MIB = 1 << 20
@@ -144,7 +144,7 @@ def test_record(tmp_path: Path) -> None:
     (tmp_path / "exit").write_text("1 0\noom 0\noom_kill 0\nmemory.max max\n")
     record = driver.read_record(tmp_path)
     assert record and record.shortage == Shortage(0, False)
-    (tmp_path / "exit").write_text("3 1\n")  # of a keeper before this version, or without cgroup v2
+    (tmp_path / "exit").write_text("3 1\n")  # of a shim before this version, or without cgroup v2
     record = driver.read_record(tmp_path)
     assert record and (record.status, record.is_orphaned, record.shortage.kills) == (3, True, 0)
 
@@ -257,7 +257,7 @@ def test_hog_is_killed_and_the_result_says_why(tasks: Tasks, mode: str) -> None:
 @needs_cgroup2
 @pytest.mark.root
 def test_killed_while_the_plugin_was_down(driver_file: Path, image: Path) -> None:
-    """The keeper has written it down."""
+    """The shim has written it down."""
     with contextlib.ExitStack() as stack:
         plugin = launch_like_agent(driver_file)
         successor = stack.enter_context(launch_like_agent(driver_file))
@@ -266,7 +266,7 @@ def test_killed_while_the_plugin_was_down(driver_file: Path, image: Path) -> Non
         task = tasks.start(script, plugin=plugin, resources=agent.Resources(memory=64))
         plugin.kill_hard()
         (task.dir / "local/go").touch()
-        eventually(lambda: not Path(f"/proc/{keeper(task)}").exists(), PATIENCE)
+        eventually(lambda: not Path(f"/proc/{shim(task)}").exists(), PATIENCE)
         task.recover(successor)
         result = task.wait(PATIENCE)
         assert result.oom_killed and "limit 64 MiB" in result.err

@@ -147,7 +147,7 @@ def test_no_process_of_the_host_is_taken_for_the_first_one(prisoners: Tasks, is_
             victim.kill()
 
 
-@pytest.mark.parametrize("role", ["leader", "keeper"])
+@pytest.mark.parametrize("role", ["leader", "shim"])
 def test_no_stored_state_names_a_process_of_the_host(prisoners: Tasks, driver_file: Path, role: str) -> None:
     task = imprison(prisoners, "sleep 1 while 1")
     assert task.handle
@@ -156,7 +156,7 @@ def test_no_stored_state_names_a_process_of_the_host(prisoners: Tasks, driver_fi
             genuine = task.handle.driver_state
             forged = {**driver_state(task), role: dataclasses.asdict(ProcessId.of_child(victim.pid))}
             task.handle.driver_state = json.dumps(forged).encode()
-            with pytest.raises(DriverError, match=f"process {victim.pid} is not the (first|keeper) of"):
+            with pytest.raises(DriverError, match=f"process {victim.pid} is not the (first|shim) of"):
                 task.recover(second)
             task.handle.driver_state = genuine
             task.recover(second)
@@ -1251,7 +1251,7 @@ APART: dict[str, Any] = {"network_veth": None, "private_network": True}  # the h
 STEERING = """
     LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT SYSTEMD_LOG_LEVEL SYSTEMD_NSPAWN_LOCK SYSTEMD_SECCOMP LISTEN_FDS
     NOTIFY_SOCKET GCONV_PATH GLIBC_TUNABLES LOCPATH TZ HOSTALIASES XTABLES_LIBDIR OPENSSL_CONF PATH HOME TMPDIR
-    LIBMOUNT_FSTAB BASH_ENV ENV IFS PS4 SHELLOPTS PYTHONPATH PYTHONSTARTUP keeper_state NOTHING_SPECIAL
+    LIBMOUNT_FSTAB BASH_ENV ENV IFS PS4 SHELLOPTS PYTHONPATH PYTHONSTARTUP shim_state NOTHING_SPECIAL
 """.split()  # noqa: SIM905 # a list of words reads better
 
 

@@ -595,9 +595,9 @@ GARBAGE_STATES = [
     b'"text"',
     b'{"version": 1}',
     b'{"version": 1, "leader": null}',
-    b'{"version": 1, "leader": 3, "mode": "boot", "keeper": {}, "command": []}',
-    b'{"version": 1, "leader": null, "mode": "other", "keeper": {"pid": 1, "started": 1}, "command": []}',
-    b'{"version": 1, "leader": null, "mode": "boot", "keeper": {"pid": 1, "started": 1}, "command": [], "new": 1}',
+    b'{"version": 1, "leader": 3, "mode": "boot", "shim": {}, "command": []}',
+    b'{"version": 1, "leader": null, "mode": "other", "shim": {"pid": 1, "started": 1}, "command": []}',
+    b'{"version": 1, "leader": null, "mode": "boot", "shim": {"pid": 1, "started": 1}, "command": [], "new": 1}',
     b'{"version": 2, "leader": null}',
     b"[" * 100_000,
 ]
@@ -880,7 +880,7 @@ def test_log_of_a_whole_session_is_readable_and_keeps_secrets(driver_file: Path,
 
 @pytest.mark.root
 def test_session_leaves_no_child_behind(shared: Plugin, ended: Task) -> None:
-    """Ended keepers are waited for: they would stay in the list of processes."""
+    """Ended shims are waited for: they would stay in the list of processes."""
     children = Path(f"/proc/{shared.pid}/task/{shared.pid}/children").read_text().split()
     states = [Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] for child in children]
     assert "Z" not in states

@@ -26,7 +26,7 @@ from nomad_pb import driver_pb2
 from nspawn.job import plan_machine
 from tests.agent import Allocation, DriverError, Plugin, Resources, Task, free_port, launch_like_agent
 from tests.agent import Port as GivenPort
-from tests.containers import Tasks, eventually, is_alive, keeper, kill, leader, make_small_image, nspawn, output
+from tests.containers import Tasks, eventually, is_alive, kill, leader, make_small_image, nspawn, output, shim
 from tests.leftovers import leftovers, peer, processes
 
 pytestmark = pytest.mark.root
@@ -241,7 +241,7 @@ def test_booted_system_in_a_group(group: Group, tasks: Tasks) -> None:
     assert task.wait(1).successful
 
 
-@pytest.mark.parametrize("victim", ["stop", "nspawn", "keeper", "leader", "destroy"])
+@pytest.mark.parametrize("victim", ["stop", "nspawn", "shim", "leader", "destroy"])
 def test_nothing_holds_the_groups_namespace(tasks: Tasks, victim: str) -> None:
     """Another task, started while the group was there, must not keep its namespace either."""
     with make_group() as group:
@@ -250,8 +250,8 @@ def test_nothing_holds_the_groups_namespace(tasks: Tasks, victim: str) -> None:
         if victim == "stop":
             task.stop(timeout=0)
         elif victim != "destroy":
-            kill({"nspawn": nspawn, "keeper": keeper, "leader": leader}[victim](task))
-            if victim == "keeper":
+            kill({"nspawn": nspawn, "shim": shim, "leader": leader}[victim](task))
+            if victim == "shim":
                 task.stop(timeout=0)
             task.wait(PATIENCE)
         task.destroy()
@@ -368,7 +368,7 @@ def port_maps(port: int) -> list[str]:
 
 def kill_all(task: Task) -> None:
     """End a container so that nspawn can clean up nothing."""
-    for pid in (keeper(task), nspawn(task), leader(task)):
+    for pid in (shim(task), nspawn(task), leader(task)):
         kill(pid)
     eventually(lambda: not is_alive(leader(task)))
 

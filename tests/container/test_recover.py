@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Tasks outlive the plugin, the agent, the keeper; and what does not come back is told at once.
+"""Tasks outlive the plugin, the agent, the shim; and what does not come back is told at once.
 
 The plugin is killed here as a crash would, and its successor gets the handle as an agent has it: whole under a
 living agent, without the driver config after a restart of the agent.
@@ -21,7 +21,7 @@ import pytest
 from nomad_pb import driver_pb2
 from nspawn.process import read_children
 from tests.agent import Allocation, DriverError, Plugin, Port, Resources, Task, call, launch_like_agent
-from tests.containers import Tasks, driver_state, eventually, is_alive, keeper, kill, leader, nspawn, output
+from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, nspawn, output, shim
 from tests.leftovers import STATE, leftovers, processes
 
 pytestmark = pytest.mark.root
@@ -175,7 +175,7 @@ def test_machine_without_descriptors_costs_no_exit_code(tasks: Tasks) -> None:
     resource.prlimit(tasks.plugin.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
     try:
         Path(task.allocation.dir, task.name, "local/go").touch()
-        eventually(lambda: not is_alive(keeper(task)))
+        eventually(lambda: not is_alive(shim(task)))
         time.sleep(0.5)  # the plugin has noticed
     finally:
         resource.prlimit(tasks.plugin.pid, resource.RLIMIT_NOFILE, limits)
@@ -325,28 +325,28 @@ def test_destroy_after_failed_recovery_with_damaged_state(tasks: Tasks, launch: 
     assert leftovers(task.allocation.id) == []
 
 
-# -- keeper and nspawn ---------------------------------------------------------------------------------------
+# -- shim and nspawn ---------------------------------------------------------------------------------------
 
 
-def test_killed_keeper_does_not_take_the_task_along(tasks: Tasks) -> None:
+def test_killed_shim_does_not_take_the_task_along(tasks: Tasks) -> None:
     task = tasks.start("trap 'echo got TERM; exit 3' TERM; echo ready; while :; do sleep 0.05; done")
     task.logmon.wait_for("ready\n")
-    kill(keeper(task))
+    kill(shim(task))
     with pytest.raises(TimeoutError):
         task.wait(0.5)
     assert is_alive(leader(task))
     task.stop(timeout=10)
     result = task.wait(1)
     assert not result.successful
-    assert "keeper was killed" in result.err and "exit code" in result.err
+    assert "shim was killed" in result.err and "exit code" in result.err
     assert b"got TERM\n" in task.logmon.stdout
 
 
-def test_exit_code_that_outlives_the_keeper(tasks: Tasks) -> None:
-    """The keeper of a booted system has a filter for its output, and a shell that waits for nspawn."""
+def test_exit_code_that_outlives_the_shim(tasks: Tasks) -> None:
+    """The shim of a booted system has a filter for its output, and a shell that waits for nspawn."""
     task = tasks.boot()
-    (shell,) = (pid for pid in read_children(keeper(task)) if nspawn(task) in read_children(pid))
-    kill(keeper(task))
+    (shell,) = (pid for pid in read_children(shim(task)) if nspawn(task) in read_children(pid))
+    kill(shim(task))
     with pytest.raises(TimeoutError):
         task.wait(0.5)
     kill(leader(task))
@@ -355,38 +355,38 @@ def test_exit_code_that_outlives_the_keeper(tasks: Tasks) -> None:
     assert not is_alive(shell)
 
 
-@pytest.mark.parametrize("order", [(keeper, nspawn), (nspawn, keeper)])
-def test_killed_keeper_and_nspawn_end_the_task(tasks: Tasks, order: tuple[Callable[[Task], int], ...]) -> None:
+@pytest.mark.parametrize("order", [(shim, nspawn), (nspawn, shim)])
+def test_killed_shim_and_nspawn_end_the_task(tasks: Tasks, order: tuple[Callable[[Task], int], ...]) -> None:
     task = tasks.start(FOREVER)
     payload = leader(task)
-    os.kill(keeper(task), signal.SIGSTOP)  # or it would leave a record of the other's end
+    os.kill(shim(task), signal.SIGSTOP)  # or it would leave a record of the other's end
     for pid in [find(task) for find in order]:
         kill(pid)
     result = task.wait(PATIENCE)
     assert (result.exit_code, result.signal) == (137, 9)
-    assert "keeper and systemd-nspawn were killed" in result.err
+    assert "shim and systemd-nspawn were killed" in result.err
     assert not is_alive(payload)
 
 
-def test_keeper_killed_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
+def test_shim_killed_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
     task = tasks.start(FOREVER)
     crash(tasks)
-    kill(keeper(task))
+    kill(shim(task))
     recover(tasks, launch, task)
     with pytest.raises(TimeoutError):
         task.wait(0.3)
     task.stop(timeout=0)
-    assert "keeper" in task.wait(1).err
+    assert "shim" in task.wait(1).err
     task.destroy()
     assert leftovers(task.allocation.id) == []
 
 
-def test_keeper_and_container_ended_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
+def test_shim_and_container_ended_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
     """Nothing can tell the exit code: the task counts as gone."""
     task = tasks.start(FOREVER)
     pids = [leader(task), nspawn(task)]
     crash(tasks)
-    kill(keeper(task))
+    kill(shim(task))
     kill(pids[0])
     eventually(lambda: not any(map(is_alive, pids)))
     tasks.plugin = launch()
@@ -408,11 +408,11 @@ def test_nspawn_killed_while_no_plugin_runs(tasks: Tasks, launch: Launch, agent_
     assert not is_alive(payload)
 
 
-def test_nspawn_and_keeper_killed_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
+def test_nspawn_and_shim_killed_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
     task = tasks.start(FOREVER)
     outer = nspawn(task)
     crash(tasks)
-    kill(keeper(task))
+    kill(shim(task))
     kill(outer)
     recover(tasks, launch, task)
     task.stop(timeout=0)

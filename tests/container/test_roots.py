@@ -40,13 +40,13 @@ from tests.containers import (
     Tasks,
     eventually,
     is_alive,
-    keeper,
     kill,
     leader,
     make_small_image,
     nspawn,
     on_overlay,
     output,
+    shim,
 )
 from tests.leftovers import leftovers, mounts, processes, snapshots
 
@@ -590,7 +590,7 @@ def test_one_writer_or_many_readers(tasks: Tasks, small: Path, sharing: dict[str
 
 
 @root
-@pytest.mark.parametrize("victim", [keeper, nspawn])
+@pytest.mark.parametrize("victim", [shim, nspawn])
 def test_locks_are_held_as_long_as_the_container_lives(
     tasks: Tasks, small: Path, victim: Callable[[Task], int]
 ) -> None:
@@ -602,7 +602,7 @@ def test_locks_are_held_as_long_as_the_container_lives(
     assert is_locked(image_lock)
     held = leader(task)
     kill(victim(task))
-    if victim is keeper:  # the container runs on
+    if victim is shim:  # the container runs on
         assert is_locked(lock) and is_locked(image_lock) and is_alive(held)
     task.stop(timeout=0)
     task.destroy()
@@ -770,7 +770,7 @@ def wait_clean(task: Task, image: Path) -> None:
 
 
 @root
-@pytest.mark.parametrize("whom", ["plugin", "keeper", "nspawn", "both"])
+@pytest.mark.parametrize("whom", ["plugin", "shim", "nspawn", "both"])
 def test_kill_at_any_moment(driver_file: Path, small: Path, whom: str) -> None:
     """SIGKILL at random moments of a start; then the agent's DestroyTask, from another plugin."""
     seed = int(os.environ.get("NSPAWN_TEST_SEED") or time.time_ns())
@@ -786,11 +786,11 @@ def test_kill_at_any_moment(driver_file: Path, small: Path, whom: str) -> None:
             start: Any = doomed.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
             time.sleep(chance.random() * 0.15)
             for pid, command in list(processes(task.allocation.id)):
-                if (whom == "keeper" and "nspawn-keeper" in command) or (
+                if (whom == "shim" and "nspawn-shim" in command) or (
                     whom in ("nspawn", "both") and command.startswith("systemd-nspawn")
                 ):
                     kill(pid)
-            if whom in ("keeper", "nspawn"):
+            if whom in ("shim", "nspawn"):
                 time.sleep(chance.random() * 0.1)
             os.kill(doomed.pid, signal.SIGKILL)
             doomed.kill_hard()
@@ -912,7 +912,7 @@ def test_operators_own_directory_for_changes(driver_file: Path, small: Path, tmp
         found = sorted(path.name for path in scratch.iterdir())
         assert found == sorted(["precious", *(f"task-{task.allocation.id}.nspawn-root" for task in both)])
         assert all((path / "upper/x").exists() for path in scratch.glob("*.nspawn-root"))
-        kill(keeper(both[0]))
+        kill(shim(both[0]))
         third = tasks.start(FOREVER, ephemeral=True)
         assert (scratch / f"task-{both[0].allocation.id}.nspawn-root/upper/x").exists(), "in use by its container"
         for task in (*both, third):

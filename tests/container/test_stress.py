@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.agent import ExitResult, Plugin, Task, launch_like_agent
-from tests.containers import Tasks, keeper, kill, leader, nspawn, zombies
+from tests.containers import Tasks, kill, leader, nspawn, shim, zombies
 from tests.leftovers import leftovers
 
 pytestmark = pytest.mark.root
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.root
 TASKS = 50
 AT_ONCE = 16  # calls; a client has one a task, but no machine has so many processors
 SCRIPT = "trap 'exit 5' TERM; echo ready; while :; do sleep 0.2; done"
-FATES = ("stopped", "killed", "left to end", "nspawn", "keeper", "leader", "destroyed")
+FATES = ("stopped", "killed", "left to end", "nspawn", "shim", "leader", "destroyed")
 KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"process_two": True},
@@ -86,8 +86,8 @@ def meet(task: Task, fate: str) -> None:
         kill(nspawn(task))
     elif fate == "leader":
         kill(leader(task))
-    elif fate == "keeper":
-        kill(keeper(task))
+    elif fate == "shim":
+        kill(shim(task))
         task.stop(timeout=0)
 
 
@@ -100,7 +100,7 @@ def check(kind: dict[str, Any], fate: str, result: ExitResult) -> None:
         assert (result.exit_code, result.signal) == (137, 9)
     elif fate == "nspawn":
         assert not result.successful and result.err
-    elif fate == "keeper":  # a shell of it may still have left the exit record
+    elif fate == "shim":  # a shell of it may still have left the exit record
         assert not result.successful and (result.err or result.signal == 9)
 
 

@@ -77,7 +77,7 @@ MEMORY_STAT = "anon 1000\nfile 2000\nkernel 300\n"
 def cgroup(tmp_path: Path) -> Path:
     path = tmp_path / "a.web.scope"
     (path / "payload/init.scope").mkdir(parents=True)
-    (path / "keeper").mkdir()
+    (path / "shim").mkdir()
     files = {
         "cpu.stat": CPU_STAT,
         "memory.stat": MEMORY_STAT,
@@ -85,7 +85,7 @@ def cgroup(tmp_path: Path) -> Path:
         "memory.swap.current": "5\n",
         "memory.peak": "8192\n",
         "cgroup.procs": "",
-        "keeper/cgroup.procs": "1\n2\n",
+        "shim/cgroup.procs": "1\n2\n",
         "payload/init.scope/cgroup.procs": "4194304\n",
     }
     for name, text in files.items():
@@ -394,10 +394,10 @@ def test_every_tool_has_a_package() -> None:
     assert TOOLS == PACKAGES
 
 
-def test_keeper_starts_only_tools_that_are_checked() -> None:
+def test_shim_starts_only_tools_that_are_checked() -> None:
     """A missing one would be found out by the first task."""
     for tool in ("mount", "sed"):
-        assert f"{tool} " in driver.KEEPER
+        assert f"{tool} " in driver.SHIM
         assert tool in TOOLS
 
 

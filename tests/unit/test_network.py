@@ -40,7 +40,7 @@ def values(**options: Any) -> dict[str, Any]:
 # -- the plan ------------------------------------------------------------------------------------------------
 
 
-def test_group_is_entered_before_the_keeper_and_nspawn_knows_no_network() -> None:
+def test_group_is_entered_before_the_shim_and_nspawn_knows_no_network() -> None:
     found = plan({}, task=replace(TASK, network=GROUP))
     assert found.argv == (
         *HEAD,

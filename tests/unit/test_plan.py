@@ -1517,9 +1517,9 @@ def test_exit_by_the_driver(mode: Mode, is_orphaned: bool, record: Record | None
 
 
 def test_exit_without_a_record() -> None:
-    lost = "the container's keeper was killed, so the exit code is not known"
+    lost = "the container's shim was killed, so the exit code is not known"
     assert explain_exit(Ending(Mode.COMMAND, 5.0, None)) == Exit(1, 0, lost, 5.0)
-    lost = "the container's keeper and systemd-nspawn were killed; the container was ended with them"
+    lost = "the container's shim and systemd-nspawn were killed; the container was ended with them"
     assert explain_exit(Ending(Mode.COMMAND, 5.0, None, is_orphaned=True)) == Exit(137, 9, lost, 5.0)
 
 
@@ -1587,7 +1587,7 @@ states = st.builds(
     mode=st.sampled_from(Mode),
     cgroup=st.just("") | words.map("/sys/fs/cgroup/x.slice/{}".format),
     boot_id=st.text(),
-    keeper=processes,
+    shim=processes,
     leader=st.none() | processes,
     started_at=st.floats(0, 1e11),
     image=st.just("") | words.map("/images/{}".format),
@@ -1601,7 +1601,7 @@ STATE = State(
     mode=Mode.BOOT,
     cgroup=GIVEN,
     boot_id="b",
-    keeper=ProcessId(10, 20),
+    shim=ProcessId(10, 20),
     leader=ProcessId(11, 21),
     started_at=1.5,
     image="/i",
@@ -1625,7 +1625,7 @@ UNSAFE: list[dict[str, Any]] = [
     {"zone": "../x"},
     {"link": "eth0"},
     {"place": "x/.nspawn-root"},
-    {"keeper": ProcessId(-1, 0)},
+    {"shim": ProcessId(-1, 0)},
     {"leader": ProcessId("1", 0)},  # type: ignore[arg-type]
     {"ports": ((1, "x"),)},
     {"users": ((1, 2.5),)},
@@ -1702,7 +1702,7 @@ json_values = st.recursive(
 
 
 @given(st.sampled_from(sorted(json.loads(STATE.render()))), json_values)
-@example("keeper", {"pid": 1, "started": True})
+@example("shim", {"pid": 1, "started": True})
 @example("mounts", {"a": ["b"]})
 @example("version", [])
 def test_any_field_may_be_garbage(name: str, value: Any) -> None:
