@@ -102,7 +102,7 @@ demo() {
 		cp -a --reflink=auto "$image" /var/lib/machines/.debian.tmp
 		mv /var/lib/machines/.debian.tmp /var/lib/machines/debian
 	fi
-	exec $python tests/agent.py demo
+	exec $python -m tests.agent demo
 }
 
 bench() {

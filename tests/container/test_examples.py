@@ -18,7 +18,6 @@ from nspawn.host import CgroupMode, Host
 from nspawn.options import decode_options
 from nspawn.rules import apply_defaults, check_rules
 from tests.agent import (
-    ROOT,
     Allocation,
     Task,
     decode_config,
@@ -31,6 +30,7 @@ from tests.agent import (
 from tests.containers import Tasks, eventually
 from tests.servers import FileServer, ImageParts, Registry
 
+ROOT = Path(__file__).resolve().parents[2]
 JOBS = [
     path for path in sorted((ROOT / "example").rglob("*.hcl")) if path.name not in ("config.hcl", "hardened.hcl")
 ]

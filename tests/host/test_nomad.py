@@ -21,13 +21,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent import ROOT, AgentError, NomadAgent
+from tests.agent import AgentError, NomadAgent
 from tests.container.test_examples import JOBS
 from tests.container.test_reach import SERVER, make_dhcp_image
 from tests.containers import escape, eventually, make_small_image
 from tests.hosts import make_nginx_image
 from tests.leftovers import leftovers
 from tests.servers import FileServer, ImageParts, Registry, pack_tree
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.root,
