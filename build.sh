@@ -22,7 +22,7 @@ usage: sh build.sh [command]
   demo                build and start a Nomad agent with the driver; root, the same
   bench               build and measure; root, the same
   protos              generate the Python code in nomad_pb/ anew
-  reference           write the reference of all options into README.md anew
+  reference           write docs/options.md, the reference of all options, anew
   clean               remove what was built
 
 Images for tests are made once in \$IMAGE_CACHE (now $image_cache).
@@ -124,13 +124,8 @@ protos() {
 
 reference() {
 	make_tools
-	$python - <<'EOF'
-import re
-import driver
-text = open("README.md").read()
-marks = re.compile(r"(?s)(<!-- what `nomad-driver-nspawn options` prints.*?-->\n\n).*?(\n<!-- end of the reference -->)")
-open("README.md", "w").write(marks.sub(lambda found: found[1] + driver.render_reference() + found[2], text))
-EOF
+	$python -c 'import driver; print(driver.render_reference(), end="")' >build/options.md
+	mv build/options.md docs/options.md
 }
 
 clean() {

@@ -280,7 +280,7 @@ FILE_NAME = "nomad-driver-nspawn"  # what the agent's `plugin` block is looked u
 # Schema
 #
 # The rows: a task's options by groups, and the plugin's. The schema, decoding, nspawn's arguments and the
-# reference in the README are made from them.
+# reference in docs/options.md are made from them.
 # =====================================================================================================
 
 IMAGE_OPTIONS: tuple[Option, ...] = (
@@ -698,13 +698,25 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
 )  # fmt: skip
 
 
+REFERENCE_HEAD = """\
+<!-- `sh build.sh reference` writes this file. The text is in driver.py. -->
+
+# Options
+
+These go into a task's `config` block. Names and meanings are systemd-nspawn's. A map may be written as a block or
+with `=`; if two blocks of a map share a key, the later wins. `nomad-driver-nspawn options` prints this reference
+for the version that is installed. Each option is checked before the image is fetched, and all together before the
+container starts. A refusal is one sentence that names the option, the value and the remedy.
+"""
+
+
 def render_reference() -> str:
-    """Return the manual of all options in Markdown; the README holds what this gives."""
-    parts = []
+    """Return the manual of all options in Markdown: docs/options.md."""
+    parts = [REFERENCE_HEAD]
     for title, options in TASK_GROUPS.items():
-        parts.append(f"#### {title}\n\n{render_table(options)}")
-    parts.append(f"#### In the plugin's block\n\n{render_table(PLUGIN_OPTIONS)}")
-    parts.append(f"#### Permissions\n\n{render_permission_table()}")
+        parts.append(f"## {title}\n\n{render_table(options)}")
+    parts.append(f"## In the plugin's block\n\n{render_table(PLUGIN_OPTIONS)}")
+    parts.append(f"## Permissions\n\n{render_permission_table()}")
     return "\n".join(parts)
 
 

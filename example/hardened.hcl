@@ -1,5 +1,5 @@
 # Configuration of an agent for jobs from people whom the operator does not trust with the host: no job may use what
-# opens the host. The README says under "Permissions" what each permission opens. Add to these lists what your jobs
+# opens the host. docs/options.md says under "Permissions" what each permission opens. Add to these lists what your jobs
 # need.
 #
 #     sudo nomad agent -config=example/hardened.hcl ...

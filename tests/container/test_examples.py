@@ -69,7 +69,7 @@ def test_hardened_operator_is_valid() -> None:
     assert {name: values[name] for name in ("allow", "allow_caps", "allow_paths", "volumes")} == {
         "allow": (), "allow_caps": (), "allow_paths": (), "volumes": False,
     }  # fmt: skip
-    assert driver.STRICT_BLOCK in (ROOT / "README.md").read_text(), "the first block for operators there"
+    assert driver.STRICT_BLOCK in (ROOT / "docs/security.md").read_text(), "the first block for operators there"
 
 
 @pytest.fixture

@@ -230,8 +230,8 @@ def fresh(driver_file: Path) -> Iterator[Plugin]:
 
 
 def documented_attributes() -> set[str]:
-    """Return the names of the node's attributes in the README's table."""
-    text = (ROOT / "README.md").read_text()
+    """Return the names of the node's attributes in the table of docs/operations.md."""
+    text = (ROOT / "docs/operations.md").read_text()
     table = text[text.index("| `driver.nspawn.` | meaning |") :].split("\n\n")[0]
     cells = [row.split("|")[1] for row in table.splitlines()[2:]]
     return {"driver.nspawn"} | {f"driver.nspawn.{name}" for cell in cells for name in re.findall("`(.+?)`", cell)}
