@@ -58,6 +58,9 @@ def decompressed(path: Path) -> Iterator[IO[bytes]]:
             tool.wait()
 
 
+MAX_READS_AT_END = 16  # tarfile needs three: for what an entry has left, for its padding, for the next header
+
+
 class Source:
     """A stream that is measured, hashed and limited as it is read."""
 
@@ -65,9 +68,15 @@ class Source:
         self.stream, self.limit = stream, limit
         self.digest = hashlib.sha256()
         self.meter = Meter(what)
+        self.reads_at_end = 0
 
     def read(self, size: int = CHUNK) -> bytes:
+        """Raises DriverError beyond the limit, and if the caller does not notice the end: tarfile skips an entry
+        that claims to have 2^62 bytes in as many reads as that takes."""
         data = self.stream.read(size)
+        self.reads_at_end += not data
+        if self.reads_at_end > MAX_READS_AT_END:
+            raise DriverError("the archive is cut off: an entry is longer than what is left")
         self.digest.update(data)
         self.meter.add(len(data))
         if self.meter.done > self.limit:

@@ -255,3 +255,12 @@ def test_archives(data: bytes, is_layer: bool, cut: int) -> None:
             assert measure(tree) < 4 << 20
         finally:
             remove_tree(tree)
+
+
+@pytest.mark.parametrize("kind", [b"Q", tarfile.GNUTYPE_SPARSE])
+def test_entry_that_claims_to_be_endless(tmp_path: Path, kind: bytes) -> None:
+    entry = tarfile.TarInfo("endless")
+    entry.type, entry.size = kind, 1 << 62
+    archive = io.BytesIO(entry.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DriverError, match="cut off"):
+        Unpacker(tmp_path, Room(1 << 20), is_layer=False).run(archive)
