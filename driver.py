@@ -23,6 +23,7 @@ import gc
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -98,6 +99,7 @@ from nspawn.checks import (
     check_positive,
     check_printable,
     check_range,
+    check_registries,
     check_tmpfs,
     check_user,
     check_variables,
@@ -126,7 +128,10 @@ from nspawn.common import (
     TaskNotFound,
     TransientError,
     Unsupported,
+    check_shortage,
+    explain_host,
     log,
+    quote,
     render_line,
     shorten,
 )
@@ -666,7 +671,7 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "4096", default=16384, check=check_range(0, MAX_PIDS)),
     Option("image_dir", Kind.STRING,
            "The directory of the images that jobs name without a path.",
-           '"/srv/images"', default=str(MACHINES_ROOT), check=check_host_directory),
+           '"/srv/images"', default=str(MACHINES_ROOT), refuses_empty=True, check=check_host_directory),
     Option("ephemeral_dir", Kind.STRING,
            "The directory for what tasks with `ephemeral` change. By default it is kept in the task's directory, "
            "for which `ephemeral_disk` reserves space.",
@@ -682,7 +687,7 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "limit for the whole download.",
            '"30s"', check=parse_duration),
     Option("insecure_registries", Kind.STRINGS, "Registries to ask by plain http.",
-           '["registry.local:5000"]', default=()),
+           '["registry.local:5000"]', default=(), check=check_registries),
     Option("auth", Kind.BLOCK,
            "Credentials for registries, for jobs that give none.",
            '{ config = "/root/.docker/config.json" }', fields=(
@@ -796,8 +801,7 @@ def prepare_root(plan: Plan, root: Path) -> str:
 
 
 def explain_mount(plan: Plan, error: OSError) -> DriverError:
-    if error.errno == errno.ENOSPC:
-        return TransientError("ephemeral: the disk is full")
+    check_shortage(error)
     why = "the kernel has no overlay file system" if error.errno == errno.ENODEV else error.strerror
     return HostError(f"ephemeral: no root can be laid over the image {plan.image.path}: {why}")
 
@@ -820,6 +824,7 @@ def open_log(path: str, folder: Source | None = None) -> int:
     except FileNotFoundError:
         return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # disable_log_collection: nobody makes the FIFOs
     except OSError as error:
+        check_shortage(error)
         raise HostError(f"the log path {path} cannot be opened: {error.strerror}") from None
     try:
         if not (stat.S_ISFIFO(os.fstat(found).st_mode) or path == "/dev/null"):
@@ -889,6 +894,7 @@ def start_shell(
         if error.errno == errno.E2BIG:
             rule = "is longer than the kernel takes: 128 KiB an argument, 2 MiB with all options"
             raise ConfigError("command", list(plan.command), rule, "put long texts into files") from None
+        check_shortage(error)
         raise HostError(f"the container's shim cannot be started: {error.strerror}") from None
 
 
@@ -1357,6 +1363,7 @@ def make_journal(journal: Journal) -> None:
         else:
             os.mkdir(journal.place, 0o755)
     except OSError as error:
+        check_shortage(error)
         raise HostError(f"link_journal: {journal.place} cannot be made: {error.strerror}") from None
 
 
@@ -1575,9 +1582,17 @@ async def abort(context: Any, error: DriverError) -> None:
 
 
 def as_driver_error(error: Exception) -> DriverError:
-    """Return a DriverError as it is. For any other error, log the trace and return a short DriverError."""
+    """Return a DriverError as it is, and a sentence about the machine for an OSError. Any other error is a bug:
+    log the trace and return a short DriverError."""
     if isinstance(error, DriverError):
         return error
+    if isinstance(error, MemoryError):
+        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if isinstance(error, OSError):
+        failure = explain_host(error)
+        if not failure.recoverable:  # a sentence for people alone would not tell where it comes from
+            log.error("this machine does not let the plugin do its work", trace=traceback.format_exc())
+        return failure
     log.error("internal error", trace=traceback.format_exc())
     return DriverError(f"internal error of the driver, see the agent's log: {error}")
 
@@ -1619,7 +1634,8 @@ def unpack_options(packed: bytes) -> Mapping[str, object]:
     if not packed:
         return {}
     try:
-        raw = msgpack.unpackb(packed, raw=False, strict_map_key=False)
+        # Bytes that are no UTF-8 become surrogates: the option's decoder refuses them, and can name the option.
+        raw = msgpack.unpackb(packed, raw=False, strict_map_key=False, unicode_errors="surrogateescape")
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException):  # TypeError: a list as a key
         raise DriverError("the configuration cannot be read: it is no msgpack") from None
     if not isinstance(raw, dict):
@@ -1627,7 +1643,27 @@ def unpack_options(packed: bytes) -> Mapping[str, object]:
     return raw
 
 
+def check_task(task: driver_pb2.TaskConfig) -> None:
+    """Refuse what Nomad never sends: the rest of the driver need not expect it. Raises DriverError."""
+    linux, network = task.resources.linux_resources, task.network_isolation_spec
+    texts = [task.id, task.name, task.alloc_id, task.alloc_dir, task.user, task.stdout_path, task.stderr_path]
+    texts += [linux.cpuset_cgroup, linux.cpuset_cpus, network.path]
+    texts += [text for mount in task.mounts for text in (mount.host_path, mount.task_path)]
+    texts += [text for device in task.devices for text in (device.host_path, device.task_path)]
+    for text in texts:
+        if "\0" in text:
+            raise DriverError(f"the task cannot be started: {quote(text)} holds a NUL character")
+    if {".", ".."} & {*task.name.split("/")}:
+        raise DriverError(f"the task cannot be started: {quote(task.name)} is no name for it; give it another")
+    if not task.alloc_dir:
+        raise DriverError("the task cannot be started: it has no directory (alloc_dir)")
+    if not math.isfinite(linux.PercentTicks):
+        raise DriverError(f"the task cannot be started: its share of the CPU is no number ({linux.PercentTicks})")
+
+
 def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
+    """Raises DriverError."""
+    check_task(task)
     return TaskConfig(
         id=task.id,
         name=task.name,
@@ -1829,11 +1865,11 @@ class DriverService:
 
     @answers
     async def StartTask(self, request: driver_pb2.StartTaskRequest) -> driver_pb2.StartTaskResponse:
-        config = read_task_config(request.task)
-        if config.id in self.tasks.known and not self.tasks.known[config.id].ended.is_set():
-            raise DriverError(f"task {config.id} is running already")
         if not self.config["enabled"]:
             raise HostError("the driver is switched off on this client: its plugin block has enabled = false")
+        config = read_task_config(request.task)
+        if config.id in self.tasks.known and not self.tasks.known[config.id].ended.is_set():
+            raise DriverError(f"task {quote(config.id)} is running already")
         host = read_host()
         if not host.is_healthy:
             raise HostError(host.health_description)
@@ -1879,7 +1915,7 @@ class DriverService:
         except asyncio.CancelledError:
             if self.starts.get(config.id) is start:  # the call itself was cancelled
                 raise
-            raise DriverError(f"task {config.id} was stopped while it was being started") from None
+            raise DriverError(f"task {quote(config.id)} was stopped while it was being started") from None
         finally:
             if self.starts.get(config.id) is start:
                 del self.starts[config.id]
@@ -1978,7 +2014,9 @@ class DriverService:
         await self.stop_start(request.task_id)
         task = self.tasks.known.get(request.task_id)
         if task and not task.ended.is_set() and not request.force:
-            raise DriverError(f"task {request.task_id} is still running; stop it first, or destroy it with force")
+            raise DriverError(
+                f"task {quote(request.task_id)} is still running; stop it first, or destroy it with force"
+            )
         await self.tasks.destroy(request.task_id)
         if task:
             await self.tasks.machined.settle(task.state.machine)
@@ -2062,7 +2100,7 @@ class DriverService:
         number = parse_signal(request.signal)
         task = self.tasks.get(request.task_id)
         if task.ended.is_set():
-            raise DriverError(f"task {request.task_id} has ended, there is nothing to signal")
+            raise DriverError(f"task {quote(request.task_id)} has ended, there is nothing to signal")
         await task.send(number)
         return driver_pb2.SignalTaskResponse()
 

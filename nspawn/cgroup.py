@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nspawn.common import HostError, is_below
+from nspawn.common import HostError, check_shortage, is_below, is_shortage
 from nspawn.files import read_text
 from nspawn.host import CONTROLLERS, CgroupMode, read_cgroup_mode
 from nspawn.job import Resources
@@ -113,6 +113,7 @@ def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
             try:
                 write_control(place / name, value)
             except OSError as error:
+                check_shortage(error)
                 raise HostError(
                     f"the limit {name} = {value} cannot be set in {cgroup}: {error.strerror}"
                 ) from None
@@ -211,8 +212,8 @@ def parse_counters(text: str) -> dict[str, int]:
 
 def read_number(path: str) -> int:
     try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):
+        return int(read_text(Path(path)))
+    except ValueError:
         return 0
 
 
@@ -284,12 +285,15 @@ def read_descendants(pid: int) -> list[int]:
 
 
 def kill_cgroup(cgroup: str) -> bool:
-    """Kill all processes in a cgroup and below it. False if it is gone, or if the kernel is older than 5.14."""
+    """Kill all processes in a cgroup and below it. False if it is gone, or if the kernel is older than 5.14.
+    Raises OSError if the host cannot do it now."""
     if not cgroup:
         return False
     try:
-        Path(cgroup, "cgroup.kill").write_text("1")
-    except OSError:
+        write_control(Path(cgroup, "cgroup.kill"), "1")
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return False
     return True
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nspawn.common import ConfigError
+from nspawn.common import ConfigError, name_entry
 from nspawn.options import PERMISSIONS, Check, Permission
 
 
@@ -70,8 +70,8 @@ def parse_bind(target: str) -> tuple[str, str]:
 
 def check_binds(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for source, target in value.items():
-        check_source(f"{name}.{source}", source, shown=target)
-        check_container_path(f"{name}.{source}", parse_bind(target)[0])
+        check_source(name_entry(name, source), source, shown=target)
+        check_container_path(name_entry(name, source), parse_bind(target)[0])
     return value
 
 
@@ -138,7 +138,7 @@ def check_tmpfs(name: str, value: Sequence[str]) -> Sequence[str]:
 
 def check_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
     for label, port in value.items():
-        check_range(1, 65535, "a port")(f"{name}.{label}", port)
+        check_range(1, 65535, "a port")(name_entry(name, label), port)
     return value
 
 
@@ -216,15 +216,16 @@ def parse_rlimits(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     """Return limits by names such as RLIMIT_NOFILE. Also takes docker's nofile."""
     found = {}
     for key, limit in value.items():
+        option = name_entry(name, key)
         plain = key.upper().removeprefix("RLIMIT_")
         if plain not in RLIMITS:
             known = ", ".join(limit.lower() for limit in RLIMITS)
-            raise ConfigError(f"{name}.{key}", limit, "is not a resource limit", f"the limits are {known}")
+            raise ConfigError(option, limit, "is not a resource limit", f"the limits are {known}")
         if not re.fullmatch(r"(\d{1,19}|infinity)(:(\d{1,19}|infinity))?", limit):
-            raise ConfigError(f"{name}.{key}", limit, "must be LIMIT or SOFT:HARD, each a number or infinity")
+            raise ConfigError(option, limit, "must be LIMIT or SOFT:HARD, each a number or infinity")
         soft, _, hard = limit.partition(":")
         if hard and float(soft.replace("infinity", "inf")) > float(hard.replace("infinity", "inf")):
-            raise ConfigError(f"{name}.{key}", limit, "the soft limit must not be above the hard one")
+            raise ConfigError(option, limit, "the soft limit must not be above the hard one")
         found[f"RLIMIT_{plain}"] = limit
     return found
 
@@ -241,7 +242,7 @@ def check_credentials(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
 
 def check_credential_files(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for key, path in check_credentials(name, value).items():
-        check_source(f"{name}.{key}", path, shown=path)
+        check_source(name_entry(name, key), path, shown=path)
     return value
 
 
@@ -278,6 +279,13 @@ def check_checksum(name: str, value: str) -> str:
 def check_platform(name: str, value: str) -> str:
     if not re.fullmatch(r"linux/[a-z0-9_]+(/[a-z0-9.]+)?", value):
         raise ConfigError(name, value, "must be linux/ARCHITECTURE or linux/ARCHITECTURE/VARIANT")
+    return value
+
+
+def check_registries(name: str, value: Sequence[str]) -> Sequence[str]:
+    for item in value:
+        if not re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?", item):
+            raise ConfigError(name, item, "must be HOST or HOST:PORT, without http:// and without a path")
     return value
 
 

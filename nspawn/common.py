@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,20 @@ def render_value(value: object) -> str:
         return f"(a {type(value).__name__})"  # nested too deeply, or msgpack keys that JSON does not have
 
 
+PLAIN = re.compile(r"[\w./:@+~-]{1,200}")
+
+
+def quote(text: str) -> str:
+    """Return a name or path of a job as it is if it is plain, else in quotes, so that nobody takes it for a part
+    of the sentence."""
+    return text if PLAIN.fullmatch(text) else render_value(shorten(text))
+
+
+def name_entry(option: str, key: str) -> str:
+    """Return how a sentence names an entry of a map."""
+    return f"{option}.{quote(key)}"
+
+
 def render_line(text: str) -> str:
     """Escape what is not printable. Otherwise a job, an image or a registry could add lines to events and logs, or
     send control sequences to a terminal."""
@@ -91,11 +107,45 @@ class TaskNotFound(DriverError):
     def __init__(
         self, task_id: str, why: str = "is not known to this plugin, and nothing of it is left on this machine"
     ) -> None:
-        super().__init__(f"task {shorten(task_id)} {why}")
+        super().__init__(f"task {quote(task_id)} {why}")
 
 
 class Unsupported(DriverError):
     """The protocol has this call, but this driver does not support it."""
+
+
+# What the machine or the plugin is short of, and what the operator can do about it.
+SHORTAGES: Mapping[int, str] = {
+    errno.EMFILE: "the plugin has no free file descriptors; raise LimitNOFILE= of the Nomad agent's unit",
+    errno.ENFILE: "this machine has no free file descriptors; raise the sysctl fs.file-max",
+    errno.ENOMEM: "this machine has too little free memory",
+    errno.EAGAIN: "this machine lets the plugin start no further process or thread; raise TasksMax= of the Nomad "
+    "agent's unit, or the sysctl kernel.pid_max",
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk cannot be read or written",
+}
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether an error is about the machine, and says nothing about the file or process in question."""
+    return error.errno in SHORTAGES
+
+
+def explain_host(error: OSError) -> DriverError:
+    """Return the sentence for an error of the machine. It is recoverable if the machine lacks something: then
+    another client, or this one later, can do what was asked."""
+    where = f" ({quote(os.fsdecode(error.filename))})" if isinstance(error.filename, (str, bytes)) else ""
+    if error.errno and error.errno in SHORTAGES:
+        return TransientError(f"{SHORTAGES[error.errno]}{where}")
+    return HostError(f"this machine does not let the plugin do its work: {error.strerror or error}{where}")
+
+
+def check_shortage(error: OSError) -> None:
+    """Raise TransientError if an error is about the machine: no other conclusion can be drawn from it."""
+    if is_shortage(error):
+        raise explain_host(error) from None
 
 
 LEVELS = ("trace", "debug", "info", "warn", "error")

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from nspawn.common import is_shortage
 from nspawn.linux import call_libc
 
 
@@ -131,9 +132,11 @@ def restrict_devices(cgroup: str, rules: Sequence[DeviceRule]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def can_restrict_devices() -> bool:
-    """Whether this process can load such a program."""
+    """Whether this process can load such a program. Raises OSError if the host cannot tell now."""
     try:
         os.close(load_device_program(USUAL_DEVICES))
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):  # the answer is kept
+            raise
         return False
     return True

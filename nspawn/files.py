@@ -13,16 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nspawn.common import log
+from nspawn.common import is_shortage, log
 from nspawn.linux import RESOLVE_NO_XDEV, openat2
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, "" if it cannot be read. Line ends stay as they are: names that a job or a
-    container chose may contain a carriage return."""
+    """Return the text of a file, "" if it cannot be read. Raises OSError if the host lacks what reading takes,
+    which says nothing about the file. Line ends stay as they are: names that a job or a container chose may
+    contain a carriage return."""
     try:
         return path.read_bytes().decode(errors="replace")
-    except OSError:
+    except OSError as error:
+        if is_shortage(error) and error.errno != errno.EIO:
+            raise
         return ""
 
 

@@ -144,7 +144,7 @@ def find_problems(systemd: int) -> Iterator[str]:
         yield f"systemd-nspawn is version {systemd}; {MINIMUM_SYSTEMD} or newer is needed."
     try:
         have_id = bool(Path("/etc/machine-id").read_text().strip())
-    except OSError:
+    except FileNotFoundError:
         have_id = False
     if not have_id:  # nspawn: "Failed to retrieve machine ID", always fatal
         yield "/etc/machine-id is missing or empty: run systemd-machine-id-setup."

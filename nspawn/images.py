@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nspawn.checks import NO_TEXT, USER, check_user, parse_bind, split_fields
-from nspawn.common import MACHINES_ROOT, ConfigError, is_below, shorten
+from nspawn.common import MACHINES_ROOT, ConfigError, check_shortage, is_below, quote, render_value, shorten
 from nspawn.linux import open_in_root
 from nspawn.options import Values
 
@@ -113,7 +113,7 @@ def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
         if not found.is_relative_to(os.path.realpath(inside)):
             raise ConfigError("image", name, "leads out of the task's directory")
         return found
-    rule = f"not found (looked for {', '.join(shorten(str(place)) for place in candidates)})"
+    rule = f"not found (looked for {', '.join(quote(str(place)) for place in candidates)})"
     raise ConfigError("image", name, rule, f"give the path of an image, or the name of one in {image_dir}")
 
 
@@ -170,7 +170,8 @@ def read_in_image(image: Image, values: Values, path: str) -> str:
                 return read_head(name, MAX_TEXT, fd).decode(errors="replace")
         except FileNotFoundError:  # a lower layer may have it
             continue
-        except OSError:
+        except OSError as error:
+            check_shortage(error)
             break
     return ""
 
@@ -377,8 +378,8 @@ def explain_command(command: str, search: str, view: View) -> str:
     except OSError:
         return ""  # not known
     if not kinds:
-        where = "in the container" if "/" in command else f"in the container's PATH ({search})"
-        return f'command: there is no "{command}" {where}'
+        where = "in the container" if "/" in command else f"in the container's PATH ({quote(search)})"
+        return f"command: there is no {render_value(shorten(command))} {where}"
     return "" if "" in kinds else f'command: "{command}" in the container is {min(kinds)}'
 
 
@@ -477,7 +478,7 @@ def find_group(wanted: str, group: str, groups: Sequence[Sequence[str]]) -> int 
         return None
     numbers = [int(entry[2]) for entry in groups if len(entry) > 2 and entry[0] == group and is_id(entry[2])]
     if not numbers and not is_number(wanted, group):
-        raise ConfigError("user", wanted, f"the image has no group {shorten(group)}", "give the group's number")
+        raise ConfigError("user", wanted, f"the image has no group {quote(group)}", "give the group's number")
     return numbers[0] if numbers else int(group)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nspawn.checks import parse_bind
-from nspawn.common import ConfigError, HostError, shorten
+from nspawn.common import ConfigError, HostError, check_shortage, shorten
 from nspawn.files import read_text
 from nspawn.images import Image, open_directory, place_in_image, read_in_image
 from nspawn.job import Dns, GroupNetwork, Port
@@ -377,7 +377,8 @@ def check_interfaces(values: Values) -> None:
             name = item.partition(":")[0]
             try:
                 socket.if_nametoindex(name)
-            except OSError:
+            except OSError as error:
+                check_shortage(error)
                 rule = "the host has no interface of this name"
                 raise ConfigError(option, name, rule, "`ip link` on the host lists them") from None
 
@@ -391,6 +392,7 @@ def check_namespace(path: str) -> None:
         with open(path, "rb") as file:
             kind = fcntl.ioctl(file, NS_GET_NSTYPE)
     except OSError as error:
+        check_shortage(error)
         gone = "is not there" if error.errno == errno.ENOENT else "is no network namespace"
         raise HostError(
             f"the network namespace of the group, {shorten(path)}, {gone}; the task is not started"

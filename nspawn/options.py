@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nspawn.common import ConfigError
+from nspawn.common import ConfigError, name_entry, quote
 
 Values = Mapping[str, Any]
 
@@ -66,6 +66,8 @@ def decode_string(name: str, value: object) -> str:
         raise ConfigError(name, value, "must be a string")
     if "\0" in value:
         raise ConfigError(name, value, "must not hold a NUL character")
+    if any("\ud800" <= char <= "\udfff" for char in value):  # how the bytes that are no UTF-8 arrive
+        raise ConfigError(name, value, "must be text in UTF-8")
     return value
 
 
@@ -92,7 +94,8 @@ def decode_map(name: str, value: object, decode: Callable[[str, object], object]
         if not isinstance(item, Mapping):
             raise ConfigError(name, value, "must be a map")
         for key, entry in item.items():
-            folded[decode_string(name, key)] = decode(f"{name}.{key}", entry)
+            key = decode_string(name, key)
+            folded[key] = decode(name_entry(name, key), entry)
     return folded
 
 
@@ -216,6 +219,7 @@ class Option:
     example: str = ""  # a value in HCL
     default: Any = None  # the value if the job does not set it
     required: bool = False
+    refuses_empty: bool = False  # "" is a mistake, and does not mean "unset"
     aliases: tuple[str, ...] = ()
     check: Check | None = None
     choices: Mapping[str, int] = field(default_factory=dict)
@@ -228,6 +232,8 @@ class Option:
 
     def decode(self, value: object) -> Any:
         if value is None or value == "":  # HCL expressions cannot say "unset", so "" means it
+            if value == "" and self.refuses_empty:
+                raise ConfigError(self.name, value, "must not be empty", f"the default is {self.default}")
             if self.required:
                 raise ConfigError(self.name, value, "is required" if value is None else "must not be empty")
             return self.default
@@ -286,7 +292,7 @@ def decode_options(options: Sequence[Option], raw: Mapping[str, object]) -> dict
     names = [name for option in options for name in option.names]
     for key in raw:
         if key not in names:
-            raise ConfigError(str(key), raw[key], "no such option", f"the options are {', '.join(names)}")
+            raise ConfigError(quote(str(key)), raw[key], "no such option", f"the options are {', '.join(names)}")
     return {option.name: decode_named(option, raw) for option in options}
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, shorten
+from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, quote, shorten
 from nspawn.download import MAX_DOCUMENT, Client, Download, basic, discard, explain_status, hash_file, too_large
 from nspawn.images import ImageConfig
 from nspawn.linux import open_in_root
@@ -115,12 +115,22 @@ def find_credentials(host: str, request: Mapping[str, Any]) -> Credentials:
         return found
     for name in names:
         entry = (config.get("auths") or {}).get(name)
-        if entry and entry.get("identitytoken"):
+        if not isinstance(entry, dict):
+            continue
+        if entry.get("identitytoken"):
             return Credentials(token=entry["identitytoken"])
-        if entry and entry.get("auth"):
-            username, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
+        if entry.get("auth"):
+            username, _, password = decode_auth(name, entry["auth"]).partition(":")
             return Credentials(username, password.rstrip("\0"))
     return Credentials()
+
+
+def decode_auth(name: str, auth: object) -> str:
+    try:
+        return base64.b64decode(str(auth), validate=True).decode()
+    except ValueError:  # binascii.Error and UnicodeDecodeError are ones
+        rule = "is damaged: it must be base64 of USER:PASSWORD; log in again"
+        raise HostError(f"the auth of {quote(name)} in the file of registry credentials {rule}") from None
 
 
 def read_docker_config(path: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ The shim and nspawn hold the locks, so a lock ends with them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nspawn.common import SETTINGS_ROOT, ConfigError, TransientError
+from nspawn.common import SETTINGS_ROOT, ConfigError, TransientError, check_shortage
 from nspawn.files import read_text
 from nspawn.host import Host, Mounts
 from nspawn.images import BUSY, Image, explain_linked_usr, open_directory
@@ -59,7 +60,8 @@ def check_mount_points(root: Path, files: Sequence[str]) -> None:
         try:
             with open_directory(root, folder) as fd:
                 os.stat(name, dir_fd=fd, follow_symlinks=False)
-        except OSError:
+        except OSError as error:
+            check_shortage(error)
             rule = f"the image has no {path} to mount on, and the operator lets no task write to it"
             raise ConfigError("read_only", True, rule, "make it in the image") from None
 
@@ -268,7 +270,7 @@ def pick_users(machine: str) -> tuple[int, int]:
     nspawn's own picks out. read_taken_slots finds other uses. Raises TransientError or OSError."""
     taken = read_taken_slots()
     first = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:4], "big")  # usually the same for a name
-    count = LAST_SLOT - FIRST_SLOT
+    count = LAST_SLOT - FIRST_SLOT + 1
     for number in range(count):
         slot = FIRST_SLOT + (first + number) % count
         if slot in taken:
@@ -312,6 +314,8 @@ def make_mount_points(root: Path) -> None:
         except FileExistsError:
             continue
         except OSError as error:
+            if error.errno != errno.EROFS:  # that of the image
+                check_shortage(error)
             rule = f"the image has no /{name} to mount on, and none can be made in it ({error.strerror})"
             raise ConfigError("read_only", True, rule, "make the directory in the image") from None
 
@@ -325,5 +329,7 @@ def make_mount_file(root: Path, path: str) -> None:
     except FileExistsError:
         return
     except OSError as error:
+        if error.errno != errno.EROFS:
+            check_shortage(error)
         rule = f"the image has no {path} to mount on, and none can be made in it ({error.strerror})"
         raise ConfigError("read_only", True, rule, "make the file in the image") from None

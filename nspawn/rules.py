@@ -211,8 +211,10 @@ def check_permissions(
     if not is_in_group and not have_own_network(values):
         check_permission("network_veth", values["network_veth"], Permission.HOST_NETWORK, config)
     for name in ("capability", "ambient_capability"):
-        for capability in values[name]:
-            if capability not in config["allow_caps"] and "all" not in config["allow_caps"]:
-                rule = "the operator of this client does not allow this capability"
-                allowed = ", ".join(config["allow_caps"]) or "none"
-                raise ConfigError(name, capability, rule, f"its plugin block has allow_caps = {allowed}")
+        refused = [item for item in dict.fromkeys(values[name]) if item not in config["allow_caps"]]
+        if refused and "all" not in config["allow_caps"]:
+            what = "these capabilities" if refused[1:] else "this capability"
+            rule = f"the operator of this client does not allow {what}"
+            allowed = ", ".join(config["allow_caps"]) or "none"
+            shown = refused if refused[1:] else refused[0]
+            raise ConfigError(name, shown, rule, f"its plugin block has allow_caps = {allowed}")

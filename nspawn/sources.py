@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nspawn.checks import OWN_DIRECTORIES, split_fields
-from nspawn.common import ConfigError, HostError, is_below, shorten
+from nspawn.common import ConfigError, HostError, check_shortage, is_below, name_entry, quote
 from nspawn.devices import DeviceRule
 from nspawn.images import IMAGE_SUFFIXES, Image, find_archive, is_image_name
 from nspawn.job import Device
@@ -71,6 +70,7 @@ def open_source(option: str, name: str, path: str) -> Source:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
+        check_shortage(error)
         raise ConfigError(option, name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
     found = os.fstat(fd)
     return Source(os.readlink(f"/proc/self/fd/{fd}"), found.st_mode, fd, found.st_rdev)
@@ -88,6 +88,7 @@ def open_directories(alloc_dir: str, names: Iterable[str]) -> Iterator[dict[str,
         try:
             root = os.open(alloc_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
+            check_shortage(error)
             raise HostError(f"{alloc_dir} cannot be opened: {error.strerror}; the task is not started") from None
         stack.callback(os.close, root)
         for name in names:
@@ -95,6 +96,7 @@ def open_directories(alloc_dir: str, names: Iterable[str]) -> Iterator[dict[str,
             try:
                 fd = open_in_root(root, name, os.O_PATH | os.O_DIRECTORY, follow=False)
             except OSError as error:
+                check_shortage(error)
                 is_link = error.errno == errno.ELOOP
                 why = (
                     "is a symbolic link instead of a directory" if is_link else f"cannot be used: {error.strerror}"
@@ -152,9 +154,11 @@ def check_host_path(option: str, name: str, path: str, config: Values) -> None:
     places = [*allowed, *map(os.path.realpath, allowed)]
     if not any(is_below(path, place) for place in places):
         is_led = any(is_below(os.path.normpath(name), place) for place in places)
-        leads = f" (it is {shorten(path)})" if is_led else ""
+        leads = f" (it is {quote(path)})" if is_led else ""
         rule = f"the operator of this client does not allow this path{leads}"
-        raise ConfigError(option, name, rule, f"allowed is what is below {', '.join(allowed) or 'nothing'}")
+        raise ConfigError(
+            option, name, rule, f"allowed is what is below {', '.join(map(quote, allowed)) or 'nothing'}"
+        )
 
 
 @contextlib.contextmanager
@@ -207,7 +211,10 @@ def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:
     if not (source.is_directory and source.is_device):
         return
     files = (f"{place}/{name}" for place, _, names in os.walk(f"/proc/self/fd/{source.fd}/") for name in names)
-    for path in itertools.islice(files, MAX_NODES):
+    for number, path in enumerate(files):
+        if number == MAX_NODES:
+            rule = f"has more than {MAX_NODES} files, and each node among them needs a rule of its own"
+            raise HostError(f"{quote(source.path)} cannot be used in a container: it {rule}; mount a smaller part")
         with contextlib.suppress(OSError):  # gone
             found = os.lstat(path)
             if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
@@ -221,7 +228,7 @@ def read_credentials(values: Values, sources: Mapping[str, Source]) -> dict[str,
     """Return the content of each credential. Raises ConfigError."""
     found = {key: value.encode() for key, value in values["set_credential"].items()}
     for key, name in values["load_credential"].items():
-        found[key] = read_source(f"load_credential.{key}", name, sources[name])
+        found[key] = read_source(name_entry("load_credential", key), name, sources[name])
     if sum(map(len, found.values())) > MAX_CREDENTIALS:
         raise ConfigError("load_credential", sorted(found), "credentials may have 1 MiB together")
     return found
@@ -235,6 +242,7 @@ def read_source(option: str, name: str, source: Source) -> bytes:
         with open(f"/proc/self/fd/{source.fd}", "rb") as file:
             return file.read(MAX_CREDENTIALS + 1)
     except OSError as error:
+        check_shortage(error)
         raise ConfigError(option, name, f"cannot be read: {error.strerror}") from None
 
 
@@ -249,11 +257,12 @@ def open_image(image: Image, name: str, own: Mapping[str, Source], config: Value
     try:
         fd = os.open(image.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        check_shortage(error)
         raise ConfigError("image", name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
     try:
         found = Source(os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_mode, fd)
         if found.path != str(image.path) or found.is_directory is not image.is_directory:
-            rule = f"somebody put {shorten(found.path)} in place of {shorten(str(image.path))} during the start"
+            rule = f"somebody put {quote(found.path)} in place of {quote(str(image.path))} during the start"
             raise ConfigError("image", name, rule, "start the task again")
         opened = replace(image, fd=fd, is_fixed=is_fixed(found.path, own, config))
         check_image(opened, name, own, config)
@@ -321,7 +330,8 @@ def clone_source(source: Source) -> int:
     try:
         return call_libc("syscall", OPEN_TREE, source.fd, b"", flags)
     except OSError as error:
-        raise HostError(f"{shorten(source.path)} cannot be mounted: {error.strerror}") from None
+        check_shortage(error)
+        raise HostError(f"{quote(source.path)} cannot be mounted: {error.strerror}") from None
 
 
 def make_nodes(pins: Sequence[Pin], directory: Path) -> None:
@@ -335,7 +345,8 @@ def make_nodes(pins: Sequence[Pin], directory: Path) -> None:
         try:
             os.mknod(pin.place, found.st_mode, found.st_rdev)
         except OSError as error:
+            check_shortage(error)
             why = f"no node can be made: {error.strerror}"
-            raise HostError(f"{shorten(pin.source.path)} cannot be used in a container: {why}") from None
+            raise HostError(f"{quote(pin.source.path)} cannot be used in a container: {why}") from None
         os.chown(pin.place, found.st_uid, found.st_gid)
         os.chmod(pin.place, stat.S_IMODE(found.st_mode))

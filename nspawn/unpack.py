@@ -185,7 +185,7 @@ class Unpacker:
         elif entry.ischr() or entry.isblk():
             self.devices += 1
         else:
-            self.remove(where, name, keep_whiteout=False)
+            self.remove(where, name)
             self.make_file(archive, where, name, entry)
 
     def open_directory(self, parts: Sequence[str]) -> int:
@@ -223,7 +223,7 @@ class Unpacker:
             os.close(self.open_fd)
         self.open_path = None
 
-    def remove(self, where: int, name: str, *, keep_whiteout: bool) -> None:
+    def remove(self, where: int, name: str) -> None:
         """Remove an earlier entry of the same name: the later one counts."""
         try:
             found = os.lstat(name, dir_fd=where)
@@ -232,7 +232,7 @@ class Unpacker:
         if stat.S_ISDIR(found.st_mode):
             with telling():
                 remove_tree(Path(f"/proc/self/fd/{where}/{name}"))
-        elif not (keep_whiteout and is_whiteout(found)):
+        else:
             os.unlink(name, dir_fd=where)
 
     def make_whiteout(self, where: int, name: str, shown: str) -> None:

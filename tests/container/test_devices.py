@@ -13,6 +13,7 @@ import pytest
 
 import driver
 from nomad_pb import driver_pb2
+from nspawn.common import HostError
 from nspawn.devices import DeviceRule, render_device_program
 from nspawn.host import read_host
 from nspawn.job import Device
@@ -201,6 +202,14 @@ def test_bound_devices_work(tasks: Tasks, node: Path) -> None:
         place.unlink()
     folder = open_source("bind", "/dev", "/dev")
     assert DeviceRule(False, 1, 3, "r") in read_rules(folder, "r")
+    os.close(folder.fd)
+
+
+def test_no_node_of_a_large_directory_is_left_out_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nspawn.sources.MAX_NODES", 2)
+    folder = open_source("bind", "/dev", "/dev")
+    with pytest.raises(HostError, match=r"^/dev cannot be used in a container: it has more than 2 files"):
+        list(read_rules(folder, "r"))
     os.close(folder.fd)
 
 

@@ -253,6 +253,10 @@ def test_operators_credentials(fetcher: Fetcher, private: Registry, tmp_path: Pa
     assert "cannot be read" in fetcher.refuse(origin)[0]
     config.write_text(json.dumps({"auths": {"other:1": {"auth": encode("ci:secret")}}}))
     assert "needs credentials" in fetcher.refuse(origin)[0]
+    config.write_text(json.dumps({"auths": {private.host: {"auth": "c2VjcmV0/"}}}))
+    assert (
+        f"the auth of {private.host} in the file of registry credentials is damaged" in fetcher.refuse(origin)[0]
+    )
     config.write_text(json.dumps({"auths": {private.host: {"auth": encode("ci:secret")}}}))
     fetcher.fetch(origin)
 

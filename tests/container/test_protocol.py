@@ -263,6 +263,29 @@ def test_disabled_driver_starts_nothing(fresh: Plugin) -> None:
     assert not caught.value.recoverable
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("alloc_dir", "", "it has no directory (alloc_dir)"),
+        ("alloc_dir", "/a\0b", r'"/a\u0000b" holds a NUL character'),
+        ("name", "a\0b", r'"a\u0000b" holds a NUL character'),
+        ("name", "..", ".. is no name for it; give it another"),
+        ("stdout_path", "/a\0b", r'"/a\u0000b" holds a NUL character'),
+        ("mounts", [driver_pb2.Mount(host_path="/a\0b")], r'"/a\u0000b" holds a NUL character'),
+        (
+            "resources",
+            driver_pb2.Resources(linux_resources=driver_pb2.LinuxResources(PercentTicks=float("nan"))),
+            "its share of the CPU is no number (nan)",
+        ),
+    ],
+)
+def test_what_nomad_never_sends_is_refused(shared: Plugin, field: str, value: Any, sentence: str) -> None:
+    config = driver_pb2.TaskConfig(**{"id": "a/b/c", "name": "b", "alloc_dir": "/a", field: value})
+    with pytest.raises(DriverError) as caught:
+        call(shared.driver.StartTask, driver_pb2.StartTaskRequest(task=config), 10)
+    assert caught.value.text == f"the task cannot be started: {sentence}"
+
+
 def test_disabled_driver_is_undetected_and_says_why(fresh: Plugin) -> None:
     response = fingerprint_with(fresh, packed({"enabled": False}))
     assert response.health == driver_pb2.FingerprintResponse.UNDETECTED

@@ -226,7 +226,7 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pick(machine: str = "web-1") -> tuple[int, int]:
     base, fd = pick_users(machine)
     assert base % 65536 == 0
-    assert 0x80000 <= base < 0x6FFF0000, "systemd's ranges for containers"
+    assert 0x80000 <= base <= 0x6FFF0000, "systemd's ranges for containers"
     return base, fd
 
 
@@ -278,6 +278,13 @@ def test_huge_subordinate_range(locks: Path) -> None:
     (locks.parent / "subuid").write_text("alice:0:4294967295\n")
     with pytest.raises(TransientError, match="no range of 65536 user ids is free"):
         pick_users("web-1")
+
+
+def test_last_range_is_tried(locks: Path) -> None:
+    (locks.parent / "subuid").write_text(f"alice:0:{0x6FFF0000}\n")
+    base, fd = pick()
+    os.close(fd)
+    assert base == 0x6FFF0000
 
 
 @pytest.mark.root

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -157,6 +159,28 @@ def test_task_not_found_names_the_task() -> None:
 def test_errors_for_people_pass_as_they_are() -> None:
     error = HostError("the disk is full")
     assert driver.as_driver_error(error) is error
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.EMFILE, "the plugin has no free file descriptors; raise LimitNOFILE= of the Nomad agent's unit"),
+        (errno.EAGAIN, "this machine lets the plugin start no further process or thread; raise TasksMax= "),
+        (errno.ENOSPC, 'no space is left on the disk ("/run/a\\nb")'),
+        (errno.EROFS, 'the file system is read-only ("/run/a\\nb")'),
+    ],
+)
+def test_shortage_is_a_sentence_and_may_pass(number: int, sentence: str) -> None:
+    failure = driver.as_driver_error(OSError(number, os.strerror(number), "/run/a\nb"))
+    assert str(failure).startswith(sentence) or sentence in str(failure)
+    assert failure.recoverable
+
+
+def test_other_errors_of_the_machine_are_sentences() -> None:
+    failure = driver.as_driver_error(PermissionError(errno.EPERM, os.strerror(errno.EPERM), b"/sys/x"))
+    assert str(failure) == "this machine does not let the plugin do its work: Operation not permitted (/sys/x)"
+    assert not failure.recoverable
+    assert "memory" in str(driver.as_driver_error(MemoryError()))
 
 
 def test_other_errors_are_logged_and_said_in_a_sentence(capfd: pytest.CaptureFixture[str]) -> None:

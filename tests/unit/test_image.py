@@ -425,7 +425,7 @@ SEARCH = "/usr/local/bin:/usr/bin:/bin"
         ("/usr/bin/data", 'command: "/usr/bin/data" in the container is not an executable file'),
         ("/usr/bin", 'command: "/usr/bin" in the container is not an executable file'),
         ("data", 'command: "data" in the container is not an executable file'),
-        ("a" * 300, f'command: there is no "{"a" * 300}" in the container\'s PATH ({SEARCH})'),
+        ("a" * 300, f'command: there is no "{"a" * 200}…" in the container\'s PATH ({SEARCH})'),
     ],
 )
 def test_why_a_command_did_not_run(root: Path, command: str, why: str) -> None:

@@ -577,11 +577,42 @@ def test_unpack_nothing(packed: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "packed", [b"\xc1", b"\x81", b"\x81\xa1a", b"\xa1\xff", b"\x80\x80", b"\x81\x91\x01\x01", b"\x91" * 2000]
+    "packed", [b"\xc1", b"\x81", b"\x81\xa1a", b"\x80\x80", b"\x81\x91\x01\x01", b"\x91" * 2000]
 )
 def test_unpack_garbage(packed: bytes) -> None:
     with pytest.raises(DriverError, match=r"^the configuration cannot be read: it is no msgpack$"):
         driver.unpack_options(packed)
+
+
+@pytest.mark.parametrize(
+    ("packed", "sentence"),
+    [
+        (b"\x82\xa5image\xa1x\xa4user\xa2a\xff", r'user = "a\udcff": must be text in UTF-8'),
+        (b"\x81\xa5image\xa1\xff", r'image = "\udcff": must be text in UTF-8'),
+        (b"\x82\xa5image\xa1x\xa6rlimit\x91\x81\xa1\xff\xa11", r'rlimit = "\udcff": must be text in UTF-8'),
+        (b"\x81\xa1\xff\xa1x", r'"\udcff" = "x": no such option'),
+    ],
+)
+def test_bytes_that_are_no_text_name_their_option(packed: bytes, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        decode_options(TASK_OPTIONS, driver.unpack_options(packed))
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"bind": [{"/a\nb; all is well": "x"}]}, r'bind."/a\nb; all is well" = "x": '),
+        ({"rlimit": [{"no file": "1"}]}, 'rlimit."no file" = "1": '),
+        ({"port_map": [{"a = b": 0}]}, 'port_map."a = b" = 0: '),
+        ({"load_credential": [{"a": "no\npath"}]}, r'load_credential.a = "no\npath": '),
+        ({"a = 1: fine": 1}, '"a = 1: fine" = 1: no such option'),
+    ],
+)
+def test_keys_of_a_job_are_quoted(options: dict[str, object], shown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        decode_options(TASK_OPTIONS, {"image": "x", **options})
+    assert str(caught.value).startswith(shown)
 
 
 @pytest.mark.parametrize("value", [None, 1, "a", []])
@@ -644,6 +675,12 @@ SENTENCES: list[tuple[str, object, str]] = [
     ("image_size_limit", 0, "image_size_limit = 0: must be a number above 0"),
     ("image_stall_timeout", "1", 'image_stall_timeout = "1": must be a duration such as 500ms, 5s or 1m'),
     ("insecure_registries", "x:5000", 'insecure_registries = "x:5000": must be a list of strings'),
+    (
+        "insecure_registries",
+        ["x:5000", "http://x/"],
+        'insecure_registries = "http://x/": must be HOST or HOST:PORT, without http:// and without a path',
+    ),
+    ("image_dir", "", 'image_dir = "": must not be empty; the default is /var/lib/machines'),
     ("ephemeral", [], "ephemeral = []: must be true or false"),
     ("read_only", "true", 'read_only = "true": must be true or false'),
     ("volatile", "maybe", 'volatile = "maybe": must be one of no, yes, state, overlay'),
@@ -838,7 +875,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "bind",
         [{"": "/b"}],
-        'bind. = "/b": the source must be an absolute path of the host, or one that begins with alloc, local or secrets',
+        'bind."" = "/b": the source must be an absolute path of the host, or one that begins with alloc, local or secrets',
     ),
     (
         "bind",
@@ -848,7 +885,7 @@ SENTENCES: list[tuple[str, object, str]] = [
     (
         "bind_read_only",
         [{"": "/b"}],
-        'bind_read_only. = "/b": the source must be an absolute path of the host, or one that begins with alloc, local or secrets',
+        'bind_read_only."" = "/b": the source must be an absolute path of the host, or one that begins with alloc, local or secrets',
     ),
     ("bind_read_only", [{"/a": "/.."}], 'bind_read_only./a = "/..": must not contain ".."'),
     ("tmpfs", ["run"], 'tmpfs = "run": must be an absolute path inside the container'),
@@ -1303,6 +1340,9 @@ def test_capabilities_are_the_operators(option: str) -> None:
         f'{option} = "CAP_SYS_ADMIN": the operator of this client does not allow this capability; '
         "its plugin block has allow_caps = CAP_NET_ADMIN"
     )
+    both = settle(**{option: ["CAP_SYS_BOOT", "CAP_NET_ADMIN", "sys_admin", "cap_sys_boot"]})
+    with pytest.raises(ConfigError, match=r'= \["CAP_SYS_BOOT", "CAP_SYS_ADMIN"\]: .* these capabilities; '):
+        check_permissions(TASK_OPTIONS, both, hardened)
     check_permissions(TASK_OPTIONS, values, hardened | {"allow_caps": ("all",)})
     with pytest.raises(ConfigError, match=r"allow_caps = none$"):
         check_permissions(TASK_OPTIONS, values, hardened | {"allow_caps": ()})
