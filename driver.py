@@ -142,6 +142,7 @@ from nspawn.host import (
     FINGERPRINT_PERIOD,
     CgroupMode,
     Host,
+    can_share_images,
     explain_open_directory,
     have_machined,
     is_open_to_others,
@@ -232,7 +233,6 @@ from nspawn.process import (
     wait_readable,
 )
 from nspawn.roots import (
-    OVERLAY_IDMAP,
     PLACE_NAME,
     check_mount_points,
     complete_root,
@@ -1848,7 +1848,7 @@ class DriverService:
             ".cgroups": host.cgroups.value,
             ".limits": ",".join(host.limits),
             ".user_namespaces": read_number("/proc/sys/user/max_user_namespaces") > 0,
-            ".idmap": host.kernel >= OVERLAY_IDMAP and read_mounts().have_idmap(image_dir, host.kernel),
+            ".idmap": can_share_images(image_dir, host.kernel),
             ".machined": have_machined(),
             ".networkd": have_networkd(),
             ".volumes": self.config["volumes"],

@@ -12,14 +12,15 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nspawn.common import SAFE_PATH, is_below
+from nspawn.common import SAFE_PATH, HostError, is_below
 from nspawn.devices import can_restrict_devices
 from nspawn.files import read_text
-from nspawn.process import read_status, run
+from nspawn.linux import can_map_ids
+from nspawn.process import open_user_namespace, read_status, run
 
 FINGERPRINT_PERIOD = 30.0  # seconds
 
@@ -117,7 +118,10 @@ TOOLS = {
     "sh": "dash",
 }
 
-MINIMUM_SYSTEMD = 249
+MINIMUM_SYSTEMD = 252
+MINIMUM_KERNEL = (5, 12)  # the first one with id-mapped mounts
+OVERLAY_IDMAP = (5, 19)  # the first one whose overlay takes id-mapped layers
+FIRST_CONTAINER_ID = 0x80000  # of the ids that systemd keeps for containers
 
 
 def read_cgroup_mode(root: Path = Path("/sys/fs/cgroup")) -> CgroupMode:
@@ -133,7 +137,7 @@ def read_nspawn_version(path: str, modified: float) -> int:
     return int(match[1]) if match else 0
 
 
-def find_problems(systemd: int) -> Iterator[str]:
+def find_problems(systemd: int, kernel: tuple[int, int]) -> Iterator[str]:
     """Yield a sentence for each problem that keeps all tasks from running."""
     if os.geteuid() != 0:
         yield "The Nomad client must run as root to start containers."
@@ -142,6 +146,9 @@ def find_problems(systemd: int) -> Iterator[str]:
             yield f"{tool} is not installed: install the package {package}."
     if 0 < systemd < MINIMUM_SYSTEMD:
         yield f"systemd-nspawn is version {systemd}; {MINIMUM_SYSTEMD} or newer is needed."
+    if kernel < MINIMUM_KERNEL:
+        found, least = (".".join(map(str, version)) for version in (kernel, MINIMUM_KERNEL))
+        yield f"The kernel is Linux {found}; {least} or newer is needed."
     try:
         have_id = bool(Path("/etc/machine-id").read_text().strip())
     except FileNotFoundError:
@@ -173,31 +180,17 @@ def read_host() -> Host:
     nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
     systemd = read_nspawn_version(nspawn, os.stat(nspawn).st_mtime) if nspawn else 0
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    kernel = (int(release[1]), int(release[2])) if release else (0, 0)
     return Host(
         systemd=systemd,
-        kernel=(int(release[1]), int(release[2])) if release else (0, 0),
+        kernel=kernel,
         cgroups=(mode := read_cgroup_mode()),
-        problems=tuple(find_problems(systemd)),
+        problems=tuple(find_problems(systemd, kernel)),
         cpus=os.cpu_count() or 1,
         controllers=frozenset(read_text(mode.root / "cgroup.controllers").split()) if mode.root else frozenset(),
         has_device_policy=mode.root is not None and can_restrict_devices(),
         is_filtered=read_status(os.getpid()).get("Seccomp") not in (None, "0"),
     )
-
-
-# The first kernel on which a file system can be id-mapped. Those not listed (overlay, nfs, fuse, 9p, ...) cannot:
-# overlay answers "Invalid argument" on every kernel measured, up to 7.2.
-IDMAP_SINCE = {
-    "ext4": (5, 12),
-    "xfs": (5, 12),
-    "vfat": (5, 12),
-    "btrfs": (5, 15),
-    "ntfs3": (5, 15),
-    "f2fs": (5, 18),
-    "erofs": (5, 19),
-    "squashfs": (6, 2),
-    "tmpfs": (6, 3),
-}
 
 
 @dataclass(frozen=True)
@@ -206,6 +199,7 @@ class Mounts:
 
     # mount point and file system type; later mounts cover earlier ones
     points: tuple[tuple[str, str], ...]
+    have_idmap: Callable[[str], bool] = lambda path: True  # whether what is at a path can be id-mapped
 
     def filesystem(self, path: str) -> str:
         """Return the type of the file system that a path is on, "" if none is known."""
@@ -214,11 +208,6 @@ class Mounts:
             if is_below(path, point) and len(point) >= len(best[0]):
                 best = (point, kind)
         return best[1]
-
-    def have_idmap(self, path: str, kernel: tuple[int, int]) -> bool:
-        """Whether the file system that a path is on can be id-mapped."""
-        since = IDMAP_SINCE.get(self.filesystem(path))
-        return since is not None and kernel >= since
 
 
 def parse_mountinfo(text: str) -> Mounts:
@@ -231,4 +220,25 @@ def parse_mountinfo(text: str) -> Mounts:
 
 
 def read_mounts() -> Mounts:
-    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape"))
+    text = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape")
+    return Mounts(parse_mountinfo(text).points, have_idmap)
+
+
+@functools.lru_cache(maxsize=1)
+def open_other_users() -> int:
+    """Return a descriptor, kept from now on, of a user namespace to try id maps with."""
+    return open_user_namespace(FIRST_CONTAINER_ID, 0x10000)
+
+
+def have_idmap(path: str) -> bool:
+    """Whether the kernel can id-map what is mounted at a path. The kernel is asked, as no table can say it: file
+    systems learn it with new kernels, and ZFS is none of the kernel's. Raises HostError or OSError."""
+    return can_map_ids(path, open_other_users())
+
+
+def can_share_images(image_dir: str, kernel: tuple[int, int]) -> bool:
+    """Whether tasks with user namespaces can have private roots over the images in a directory."""
+    try:
+        return kernel >= OVERLAY_IDMAP and have_idmap(image_dir)
+    except (HostError, OSError):  # no user namespaces
+        return False

@@ -88,11 +88,34 @@ def attach_layer(source: str, target: str, users_fd: int | None) -> None:
     tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(source), OPEN_TREE_CLONE | os.O_CLOEXEC)
     try:
         if users_fd is not None:
-            attributes = struct.pack("QQQQ", MOUNT_ATTR_IDMAP, 0, 0, users_fd)
-            call_libc("syscall", MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, len(attributes))
+            map_ids(tree, users_fd)
         call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
     finally:
         os.close(tree)
+
+
+def can_map_ids(path: str, users_fd: int) -> bool:
+    """Whether the mount at a path can be id-mapped by a user namespace, tried on a copy of the mount that nobody
+    sees. False if there is nothing at the path. Raises OSError."""
+    try:
+        tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), OPEN_TREE_CLONE | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        map_ids(tree, users_fd)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EPERM):  # the file system cannot; it is mapped already
+            return False
+        raise
+    finally:
+        os.close(tree)
+    return True
+
+
+def map_ids(tree: int, users_fd: int) -> None:
+    """Id-map a detached mount by a user namespace. Raises OSError."""
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_IDMAP, 0, 0, users_fd)
+    call_libc("syscall", MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, len(attributes))
 
 
 LOCK_FORMAT = "hhqqi"  # struct flock

@@ -29,7 +29,7 @@ from nspawn.checks import (
 )
 from nspawn.common import ConfigError
 from nspawn.devices import USUAL_DEVICES, DeviceRule
-from nspawn.host import IDMAP_SINCE, CgroupMode, Host, Mounts
+from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Account, Image, View, find_root, is_foreign
 from nspawn.job import UUID, Device, GroupNetwork, Mode, TaskConfig, plan_machine, state_directory
 from nspawn.network import Names, NetworkPlan, is_read_only, plan_network
@@ -241,12 +241,12 @@ def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Ho
     given = {**values["environment"], **task.env, **network.environ}
     variables = select_variables(given)
     directories = plan_pins(found.directories, state, "directories")
-    volumes = plan_volumes(task, values, host, found.mounts, directories)
+    volumes = plan_volumes(task, values, found.mounts, directories)
     journal = plan_journal(task, values, found, root)
     pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
     arguments = [
         *render_options(rows, {**values, **root.values}),
-        *render_sources(values, host, pins, devices, plan_credentials(found.credentials, state)),
+        *render_sources(values, found.mounts, pins, devices, plan_credentials(found.credentials, state)),
         *network.argv,
         *itertools.chain(*(volume.argv for volume in volumes)),
         *network.render_files(state),
@@ -279,7 +279,7 @@ def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Ho
         has_other_users=have_other_users(values),
         inside=plan_inside(task, values, variables, found.account),
         journal=journal,
-        notes=(*explain_variables(given), *network.notes, *journal.notes, *explain_limits(values, host)),
+        notes=(*explain_variables(given), *network.notes, *journal.notes, *find_gaps(task, values, host, found)),
     )
 
 
@@ -289,6 +289,12 @@ def plan_image(task: TaskConfig, values: Values, host: Host, found: HostInputs) 
     place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
     root = plan_root(found.image, values, host, found.mounts, place)
     return pin_image(root, values, found, state_directory(task.id))
+
+
+def find_gaps(task: TaskConfig, values: Values, host: Host, found: HostInputs) -> Iterator[str]:
+    """Yield a sentence for each thing that the task cannot have as it should on this machine."""
+    yield from explain_limits(values, host)
+    yield from explain_volumes(task, values, found.mounts)
 
 
 def explain_limits(values: Values, host: Host) -> Iterator[str]:
@@ -415,9 +421,9 @@ def plan_nodes(devices: Mapping[Device, Source], state: Path) -> dict[Device, Pi
     }
 
 
-def render_devices(devices: Mapping[Device, Pin], values: Values, host: Host) -> Iterator[str]:
-    """Yield the binds. Without `idmap`, on older kernels, the nodes belong to `nobody` in a user namespace."""
-    end = ":idmap" if have_other_users(values) and host.kernel >= IDMAP_SINCE["tmpfs"] else ""
+def render_devices(devices: Mapping[Device, Pin], values: Values, mounts: Mounts) -> Iterator[str]:
+    """Yield the binds. Without `idmap`, before Linux 6.3, the nodes belong to `nobody` in a user namespace."""
+    end = ":idmap" if have_other_users(values) and mounts.have_idmap("/run") else ""
     for device, pin in devices.items():
         yield f"--bind={pin.place}:{escape_field(device.task_path)}{end}"
 
@@ -432,10 +438,14 @@ def render_credentials(places: Mapping[str, str]) -> list[str]:
 
 
 def render_sources(
-    values: Values, host: Host, pins: Mapping[str, Pin], devices: Mapping[Device, Pin], places: Mapping[str, str]
+    values: Values,
+    mounts: Mounts,
+    pins: Mapping[str, Pin],
+    devices: Mapping[Device, Pin],
+    places: Mapping[str, str],
 ) -> list[str]:
     """Return nspawn's arguments for binds, overlays, devices and credentials, which are at `places`."""
-    return [*plan_binds(values, pins), *render_devices(devices, values, host), *render_credentials(places)]
+    return [*plan_binds(values, pins), *render_devices(devices, values, mounts), *render_credentials(places)]
 
 
 def render_bundle_options(values: Values, state: Path) -> Iterator[str]:
@@ -524,13 +534,11 @@ def have_other_users(values: Values) -> bool:
     return bool(values["user_namespacing"]) and not re.fullmatch(r"identity|0+(:.*)?", values["private_users"])
 
 
-def plan_volumes(
-    task: TaskConfig, values: Values, host: Host, mounts: Mounts, pins: Mapping[str, Pin]
-) -> list[Volume]:
+def plan_volumes(task: TaskConfig, values: Values, mounts: Mounts, pins: Mapping[str, Pin]) -> list[Volume]:
     """Return volumes for the task's directories and for Nomad's mounts. `pins` are by path. Raises ConfigError."""
 
     def volume(path: str, target: str, read_only: bool = False) -> Volume:
-        have_idmap = have_other_users(values) and mounts.have_idmap(pins[path].source.path, host.kernel)
+        have_idmap = have_other_users(values) and mounts.have_idmap(pins[path].source.path)
         return Volume(pins[path].place, target, read_only, have_idmap)
 
     volumes = []
@@ -552,6 +560,22 @@ def plan_volumes(
             )
         volumes.append(volume(mount.source, mount.target, mount.read_only))
     return volumes
+
+
+def explain_volumes(task: TaskConfig, values: Values, mounts: Mounts) -> Iterator[str]:
+    """Yield a sentence for each place of the task whose files the users of the container cannot own."""
+    if not have_other_users(values):
+        return
+    places = {"/alloc": task.shared_dir} if task.alloc_dir else {}
+    places |= {mount.target: mount.source for mount in task.mounts}
+    for target, source in places.items():
+        if not mounts.have_idmap(source):
+            kind = mounts.filesystem(source) or "a file system"
+            yield (
+                f"{target} is on {kind}, which cannot be id-mapped on this machine: its files seem to belong to "
+                "nobody, and the container can write only where everybody may; set "
+                "user_namespacing = false, or use a file system that can be id-mapped, such as ext4 or xfs."
+            )
 
 
 def find_device_rules(

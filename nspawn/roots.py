@@ -28,7 +28,7 @@ from typing import Any
 
 from nspawn.common import SETTINGS_ROOT, ConfigError, TransientError, check_shortage
 from nspawn.files import read_text
-from nspawn.host import Host, Mounts
+from nspawn.host import OVERLAY_IDMAP, Host, Mounts
 from nspawn.images import BUSY, Image, explain_linked_usr, open_directory
 from nspawn.linux import (
     AT_EMPTY_PATH,
@@ -88,7 +88,6 @@ class PrivateRoot:
 # The name in the task's directory, where no task can see it. In `ephemeral_dir` it follows the machine's name.
 PLACE_NAME = ".nspawn-root"
 UPPER_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "tmpfs"})
-OVERLAY_IDMAP = (5, 19)  # the first kernel whose overlay takes id-mapped layers
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def find_obstacle(image: Image, root: PrivateRoot, values: Values, host: Host, m
         version = ".".join(map(str, host.kernel))
         return f"Linux {version} has no id-mapped overlays (5.19 has), which user namespaces need"
     for layer in root.layers if root.is_mapped else ():
-        if not mounts.have_idmap(layer, host.kernel):
+        if not mounts.have_idmap(layer):
             return f"{layer} is on {mounts.filesystem(layer)}, which cannot be id-mapped for a user namespace"
     if root.place and mounts.filesystem(root.place) not in UPPER_FILESYSTEMS:
         return f"{root.place} is on {mounts.filesystem(root.place)}, which cannot hold what a task changes"

@@ -20,7 +20,6 @@ import driver
 from nspawn.cgroup import Usage, parse_cgroups, read_cgroup_pids, read_cgroup_usage, read_number, remove_cgroup
 from nspawn.host import (
     CONTROLLERS,
-    IDMAP_SINCE,
     TOOLS,
     CgroupMode,
     Host,
@@ -300,43 +299,6 @@ def test_mounts_of_this_machine() -> None:
     assert mounts.filesystem("/") != ""
 
 
-# Kernels from which each can be the source of an id-mapped mount, by their changelogs.
-IDMAP = {
-    "ext4": (5, 12),
-    "xfs": (5, 12),
-    "vfat": (5, 12),
-    "btrfs": (5, 15),
-    "ntfs3": (5, 15),
-    "f2fs": (5, 18),
-    "erofs": (5, 19),
-    "squashfs": (6, 2),
-    "tmpfs": (6, 3),
-}
-
-
-@pytest.mark.parametrize(("filesystem", "since"), IDMAP.items())
-def test_idmap_since(filesystem: str, since: tuple[int, int]) -> None:
-    mounts = Mounts((("/", filesystem),))
-    assert mounts.have_idmap("/a", since)
-    assert mounts.have_idmap("/a", (since[0] + 1, 0))
-    assert not mounts.have_idmap("/a", (since[0], since[1] - 1))
-    assert not mounts.have_idmap("/a", (0, 0))
-
-
-@pytest.mark.parametrize("filesystem", ["overlay", "nfs", "nfs4", "fuse.sshfs", "9p", "cifs", "ext3", ""])
-def test_never_idmap(filesystem: str) -> None:
-    assert not Mounts((("/", filesystem),)).have_idmap("/a", (7, 2))
-
-
-def test_idmap_asks_for_the_path_itself() -> None:
-    mounts = Mounts((("/", "ext4"), ("/a", "overlay"), ("/a/b", "xfs")))
-    assert [mounts.have_idmap(path, (6, 1)) for path in ("/", "/a", "/a/b", "/ab")] == [True, False, True, True]
-
-
-def test_idmap_table_is_the_one_above() -> None:
-    assert IDMAP_SINCE == IDMAP
-
-
 # -- what is missing -----------------------------------------------------------------------------------------
 
 
@@ -353,19 +315,24 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def problems(systemd: int = 252) -> list[str]:
+def problems(systemd: int = 252, kernel: tuple[int, int] = (5, 12)) -> list[str]:
     """The problems of this machine, but for its identity, which is not what these tests are about."""
-    return [text for text in find_problems(systemd) if "machine-id" not in text]
+    return [text for text in find_problems(systemd, kernel) if "machine-id" not in text]
 
 
-@pytest.mark.parametrize("systemd", [249, 252, 257, 262])
+def test_old_kernel(tools: Path) -> None:
+    """Volumes of a task with user namespaces are id-mapped mounts."""
+    assert problems(kernel=(5, 11)) == ["The kernel is Linux 5.11; 5.12 or newer is needed."]
+
+
+@pytest.mark.parametrize("systemd", [252, 257, 262])
 def test_no_problems(tools: Path, systemd: int) -> None:
     assert problems(systemd) == []
 
 
-@pytest.mark.parametrize("systemd", [1, 239, 248])
+@pytest.mark.parametrize("systemd", [1, 239, 249, 251])
 def test_old_systemd(tools: Path, systemd: int) -> None:
-    assert problems(systemd) == [f"systemd-nspawn is version {systemd}; 249 or newer is needed."]
+    assert problems(systemd) == [f"systemd-nspawn is version {systemd}; 252 or newer is needed."]
 
 
 PACKAGES = {
@@ -408,10 +375,10 @@ def test_not_root(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_several_problems_are_several_sentences(tools: Path) -> None:
     (tools / "sed").unlink()
-    host = Host(248, (6, 1), CgroupMode.V2, tuple(problems(248)))
+    host = Host(249, (6, 1), CgroupMode.V2, tuple(problems(249)))
     assert not host.is_healthy
     assert host.health_description == (
-        "sed is not installed: install the package sed. systemd-nspawn is version 248; 249 or newer is needed."
+        "sed is not installed: install the package sed. systemd-nspawn is version 249; 252 or newer is needed."
     )
 
 
