@@ -240,6 +240,7 @@ from nspawn.roots import (
     lock_image,
     make_mount_file,
     make_mount_points,
+    make_working_directory,
     mount_root,
     pick_users,
 )
@@ -375,7 +376,7 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
            '"www-data"', check=check_user, argument="-u",
            render=render_short_option),  # --user= means another thing since 261
     Option("working_directory", Kind.STRING,
-           "The directory inside the container in which the command starts.",
+           "The directory inside the container in which the command starts. It is made if it is missing.",
            '"/srv"', aliases=("work_dir",), check=check_container_path, argument="--chdir"),
     Option("environment", Kind.STRING_MAP,
            "Variables for the command or init. If Nomad sets a variable too, Nomad's value is used.",
@@ -783,9 +784,9 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
     return arguments
 
 
-def prepare_root(plan: Plan, root: Path) -> str:
-    """Make the mount points of a read-only root. Return a sentence if the command cannot be executed, else "".
-    Raises DriverError if a mount point is missing and cannot be made, or if there is no init to boot."""
+def prepare_root(plan: Plan, root: Path) -> None:
+    """Make what the container's root needs: the command's directory, and mount points if it is read-only. Raises
+    DriverError if that is not possible, if the command cannot be executed, or if there is no init to boot."""
     if plan.needs.mount_points and plan.image.is_protected and not plan.private:
         check_mount_points(root, plan.network.mount_files)
     elif plan.needs.mount_points:
@@ -795,9 +796,11 @@ def prepare_root(plan: Plan, root: Path) -> str:
     view = View(root, plan.mounts, plan.pivot)
     if plan.mode is Mode.BOOT:
         check_init(plan, view)
-    elif plan.command:
-        return explain_command(plan.command[0], plan.search_path, view)
-    return ""
+        return
+    directory = plan.needs.directory
+    if why := explain_command(plan.command[0], plan.search_path, view, directory) if plan.command else "":
+        raise DriverError(why)
+    make_working_directory(view, directory, plan.explain_fixed_root())
 
 
 def explain_mount(plan: Plan, error: OSError) -> DriverError:
@@ -845,10 +848,10 @@ def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[in
         yield logs
 
 
-def start_shim(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> tuple[ProcessId, str]:
+def start_shim(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> ProcessId:
     """Start the shim in a mount namespace of its own, which holds the task's private root. Blocks, and leaves its
-    thread in that namespace: for `run_in_thread`. The shim inherits `locks`; our copies are closed. The second
-    result is a sentence if the command cannot be executed. Raises DriverError or OSError."""
+    thread in that namespace: for `run_in_thread`. The shim inherits `locks`; our copies are closed. Raises
+    DriverError or OSError."""
     with contextlib.ExitStack() as stack:  # from here on the shim holds the locks, and its namespace the mounts
         trees = []
         for pin in plan.pins:
@@ -864,8 +867,9 @@ def start_shim(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[in
         stack.callback(close_all, locks)
         arguments = make_root(plan, state_dir, locks) if plan.private else []
         root = plan.find_root(state_dir)
-        why = prepare_root(plan, root) if root else ""
-        return start_shell(plan, state_dir, stdio, arguments, locks), why
+        if root:
+            prepare_root(plan, root)
+        return start_shell(plan, state_dir, stdio, arguments, locks)
 
 
 def close_all(fds: list[int]) -> None:
@@ -964,7 +968,6 @@ class Task:
             lines=read_nspawn_log(state.directory),
             reason=read_text(state.directory / "reason"),
             sent=self.sent,
-            complaint=state.complaint,
         )
         return explain_exit(end)
 
@@ -1216,9 +1219,9 @@ class Start:
         try:
             await asyncio.shield(started)
         finally:  # after a cancel, too: it does not stop the thread, and the shim it starts must be known
-            shim, complaint = await started
+            shim = await started
             self.state = replace(self.state, shim=shim)  # first: if the next line fails, `abandon` needs it
-            self.save(complaint=complaint, locks=find_locks(shim, self.state.image))
+            self.save(locks=find_locks(shim, self.state.image))
 
     def save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import stat
+import struct
 import sys
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -303,7 +304,8 @@ class View:
     the image or a task can make a look-up slow."""
 
     image: Path
-    mounts: Mapping[str, str] = field(default_factory=dict)  # targets in the container to sources on the host
+    # Targets in the container to sources on the host; "" for what nobody can look into before the start.
+    mounts: Mapping[str, str] = field(default_factory=dict)
     pivot: str = "/"  # the directory of the image that becomes the root
 
     def open(self, path: str, links: int = 8) -> int | None:
@@ -311,7 +313,9 @@ class View:
         from the root into mounts. Raises OSError if it cannot tell."""
         path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
         is_plain = ".." not in path.split("/")
-        place = max((point for point in self.mounts if is_plain and is_below(path, point)), key=len, default="")
+        place = self.find_place(path) if is_plain else ""
+        if place and not self.mounts[place]:
+            raise OSError(errno.ESTALE, "is mounted when the container starts")
         root = os.open(self.mounts[place], os.O_PATH | os.O_CLOEXEC) if place else self.open_root()
         if place == path:
             return root
@@ -326,6 +330,26 @@ class View:
         finally:
             os.close(root)
         return self.open(leads, links - 1) if leads else None
+
+    def find_place(self, path: str) -> str:
+        """Return the target of the mount that a path is in, "" for the root itself."""
+        return max((point for point in self.mounts if is_below(path, point)), key=len, default="")
+
+    def have_links(self) -> bool:
+        """Whether a mount is at another place than its target says, because a link leads there. Raises OSError."""
+        root = self.open_root()
+        try:
+            for point in self.mounts:
+                try:
+                    os.close(open_in_root(root, os.path.dirname(point), os.O_PATH, follow=False))
+                except OSError as error:
+                    if error.errno == errno.ELOOP:
+                        return True
+                    if error.errno not in IS_MISSING:
+                        raise
+        finally:
+            os.close(root)
+        return False
 
     def open_root(self) -> int:
         top = os.open(self.image, os.O_PATH | os.O_CLOEXEC)
@@ -362,35 +386,74 @@ MAX_PARTS = 64  # of a path
 MAX_PLACES = 64  # of a PATH
 
 
-def explain_command(command: str, search: str, view: View) -> str:
-    """Return why a program cannot be executed, "" if it can be or if that is not known."""
-    if "/" in command and not command.startswith("/"):
-        return ""  # relative to the working directory
-    places = [command] if "/" in command else [f"{place}/{command}" for place in search.split(":")]
+def explain_command(command: str, search: str, view: View, directory: str = "/") -> str:
+    """Return why a program cannot be executed, "" if it can be or if that is not known. `directory` is the one it
+    is started in."""
+    places = [command] if "/" in command else [f"{place or '.'}/{command}" for place in search.split(":")]
     kinds = set()
     try:
         for place in places[:MAX_PLACES]:
-            if (fd := view.open(place)) is not None:
+            if (fd := find_program(os.path.join(directory, place), view)) is not None:
                 try:
-                    kinds.add(explain_program(fd))
+                    kinds.add(explain_program(fd, view))
                 finally:
                     os.close(fd)
+        if "" in kinds or view.have_links():
+            return ""
     except OSError:
         return ""  # not known
     if not kinds:
         where = "in the container" if "/" in command else f"in the container's PATH ({quote(search)})"
         return f"command: there is no {render_value(shorten(command))} {where}"
-    return "" if "" in kinds else f'command: "{command}" in the container is {min(kinds)}'
+    return f"command: {render_value(shorten(command))} in the container {min(kinds)}"
 
 
-def explain_program(fd: int) -> str:
+def find_program(path: str, view: View) -> int | None:
+    """Open a program as View.open does. If the image has no /bin or the like, nspawn makes it a link into /usr."""
+    found = view.open(path)
+    top = path.split("/")[1] if path.startswith("/") else ""
+    if found is not None or top not in ("bin", "sbin", "lib", "lib64"):
+        return found
+    if (folder := view.open(f"/{top}")) is not None:
+        os.close(folder)
+        return None
+    return view.open(f"/usr{path}")
+
+
+def explain_program(fd: int, view: View) -> str:
     """Return what is wrong with a program, "" if nothing is. Raises OSError."""
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISREG(mode) and mode & 0o111):
-        return "not an executable file"
-    return f"for another machine than this {os.uname().machine}" if is_foreign(fd) else ""
+        return "is not an executable file"
+    if is_foreign(fd):
+        return f"is for another machine than this {os.uname().machine}"
+    interpreter = find_interpreter(read_opened(fd, 4096))
+    if not interpreter.startswith("/"):
+        return ""
+    if (found := find_program(interpreter, view)) is None:
+        return f"needs the interpreter {quote(interpreter)}, which is not there"
+    os.close(found)
+    return ""
 
 
+def find_interpreter(head: bytes) -> str:
+    """Return the program that the kernel starts for a program, "" if it needs none or that is not known. `head` is
+    the start of its file: "#!" and a path, or the headers of a 64-bit ELF file of this machine."""
+    if head.startswith(b"#!"):
+        return os.fsdecode((re.split(rb"[ \t\n\0]", head[2:256].lstrip(b" \t")) or [b""])[0])
+    native = ELF_MACHINES.get(os.uname().machine, (0,))[0]
+    if not (head.startswith(b"\x7fELF\x02\x01") and head[18:20] == native.to_bytes(2, "little")):
+        return ""
+    with contextlib.suppress(struct.error):
+        start, size, count = *struct.unpack_from("<Q", head, 32), *struct.unpack_from("<HH", head, 54)
+        for number in range(min(count, 64)):
+            kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", head, start + number * size)
+            if kind == PT_INTERP and offset + length <= len(head):
+                return os.fsdecode(head[offset : offset + length].partition(b"\0")[0])
+    return ""
+
+
+PT_INTERP = 3
 ELF_MACHINES = {"x86_64": (62, 3), "aarch64": (183, 40)}  # e_machine of 64-bit and 32-bit programs
 BINFMT_MISC = Path("/proc/sys/fs/binfmt_misc")
 

@@ -127,7 +127,6 @@ class Ending:
     lines: Sequence[str] = ()  # nspawn's messages
     reason: str = ""  # why the driver killed it, if it noted that
     sent: int = 0  # the last signal sent on Nomad's behalf
-    complaint: str = ""  # why the command cannot be executed, as found at the start
 
 
 def explain_exit(end: Ending) -> Exit:
@@ -155,7 +154,9 @@ def explain_exit(end: Ending) -> Exit:
         before = f"the kernel had killed {shortage.kills} of its processes: {shortage.reason}"
         return replace(exit, error=f"{exit.error}; {before}" if exit.error else before)
     if exit.code in (1, 126, 127) and not exit.error and end.mode is not Mode.BOOT:
-        return replace(exit, error=explain_command(end))
+        # nspawn says that the container is up before it enters the directory and executes the command.
+        known = find_message(end.lines)
+        return replace(exit, error=str(known)) if known else exit
     return exit
 
 
@@ -185,14 +186,3 @@ def explain_status(end: Ending, record: Record) -> Exit:
     if record.status == 133:
         return Exit(133, 0, "the container asked for a reboot; Nomad's restart policy decides", end.at)
     return Exit(record.status, 0, "", end.at)
-
-
-def explain_command(end: Ending) -> str:
-    """Return why the command could not be executed, "" if that is not known.
-
-    nspawn reports the container as up before it enters the directory and executes the command. Its message
-    ("execv() failed") goes to the task's stderr, as does that of a shell that gets what the kernel cannot execute.
-    """
-    if known := find_message(end.lines):
-        return str(known)
-    return f"{end.complaint} (the system's own message is in the task's stderr)" if end.complaint else ""

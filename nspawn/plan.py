@@ -117,11 +117,19 @@ class Needs:
     inaccessible: bool  # what nspawn hides paths with
     overlays: bool  # a directory for what they change
     filter: bool  # a booted system's console is a terminal, which puts a CR before each LF
+    directory: str  # the command's working directory
+    is_copied: bool  # nspawn runs a copy of the image, unless there is a private root
 
     @classmethod
     def of(cls, values: Values, mode: Mode) -> Needs:
-        is_terminal = mode is Mode.BOOT and values["console"] != "pipe"
-        return cls(is_read_only(values), bool(values["inaccessible"]), bool(values["overlay"]), is_terminal)
+        return cls(
+            mount_points=is_read_only(values),
+            inaccessible=bool(values["inaccessible"]),
+            overlays=bool(values["overlay"]),
+            filter=mode is Mode.BOOT and values["console"] != "pipe",
+            directory="/" if mode is Mode.BOOT else values["working_directory"] or "/",
+            is_copied=values["ephemeral"] or values["volatile"] not in (None, "no"),
+        )
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,16 @@ class Plan:
             return None
         pin = self.find_pin(self.image.fd)
         return Path(pin.place) if pin else self.image.opened
+
+    def explain_fixed_root(self) -> str:
+        """Return why no directory can be made in the container's root before the start, "" if one can."""
+        if self.private:
+            return ""
+        if self.image.is_protected:
+            return "the operator lets no task write to the image"
+        if self.needs.mount_points:
+            return "the image is read-only for this task"
+        return "systemd-nspawn runs a copy of the image" if self.needs.is_copied else ""
 
     def name_sources(self, line: str) -> str:
         """Return a message of nspawn with the host's paths instead of those in the state directory."""
@@ -595,8 +613,17 @@ def find_device_rules(
         yield from read_rules(volumes[mount.source], "r" if mount.read_only else "rw")
 
 
+# What nspawn mounts over the image's own directories.
+OWN_MOUNTS = ("/dev", "/proc", "/run", "/sys", "/tmp")
+
+
 def plan_mount_table(values: Values, volumes: Sequence[Volume], pins: Mapping[str, Pin]) -> dict[str, str]:
-    table = {volume.target.rstrip("/"): volume.source for volume in volumes}
+    """Return the container's mounts for a View: targets to sources, "" for what nobody can look into."""
+    hidden = [*OWN_MOUNTS, *(["/var"] if values["volatile"] == "state" else []), *values["inaccessible"]]
+    hidden += [split_fields(item)[-1] for name in ("overlay", "overlay_read_only") for item in values[name]]
+    hidden += [item.partition(":")[0] for item in values["tmpfs"]]
+    table = {os.path.normpath(path): "" for path in hidden}
+    table |= {volume.target.rstrip("/"): volume.source for volume in volumes}
     for option in ("bind", "bind_read_only"):
         for name, text in values[option].items():
             table[parse_bind(text)[0].rstrip("/")] = pins[name].place

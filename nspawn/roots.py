@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nspawn.common import SETTINGS_ROOT, ConfigError, TransientError, check_shortage
+from nspawn.common import SETTINGS_ROOT, ConfigError, DriverError, TransientError, check_shortage, quote
 from nspawn.files import read_text
 from nspawn.host import OVERLAY_IDMAP, Host, Mounts
-from nspawn.images import BUSY, Image, explain_linked_usr, open_directory
+from nspawn.images import BUSY, Image, View, explain_linked_usr, open_directory
 from nspawn.linux import (
     AT_EMPTY_PATH,
     AT_FDCWD,
@@ -47,6 +47,7 @@ from nspawn.linux import (
     attach_tree,
     call_libc,
     mount_filesystem,
+    open_in_root,
     take_lock,
 )
 from nspawn.options import Permission, Values
@@ -317,6 +318,65 @@ def make_mount_points(root: Path) -> None:
                 check_shortage(error)
             rule = f"the image has no /{name} to mount on, and none can be made in it ({error.strerror})"
             raise ConfigError("read_only", True, rule, "make the directory in the image") from None
+
+
+WRITABLE_MOUNTS = ("/alloc", "/local", "/secrets")  # the task's own directories
+
+
+def make_working_directory(view: View, path: str, obstacle: str) -> None:
+    """Make a command's working directory if the container has none, as docker does: for root, with mode 755.
+    `obstacle` says why none can be made in the container's root, "" if one can. Raises DriverError."""
+    try:
+        found = view.open(path)
+        if found is None and view.have_links():
+            return
+    except OSError:
+        return  # not known: nspawn finds it, or says that there is none
+    if found is not None:
+        is_directory = stat.S_ISDIR(os.fstat(found).st_mode)
+        os.close(found)
+        if not is_directory:
+            raise DriverError(f"working_directory: {quote(path)} in the container is not a directory")
+        return
+    place = view.find_place(path)
+    if place and place not in WRITABLE_MOUNTS:
+        obstacle = f"{quote(place)} is mounted from elsewhere"
+    if place not in WRITABLE_MOUNTS and obstacle:
+        raise DriverError(explain_directory(path, obstacle))
+    root = os.open(view.mounts[place], os.O_PATH | os.O_CLOEXEC) if place else view.open_root()
+    try:
+        make_directories(root, path[len(place) :])
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            check_shortage(error)
+        raise DriverError(explain_directory(path, str(error.strerror))) from None
+    finally:
+        os.close(root)
+
+
+def explain_directory(path: str, obstacle: str) -> str:
+    where = f"there is no directory {quote(path)} in the container, and none can be made"
+    return f"working_directory: {where}: {obstacle}"
+
+
+def make_directories(root: int, path: str) -> None:
+    """Make a directory below an open one, and its parents, for the root's owner. Links lead nowhere else. Raises
+    OSError."""
+    owner, made, here = os.fstat(root), "", os.dup(root)
+    try:
+        for part in filter(None, path.split("/")):
+            made += f"/{part}"
+            try:
+                below = open_in_root(root, made, os.O_PATH | os.O_DIRECTORY)
+            except FileNotFoundError:
+                os.mkdir(part, 0o755, dir_fd=here)
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                below = os.open(part, flags, dir_fd=here)  # others may write there: never a link of theirs
+                os.fchown(below, owner.st_uid, owner.st_gid)
+            os.close(here)
+            here = below
+    finally:
+        os.close(here)
 
 
 def make_mount_file(root: Path, path: str) -> None:

@@ -53,7 +53,6 @@ class State:
     started_at: float  # Unix time
     image: str  # its path if nspawn leaves files beside it, else ""
     alloc_dir: str = ""  # the allocation's directory on the host
-    complaint: str = ""  # why the command cannot be executed, as found at the start
     place: str = ""  # `PrivateRoot.place`, removed with the task
     link: str = ""  # the host's end of nspawn's link to the container
     zone: str = ""  # nspawn's bridge vz-<zone>

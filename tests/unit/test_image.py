@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import driver
 from nspawn.common import ConfigError
 from nspawn.images import (
+    ELF_MACHINES,
     MAX_TEXT,
     Account,
     Image,
@@ -27,6 +29,7 @@ from nspawn.images import (
     find_account,
     find_archive,
     find_image,
+    find_interpreter,
     image_places,
     is_foreign,
     plan_origin,
@@ -450,10 +453,75 @@ def test_command_in_a_mount(root: Path, tmp_path: Path) -> None:
     assert explain_command("/local/tool", SEARCH, View(root, mounts)) == ""
 
 
-@pytest.mark.parametrize("command", ["./run", "bin/run", "../app/bin/run"])
-def test_commands_relative_to_the_working_directory_are_not_judged(root: Path, command: str) -> None:
-    """They start in `working_directory`, which is not known here: "there is no" would often be wrong."""
-    assert explain_command(command, SEARCH, View(root)) == ""
+@pytest.mark.parametrize(("command", "is_there"), [("./sh", True), ("bin/sh", False), ("../bin/sh", True)])
+def test_commands_relative_to_the_working_directory(root: Path, command: str, is_there: bool) -> None:
+    why = explain_command(command, SEARCH, View(root), "/usr/bin")
+    assert why == ("" if is_there else f'command: there is no "{command}" in the container')
+
+
+def test_command_in_the_working_directory_itself(root: Path) -> None:
+    assert explain_command("sh", ":/nowhere", View(root), "/usr/bin") == ""
+    assert explain_command("sh", ":/nowhere", View(root), "/usr") != ""
+
+
+@pytest.mark.parametrize("command", ["/run/tool", "/to-run", "../run/tool"])
+def test_command_that_only_the_running_container_has_is_not_judged(root: Path, command: str) -> None:
+    (root / "to-run").symlink_to("/run/tool")
+    assert explain_command(command, SEARCH, View(root, {"/run": ""})) == ""
+    assert explain_command("/nope", SEARCH, View(root, {"/run": ""})) != ""
+
+
+def test_mounts_behind_links_are_not_judged(root: Path, tmp_path: Path) -> None:
+    """/bin is a link: what is mounted on /bin/tool is at /usr/bin/tool, too."""
+    assert explain_command("/usr/bin/tool", SEARCH, View(root, {"/bin/tool": str(tmp_path)})) == ""
+
+
+def test_nspawn_makes_bin(root: Path) -> None:
+    (root / "bin").unlink()
+    assert explain_command("/bin/sh", SEARCH, View(root)) == ""
+    (root / "bin").mkdir()
+    assert explain_command("/bin/sh", SEARCH, View(root)) != ""
+
+
+def elf(interpreter: bytes) -> bytes:
+    """The start of a program of this machine."""
+    machine = ELF_MACHINES[os.uname().machine][0]
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, machine, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0
+    )
+    segments = struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, 0, 0, 0)
+    segments += struct.pack("<IIQQQQQQ", 3, 4, 176, 0, 0, len(interpreter) + 1, 0, 1)
+    return header + segments + interpreter + b"\0"
+
+
+@pytest.mark.parametrize(
+    ("data", "missing"),
+    [
+        (b"#!/usr/bin/sh\n", ""),
+        (b"#! \t/bin/sh -eu\n", ""),
+        (b"#!/usr/bin/nope\n", "/usr/bin/nope"),
+        (b"#!/nope", "/nope"),
+        (b"#!\n", ""),
+        (b"#!", ""),
+        (b"echo hello\n", ""),
+        (elf(b"/usr/bin/sh"), ""),
+        (elf(b"/lib64/ld-nope.so.2"), "/lib64/ld-nope.so.2"),
+        (elf(b"/nope")[:70], ""),
+        (elf(b"/nope")[:178], ""),
+        (b"\x7fELF", ""),
+    ],
+)
+def test_missing_interpreters(root: Path, data: bytes, missing: str) -> None:
+    tool = root / "usr/bin/tool"
+    tool.write_bytes(data)
+    tool.chmod(0o755)
+    why = f'command: "tool" in the container needs the interpreter {missing}, which is not there'
+    assert explain_command("tool", SEARCH, View(root)) == (why if missing else "")
+
+
+@given(st.binary(max_size=300) | st.binary(max_size=300).map(lambda data: elf(b"/x")[:64] + data))
+def test_any_program_can_be_looked_at(data: bytes) -> None:
+    assert isinstance(find_interpreter(data), str)
 
 
 # -- where images are fetched from ---------------------------------------------------------------------------

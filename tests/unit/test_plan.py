@@ -1169,8 +1169,11 @@ def test_volumes_have_absolute_targets(target: str) -> None:
 
 
 def test_mount_table() -> None:
-    options = {"bind": [{"/srv/a": "/a/"}], "bind_read_only": [{"/srv/l": "/local", "/srv/b": "/b"}]}
+    options: dict[str, Any] = {"bind": [{"/srv/a": "/a/"}]}
+    options["bind_read_only"] = [{"/srv/l": "/local", "/srv/b": "/b"}]
+    options |= {"tmpfs": ["/cache:size=1M"], "overlay": ["+/etc::/etc"], "inaccessible": ["/hidden"]}
     assert plan(options, task=replace(TASK, mounts=(Mount("/srv/v", "/v", False),))).mounts == {
+        **dict.fromkeys(("/dev", "/proc", "/run", "/sys", "/tmp", "/cache", "/etc", "/hidden"), ""),
         "/alloc": f"{DIRECTORIES}/0",
         "/alloc/logs": f"{DIRECTORIES}/1",
         "/local": f"{MOUNTS}/1",
@@ -1515,10 +1518,8 @@ def test_exit_without_a_record() -> None:
 
 @pytest.mark.parametrize("code", [1, 126, 127])
 def test_exit_of_a_command_that_cannot_be_executed(code: int) -> None:
-    end = Ending(Mode.COMMAND, 5.0, Record(code, False, 5.0), complaint="there is no /x")
-    told = "there is no /x (the system's own message is in the task's stderr)"
-    assert explain_exit(end) == Exit(code, 0, told, 5.0)
-    assert explain_exit(replace(end, mode=Mode.BOOT)).error == ""
+    end = Ending(Mode.COMMAND, 5.0, Record(code, False, 5.0))
+    assert explain_exit(end) == Exit(code, 0, "", 5.0)
     line = "Failed to change to specified working directory /nodir: No such file or directory"
     assert explain_exit(replace(end, lines=[line])).error.startswith("working_directory: there is no")
 
@@ -1581,7 +1582,6 @@ states = st.builds(
     leader=st.none() | processes,
     started_at=st.floats(0, 1e11),
     image=st.just("") | words.map("/images/{}".format),
-    complaint=st.text(),
     place=st.just("") | words.map("/allocs/{}/.nspawn-root".format),
     users=st.lists(st.tuples(st.integers(0, 1 << 32), st.integers(0, 1 << 32)), max_size=3).map(tuple),
 )
@@ -1595,7 +1595,6 @@ STATE = State(
     leader=ProcessId(11, 21),
     started_at=1.5,
     image="/i",
-    complaint="c",
     place="/p/.nspawn-root",
 )
 
@@ -1619,7 +1618,7 @@ UNSAFE: list[dict[str, Any]] = [
     {"leader": ProcessId("1", 0)},  # type: ignore[arg-type]
     {"ports": ((1, "x"),)},
     {"users": ((1, 2.5),)},
-    {"complaint": 1},
+    {"boot_id": 1},
     {"journal": "/etc"},
     {"journal": "/var/log/journal/../../../etc"},
     {"started_at": "now"},
