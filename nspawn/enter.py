@@ -4,9 +4,10 @@
 The command gets the payload's namespaces and cgroup, bounding set, no_new_privs, seccomp filters and limits, and
 runs as the task's user. nsenter would give it the host's capabilities, no filter and no limit.
 
-This program imports nothing of ours: nspawn/exec.py gives its text to a new Python, the server. The server forks
-an entry for each command. The entry enters the container, forks the command, waits for it and reports its end.
-The server ends when its standard input does, an entry ends with the server, and a command ends with its entry.
+This program imports nothing of ours, and little else: the first command waits for it. nspawn/exec.py gives it to a
+new Python, the server. The server forks an entry for each command. The entry enters the container, forks the
+command, waits for it and reports its end. The server ends when its standard input does, an entry ends with the
+server, and a command ends with its entry.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
+import marshal
 import os
 import resource
 import select
@@ -24,7 +25,10 @@ import stat
 import struct
 import termios
 import time
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing `typing` takes a moment
+    from typing import Any
 
 
 class Entry:
@@ -113,7 +117,7 @@ class Entry:
         try:
             self.prctl(self.PR_DUMPABLE, 0)  # nobody inside may read this process's memory
             with open(plan_file, "rb") as file:
-                self.plan: dict[str, Any] = json.load(file)
+                self.plan: dict[str, Any] = marshal.load(file)
             filters = self.read_filters(self.plan["leader"]) if self.plan["has_seccomp"] else []
             self.join()
             self.check(self.libc.setns(leader, self.plan["namespaces"]), "setns")
@@ -125,22 +129,37 @@ class Entry:
             self.die_with(parent)
             end = self.run(user)
         except SystemExit as error:
-            end = {"error": str(error)[:2000]}
+            end = f"! {error}"
         except BaseException as error:
-            end = {"error": f"the command could not be started: {error}"[:2000]}
-        os.write(self.report, json.dumps(end).encode())
+            end = f"! the command could not be started: {error}"
+        os.write(self.report, end[:2000].encode(errors="replace"))
 
     def join(self) -> None:
-        """Take the cgroups, OOM score adjustment and limits of the container's first process."""
-        for place in self.plan["cgroups"]:
-            with open(os.open(f"{place}/cgroup.procs", os.O_WRONLY), "wb") as file:
-                file.write(b"0")
+        """Take the OOM score adjustment and limits of the container's first process, and its cgroups: in the v2
+        hierarchy one of the command's own below it, unless the container has used up all that it may have."""
+        own, *others = self.plan["cgroups"] or [""]
+        if own:
+            leaf = f"{own}/{self.plan['leaf']}{os.getpid()}"
+            try:
+                os.mkdir(leaf)
+                self.join_cgroup(leaf)
+            except OSError:
+                self.join_cgroup(own)
+        for place in others:
+            self.join_cgroup(place)
         with open("/proc/self/oom_score_adj", "w") as adjustment:
             adjustment.write(self.plan["oom_score_adj"])
         for number, limits in enumerate(self.plan["limits"]):
             resource.setrlimit(number, limits)
 
-    def run(self, user: tuple[int, int, list[int], bytes]) -> dict[str, Any]:
+    def join_cgroup(self, place: str) -> None:
+        fd = os.open(f"{place}/cgroup.procs", os.O_WRONLY)
+        try:
+            os.write(fd, b"0")
+        finally:
+            os.close(fd)
+
+    def run(self, user: tuple[int, int, list[int], bytes]) -> str:
         """Fork the command, wait, and return its end: the status, and a shell's words if it cannot be executed."""
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         pid = os.fork()
@@ -161,7 +180,7 @@ class Entry:
             words = os.read(reader, 2000).decode(errors="replace")
         except BlockingIOError:  # somebody still has the other end
             words = ""
-        return {"status": status, "words": words}
+        return f"{status} {words}"
 
     def wait(self, pid: int) -> int:
         """Return the exit code of the command, or minus the number of the signal that ended it. The kernel tells a

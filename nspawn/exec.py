@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import importlib.util
 import json
+import marshal
 import os
 import resource
 import shutil
@@ -18,13 +20,16 @@ import sys
 import termios
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import asdict
+from importlib.abc import InspectLoader
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nspawn.cgroup import (
     find_cgroups,
     find_own_cgroups,
+    kill_cgroup,
     read_cgroup_pids,
+    read_cgroup_processes,
     read_descendants,
     write_control,
 )
@@ -51,8 +56,16 @@ from nspawn.state import State
 
 T = TypeVar("T")
 
+
+def read_program() -> bytes:
+    """Return enter.py as a compiled file, which a Python of the same version runs at once."""
+    spec = importlib.util.find_spec("nspawn.enter")
+    assert spec and isinstance(spec.loader, InspectLoader)
+    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(spec.loader.get_code(spec.name))
+
+
 # Read when the plugin starts: later the directory with the plugin's code may have been removed.
-ENTER = Path(__file__).with_name("enter.py").read_bytes()
+ENTER = read_program()
 HELPER_PATIENCE = 30.0  # seconds without a command after which the helper ends
 
 
@@ -92,6 +105,7 @@ class Helper:
         self.timer: asyncio.TimerHandle | None = None
         self.starting: asyncio.Task[socket.socket] | None = None
         self.background: set[asyncio.Task[Any]] = set()
+        self.leaves: list[str] = []  # cgroups of ended commands that had processes when last looked at
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run something in the background, where the end of a call does not cancel it."""
@@ -154,6 +168,17 @@ class Helper:
             os.close(self.errors)
         self.starting, self.socket, self.errors = None, None, -1
 
+    async def remove_leaf(self, leaf: str) -> None:
+        """Remove the cgroup of a command that has ended, and some that could not be removed before. DestroyTask
+        removes what is left then."""
+        left, self.leaves = [leaf, *self.leaves[:MAX_LEAVES]], self.leaves[MAX_LEAVES:]
+        for pause in (0.02, 0.1, 0.5, 0):  # what was killed takes a moment to go
+            left = await run_in_thread(functools.partial(remove_leaves, left))
+            if not left:
+                return
+            await asyncio.sleep(pause)
+        self.leaves += left
+
     def find_entry(self, pid: int) -> ProcessId | None:
         """Return a child of the server, None if it has ended. Raises OSError."""
         fields = read_stat(pid)
@@ -161,6 +186,9 @@ class Helper:
 
     def read_errors(self) -> str:
         return os.pread(self.errors, 1000, 0).decode(errors="replace").strip() if self.errors >= 0 else ""
+
+
+MAX_LEAVES = 100  # that are tried again at the end of each command
 
 
 async def send_fds(connection: socket.socket, data: bytes, descriptors: Sequence[int]) -> None:
@@ -220,6 +248,7 @@ def plan_entry(leader: int, cgroup: str, inside: Inside, command: Sequence[str])
     return {
         "leader": leader,
         "cgroups": cgroups,
+        "leaf": LEAF,
         "limits": parse_limits(read_text(Path(f"/proc/{leader}/limits"))),
         "oom_score_adj": Path(f"/proc/{leader}/oom_score_adj").read_text(),
         "namespaces": find_namespaces(leader),
@@ -235,6 +264,23 @@ def plan_entry(leader: int, cgroup: str, inside: Inside, command: Sequence[str])
         "env": dict(inside.variables),
         "argv": list(command),
     }
+
+
+LEAF = "nomad-exec-"  # and the pid of the entry: the name of a command's own cgroup
+
+
+def remove_leaves(leaves: Sequence[str]) -> list[str]:
+    """Remove the cgroups of commands; return those that still have processes, which a command has left on purpose.
+    Blocks."""
+    left = []
+    for leaf in leaves:
+        try:
+            os.rmdir(leaf)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            left.append(leaf)
+    return left
 
 
 def leave_cgroup(entry: int) -> None:
@@ -292,6 +338,7 @@ class Exec:
         self.report = -1  # the pipe from which `reported` is read
         self.reported = b""
         self.entry: ProcessId | None = None  # the parent of the command
+        self.leaf = ""  # the command's own cgroup, "" before the entry may make it
         self.stdin = -1
         self.outputs: dict[str, int] = {}
         self.size = (24, 80)
@@ -334,10 +381,12 @@ class Exec:
             plan = plan_entry(leader, self.state.cgroup, read_inside(self.state.directory), self.command)
         except (HostError, OSError, KeyError, ValueError) as error:  # most likely the task has ended
             raise self.explain_silence(str(error)) from None
+        if plan["cgroups"]:
+            self.leaf = f"{plan['cgroups'][0]}/{LEAF}{number.decode()}"
         self.report, report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             with open(os.memfd_create("plan"), "w+b", buffering=0) as file:
-                file.write(json.dumps({**plan, "tty": self.tty, "merge": self.merge}).encode())
+                file.write(marshal.dumps({**plan, "tty": self.tty, "merge": self.merge}))
                 file.seek(0)
                 await send_fds(control, b"+", [file.fileno(), process, report])
         finally:
@@ -396,17 +445,20 @@ class Exec:
                 event.set()
 
     def read_report(self) -> bytes:
-        """Return what the entry has reported so far: "+" when it has forked the command, then the end as JSON."""
+        """Return what the entry has reported so far: "+" when it has forked the command, then the end: its
+        status and a shell's words, or "!" and why there is none."""
         with contextlib.suppress(OSError):
             self.reported += os.read(self.report, 1 << 16)
         return self.reported
 
     def take_end(self) -> None:
         """Note the end that the entry has reported. Without one, the command counts as killed."""
-        with contextlib.suppress(ValueError, TypeError, AttributeError):  # others may have written into the pipe
-            end = json.loads(self.read_report().lstrip(b"+"))
-            self.status, self.error = int(end.get("status", self.status)), render_line(end.get("words", ""))
-            self.failure = end.get("error", "")
+        with contextlib.suppress(ValueError):  # there is none, or others may have written into the pipe
+            status, _, words = self.read_report().lstrip(b"+").decode(errors="replace").partition(" ")
+            if status == "!":
+                self.failure = words
+            else:
+                self.status, self.error = int(status), render_line(words)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """Yield what the command writes until it ends, even if others still hold its pipe or terminal."""
@@ -471,12 +523,15 @@ class Exec:
         """Close the streams. If the command has not ended, kill it in the background."""
         if self.entry and not self.over.is_set():
             self.helper.run(self.kill())
+        elif self.leaf:
+            self.helper.run(self.helper.remove_leaf(self.leaf))
         for fd in {self.report, self.stdin, *self.outputs.values()} - {-1}:
             os.close(fd)
         self.report, self.stdin, self.outputs = -1, -1, {}
 
     async def kill(self) -> None:
-        """End the command, its session and their descendants: SIGHUP, and soon after SIGKILL."""
+        """End the command and all that it has started: SIGHUP for its session and their descendants, and soon
+        after SIGKILL for all in its cgroup."""
         if self.entry is None:
             return
         command = next(iter(find_children(self.entry)), NO_PROCESS)
@@ -485,11 +540,20 @@ class Exec:
             await run_in_thread(lambda: self.send(command.pid, signal.SIGHUP))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.over.wait(), HANG_UP)
-            for _ in range(10):  # finds what was forked meanwhile
-                if not await run_in_thread(lambda: self.send(command.pid, signal.SIGKILL)):
-                    break
-                await asyncio.sleep(0.01)
+        for _ in range(10):  # finds what was forked meanwhile
+            if not await run_in_thread(lambda: self.send_kill(command.pid)):
+                break
+            await asyncio.sleep(0.01)
         self.entry.send(signal.SIGKILL)
+        if self.leaf:
+            await self.helper.remove_leaf(self.leaf)
+
+    def send_kill(self, root: int) -> bool:
+        """Kill the command, its session, their descendants, and all in its cgroup. Return False if there are none,
+        or if the kernel has done it. Blocks."""
+        found = [] if kill_cgroup(self.leaf) else read_cgroup_processes(self.leaf)
+        is_found = any([process.send(signal.SIGKILL) for process in found])
+        return (self.send(root, signal.SIGKILL) if root else False) or is_found
 
     def send(self, root: int, number: int) -> bool:
         """Signal the command, its session and their descendants. Return False if there are none. Blocks."""

@@ -28,7 +28,7 @@ import driver
 from nomad_pb import driver_pb2
 from nspawn.cgroup import PAGE_SIZE, find_cgroups, read_cgroup_pids
 from nspawn.common import STATE_ROOT
-from nspawn.exec import Helper, find_namespaces, is_confined
+from nspawn.exec import LEAF, Helper, find_namespaces, is_confined
 from nspawn.files import read_text
 from nspawn.job import Mode, state_directory
 from nspawn.process import parse_status, read_children, read_inner_pid, read_stat
@@ -182,13 +182,13 @@ def test_mount_and_process_namespaces_are_the_tasks(task: Task) -> None:
 
 
 def test_cgroup_is_the_tasks(task: Task) -> None:
-    """What the host sees of the command: limits, stats and the kill of the task cover it."""
+    """What the host sees of the command: limits, stats, device policy and the kill of the task cover it."""
     session = stream(task, "echo here; read -r end")
     session.wait_for(b"here\n")
-    scope = f"{task.allocation.id}.task.scope/payload"
+    scope = rf".*/{task.allocation.id}\.task\.scope/payload(/{LEAF}\d+)?"
     inside = [pid for pid in read_cgroup_pids(cgroups_of(leader(task), task)[0]) if pid != leader(task)]
     assert [pid for pid in inside if b"read -r end" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert all(path.endswith(scope) for pid in inside for path in cgroups_of(pid, task))
+    assert all(re.fullmatch(scope, path) for pid in inside for path in cgroups_of(pid, task))
     session.send(b"\n")
     session.wait()
 
@@ -272,7 +272,7 @@ def test_namespaces_cgroup_and_limits_are_the_payloads(kind: Task) -> None:
     payload_pid = payload(kind)
     for what in ("cgroup", "limits", "oom_score_adj", "personality"):
         texts = [shown(kind, f"cat /proc/{pid}/{what}") for pid in (payload_pid, "self")]
-        assert texts[0] == texts[1], what
+        assert texts[0] == re.sub(rf"/{LEAF}\d+$", "", texts[1], flags=re.M).replace(":\n", ":/\n"), what
     session = stream(kind, "echo here; read -r end")
     session.wait_for(b"here")
     inside = child_of(kind, b"read -r end")
@@ -732,6 +732,56 @@ def test_client_that_goes_away_takes_everything_with_it(task: Task, tty: bool) -
     eventually(lambda: len(marked(mark)) >= 3)
     session.cancel()
     eventually(lambda: not marked(mark))
+
+
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_client_that_goes_away_takes_daemons_with_it(tasks: Tasks, forbidden: bool) -> None:
+    """They have left its session and its descendants. Only a cgroup of the command's own tells whose they are; a
+    container that allows no further cgroups still gets commands, but no such end of them."""
+    task = tasks.start(FOREVER)
+    if forbidden:
+        (payload_cgroup(task) / "cgroup.max.descendants").write_text("0")
+    mark = str(uuid.uuid4())
+    session = stream(task, f"{daemon(mark)}; echo up; read -r end")
+    session.wait_for(b"up")
+    session.cancel()
+    if forbidden:
+        time.sleep(0.5)
+        for pid in marked(mark):
+            kill(pid)
+    eventually(lambda: not marked(mark))
+    eventually(lambda: not leaves(task))
+
+
+def daemon(mark: str) -> str:
+    """A shell command that starts something in another session and with PID 1 as its parent."""
+    return f"setsid sh -c '(while :; do sleep 0.05; done; : {mark}) >/dev/null 2>&1 </dev/null & exit'"
+
+
+def payload_cgroup(task: Task) -> Path:
+    return Path(driver_state(task)["cgroup"], "payload")
+
+
+def leaves(task: Task) -> list[Path]:
+    """The cgroups of commands."""
+    return list(payload_cgroup(task).glob(f"**/{LEAF}*"))
+
+
+def test_daemon_of_a_command_that_ended_in_order_stays(kind: Task) -> None:
+    """Its cgroup goes after its end, and no other command's end touches it."""
+    mark = str(uuid.uuid4())
+    eventually(lambda: not leaves(kind))
+    assert run(kind, daemon(mark))[0] == 0
+    session = stream(kind, "echo up; read -r end")
+    session.wait_for(b"up")
+    assert len(leaves(kind)) == 2
+    session.cancel()
+    eventually(lambda: len(leaves(kind)) == 1)
+    for pid in marked(mark):
+        kill(pid)
+    eventually(lambda: not marked(mark))
+    run(kind, "true")
+    eventually(lambda: not leaves(kind))
 
 
 def test_editor_gets_a_hang_up_first(task: Task) -> None:
