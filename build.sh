@@ -142,7 +142,7 @@ prepare_host() {
 		ps:procps unshare:util-linux setpriv:util-linux mke2fs:e2fsprogs qemu-system-x86_64:qemu-system-x86 \
 		qemu-img:qemu-utils /usr/lib/cni/bridge:containernetworking-plugins \
 		mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs docker-registry:docker-registry openssl:openssl gpg:gnupg \
-		zstd:zstd xz:xz-utils bzip2:bzip2; do
+		zstd:zstd; do
 		command -v "${need%:*}" >/dev/null || missing="$missing ${need#*:}"
 	done
 	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"

@@ -12,50 +12,58 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import os
 import stat
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nspawn.common import DriverError, shorten
+from nspawn.common import DriverError, HostError, shorten
 from nspawn.download import CHUNK, MAX_DEPTH, MAX_PATH, Meter, start_tool, telling, too_large
 from nspawn.files import remove_tree
 
 MAX_ENTRIES = 5_000_000  # of an image
 
-COMPRESSIONS = (  # magic, the tool, its package
-    (b"\x1f\x8b", "gzip", "gzip"),
-    (b"\xfd7zXZ\0", "xz", "xz-utils"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "zstd"),
-    (b"BZh", "bzip2", "bzip2"),
-)
+COMPRESSIONS = ((b"\x1f\x8b", "gzip"), (b"\xfd7zXZ\0", "lzma"), (b"BZh", "bz2"), (b"\x28\xb5\x2f\xfd", "zstd"))
+DECOMPRESS = "import sys, shutil, {0}; shutil.copyfileobj({0}.open(sys.stdin.buffer), sys.stdout.buffer, 1 << 18)"
+
+
+def find_decompressor(name: str) -> list[str]:
+    """Return the command that decompresses stdin to stdout, beside the process that unpacks. Python's own modules
+    need no package on the client, and its zlib is faster than gzip (0.7 s instead of 1.6 s for 400 MB)."""
+    if name == "zstd":  # Python has it from 3.14 on
+        return [name, "-dc"]
+    if not importlib.util.find_spec({"gzip": "zlib"}.get(name, f"_{name}")):
+        raise HostError(f"Python's module {name} is missing on this client: install the package python3")
+    return [sys.executable, "-ISc", DECOMPRESS.format(name)]
 
 
 @contextlib.contextmanager
 def decompressed(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file's contents, decompressed by a tool if needed. The caller must read to the end; then DriverError
-    is raised if the file is damaged."""
-    with open(path, "rb", buffering=0) as file:  # unbuffered: the tool reads on from this position
+    """Yield a file's contents, decompressed if needed. The caller must read to the end; then DriverError is raised
+    if the file is damaged."""
+    with open(path, "rb", buffering=0) as file:  # unbuffered: the other process reads on from this position
         magic = file.read(8)
         file.seek(0)
-        found = next((entry for entry in COMPRESSIONS if magic.startswith(entry[0])), None)
+        found = next((name for start, name in COMPRESSIONS if magic.startswith(start)), None)
         if not found:
             yield file
             return
-        tool = start_tool([found[1], "-dc"], found[2], stdin=file, stdout=subprocess.PIPE)
-        assert tool.stdout
+        process = start_tool(find_decompressor(found), found, stdin=file, stdout=subprocess.PIPE)
+        assert process.stdout
         try:
-            yield tool.stdout
-            if tool.wait():
-                raise DriverError(f"the {found[1]} file is damaged or cut off")
+            yield process.stdout
+            if process.wait():
+                raise DriverError(f"the {found} file is damaged or cut off")
         finally:
-            tool.kill()
-            tool.stdout.close()
-            tool.wait()
+            process.kill()
+            process.stdout.close()
+            process.wait()
 
 
 MAX_READS_AT_END = 16  # tarfile needs three: for what an entry has left, for its padding, for the next header
