@@ -62,7 +62,7 @@ build() {
 	rm "$work/app/nspawn/bootstrap.py" "$work/app/nspawn/pack.py"	# these make the file, and are not in it
 	$python -W ignore::DeprecationWarning -m shiv --reproducible --uncompressed --entry-point driver:main \
 		--python /bin/sh --site-packages "$libraries" --site-packages "$work/app" --output-file "$work/shiv"
-	$python nspawn/pack.py "$arch" "$work/shiv" "$work/$name"
+	$python nspawn/pack.py "$arch" "$work/shiv" "$work/$name" "${COMMIT-$(find_commit)}"
 	mv "$work/$name" "$out"
 	rm -rf "$work"
 	trap - EXIT
@@ -175,6 +175,16 @@ make_tools() {
 	python3 -m venv build/venv
 	$python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
 	cp requirements-dev.txt build/venv/installed
+}
+
+# The commit that the file is built from, for `--version`; with -dirty if what goes into it has changed since, and
+# nothing outside a git checkout. Who builds from an archive can say it: COMMIT=... sh build.sh
+find_commit() {
+	[ -e .git ] || return 0
+	commit=$(git -c safe.directory="$PWD" rev-parse HEAD 2>/dev/null) || return 0
+	changes=$(git -c safe.directory="$PWD" --no-optional-locks status --porcelain -- \
+		build.sh driver.py nspawn nomad_pb requirements.lock 2>/dev/null) || return 0
+	echo "$commit" | cut -c1-12 | sed "s/\$/${changes:+-dirty}/"
 }
 
 # $libraries: the locked wheels of every supported Python in one tree. Only their compiled modules differ, and

@@ -7,7 +7,7 @@ modules import each other downwards only, and none imports this file.
     Schema      the options of tasks and of the plugin's block, and the schema Nomad checks them against
     Supervisor  starting the shim, and a task's life: start, recover, wait, signal, stop, destroy
     Services    the gRPC services Nomad calls
-    Handshake   the plugin as a process; `check`, `images`, `options`, `--version` and `--help` for people
+    Handshake   the plugin as a process; what people ask of the file is in nspawn/commands.py
 
 "Measured" in a comment means: on a real systemd-nspawn, in the versions named.
 """
@@ -27,7 +27,6 @@ import math
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import stat
@@ -140,10 +139,8 @@ from nspawn.exec import Exec, Helper, is_confined, settle
 from nspawn.files import read_text, remove_tree, write_file
 from nspawn.host import (
     FINGERPRINT_PERIOD,
-    CgroupMode,
     Host,
     can_share_images,
-    explain_open_directory,
     have_machined,
     is_open_to_others,
     read_boot_id,
@@ -188,7 +185,6 @@ from nspawn.network import (
     read_names,
 )
 from nspawn.options import (
-    PERMISSIONS,
     Kind,
     Option,
     Permission,
@@ -276,7 +272,7 @@ from nspawn.state import (
     split_id,
     wait_processes,
 )
-from nspawn.store import Fetches, Store, plan_fetching, render_size
+from nspawn.store import Fetches, Store, plan_fetching
 
 __version__ = "0.1.0"  # read by Nomad as a hashicorp/go-version: `.dev1` and `.post1` would stop the agent
 FILE_NAME = "nomad-driver-nspawn"  # what the agent's `plugin` block is looked up by
@@ -2383,94 +2379,6 @@ async def watch_agent(driver: DriverService, stop: asyncio.Event) -> None:
 
 COOKIE = ("NOMAD_PLUGIN_MAGIC_COOKIE", "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255")
 
-USAGE = f"""\
-{FILE_NAME} {__version__}: runs Nomad tasks as systemd-nspawn containers
-
-This file is a plugin: the Nomad agent starts it. Put it into the agent's plugin_dir and add to the agent's
-configuration:
-
-    plugin "{FILE_NAME}" {{
-      config {{ }}
-    }}
-
-For a quick try: nomad agent -dev -plugin-dir=DIRECTORY -config=FILE
-
-usage: {FILE_NAME} [check | images | options | --version | --help]
-
-    check      tell whether tasks can run on this machine, what is missing, and what jobs may do to it
-    images     list the images that were fetched: their sizes and ages, and the tasks that use them
-    options    print the reference of all options, in Markdown
-"""
-
-
-STRICT_BLOCK = f"""\
-plugin "{FILE_NAME}" {{
-  config {{
-    allow       = []    # nothing that opens the host
-    allow_caps  = []    # no capabilities beside the usual ones
-    allow_paths = []    # no path of the host
-    volumes     = false # nor Nomad's volumes
-  }}
-}}
-"""
-USUAL_ALLOC_DIRS = ("/opt/nomad/data/alloc", "/var/lib/nomad/alloc")  # of HashiCorp's package, and of Debian's
-
-
-def render_permissions() -> str:
-    """Return what jobs may do to this host, one line per permission, for people."""
-    lines = ["What jobs may do to this host with an empty plugin block (! marks what gives a job the whole host):"]
-    for permission, info in PERMISSIONS.items():
-        mark = "!" if info.gives_host else " "
-        answer = "yes" if info.is_default else "no"
-        lines.append(f"  {answer:<3} {mark} {permission.value:<20} {info.meaning}")
-    lines += ["To allow none of it, and then add what is needed:", "", STRICT_BLOCK]
-    return "\n".join(lines)
-
-
-def check_host() -> int:
-    """Print what the fingerprint would say, and what jobs may do. Return 0 if tasks can run here, else 1."""
-    host = read_host()
-    print(f"systemd-nspawn {host.systemd or 'not found'}, Linux {host.kernel[0]}.{host.kernel[1]}, "
-          f"cgroups {host.cgroups.value}")  # fmt: skip
-    for problem in host.problems:
-        print(f"missing: {problem}")
-    if not shutil.which("ip", path=SAFE_PATH):
-        print("note: ip is not installed: a link of a systemd-nspawn that is killed stays; install iproute2.")
-    if host.cgroups is not CgroupMode.V2:
-        print("note: without cgroup v2 tasks run without resource limits.")
-    for place in sorted({str(MACHINES_ROOT), *USUAL_ALLOC_DIRS, *find_alloc_dirs(read_states())}):
-        if is_open_to_others(place):
-            print(f"note: {explain_open_directory(place).strip('()')}.")
-    print("tasks cannot run here" if host.problems else "tasks can run here")
-    print(f"\n{render_permissions()}", end="")
-    return 1 if host.problems else 0
-
-
-def render_images(store: Store, now: float) -> str:
-    """Return a table of the images in the store, for people."""
-    uses = store.read_uses()
-    rows = [("IMAGE", "TYPE", "SIZE", "FETCHED", "LAST USE", "USED BY")]
-    for image in store.read_all():
-        tasks = [use.task_id.rpartition("/")[0] for use in uses if use.key == image.key]
-        ages = (render_age(now - image.fetched_at), "now" if tasks else render_age(now - store.last_use(image)))
-        rows.append((image.name, image.type, render_size(image.size), *ages, ", ".join(tasks) or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    layers = {
-        name: size for image in store.read_all() for name, size in zip(image.layers, image.sizes, strict=True)
-    }
-    lines.append(
-        f"{len(rows) - 1} images in {store.root}, {render_size(sum(layers.values()))}; layers may be shared"
-    )
-    return "\n".join(lines) + "\n"
-
-
-def render_age(seconds: float) -> str:
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{int(seconds / size)} {name} ago"
-    return f"{max(int(seconds), 0)} seconds ago"
-
 
 def run_plugin() -> int:
     """Be a plugin until the process ends. Returns only if it cannot be one: its exit status."""
@@ -2500,22 +2408,12 @@ def fail(text: str) -> int:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if arguments == ["--version"]:
-        print(f"{FILE_NAME} {__version__}")
-    elif arguments == ["--help"]:
-        print(USAGE, end="")
-    elif arguments == ["options"]:
-        print(render_reference(), end="")
-    elif arguments == ["images"]:
-        print(render_images(Store(), time.time()), end="")
-    elif arguments == ["check"]:
-        sys.exit(check_host())
-    elif os.environ.get(COOKIE[0]) == COOKIE[1]:
+    if os.environ.get(COOKIE[0]) == COOKIE[1]:
         sys.exit(run_plugin())
-    else:
-        sys.stderr.write(USAGE)
-        sys.exit(1)
+    from nspawn.commands import Program, run_command  # only now: the plugin starts without argparse
+
+    program = Program(FILE_NAME, __version__, TASK_GROUPS, PLUGIN_OPTIONS, render_reference)
+    sys.exit(run_command(program, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -172,13 +172,16 @@ def unpack() -> str:
     raise AssertionError
 
 
+if sys.argv[1:] in (["--version"], ["version"]):  # nothing has to be unpacked for that
+    try:
+        os.write(1, (NAME + " @VERSION@\n").encode())
+    except OSError:
+        pass  # the reader is gone
+    sys.exit()
 os.umask(0o022)  # with another one, all users might be able to write to the tree
 for variable in [v for v in os.environ if v.startswith("SHIV_") and v != "SHIV_ROOT"]:
     del os.environ[variable]  # they would give shiv another entry point, sys.path or interpreter
 os.environ["SHIV_ROOT"] = unpack()
-if sys.argv[1:] == ["--version"]:  # driver.py would say the same, 60 ms later
-    print(NAME + " @VERSION@")
-    sys.exit()
 # What grpc reads when it is imported.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # its fork handlers crash the children we start (grpc#41768)
 os.environ["GRPC_VERBOSITY"] = "NONE"  # its C core writes to stderr by itself

@@ -27,6 +27,17 @@ if [ -z "$python" ]; then find_python; fi
 # A failing exec would end this shell without our words.
 command -v "$python" >/dev/null 2>&1 ||
 	fail "cannot run '$python', the value of NOMAD_DRIVER_NSPAWN_PYTHON: it must be the path of a Python 3.10 to 3.14"
+case $python in
+*python3.1[0-4]) ;;
+*)	# Python 2 has no -I, and would print its own usage. This is rare and takes 2 ms: -V runs no Python code.
+	found=$("$python" -V 2>&1) || :
+	case $found in
+	"Python 2."* | "Python 3".[0-9].*)
+		fail "needs CPython 3.10 to 3.14, but $python is $found: install one or set NOMAD_DRIVER_NSPAWN_PYTHON to its path"
+		;;
+	esac
+	;;
+esac
 size=@FILE_SIZE@
 # A broken download has no zip directory, so Python would read it as a script. Once unpacked it was whole.
 [ -d "/var/cache/nomad-driver-nspawn/${0##*/}_@BUILD_ID@" ] || [ "$(wc -c <"$0")" -eq "$size" ] ||

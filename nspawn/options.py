@@ -324,10 +324,8 @@ def render_table(options: Sequence[Option]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_row(option: Option, prefix: str) -> str:
-    default = "required" if option.required else ""
-    if option.default is not None and option.default not in ((), {}):
-        default = json.dumps(option.default)
+def list_notes(option: Option) -> list[str]:
+    """Return the sentences of the manual about an option."""
     notes = [option.doc]
     if option.choices:
         notes.append(f"One of {', '.join(f'`{choice}`' for choice in option.choices)}.")
@@ -338,8 +336,15 @@ def render_row(option: Option, prefix: str) -> str:
         notes.append(f"Also called {', '.join(f'`{alias}`' for alias in option.aliases)}.")
     if option.permission:
         notes.append(f"The operator decides: {option.permission.reference}.")
+    return notes
+
+
+def render_row(option: Option, prefix: str) -> str:
+    default = "required" if option.required else ""
+    if option.default is not None and option.default not in ((), {}):
+        default = json.dumps(option.default)
     equals = " " if option.kind.is_block else " = "
-    cells = (f"`{prefix}{option.name}`", option.kind.value, default, " ".join(notes))
+    cells = (f"`{prefix}{option.name}`", option.kind.value, default, " ".join(list_notes(option)))
     return f"| {' | '.join(cells)} | `{option.name}{equals}{option.example}` |"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Makes the built file from shiv's archive: `python nspawn/pack.py ARCHITECTURE SHIV OUT`, called by build.sh.
+"""Makes the built file from shiv's archive: `python nspawn/pack.py ARCHITECTURE SHIV OUT COMMIT`, by build.sh.
 
 The file is launcher.sh, then the archive, compressed, with bootstrap.py as its __main__.py.
 """
@@ -30,10 +30,11 @@ def fill(path: Path, facts: Mapping[str, str]) -> str:
     return text
 
 
-def pack(architecture: str, shiv: str, out: str) -> None:
+def pack(architecture: str, shiv: str, out: str, commit: str) -> None:
     with zipfile.ZipFile(shiv) as source, open(out, "wb") as target:
         build_id = json.loads(source.read("environment.json"))["build_id"]
-        facts = {"@BUILD_ID@": build_id, "@ARCH@": architecture, "@VERSION@": read_version()}
+        version = f"{read_version()} ({commit})" if commit else read_version()
+        facts = {"@BUILD_ID@": build_id, "@ARCH@": architecture, "@VERSION@": version}
         launcher = fill(HERE / "launcher.sh", facts)
         replaced = {"__main__.py": fill(HERE / "bootstrap.py", facts)}
         target.write(launcher.encode())

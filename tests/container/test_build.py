@@ -31,7 +31,7 @@ from tests.agent import Allocation, Task, launch_like_agent
 TOP = Path(__file__).resolve().parents[2]
 NAME = "nomad-driver-nspawn"
 [VERSION] = re.findall(r'^__version__ = "(.+?)"', (TOP / "driver.py").read_text(), re.MULTILINE)
-HELLO = f"{NAME} {VERSION}\n"
+HELLO = f"usage: {NAME} "  # of `help`, which unpacks the file; `--version` does not
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 COOKIE = {"NOMAD_PLUGIN_MAGIC_COOKIE": "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255"}
 HANDSHAKE = re.compile(r"1\|2\|unix\|/.+\|grpc\|\n")
@@ -49,7 +49,7 @@ def build(*arguments: str, top: Path = TOP, **environment: str) -> None:
 
 def run(file: Path, **environment: str) -> Result:
     return subprocess.run(
-        [file, "--version"], env={"PATH": SYSTEM_PATH, "HOME": "/nonexistent"} | environment,
+        [file, "help"], env={"PATH": SYSTEM_PATH, "HOME": "/nonexistent"} | environment,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
@@ -152,11 +152,20 @@ def copy_checkout(target: Path) -> Path:
     return target
 
 
+def read_commit(file: Path) -> str:
+    """The commit that a file was built from; the copy has no .git to tell it."""
+    said = subprocess.run([file, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    match = re.fullmatch(rf"{NAME} {re.escape(VERSION)}(?: \((\S+)\))?\n", said)
+    assert match, said
+    return match[1] or ""
+
+
 def test_same_sources_give_the_same_bytes(driver_file: Path, tmp_path: Path) -> None:
     other = copy_checkout(tmp_path / "another place")
     subprocess.run(
         ["sh", "-c", "umask 077; exec sh ../another*/build.sh"], cwd=other, check=True, timeout=600,
-        env=os.environ | {"TZ": "Pacific/Auckland", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "1700000000"},
+        env=os.environ | {"TZ": "Pacific/Auckland", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "1700000000",
+                          "COMMIT": read_commit(driver_file)},
     )  # fmt: skip
     assert (other / NAME).read_bytes() == driver_file.read_bytes(), "or the sources are newer than the file"
     assert stat.S_IMODE((other / NAME).stat().st_mode) == 0o755
@@ -246,7 +255,7 @@ def environment_for(version: str, cache: Path) -> dict[str, str]:
 @pytest.mark.parametrize("version", PYTHONS)
 def test_runs_under(version: str, driver_file: Path, tmp_path: Path) -> None:
     environment = environment_for(version, tmp_path / "cache")
-    assert run(driver_file, **environment).stdout == HELLO
+    assert run(driver_file, **environment).stdout.startswith(HELLO)
     assert HANDSHAKE.fullmatch(handshake(driver_file, **environment))
     (module,) = find_tree(tmp_path / "cache").glob("grpc/_cython/*.so")
     assert f"cpython-{version.replace('.', '')}-" in module.name
@@ -321,7 +330,29 @@ def test_old_python(version: str, driver_file: Path, tmp_path: Path) -> None:
     if python is None:
         pytest.skip(f"no Python {version} here; test_python_without_modules_for_it has a stand-in")
     result = run(driver_file, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(python))
-    check_refusal(result, "CPython 3.10 to 3.14", f"cpython {version}")
+    check_refusal(result, "CPython 3.10 to 3.14", f"is Python {version}.")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("version", ["2.7.18", "3.6.8", "3.9.20"])
+def test_stand_in_for_an_old_python(version: str, driver_file: Path, tmp_path: Path) -> None:
+    """Python 2 says its version on stderr, and has no option -I."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        f'#!/bin/sh\n[ "$1" != -V ] || exec echo Python {version} >&2\necho "Unknown option: -I"\nexit 2\n'
+    )
+    fake.chmod(0o755)
+    result = run(driver_file, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(fake))
+    check_refusal(result, "CPython 3.10 to 3.14", f"{fake} is Python {version}", "NOMAD_DRIVER_NSPAWN_PYTHON")
+
+
+def test_version_needs_no_home_and_no_room(driver_file: Path, tmp_path: Path) -> None:
+    for word in ("--version", "version"):
+        said = subprocess.run(
+            [driver_file, word], env={"PATH": SYSTEM_PATH, "SHIV_ROOT": str(tmp_path / "cache")},
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert said.stdout.startswith(f"{NAME} {VERSION}") and said.stderr == ""
     assert not (tmp_path / "cache").exists()
 
 
@@ -378,15 +409,15 @@ def test_environment_cannot_steer_python(
 
 @needs_root
 def test_empty_environment(driver_file: Path) -> None:
-    result = in_namespace(driver_file, 'hide /var/cache rw; env -i "$file" --version; ls /var/cache')
-    assert result.stdout == HELLO + f"{NAME}\n"
+    result = in_namespace(driver_file, 'hide /var/cache rw; env -i "$file" help >/dev/null; ls /var/cache')
+    assert result.stdout == f"{NAME}\n"
     assert result.stderr == ""
 
 
 def test_umask_does_not_open_the_cache(driver_file: Path, tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        assert run(driver_file, SHIV_ROOT=str(tmp_path / "cache")).stdout == HELLO
+        assert run(driver_file, SHIV_ROOT=str(tmp_path / "cache")).stdout.startswith(HELLO)
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
@@ -397,7 +428,7 @@ def test_started_through_a_link(driver_file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(driver_file)
     for file in (link, driver_file):
-        assert run(file, SHIV_ROOT=str(tmp_path / "cache")).stdout == HELLO
+        assert run(file, SHIV_ROOT=str(tmp_path / "cache")).stdout.startswith(HELLO)
     assert find_tree(tmp_path / "cache").parent.name.startswith(f"{NAME}_")
 
 
@@ -420,9 +451,9 @@ def test_started_through_a_link(driver_file: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_place_for_root(mounts: str, place: str, driver_file: Path) -> None:
-    script = f'{mounts}\n"$file" --version; ls -d {place}/{NAME}_*/site-packages/driver.py'
+    script = f'{mounts}\n"$file" help >/dev/null; ls -d {place}/{NAME}_*/site-packages/driver.py'
     result = in_namespace(driver_file, script, HOME="/home")
-    assert result.stdout.startswith(HELLO + place), result
+    assert result.stdout.startswith(place), result
     assert result.stderr == ""
 
 
@@ -461,7 +492,7 @@ def test_chosen_place_that_cannot_be_used(mode: str, driver_file: Path) -> None:
 def test_place_that_others_can_change(case: str, driver_file: Path, tmp_path: Path) -> None:
     """What lies there already is not run, even if it is complete and only the place is wrong."""
     cache = tmp_path / "cache"
-    assert run(driver_file, SHIV_ROOT=str(cache)).stdout == HELLO
+    assert run(driver_file, SHIV_ROOT=str(cache)).stdout.startswith(HELLO)
     (find_tree(cache) / "driver.py").write_text("def main(): print('EVIL')\n")
     chosen = cache
     if case == "foreign":
@@ -509,7 +540,7 @@ def test_places_for_a_user(driver_file: Path, open_directory: Path) -> None:
     check_refusal(as_user(file, HOME=str(home)), f"{home}/.cache/{NAME} Permission denied")
     os.chown(home, 12345, 12345)
     for variables, place in (({"HOME": str(home)}, ".cache"), ({"XDG_CACHE_HOME": str(home / "xdg")}, "xdg")):
-        assert as_user(file, "--version", **variables).stdout == HELLO
+        assert as_user(file, "help", **variables).stdout.startswith(HELLO)
         assert find_tree(home / place / NAME).exists()
 
 
@@ -543,7 +574,7 @@ def test_killed_while_unpacking(driver_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["module", "driver", "removed", "everything", "link"])
 def test_damage_is_repaired(damage: str, driver_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert run(driver_file, SHIV_ROOT=str(cache)).stdout == HELLO
+    assert run(driver_file, SHIV_ROOT=str(cache)).stdout.startswith(HELLO)
     tree = find_tree(cache)
     if damage == "module":
         (module,) = tree.glob("grpc/_cython/cygrpc.*.so")
@@ -571,10 +602,10 @@ def test_old_trees_are_removed_unless_held(driver_file: Path, tmp_path: Path) ->
     cache.chmod(0o700)
     with open(f"{held}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        assert run(driver_file, SHIV_ROOT=str(cache)).stdout == HELLO
+        assert run(driver_file, SHIV_ROOT=str(cache)).stdout.startswith(HELLO)
         assert not old.exists() and not Path(f"{old}.lock").exists()
         assert held.exists()
-    assert run(driver_file, SHIV_ROOT=str(cache)).stdout == HELLO
+    assert run(driver_file, SHIV_ROOT=str(cache)).stdout.startswith(HELLO)
     assert not held.exists() and not Path(f"{held}.lock").exists()
     assert all(tree.exists() for tree in others)
 

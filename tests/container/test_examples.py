@@ -14,6 +14,7 @@ import msgpack
 import pytest
 
 import driver
+from nspawn.commands import STRICT_BLOCK
 from nspawn.host import CgroupMode, Host
 from nspawn.options import decode_options
 from nspawn.rules import apply_defaults, check_rules
@@ -69,7 +70,7 @@ def test_hardened_operator_is_valid() -> None:
     assert {name: values[name] for name in ("allow", "allow_caps", "allow_paths", "volumes")} == {
         "allow": (), "allow_caps": (), "allow_paths": (), "volumes": False,
     }  # fmt: skip
-    assert driver.STRICT_BLOCK in (ROOT / "docs/security.md").read_text(), "the first block for operators there"
+    assert STRICT_BLOCK in (ROOT / "docs/security.md").read_text(), "the first block for operators there"
 
 
 @pytest.fixture

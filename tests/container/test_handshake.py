@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+import driver
 from nomad_pb import base_pb2, driver_pb2, grpc_plugin_pb2
 from nspawn.options import PERMISSIONS
 from tests.agent import PLUGIN_ENV, Allocation, DriverError, Plugin, Task, call, launch_like_agent
@@ -356,20 +357,68 @@ def test_socket_directories_of_dead_plugins_are_removed_but_not_of_live_ones(dri
 def test_version_is_one_that_an_agent_can_parse(driver_file: Path) -> None:
     result = run_for_people(driver_file, "--version")
     assert (result.returncode, result.stderr) == (0, "")
-    assert re.fullmatch(r"nomad-driver-nspawn \d+\.\d+\.\d+(-\w+)?\n", result.stdout)
+    match = re.fullmatch(
+        r"nomad-driver-nspawn (\d+\.\d+\.\d+(-\w+)?)( \([0-9a-f]{12}(-dirty)?\))?\n", result.stdout
+    )
+    assert match, result.stdout
     with Plugin(driver_file) as plugin:
         info = call(plugin.base.PluginInfo, base_pb2.PluginInfoRequest(), 10)
-    assert result.stdout == f"nomad-driver-nspawn {info.plugin_version}\n"
+    assert match[1] == info.plugin_version
     assert (info.name, info.type) == ("nspawn", base_pb2.DRIVER)
     assert list(info.plugin_api_versions) == ["v0.1.0"]
 
 
-def test_help_goes_to_stdout(driver_file: Path) -> None:
-    result = run_for_people(driver_file, "--help")
+COMMANDS = ("check", "images", "pull", "options", "version", "help")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], ["help", "pull"], ["pull", "-h"]])
+def test_help_goes_to_stdout_and_fits_a_terminal(driver_file: Path, arguments: list[str]) -> None:
+    result = run_for_people(driver_file, *arguments, COLUMNS=None)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "usage: nomad-driver-nspawn [" in result.stdout
-    for command in ("check", "--version", "--help"):
-        assert command in result.stdout
+    assert "usage: nomad-driver-nspawn " in result.stdout
+    for word in ("docker://", "--auth-config") if "pull" in arguments else (*COMMANDS, "--version", "--help"):
+        assert word in result.stdout
+    assert max(map(len, result.stdout.splitlines())) < 80
+
+
+def test_options_are_plain_text_or_markdown(driver_file: Path) -> None:
+    plain = run_for_people(driver_file, "options").stdout
+    assert "\nboot (bool)\n    Boot the image's init as PID 1" in plain
+    assert "`" not in plain and "|" not in plain and max(map(len, plain.splitlines())) < 120
+    assert run_for_people(driver_file, "options", "--markdown").stdout == driver.render_reference()
+
+
+def test_one_option(driver_file: Path) -> None:
+    said = run_for_people(driver_file, "options", "auth.username").stdout
+    assert said.startswith("In a job:\n\nauth.username (string)\n    The user's name.\n")
+    both = run_for_people(driver_file, "options", "user_namespacing").stdout
+    assert "In a job:\n\nuser_namespacing (bool)\n" in both and "In the plugin's block:\n" in both
+    wrong = run_for_people(driver_file, "options", "capabilty")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert 'there is no option "capabilty"; did you mean' in wrong.stderr and "capability" in wrong.stderr
+
+
+def test_reader_that_goes_away_gets_no_trace(driver_file: Path) -> None:
+    for command in ("options", "check", "--version"):
+        script = f'"$0" {command} | head -1; "$0" {command} | :'
+        done = subprocess.run(
+            ["sh", "-c", script, driver_file], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+@needs_root
+@pytest.mark.parametrize("command", [["images"], ["pull", "docker://registry.example/a:1"]])
+def test_what_needs_root_says_so(driver_file: Path, command: list[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="nobody-", dir="/tmp") as home:
+        file = Path(home, driver_file.name)
+        shutil.copy2(driver_file, file)
+        os.chown(home, 65534, 65534)
+        nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", str(file)]
+        variables = {"HOME": home, "SHIV_ROOT": None, "XDG_CACHE_HOME": None}
+        result = run_for_people(Path("setpriv"), *nobody, *command, **variables)
+    assert result.returncode == 1 and result.stdout == ""
+    assert "needs root" in result.stderr and "sudo" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.root
@@ -401,10 +450,11 @@ def test_check_says_what_is_missing(driver_file: Path, tmp_path: Path) -> None:
     assert "\ntasks cannot run here\n" in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [["chek"], ["--verbose"], ["check", "now"], [""]])
-def test_unknown_arguments_of_a_person_get_the_usage(driver_file: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["chek"], ["--verbose"], ["check", "now"], ["--versio"]])
+def test_unknown_arguments_of_a_person_are_named(driver_file: Path, arguments: list[str]) -> None:
     result = run_for_people(driver_file, *arguments)
-    assert result.returncode == 1
+    assert result.returncode == 2
+    assert arguments[-1] in result.stderr.splitlines()[-1]
     assert result.stdout == ""
     assert "usage: nomad-driver-nspawn" in result.stderr
     assert "Traceback" not in result.stderr

@@ -92,6 +92,32 @@ def test_task_from_an_address(tasks: Tasks, server: FileServer, archive: bytes, 
     assert not (layer / "usr/written").exists()
 
 
+def pull(driver_file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    argv = [str(driver_file), "pull", *arguments]
+    return subprocess.run(argv, capture_output=True, check=False, text=True, timeout=60)
+
+
+def test_image_pulled_ahead_of_time(
+    driver_file: Path, tasks: Tasks, server: FileServer, archive: bytes, tmp_path: Path
+) -> None:
+    """Jobs that name it in the same way find it, and do not ask its server again."""
+    server.files["/image.tar"] = archive
+    url = f"{server.url}/image.tar"
+    said = pull(driver_file, url)
+    assert said.returncode == 0 and f"{url} is in the store: " in said.stdout, said
+    asked = len(server.seen)
+    _, result = tasks.run("true", **download(url))
+    assert result.exit_code == 0 and len(server.seen) == asked
+    with Registry(tmp_path / "registry") as registry:
+        registry.push("app", ImageParts.make([archive]), tag="1")
+        address = f"docker://{registry.host}/app:1"
+        assert pull(driver_file, address).returncode == 0
+    _, result = tasks.run("true", image=address, read_only=None)
+    assert result.exit_code == 0, "the registry is gone by now"
+    failed = pull(driver_file, f"{server.url}/nothing")
+    assert failed.returncode == 1 and "404" in failed.stderr and failed.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["image.tar", "image.tar.gz"])
 def test_task_from_an_archive_in_its_directory(tasks: Tasks, archive: bytes, name: str) -> None:
     """As `artifact` brings it."""

@@ -23,7 +23,7 @@ BUILT = "nomad-driver-nspawn"
 ROOMS = (
     "common", "linux", "files", "process", "options", "checks", "job", "devices", "host", "cgroup",
     "images", "sources", "network", "roots", "rules", "plan", "outcome", "store", "state", "machined",
-    "exec", "download", "unpack", "registry", "fetch",
+    "exec", "download", "unpack", "registry", "fetch", "commands",
 )  # fmt: skip
 APART = ("enter", "bootstrap", "pack")  # programs of their own, which import nothing of ours
 FETCHING = ("download", "unpack", "registry", "fetch")  # a process without gRPC
@@ -111,6 +111,27 @@ def test_protocol_code_is_generated_anew_without_a_difference(tmp_path: Path) ->
     assert sorted(kept) == sorted(made)
     for name, text in made.items():
         assert kept[name] == text, f"nomad_pb/{name} is out of date: run `sh build.sh protos`"
+
+
+def test_commit_of_a_build(tmp_path: Path) -> None:
+    """It is said with -dirty after a change, and not at all outside a checkout."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "-C", str(tmp_path)]
+
+    def find() -> str:
+        script = f"set -eu\n{read_shell_function('find_commit')}\nfind_commit"
+        return subprocess.run(
+            ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert find() == ""
+    (tmp_path / "driver.py").touch()
+    for arguments in (["init", "-q"], ["add", "driver.py"], ["commit", "-q", "-m", "first"]):
+        run([*git, *arguments])
+    assert re.fullmatch(r"[0-9a-f]{12}\n", commit := find())
+    (tmp_path / "notes").touch()
+    assert find() == commit
+    (tmp_path / "driver.py").write_text("pass\n")
+    assert find() == commit.replace("\n", "-dirty\n")
 
 
 # -- the top of the checkout ---------------------------------------------------------------------------------

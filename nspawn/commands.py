@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The command line: what people ask of the built file.
+
+The plugin itself never imports this room: argparse would cost it some milliseconds at each start. What a command
+needs of driver.py comes as a Program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import difflib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nspawn.common import MACHINES_ROOT, SAFE_PATH, ConfigError, DriverError
+from nspawn.host import CgroupMode, explain_open_directory, is_open_to_others, read_host
+from nspawn.images import DOCKER, plan_origin
+from nspawn.options import PERMISSIONS, Option, decode_options, list_notes
+from nspawn.state import find_alloc_dirs, read_states
+from nspawn.store import Fetches, Store, plan_fetching, render_size
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the commands need of driver.py."""
+
+    name: str
+    version: str
+    task_groups: Mapping[str, Sequence[Option]]  # by their titles
+    plugin_options: Sequence[Option]
+    render_reference: Callable[[], str]
+
+    @property
+    def task_options(self) -> list[Option]:
+        return [option for group in self.task_groups.values() for option in group]
+
+
+INTRODUCTION = """\
+{name} {version}: runs Nomad tasks as systemd-nspawn containers
+
+This file is a plugin: the Nomad agent starts it. Put it into the agent's
+plugin_dir and add to the agent's configuration:
+
+    plugin "{name}" {{
+      config {{ }}
+    }}
+
+For a quick try: nomad agent -dev -plugin-dir=DIRECTORY -config=FILE
+"""
+
+WIDTH = 79
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=find_width(), max_help_position=28)
+
+
+def find_width() -> int:
+    """Return how many characters a line may have: what the terminal shows, and never more than WIDTH."""
+    return max(min(shutil.get_terminal_size((WIDTH + 1, 24)).columns - 1, WIDTH), 40)
+
+
+def make_parser(program: Program) -> argparse.ArgumentParser:
+    description = INTRODUCTION.format(name=program.name, version=program.version)
+    parser = argparse.ArgumentParser(
+        program.name, description=description, formatter_class=Help, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--version", action="store_true", help="print the version and the commit it was built from"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        sentence = textwrap.fill(text[0].upper() + text[1:] + ".", find_width())
+        return commands.add_parser(name, help=text, description=sentence, formatter_class=Help, allow_abbrev=False)
+
+    add("check", "tell whether tasks can run on this machine, what is missing, and what jobs may do to it")
+    add("images", "list the fetched images: their sizes and ages, and the tasks that use them")
+    add_pull(add("pull", "fetch an image ahead of time, so that the first job need not wait for it"))
+    options = add("options", "print the reference of all options, or of one")
+    options.add_argument("name", nargs="?", metavar="NAME", help="one option, as in `boot` or `auth.username`")
+    options.add_argument("--markdown", action="store_true", help="the whole reference in Markdown")
+    add("version", "print the version and the commit it was built from")
+    topic = add("help", "print this help, or that of a command")
+    topic.add_argument("topic", nargs="?", metavar="COMMAND", choices=[*commands.choices], help="a command")
+    return parser
+
+
+PULL_RULES = """\
+The rules are those for jobs. A job uses the image if it names it in the same way: the same address, type, verify,
+checksum and platform, and no auth block of its own. An image that no task uses is removed after the plugin's
+image_gc_delay, by default a day.
+"""
+
+
+def add_pull(pull: argparse.ArgumentParser) -> None:
+    pull.epilog = textwrap.fill(PULL_RULES, find_width())
+    pull.add_argument("image", metavar="IMAGE", help="docker://HOST/NAME:TAG, or the http(s) address of a file")
+    for name, text in (
+        ("type", "what an http(s) address holds: tar (the default) or raw"),
+        ("verify", "how to verify the file: no (the default), checksum or signature"),
+        ("checksum", "the checksum the file must have, as sha256:..."),
+        ("platform", "the platform to pick from a multi-platform image"),
+    ):
+        pull.add_argument(f"--{name}", metavar=name.upper(), help=text)
+    pull.add_argument("--auth-config", metavar="FILE", help="Docker's configuration file with credentials")
+    pull.add_argument("--auth-helper", metavar="NAME", help="the credential helper to ask")
+    pull.add_argument(
+        "--insecure-registry", metavar="HOST", action="append", default=[], help="a registry to ask by plain http"
+    )
+
+
+def run_command(program: Program, arguments: Sequence[str]) -> int:
+    """Do what a person asks for; return the exit status. Without arguments, say what the file is."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a command as it ends any other, without a trace
+    parser = make_parser(program)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 1
+    given = parser.parse_args(arguments)
+    command = "version" if given.version else given.command
+    runs: dict[str, Callable[[], int]] = {
+        "check": check_host,
+        "images": show_images,
+        "pull": lambda: pull_image(program, given),
+        "options": lambda: show_options(program, given),
+        "version": lambda: show(f"{program.name} {program.version}\n"),  # the built file answers in bootstrap.py
+        "help": lambda: show_help(parser, given.topic),
+    }
+    try:
+        return runs[command]()
+    except DriverError as error:
+        return fail(program, str(error))
+    except PermissionError as error:
+        return fail(program, f"{command} needs root: {error.filename}: {error.strerror}; run it with sudo")
+    except OSError as error:
+        return fail(program, f"{command}: {error.filename or 'this machine'}: {error.strerror}")
+
+
+def show(text: str) -> int:
+    sys.stdout.write(text)
+    return 0
+
+
+def fail(program: Program, text: str, status: int = 1) -> int:
+    sys.stderr.write(f"{program.name}: {text}\n")
+    return status
+
+
+def show_help(parser: argparse.ArgumentParser, topic: str | None) -> int:
+    if topic:
+        parser.parse_args([topic, "--help"])  # ends the process
+    parser.print_help()
+    return 0
+
+
+# -- options ---------------------------------------------------------------------------------------------------
+
+
+def show_options(program: Program, given: argparse.Namespace) -> int:
+    if given.markdown and given.name is None:
+        return show(program.render_reference())
+    groups = {**program.task_groups, "In the plugin's block": program.plugin_options}
+    if given.name is None:
+        return show("\n".join(render_group(title, options) for title, options in groups.items()))
+    named = {
+        where: option
+        for where, options in (("a job", program.task_options), ("the plugin's block", program.plugin_options))
+        if (option := find_option(options, given.name))
+    }
+    if not named:
+        names = [name for options in groups.values() for option in options for name in option.names]
+        near = difflib.get_close_matches(given.name, names, 3)
+        remedy = f"did you mean {' or '.join(near)}?" if near else f"`{program.name} options` lists all"
+        return fail(program, f"there is no option {json.dumps(given.name)}; {remedy}", 2)
+    texts = [
+        f"In {where}:\n\n{render_option(option, given.name, is_alone=True)}" for where, option in named.items()
+    ]
+    return show("\n".join(texts))
+
+
+def find_option(options: Sequence[Option], name: str) -> Option | None:
+    """Return an option by one of its names, or one of a block as in `auth.username`."""
+    first, _, rest = name.partition(".")
+    found = next((option for option in options if first in option.names), None)
+    return find_option(found.fields, rest) if found and rest else found
+
+
+def render_group(title: str, options: Sequence[Option]) -> str:
+    parts = [render_option(option, option.name) for option in options]
+    return f"{title}\n{'=' * len(title)}\n\n" + "\n".join(parts)
+
+
+def render_option(option: Option, name: str, *, is_alone: bool = False) -> str:
+    """Return what the reference says of an option and of those in its block, as plain text."""
+    kind = option.kind.value + (", required" if option.required else "")
+    equals = " " if option.kind.is_block else " = "
+    lines = [f"{name} ({kind})", *wrap(" ".join(list_notes(option)), "    ")]
+    if option.default not in (None, (), {}):
+        lines.append(f"    Default: {json.dumps(option.default)}")
+    if option.permission and is_alone:
+        lines += wrap(f"With this permission a job can {PERMISSIONS[option.permission].meaning}.", "    ")
+    lines.append(f"    Example: {option.name}{equals}{option.example}")
+    inner = [render_option(field, f"{name}.{field.name}") for field in option.fields]
+    return "\n".join(lines) + "\n" + "".join(f"\n{text}" for text in inner)
+
+
+def wrap(text: str, indent: str, first: str | None = None) -> list[str]:
+    """Return a text of the reference in lines for a terminal, without its marks for Markdown."""
+    plain = re.sub(r"\[(.+?)\]\(#.+?\)", r"\1", text).replace("`", "")
+    return textwrap.wrap(
+        plain,
+        find_width(),
+        initial_indent=indent if first is None else first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+# -- check -----------------------------------------------------------------------------------------------------
+
+STRICT_BLOCK = """\
+plugin "nomad-driver-nspawn" {
+  config {
+    allow       = []    # nothing that opens the host
+    allow_caps  = []    # no capabilities beside the usual ones
+    allow_paths = []    # no path of the host
+    volumes     = false # nor Nomad's volumes
+  }
+}
+"""
+USUAL_ALLOC_DIRS = ("/opt/nomad/data/alloc", "/var/lib/nomad/alloc")  # of HashiCorp's package, and of Debian's
+
+
+PERMISSIONS_TITLE = (
+    "What jobs may do to this host with an empty plugin block (! marks what gives a job the whole host):"
+)
+
+
+def render_permissions() -> str:
+    """Return what jobs may do to this host, by permissions, for people."""
+    lines = wrap(PERMISSIONS_TITLE, "")
+    for permission, info in PERMISSIONS.items():
+        mark = "!" if info.gives_host else " "
+        answer = "yes" if info.is_default else "no"
+        lines += wrap(info.meaning, " " * 29, f"  {answer:<3} {mark} {permission.value:<20} ")
+    lines += ["To allow none of it, and then add what is needed:", "", STRICT_BLOCK]
+    return "\n".join(lines)
+
+
+def check_host() -> int:
+    """Print what the fingerprint would say, and what jobs may do. Return 0 if tasks can run here, else 1."""
+    host = read_host()
+    print(f"systemd-nspawn {host.systemd or 'not found'}, Linux {host.kernel[0]}.{host.kernel[1]}, "
+          f"cgroups {host.cgroups.value}")  # fmt: skip
+    for problem in host.problems:
+        print(f"missing: {problem}")
+    if not shutil.which("ip", path=SAFE_PATH):
+        print("note: ip is not installed: a link of a systemd-nspawn that is killed stays; install iproute2.")
+    if host.cgroups is not CgroupMode.V2:
+        print("note: without cgroup v2 tasks run without resource limits.")
+    with contextlib.suppress(PermissionError):  # only root can read the states
+        for place in sorted({str(MACHINES_ROOT), *USUAL_ALLOC_DIRS, *find_alloc_dirs(read_states())}):
+            if is_open_to_others(place):
+                print(f"note: {explain_open_directory(place).strip('()')}.")
+    print("tasks cannot run here" if host.problems else "tasks can run here")
+    print(f"\n{render_permissions()}", end="")
+    return 1 if host.problems else 0
+
+
+# -- images ----------------------------------------------------------------------------------------------------
+
+
+def show_images() -> int:
+    check_root("images", f"only root can read {Store().root}")
+    return show(render_images(Store(), time.time()))
+
+
+def check_root(command: str, why: str) -> None:
+    if os.geteuid() != 0:
+        raise DriverError(f"{command} needs root: {why}; run it with sudo")
+
+
+def render_images(store: Store, now: float) -> str:
+    """Return a table of the images in the store, for people."""
+    uses = store.read_uses()
+    rows = [("IMAGE", "TYPE", "SIZE", "FETCHED", "LAST USE", "USED BY")]
+    for image in store.read_all():
+        tasks = [use.task_id.rpartition("/")[0] for use in uses if use.key == image.key]
+        ages = (render_age(now - image.fetched_at), "now" if tasks else render_age(now - store.last_use(image)))
+        rows.append((image.name, image.type, render_size(image.size), *ages, ", ".join(tasks) or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    layers = {
+        name: size for image in store.read_all() for name, size in zip(image.layers, image.sizes, strict=True)
+    }
+    lines.append(
+        f"{len(rows) - 1} images in {store.root}, {render_size(sum(layers.values()))}; layers may be shared"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def render_age(seconds: float) -> str:
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{int(seconds / size)} {name} ago"
+    return f"{max(int(seconds), 0)} seconds ago"
+
+
+# -- pull ------------------------------------------------------------------------------------------------------
+
+
+def pull_image(program: Program, given: argparse.Namespace) -> int:
+    """Fetch an image into the store, by the rules for jobs. Raises DriverError."""
+    check_root("pull", f"only root can write to {Store().root}")
+    auth = {name: value for name in ("config", "helper") if (value := getattr(given, f"auth_{name}"))}
+    config = decode_options(
+        program.plugin_options, {"auth": auth or None, "insecure_registries": given.insecure_registry}
+    )
+    values = decode_options(program.task_options, plan_pull(given))
+    origin = plan_origin(values, Path(config["image_dir"]))
+    assert origin
+
+    async def fetch() -> int:
+        stored, kept = await Fetches(Store()).provide(origin, plan_fetching(config), print)
+        os.close(kept)
+        return stored.size
+
+    with contextlib.suppress(KeyboardInterrupt):
+        print(f"{origin.name} is in the store: {render_size(asyncio.run(fetch()))}.")
+        return 0
+    return fail(program, "interrupted; the next pull goes on where this one has stopped")
+
+
+def plan_pull(given: argparse.Namespace) -> dict[str, object]:
+    """Return the options of a job that would use the image."""
+    is_file = given.image.startswith(("http://", "https://"))
+    said = {name: value for name in ("type", "verify", "checksum", "platform") if (value := getattr(given, name))}
+    if is_file:
+        return {"image": "pulled", "image_download": {"url": given.image, "force": True, **said}}
+    if "://" in given.image.removeprefix(DOCKER) or "/" not in given.image:
+        rule = "must be docker://HOST/NAME:TAG or an http(s) address"
+        raise ConfigError("IMAGE", given.image, rule, "an image of this machine need not be fetched")
+    if set(said) - {"platform"}:
+        raise ConfigError(
+            "IMAGE", given.image, f"--{min(set(said) - {'platform'})} is for http(s) addresses alone"
+        )
+    address = given.image.removeprefix(DOCKER)
+    return {"image": "pulled", "image_download": {"url": address, "type": "docker", "force": True, **said}}
