@@ -1842,8 +1842,8 @@ class DriverService:
         image_dir = os.path.realpath(self.config["image_dir"])
         return {
             "": True,
-            ".version": __version__,
-            ".systemd": host.systemd,
+            ".version": str(host.systemd),  # as the Go driver has it, whose jobs have constraints on it
+            ".driver_version": __version__,
             ".cgroups": host.cgroups.value,
             ".limits": ",".join(host.limits),
             ".user_namespaces": read_number("/proc/sys/user/max_user_namespaces") > 0,

@@ -39,6 +39,12 @@ from nspawn.store import Store
 STATE_VERSION = 1
 
 
+FOREIGN = (  # its handles are msgpack with these fields: TaskConfig, MachineName, StartedAt
+    "the task was started by the Go driver, and its tasks cannot be taken up: Nomad starts it anew. Drain a "
+    "client before its driver is exchanged. If the old container still runs, `machinectl terminate` ends it"
+)
+
+
 @dataclass(frozen=True)
 class State:
     """What is known about a started task, in a form that outlives the plugin."""
@@ -72,6 +78,8 @@ class State:
     @classmethod
     def parse(cls, text: str | bytes) -> State:
         """Read a state. Raises ValueError if this version cannot."""
+        if isinstance(text, bytes) and b"MachineName" in text and not text.startswith(b"{"):
+            raise ValueError(FOREIGN)
         try:
             values = json.loads(text)
             version = values.pop("version")

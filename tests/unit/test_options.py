@@ -309,7 +309,7 @@ NOT_OFFERED = {
     "--system": "the driver runs as root",
     "--user": "the driver runs as root; the user inside is `user`",
     "--help": "`nomad-driver-nspawn options`",
-    "--version": "the attribute `driver.nspawn.systemd` of the node",
+    "--version": "the attribute `driver.nspawn.version` of the node",
 }
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -1676,6 +1677,12 @@ def test_state_directory_of_a_state() -> None:
 def test_state_that_cannot_be_read(text: str | bytes, why: str) -> None:
     with pytest.raises(ValueError, match=f"^the task's stored state cannot be read: .*{re.escape(why)}"):
         State.parse(text)
+
+
+def test_handle_of_the_go_driver() -> None:
+    handle = msgpack.packb({"TaskConfig": {"ID": "a/web/1"}, "MachineName": "web-a", "StartedAt": b"\0"})
+    with pytest.raises(ValueError, match=r"was started by the Go driver.*Drain a client before"):
+        State.parse(handle)
 
 
 def test_state_of_a_later_release_is_read() -> None:
