@@ -75,22 +75,20 @@ from nspawn.checks import (
     HOSTNAME,
     MAX_PIDS,
     RESOLV_CONF,
+    Device,
+    Mount,
     any_of,
-    check_binds,
     check_checksum,
     check_container_path,
     check_container_paths,
     check_credential_files,
     check_credentials,
-    check_extra_hosts,
     check_helper,
     check_host_directories,
     check_host_directory,
-    check_id_range,
     check_image_address,
     check_interface_name,
     check_interface_names,
-    check_overlays,
     check_pattern,
     check_pivot_root,
     check_platform,
@@ -103,8 +101,13 @@ from nspawn.checks import (
     check_user,
     check_variables,
     has_image_source,
+    is_chosen,
+    parse_binds,
     parse_capabilities,
     parse_duration,
+    parse_extra_hosts,
+    parse_id_range,
+    parse_overlays,
     parse_permissions,
     parse_rlimits,
     parse_single_capabilities,
@@ -159,11 +162,12 @@ from nspawn.images import (
 )
 from nspawn.job import (
     MIB,
-    Device,
     Dns,
+    Download,
     GroupNetwork,
+    JobOptions,
+    Login,
     Mode,
-    Mount,
     Port,
     Resources,
     TaskConfig,
@@ -188,7 +192,6 @@ from nspawn.options import (
     Kind,
     Option,
     Permission,
-    Values,
     check_permission,
     decode_options,
     never,
@@ -240,7 +243,7 @@ from nspawn.roots import (
     mount_root,
     pick_users,
 )
-from nspawn.rules import apply_defaults, check_permissions, list_devices
+from nspawn.rules import check_permissions, decode_job
 from nspawn.sources import (
     Source,
     check_image_name,
@@ -295,7 +298,7 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
     Option("image_download", Kind.BLOCK,
            "Where to fetch the image from if `image_dir` has none of this name. It is fetched once, into the "
            "driver's own store.",
-           '{ url = "https://example.com/debian.tar.xz" }', fields=(
+           '{ url = "https://example.com/debian.tar.xz" }', into=Download, fields=(
                Option("url", Kind.STRING,
                       "The address: http or https, or `HOST/NAME:TAG` for an image in a registry.",
                       '"https://example.com/debian.tar.xz"', required=True, check=check_image_address),
@@ -323,7 +326,7 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            )),
     Option("auth", Kind.BLOCK,
            "Credentials for the server or registry of the image.",
-           '{ username = "ci" }', fields=(
+           '{ username = "ci" }', into=Login, fields=(
                Option("username", Kind.STRING, "The user's name.", '"ci"'),
                Option("password", Kind.STRING,
                       "The password or token. Better take it from a variable.", '"s3cret"'),
@@ -410,9 +413,8 @@ USER_OPTIONS: tuple[Option, ...] = (
     Option("private_users", Kind.STRING,
            "The range of ids: `pick` finds a free one, `identity` and `BASE:COUNT` name one, and `no` is the "
            "same as `user_namespacing = false`. It has no effect without user namespaces.",
-           '"pick"', check=check_id_range, permission=Permission.HOST_USERS,
-           needs_permission=lambda value: value not in (None, "yes", "pick"),
-           argument="--private-users"),
+           '"pick"', check=parse_id_range, permission=Permission.HOST_USERS,
+           needs_permission=is_chosen, argument="--private-users"),
     Option("private_users_ownership", Kind.STRING,
            "How the image's files get owners in that range: `map` shows them so in the container, `chown` changes "
            "the image permanently, and `auto` maps where that is possible.",
@@ -486,7 +488,7 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            argument="--hostname"),
     Option("extra_hosts", Kind.STRINGS,
            "Lines to add to the image's `/etc/hosts`: `NAME:ADDRESS`.",
-           '["db:192.0.2.7"]', default=(), check=check_extra_hosts),
+           '["db:192.0.2.7"]', default=(), check=parse_extra_hosts),
     Option("address_timeout", Kind.STRING,
            "How long the start waits for the container's address, by default `0s`. Only services with "
            '`address_mode = "driver"` need it: Nomad takes the address only when the task starts.',
@@ -501,11 +503,11 @@ FILE_OPTIONS: tuple[Option, ...] = (
            "Directories and files to mount writable. The source is a path of the host, or a path in the task's "
            "own directories that begins with `alloc`, `local` or `secrets`. Options may follow the target after "
            "a colon: `norbind`, `idmap`, `rootidmap`, `owneridmap` (systemd 256).",
-           '{ "/srv/data" = "/data", "local/etc" = "/etc/app:idmap" }', default={}, check=check_binds,
+           '{ "/srv/data" = "/data", "local/etc" = "/etc/app:idmap" }', default=(), check=parse_binds,
            permission=Permission.PATHS),
     Option("bind_read_only", Kind.STRING_MAP,
            "As `bind`, but read-only.",
-           '{ "/etc/ssl/certs" = "/etc/ssl/certs" }', default={}, check=check_binds, permission=Permission.PATHS),
+           '{ "/etc/ssl/certs" = "/etc/ssl/certs" }', default=(), check=parse_binds, permission=Permission.PATHS),
     Option("tmpfs", Kind.STRINGS,
            "Directories on which to mount an empty file system in memory: `PATH` or `PATH:OPTIONS`.",
            '["/run/cache:size=100M"]', default=(), check=check_tmpfs, argument="--tmpfs", render=render_tmpfs),
@@ -513,11 +515,11 @@ FILE_OPTIONS: tuple[Option, ...] = (
            "Directories to mount as a writable overlay: `LOWER::TARGET`, or `LOWER:LOWER::TARGET` with the "
            "topmost last. Changes are kept in memory until the task ends. A path with `+` before it is one of "
            "the image.",
-           '["+/etc::/etc"]', default=(), check=check_overlays, permission=Permission.HOST_OVERLAYS,
+           '["+/etc::/etc"]', default=(), check=parse_overlays, permission=Permission.HOST_OVERLAYS,
            needs_permission=has_image_source),
     Option("overlay_read_only", Kind.STRINGS,
            "Directories to mount as a read-only overlay: `LOWER:LOWER:TARGET` with the topmost last.",
-           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=check_overlays, permission=Permission.HOST_OVERLAYS,
+           '["+/usr:/srv/addon/usr:/usr"]', default=(), check=parse_overlays, permission=Permission.HOST_OVERLAYS,
            needs_permission=has_image_source),
     Option("inaccessible", Kind.STRINGS,
            "Files and directories of the image to hide.",
@@ -525,7 +527,7 @@ FILE_OPTIONS: tuple[Option, ...] = (
     Option("devices", Kind.BLOCKS,
            "Devices of the host that the container may use, one block each. It cannot open any other device, "
            "whatever nodes its image holds.",
-           '{ host_path = "/dev/kvm" }', default=(), permission=Permission.DEVICES, fields=(
+           '{ host_path = "/dev/kvm" }', default=(), permission=Permission.DEVICES, into=Device, fields=(
                Option("host_path", Kind.STRING, "The device node on the host. Symbolic links are followed.",
                       '"/dev/ttyUSB0"', required=True, check=check_host_directory),
                Option("container_path", Kind.STRING, "The path in the container. By default the same path.",
@@ -783,18 +785,23 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
 def prepare_root(plan: Plan, root: Path) -> None:
     """Make what the container's root needs: the command's directory, and mount points if it is read-only. Raises
     DriverError if that is not possible, if the command cannot be executed, or if there is no init to boot."""
-    if plan.needs.mount_points and plan.image.is_protected and not plan.private:
+    is_read_only = plan.options.has_read_only_root
+    if is_read_only and plan.image.is_protected and not plan.private:
         check_mount_points(root, plan.network.mount_files)
-    elif plan.needs.mount_points:
+    elif is_read_only:
         make_mount_points(root)
         for path in plan.network.mount_files:
             make_mount_file(root, path)
-    view = View(root, plan.mounts, plan.pivot)
-    if plan.mode is Mode.BOOT:
+    view = View(root, plan.mount_table, plan.options.root or "/")
+    if plan.options.boot:
         check_init(plan, view)
         return
-    directory = plan.needs.directory
-    if why := explain_command(plan.command[0], plan.search_path, view, directory) if plan.command else "":
+    directory = plan.options.directory
+    if (
+        why := explain_command(plan.options.command[0], plan.search_path, view, directory)
+        if plan.options.command
+        else ""
+    ):
         raise DriverError(why)
     make_working_directory(view, directory, plan.explain_fixed_root())
 
@@ -883,9 +890,8 @@ def start_shell(
         "NOTIFY_SOCKET": str(state_dir / "notify"),
     }
     argv = ["sh", "-c", SHIM, "nomad-nspawn-shim", str(state_dir), plan.cgroup]
-    argv += ["filter" if plan.needs.filter else ""]
-    own = plan.argv.index(f"--machine={plan.machine}") + 1
-    argv = [*plan.network.entry, *argv, *plan.prefix, *plan.argv[:own], *arguments, *plan.argv[own:]]
+    argv += ["filter" if plan.options.is_terminal else ""]
+    argv = [*plan.network.entry, *argv, *plan.program, *arguments, *plan.argv]
     try:
         return start_process(
             argv, environ=environ, stdin=stdio[0], stdout=stdio[1], stderr=stdio[2], pass_fds=locks
@@ -893,7 +899,7 @@ def start_shell(
     except OSError as error:
         if error.errno == errno.E2BIG:
             rule = "is longer than the kernel takes: 128 KiB an argument, 2 MiB with all options"
-            raise ConfigError("command", list(plan.command), rule, "put long texts into files") from None
+            raise ConfigError("command", plan.options.command, rule, "put long texts into files") from None
         check_shortage(error)
         raise HostError(f"the container's shim cannot be started: {error.strerror}") from None
 
@@ -1169,7 +1175,7 @@ class Start:
         self.state = State(
             task_id=plan.task_id,
             machine=plan.machine,
-            mode=plan.mode,
+            mode=plan.options.mode,
             cgroup=plan.cgroup,
             boot_id=read_boot_id(),
             shim=NO_PROCESS,
@@ -1246,9 +1252,9 @@ class Start:
             make_place(Path(pin.place), pin.source.is_directory)
         for key, place in plan_credentials(self.plan.credentials, self.directory).items():
             write_secret(Path(place), self.plan.credentials[key])
-        if self.plan.needs.inaccessible:
+        if self.plan.options.inaccessible:
             make_inaccessible()
-        if self.plan.needs.overlays:
+        if self.plan.options.overlay:
             (self.directory / "tmp").mkdir()
         write_secret(self.directory / BUNDLE_PLACE / "config.json", self.plan.bundle.encode())
 
@@ -1281,7 +1287,7 @@ class Start:
         if leader is None:
             return NO_PROCESS, ()
         users = read_ranges(leader.pid)
-        check_leader(leader, replace(self.state, users=users), self.plan.has_other_users, claim.sender)
+        check_leader(leader, replace(self.state, users=users), self.plan.options.has_other_users, claim.sender)
         return leader, users
 
     async def read_ready(self, notify: socket.socket, ended: asyncio.Task[None]) -> Claim | None:
@@ -1677,7 +1683,7 @@ def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
         resources=read_resources(task.resources),
         network=read_group_network(task),
         mounts=tuple(
-            Mount(mount.host_path, mount.task_path, mount.readonly, mount.propagation_mode)
+            Mount(mount.host_path, mount.task_path, mount.readonly, propagation=mount.propagation_mode)
             for mount in task.mounts
         ),
         devices=tuple(
@@ -1929,55 +1935,54 @@ class DriverService:
 
     async def start_task(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
         is_in_group = bool(config.network.namespace)
-        values = apply_defaults(decode_options(TASK_OPTIONS, config.options), self.config, is_in_group=is_in_group)
-        check_permissions(TASK_OPTIONS, values, self.config, is_in_group=is_in_group)
+        options = decode_job(TASK_OPTIONS, config.options, self.config, is_in_group=is_in_group)
+        check_permissions(TASK_OPTIONS, options, self.config, is_in_group=is_in_group)
         if is_in_group:
             check_namespace(config.network.namespace)
-        check_interfaces(values)
+        check_interfaces(options)
         with contextlib.ExitStack() as stack:
             directories = stack.enter_context(open_directories(config.alloc_dir, config.directory_names))
             own = {name: directories[path] for name, path in config.own_directories.items()}
-            image = await self.find_image(config, values, own, stack)
-            check_image_write(image, values, self.config)
-            values = apply_image(values, image, config.user)
-            targets = [mount.target for mount in config.mounts]
-            account = await run_in_thread(lambda: find_account(image, values, targets))
-            sources = stack.enter_context(open_sources(TASK_OPTIONS, values, own, self.config))
+            image = await self.find_image(config, options, own, stack)
+            check_image_write(image, options, self.config)
+            options = apply_image(options, image, config.user)
+            account = await run_in_thread(lambda: find_account(image, options, config.mounts))
+            sources = stack.enter_context(open_sources(TASK_OPTIONS, options, own, self.config))
             volumes = stack.enter_context(open_volumes(mount.source for mount in config.mounts))
-            devices = stack.enter_context(open_devices([*list_devices(values), *config.devices]))
+            devices = stack.enter_context(open_devices([*options.devices, *config.devices]))
             found = HostInputs(
                 image=image,
                 mounts=read_mounts(),
                 sources=sources,
-                credentials=read_credentials(values, sources),
-                names=read_names(config.network, image, values),
+                credentials=read_credentials(options, sources),
+                names=read_names(config.network, image, options),
                 devices=devices,
-                device_rules=tuple(find_device_rules(config, values, sources, volumes, devices)),
+                device_rules=tuple(find_device_rules(config, options, sources, volumes, devices)),
                 directories={**directories, **volumes},
                 ephemeral_dir=self.config["ephemeral_dir"] or "",
                 account=account,
                 journal_obstacle=find_journal_obstacle(config),
             )
-            plan = plan_task(TASK_OPTIONS, config, values, host, found)
+            plan = plan_task(TASK_OPTIONS, config, options, host, found)
             for note in (f"Starting the container {plan.machine} from {image.label or image.path}.", *plan.notes):
                 self.events.emit(config, note)
             return await self.tasks.start(plan, config, directories), plan.network
 
     async def find_image(
-        self, config: TaskConfig, values: Values, own: Mapping[str, Source], stack: contextlib.ExitStack
+        self, config: TaskConfig, options: JobOptions, own: Mapping[str, Source], stack: contextlib.ExitStack
     ) -> Image:
         """Return the task's image; fetch it if needed. An image of the host stays open until the end of `stack`. A
         stored one is kept from collection: by a lock until the start ends, then by the task's use of it."""
         task_dir = Path(config.task_dir) if config.alloc_dir else None
         image_dir = Path(self.config["image_dir"])
-        origin = plan_origin(values, image_dir)
+        origin = plan_origin(options, image_dir)
         if origin is None:
             try:
-                found = find_image(values["image"], task_dir, values, image_dir)
+                found = find_image(options, task_dir, image_dir)
             except ConfigError:
-                check_image_name(values["image"], own, self.config)
+                check_image_name(options.image, own, self.config)
                 raise
-            image = stack.enter_context(open_image(found, values["image"], own, self.config))
+            image = stack.enter_context(open_image(found, options.image, own, self.config))
             origin = find_archive(image)
             if origin is None:
                 return image
@@ -1990,7 +1995,7 @@ class DriverService:
         start.add_done_callback(lambda _: os.close(kept))
         image = self.fetches.store.find(stored)
         if not image.layers and stored.type != "docker":
-            check_tree(image.path, values["image"], values)
+            check_tree(image.path, options)
         return image
 
     @answers

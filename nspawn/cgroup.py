@@ -24,8 +24,7 @@ from pathlib import Path
 from nspawn.common import HostError, check_shortage, is_below, is_shortage
 from nspawn.files import read_text
 from nspawn.host import CONTROLLERS, CgroupMode, read_cgroup_mode
-from nspawn.job import Resources
-from nspawn.options import Values
+from nspawn.job import JobOptions, Resources
 from nspawn.process import ProcessId, read_children, read_stat
 
 
@@ -59,7 +58,7 @@ def plan_cpu_weight(resources: Resources) -> int:
     return min(max(math.ceil(10 ** ((bits * bits + 125 * bits) / 612 - 7 / 34)), 1), 10000)
 
 
-def plan_limits(resources: Resources, values: Values, cpus: int) -> dict[str, str]:
+def plan_limits(resources: Resources, options: JobOptions, cpus: int) -> dict[str, str]:
     """Return the contents of the task's control files by name, as in `memory.max`.
 
     If memory_max is set, memory.low lets the kernel reclaim first what is above the reservation. There is no
@@ -70,18 +69,18 @@ def plan_limits(resources: Resources, values: Values, cpus: int) -> dict[str, st
         most = resources.memory_max
         limits["memory.max"] = "max" if most is None else str(max(resources.memory, most))
         limits["memory.low"] = str(resources.memory) if most != 0 else "0"
-        limits["memory.swap.max"] = values["memory_swap_max"] or "0"
+        limits["memory.swap.max"] = options.memory_swap_max or "0"
     if resources.cpu:
         limits["cpu.weight"] = str(plan_cpu_weight(resources))
-    if values["cpu_hard_limit"] and resources.cpu_fraction:
+    if options.cpu_hard_limit and resources.cpu_fraction:
         quota = max(round(resources.cpu_fraction * cpus * CPU_PERIOD), 1000)  # the kernel's minimum
         limits["cpu.max"] = f"{quota} {CPU_PERIOD}"
     if resources.cores:
         limits["cpuset.cpus"] = resources.cores
-    if values["pids_limit"]:
-        limits["pids.max"] = str(values["pids_limit"])
-    if values["io_weight"]:
-        limits["io.weight"] = str(values["io_weight"])
+    if options.pids_limit:
+        limits["pids.max"] = str(options.pids_limit)
+    if options.io_weight:
+        limits["io.weight"] = str(options.io_weight)
     return limits
 
 

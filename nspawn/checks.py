@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The functions for an option's `check` and `render`.
+"""What a value of an option must be: the functions for its `check` and `render`, and the types they make.
 
 A `check_` raises ConfigError or returns its value; a `parse_` returns another value or another spelling of it.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nspawn.common import ConfigError, name_entry
@@ -58,21 +59,46 @@ def check_range(low: int, high: int, what: str = "a whole number") -> Check:
 
 
 BIND_OPTIONS = ("rbind", "norbind", "idmap", "noidmap", "rootidmap", "owneridmap")
+MAPPINGS = frozenset({"idmap", "rootidmap", "owneridmap"})
 
 
-def parse_bind(target: str) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Mount:
+    """Something of the host that is mounted in a container: of a bind, a volume or the task's own directories."""
+
+    source: str  # what the job, Nomad or the host calls it
+    target: str  # the path in the container
+    read_only: bool = False
+    options: tuple[str, ...] = ()  # of BIND_OPTIONS
+    propagation: str = ""  # as Nomad says it
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether ids of the container's users are shown instead of the host's."""
+        return not MAPPINGS.isdisjoint(self.options)
+
+    @property
+    def argv(self) -> str:
+        options = f":{','.join(self.options)}" if self.options else ""
+        fields = f"{escape_field(self.source)}:{escape_field(self.target)}{options}"
+        return f"--bind{'-ro' if self.read_only else ''}={fields}"
+
+
+def parse_bind(target: str) -> tuple[str, tuple[str, ...]]:
     """Split nspawn's `/path:options`. If no options follow a colon, it is part of the path."""
-    path, colon, options = target.rpartition(":")
-    if colon and all(option in BIND_OPTIONS for option in options.split(",")):
-        return path, options
-    return target, ""
+    path, colon, text = target.rpartition(":")
+    options = tuple(text.split(","))
+    return (path, options) if colon and all(option in BIND_OPTIONS for option in options) else (target, ())
 
 
-def check_binds(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
-    for source, target in value.items():
-        check_source(name_entry(name, source), source, shown=target)
-        check_container_path(name_entry(name, source), parse_bind(target)[0])
-    return value
+def parse_binds(name: str, value: Mapping[str, str]) -> tuple[Mount, ...]:
+    mounts = []
+    for source, text in value.items():
+        check_source(name_entry(name, source), source, shown=text)
+        target, options = parse_bind(text)
+        check_container_path(name_entry(name, source), target)
+        mounts.append(Mount(source, target, name == "bind_read_only", options))
+    return tuple(mounts)
 
 
 OWN_DIRECTORIES = ("alloc", "local", "secrets")  # the names of a task's own directories in its job
@@ -96,9 +122,30 @@ def split_fields(text: str) -> list[str]:
     ]
 
 
-def check_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
+@dataclass(frozen=True)
+class Overlay:
+    """An overlay of directories in a container."""
+
+    text: str  # as the job has it
+    lower: tuple[str, ...]  # of the host, or of the image with "+" before; the last may be "": changes in memory
+    target: str
+    read_only: bool
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The directories of the host."""
+        return tuple(place for place in self.lower if place and not place.startswith("+/"))
+
+    def render(self, places: Mapping[str, str]) -> str:
+        """Return nspawn's argument. `places`: the paths at which it finds the sources."""
+        lower = [places[name] if name in places else escape_field(name) for name in self.lower]
+        return f"--overlay{'-ro' if self.read_only else ''}={':'.join([*lower, escape_field(self.target)])}"
+
+
+def parse_overlays(name: str, value: Sequence[str]) -> tuple[Overlay, ...]:
     """Refuse a directory for changes: systemd-nspawn would open it and its work directory by path, and whoever can
     write there could swap them before. Changes go to memory."""
+    overlays = []
     for item in value:
         *sources, target = split_fields(item)
         if len(sources) < 2 or not all(sources[:-1]):
@@ -111,12 +158,26 @@ def check_overlays(name: str, value: Sequence[str]) -> Sequence[str]:
             if not source.startswith("+/"):
                 check_source(name, source, shown=item)
         check_container_path(name, target)
-    return value
+        overlays.append(Overlay(item, tuple(sources), target, name == "overlay_read_only"))
+    return tuple(overlays)
 
 
-def has_image_source(overlays: Sequence[str]) -> bool:
+def has_image_source(overlays: Iterable[Overlay]) -> bool:
     """Whether an overlay has a source in the image. If that is a link, nspawn follows it on the host."""
-    return any(source.startswith("+/") for item in overlays for source in split_fields(item)[:-1])
+    return any(place.startswith("+/") for overlay in overlays for place in overlay.lower)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device node of the host for a container: one of the job's `devices`, or of a device plugin."""
+
+    host_path: str
+    container_path: str | None = None  # None: the same
+    cgroup_permissions: str = "rwm"  # r to read, w to write, m to make it with mknod(2)
+
+    @property
+    def target(self) -> str:
+        return self.container_path or self.host_path
 
 
 # Not all options of mount(8): systemd-nspawn would take "bind" and "remount", which act on the host's mounts.
@@ -150,12 +211,15 @@ def parse_duration(name: str, value: str) -> float:
     return float(match[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
 
 
-def check_extra_hosts(name: str, value: Sequence[str]) -> Sequence[str]:
+def parse_extra_hosts(name: str, value: Sequence[str]) -> tuple[str, ...]:
+    """Return lines of a hosts file."""
+    lines = []
     for item in value:
         host, _, address = item.partition(":")
         if not (re.fullmatch(HOSTNAME, host) and is_address(address)):
             raise ConfigError(name, item, "must be NAME:ADDRESS, as in db:192.0.2.7 or db:2001:db8::7")
-    return value
+        lines.append(f"{address} {host}")
+    return tuple(lines)
 
 
 def is_address(text: str) -> bool:
@@ -246,10 +310,26 @@ def check_credential_files(name: str, value: Mapping[str, str]) -> Mapping[str, 
     return value
 
 
-def check_id_range(name: str, value: str) -> str:
-    """Accept no, yes, pick, identity, BASE or BASE:COUNT, as in nspawn's --private-users=."""
+@dataclass(frozen=True)
+class IdRange:
+    """The ids of the host that the users of a container have: no, yes, pick, identity, BASE or BASE:COUNT."""
+
+    text: str = "pick"  # as in a job, and in nspawn's --private-users=
+    base: int | None = None  # root's; None: known when the task starts
+    count: int = 0x10000
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def is_chosen(users: IdRange | None) -> bool:
+    """Whether a job says itself which ids of the host it wants."""
+    return users is not None and users.base is not None
+
+
+def parse_id_range(name: str, value: str) -> IdRange:
     if re.fullmatch(r"no|yes|pick|identity", value):
-        return value
+        return IdRange(value, 0 if value == "identity" else None)
     rule = "must be no, yes, pick, identity, or user ids as BASE or BASE:COUNT"
     match = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}))?", value)
     if not match:
@@ -257,7 +337,7 @@ def check_id_range(name: str, value: str) -> str:
     base, count = int(match[1]), int(match[2] or 65536)
     if not (count and base + count < 1 << 32):
         raise ConfigError(name, value, "the range must not be empty and must end below 4294967295")
-    return value
+    return IdRange(value, base, count)
 
 
 def check_image_address(name: str, value: str) -> str:

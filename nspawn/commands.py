@@ -27,6 +27,7 @@ from nspawn.common import MACHINES_ROOT, SAFE_PATH, ConfigError, DriverError
 from nspawn.host import CgroupMode, explain_open_directory, is_open_to_others, read_host
 from nspawn.images import DOCKER, plan_origin
 from nspawn.options import PERMISSIONS, Option, decode_options, list_notes
+from nspawn.rules import decode_job
 from nspawn.state import find_alloc_dirs, read_states
 from nspawn.store import Fetches, Store, plan_fetching, render_size
 
@@ -330,8 +331,8 @@ def pull_image(program: Program, given: argparse.Namespace) -> int:
     config = decode_options(
         program.plugin_options, {"auth": auth or None, "insecure_registries": given.insecure_registry}
     )
-    values = decode_options(program.task_options, plan_pull(given))
-    origin = plan_origin(values, Path(config["image_dir"]))
+    options = decode_job(program.task_options, plan_pull(given), config)
+    origin = plan_origin(options, Path(config["image_dir"]))
     assert origin
 
     async def fetch() -> int:

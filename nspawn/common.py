@@ -55,11 +55,16 @@ class ConfigError(DriverError):
 
 
 def render_value(value: object) -> str:
-    """Return a value of a job as JSON. Objects that JSON does not have become their repr()."""
+    """Return a value of a job as JSON: also one that was parsed, as the job has it."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=repr)
+        return json.dumps(value, ensure_ascii=False, default=render_parsed)
     except (TypeError, ValueError, RecursionError):
         return f"(a {type(value).__name__})"  # nested too deeply, or msgpack keys that JSON does not have
+
+
+def render_parsed(value: object) -> object:
+    """Return what JSON can have of a value: the text it was parsed from, the options of a block, or its repr()."""
+    return getattr(value, "text", None) or getattr(value, "__dict__", None) or repr(value)
 
 
 PLAIN = re.compile(r"[\w./:@+~-]{1,200}")

@@ -23,10 +23,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nspawn.checks import NO_TEXT, USER, check_user, parse_bind, split_fields
+from nspawn.checks import NO_TEXT, USER, Mount, check_user
 from nspawn.common import MACHINES_ROOT, ConfigError, check_shortage, is_below, quote, render_value, shorten
+from nspawn.job import Download, JobOptions, Login
 from nspawn.linux import open_in_root
-from nspawn.options import Values
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,15 @@ class Image:
     def directories(self) -> tuple[Path, ...]:
         return self.layers or (self.opened,)
 
-    @property
-    def argv(self) -> list[str]:
-        return [f"--directory={self.path}" if self.is_directory else f"--image={self.path}"]
 
-
-def find_image(name: str, task_dir: Path | None, values: Values, image_dir: Path = MACHINES_ROOT) -> Image:
+def find_image(options: JobOptions, task_dir: Path | None, image_dir: Path = MACHINES_ROOT) -> Image:
     """Return the image that a job names. Raises ConfigError.
 
     A name without a slash is looked up in `image_dir` first. Relative paths are looked up in the task's directory
     (where artifacts land), then in the plugin's, then in the agent's working directory.
     """
-    path = find_image_path(name, task_dir, image_dir)
-    check_tree(path, name, values)
+    path = find_image_path(options.image, task_dir, image_dir)
+    check_tree(path, options)
     return Image(path, path.is_dir())
 
 
@@ -86,22 +82,17 @@ def explain_linked_usr() -> ConfigError:
     return ConfigError("volatile", "yes", "needs an image whose /usr is no symbolic link", 'use "overlay"')
 
 
-def check_tree(path: Path, name: str, values: Values) -> None:
+def check_tree(path: Path, options: JobOptions) -> None:
     """Refuse what nspawn cannot run, or must not run: the host's own root."""
-    mode = path.stat().st_mode
-    if path == Path("/") and not (values["ephemeral"] or values["volatile"] in ("yes", "state")):
+    name, mode = options.image, path.stat().st_mode
+    if path == Path("/") and not (options.ephemeral or options.volatile in ("yes", "state")):
         raise ConfigError("image", name, "is the host's own root", "set ephemeral, or volatile to yes or state")
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise ConfigError("image", name, "must be a directory, a disk image or a block device")
-    if stat.S_ISDIR(mode) and not any((root / "usr").is_dir() for root in (path, find_root(path, values))):
+    if stat.S_ISDIR(mode) and not any((root / "usr").is_dir() for root in (path, path / options.root.lstrip("/"))):
         raise ConfigError("image", name, "has no /usr directory, so it is no operating system tree")
-    if values["volatile"] == "yes" and (path / "usr").is_symlink():
+    if options.volatile == "yes" and (path / "usr").is_symlink():
         raise explain_linked_usr()
-
-
-def find_root(path: Path, values: Values) -> Path:
-    """Return the directory of an image that becomes the container's root."""
-    return path / (values["pivot_root"] or "").split(":")[0].lstrip("/")
 
 
 def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
@@ -137,11 +128,6 @@ def is_image_name(name: str) -> bool:
     return "/" not in name and name not in (".", "..")
 
 
-def place_in_image(values: Values, path: str) -> str:
-    """Return the image's path for a path in the container."""
-    return (values["pivot_root"] or "").split(":")[0] + path
-
-
 @contextlib.contextmanager
 def open_directory(root: Path, path: str) -> Iterator[int]:
     """Open a directory of an image without following symbolic links, and yield its O_PATH descriptor. A container
@@ -160,10 +146,10 @@ def open_directory(root: Path, path: str) -> Iterator[int]:
 MAX_TEXT = 256 << 10  # bytes of an image's /etc/hosts, passwd or group
 
 
-def read_in_image(image: Image, values: Values, path: str) -> str:
+def read_in_image(image: Image, path: str) -> str:
     """Return the first MAX_TEXT bytes of an image's file, "" if it is not regular, cannot be read, or has symbolic
     links in its path. Always "" for a disk image."""
-    folder, name = os.path.split(place_in_image(values, path))
+    folder, name = os.path.split(path)
     for directory in image.directories if image.is_directory else ():
         try:
             with open_directory(directory, folder) as fd:
@@ -204,36 +190,34 @@ class Origin:
 DOCKER = "docker://"
 
 
-def plan_origin(values: Values, image_dir: Path) -> Origin | None:
+def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:
     """Return where to fetch an image from, None if it has to be on this machine. Raises ConfigError."""
-    name, block, auth = values["image"], values["image_download"], values["auth"] or {}
+    name, block, login = options.image, options.image_download, options.auth or Login()
     if name.startswith(DOCKER):
         if block:
             rule = "says a second time where the image comes from"
-            raise ConfigError(
-                "image_download", redact(block["url"]), rule, f"set image to a name without {DOCKER}"
-            )
-        block = {"type": "docker", "url": name, "verify": None, "force": False, "checksum": None, "platform": None}
+            raise ConfigError("image_download", redact(block.url), rule, f"set image to a name without {DOCKER}")
+        block = Download(name, "docker")
     elif "://" in name:
         rule = f"must be a path, the name of an image, or an address that begins with {DOCKER}"
         raise ConfigError("image", redact(name), rule, "give other addresses in image_download { url = ... }")
-    elif not block or (not block["force"] and is_image_name(name) and have_image(image_dir, name)):
+    elif not block or (not block.force and is_image_name(name) and have_image(image_dir, name)):
         return None
     check_download(block)
-    is_docker = block["type"] == "docker"
-    place = block["url"].removeprefix(DOCKER)
+    is_docker = block.type == "docker"
+    place = block.url.removeprefix(DOCKER)
     is_latest = place.endswith(":latest") or not re.search(r"[:@][^/]*$", place)
     return Origin(
-        type=block["type"],
+        type=block.type,
         place=place,
         name=DOCKER + place if is_docker else redact(place),
-        verify="no" if is_docker else block["verify"],
-        checksum=block["checksum"] or "",
-        platform=block["platform"] or "",
-        force=block["force"],
+        verify="no" if is_docker else block.verify,
+        checksum=block.checksum or "",
+        platform=block.platform or "",
+        force=block.force,
         refresh=is_docker and is_latest,
-        username=auth.get("username") or "",
-        password=auth.get("password") or "",
+        username=login.username or "",
+        password=login.password or "",
     )
 
 
@@ -241,16 +225,16 @@ def have_image(image_dir: Path, name: str) -> bool:
     return any((image_dir / f"{name}{suffix}").exists() for suffix in IMAGE_SUFFIXES)
 
 
-def check_download(block: Values) -> None:
-    is_docker = block["type"] == "docker"
-    if block["url"].startswith(("http://", "https://")) == is_docker:
+def check_download(block: Download) -> None:
+    is_docker = block.type == "docker"
+    if block.url.startswith(("http://", "https://")) == is_docker:
         rule = "must be HOST/NAME:TAG for an image in a registry" if is_docker else "must be an http(s) address"
-        raise ConfigError("image_download.url", redact(block["url"]), rule, "or set type to what is there")
-    for option in ("checksum",) if is_docker else ("platform",):
-        if block[option]:
-            rule = f'has no meaning with type = "{block["type"]}"'
-            remedy = "name the image by its digest, NAME@sha256:..." if is_docker else "leave it out"
-            raise ConfigError(f"image_download.{option}", block[option], rule, remedy)
+        raise ConfigError("image_download.url", redact(block.url), rule, "or set type to what is there")
+    option, value = ("checksum", block.checksum) if is_docker else ("platform", block.platform)
+    if value:
+        rule = f'has no meaning with type = "{block.type}"'
+        remedy = "name the image by its digest, NAME@sha256:..." if is_docker else "leave it out"
+        raise ConfigError(f"image_download.{option}", value, rule, remedy)
 
 
 def redact(url: str) -> str:
@@ -483,22 +467,22 @@ class Account:
         return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
 
 
-def find_account(image: Image, values: Values, volumes: Iterable[str] = ()) -> Account | None:
+def find_account(image: Image, options: JobOptions, volumes: Iterable[Mount] = ()) -> Account | None:
     """Return the user for the command. None: none is set, the container boots, or nspawn has to look the user up.
     It does for a disk image and, outside the store, if mounts hide /etc/passwd or the name is not there: systemd
-    knows others (`bind_user`). `volumes` are the targets of Nomad's mounts. Raises ConfigError."""
-    wanted = values["user"]
-    if not wanted or values["boot"] or not image.is_directory:
+    knows others (`bind_user`). `volumes` are Nomad's mounts. Raises ConfigError."""
+    wanted = options.user
+    if not wanted or options.boot or not image.is_directory:
         return None
-    if not image.key and hides_accounts(values, volumes):
+    if not image.key and hides_accounts(options, volumes):
         return None
     name, _, group = wanted.partition(":")
     name = check_user("user", name or "root")
-    groups = read_entries(image, values, "/etc/group")
+    groups = read_entries(image, f"{options.root}/etc/group")
     gid = find_group(wanted, group, groups)
     if name in ("root", "0"):
         return Account("root", 0, gid or 0, (), "/root")
-    for entry in read_entries(image, values, "/etc/passwd"):
+    for entry in read_entries(image, f"{options.root}/etc/passwd"):
         if len(entry) > 5 and name in (entry[0], entry[2]) and is_id(entry[2]) and is_id(entry[3]):
             return parse_account(entry, gid, groups)
     if is_number(wanted, name):
@@ -508,17 +492,17 @@ def find_account(image: Image, values: Values, volumes: Iterable[str] = ()) -> A
     raise ConfigError("user", wanted, "the image's /etc/passwd has no such user", "give the user's number")
 
 
-def hides_accounts(values: Values, volumes: Iterable[str]) -> bool:
+def hides_accounts(options: JobOptions, volumes: Iterable[Mount]) -> bool:
     """Whether something is mounted over the image's passwd or group."""
-    binds = [parse_bind(text)[0] for name in ("bind", "bind_read_only") for text in values[name].values()]
-    overlays = [split_fields(item)[-1] for name in ("overlay", "overlay_read_only") for item in values[name]]
-    targets = {os.path.normpath(f"/{target}").lstrip("/") for target in (*binds, *overlays, *volumes)}
-    return not targets.isdisjoint(("", "etc", "etc/passwd", "etc/group"))
+    targets = [mount.target for mount in (*options.binds, *volumes)]
+    targets += [overlay.target for overlay in options.overlays]
+    hidden = {os.path.normpath(f"/{target}").lstrip("/") for target in targets}
+    return not hidden.isdisjoint(("", "etc", "etc/passwd", "etc/group"))
 
 
-def read_entries(image: Image, values: Values, path: str) -> list[list[str]]:
+def read_entries(image: Image, path: str) -> list[list[str]]:
     """Return the lines of an image's passwd or group, each split into fields."""
-    text = read_in_image(image, values, path)
+    text = read_in_image(image, path)
     if len(text.encode()) >= MAX_TEXT:
         text = text.rpartition("\n")[0]  # the last line may have been cut in the middle of a number
     return [line.split(":") for line in text.split("\n")]

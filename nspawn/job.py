@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What Nomad says about a task, without protobuf, and the names and signals that follow from it. Pure."""
+"""What Nomad and a job say about a task, without protobuf, and the names and signals that follow from it. Pure."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nspawn.checks import OWN_DIRECTORIES
+from nspawn.checks import OWN_DIRECTORIES, Device, IdRange, Mount, Overlay
 from nspawn.common import STATE_ROOT, ConfigError
-from nspawn.options import Values
 
 UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device node of the host for a container."""
-
-    host_path: str
-    task_path: str
-    permissions: str = "rwm"  # r to read, w to write, m to make it with mknod(2)
 
 
 @dataclass(frozen=True)
@@ -75,16 +65,6 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Mount:
-    """A mount that Nomad asks for: of a host volume, a CSI volume or a device plugin."""
-
-    source: str
-    target: str
-    read_only: bool
-    propagation: str = ""
-
-
-@dataclass(frozen=True)
 class TaskConfig:
     """What Nomad says about a task."""
 
@@ -100,7 +80,7 @@ class TaskConfig:
     cgroup: str = ""
     resources: Resources = Resources()
     network: GroupNetwork = GroupNetwork()
-    mounts: tuple[Mount, ...] = ()
+    mounts: tuple[Mount, ...] = ()  # host volumes, CSI volumes and what device plugins ask for
     devices: tuple[Device, ...] = ()  # from device plugins
 
     @property
@@ -122,6 +102,14 @@ class TaskConfig:
         return dict(zip(OWN_DIRECTORIES, paths, strict=True)) if self.alloc_dir else {}
 
     @property
+    def directory_mounts(self) -> tuple[Mount, ...]:
+        """Where the task's directories are in the container. Its logs are read-only because Nomad writes to their
+        names as root (CVE-2026-8052)."""
+        own = (Mount(f"{self.task_dir}/{name}", f"/{name}") for name in ("local", "secrets"))
+        logs = Mount(self.log_dir, "/alloc/logs", read_only=True)
+        return (Mount(self.shared_dir, "/alloc"), logs, *own) if self.alloc_dir else ()
+
+    @property
     def directory_names(self) -> tuple[str, ...]:
         """The task's directories, relative to alloc_dir. Parents come first."""
         own = (f"{self.name}{end}" for end in ("", "/local", "/secrets"))
@@ -134,12 +122,6 @@ class Mode(enum.Enum):
     BOOT = "boot"
     COMMAND = "command"  # the command itself: the kernel drops signals for which it has no handler
     PROCESS_TWO = "process_two"  # a stub of nspawn; the command is PID 2
-
-    @classmethod
-    def of(cls, values: Values) -> Mode:
-        if values["boot"]:
-            return cls.BOOT
-        return cls.PROCESS_TWO if values["process_two"] else cls.COMMAND
 
     @property
     def console(self) -> str:
@@ -161,6 +143,153 @@ class Mode(enum.Enum):
         if self is Mode.BOOT and number in (signal.SIGTERM, signal.SIGINT):
             return signal.SIGRTMIN + 4
         return number
+
+
+@dataclass(frozen=True)
+class Download:
+    """Where to fetch an image from."""
+
+    url: str
+    type: str = "tar"
+    verify: str = "no"
+    checksum: str | None = None
+    platform: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Login:
+    """Credentials for the server of an image."""
+
+    username: str | None = None
+    password: str | None = None
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """A job's `config` block, with what its values mean and with all defaults. None: the job does not say.
+
+    The fields are the rows of driver.py; a test holds the two against each other. `decode_job` makes it.
+    """
+
+    image: str
+    image_download: Download | None
+    auth: Login | None
+    ephemeral: bool
+    read_only: bool
+    volatile: str | None
+    pivot_root: str | None
+    image_policy: str | None
+    root_hash: str | None
+    root_hash_sig: str | None
+
+    boot: bool
+    command: tuple[str, ...]
+    process_two: bool
+    user: str | None
+    working_directory: str | None
+    environment: Mapping[str, str]
+    console: str | None
+    notify_ready: bool
+    suppress_sync: bool
+    personality: str | None
+    set_credential: Mapping[str, str]
+    load_credential: Mapping[str, str]
+
+    user_namespacing: bool
+    private_users: IdRange | None  # None: no user namespace
+    private_users_ownership: str | None
+    private_users_delegate: int | None
+    bind_user: tuple[str, ...]
+    bind_user_shell: str | None
+    bind_user_group: tuple[str, ...]
+
+    network_veth: bool
+    network_zone: str | None
+    network_bridge: str | None
+    network_veth_extra: tuple[str, ...]
+    network_macvlan: tuple[str, ...]
+    network_ipvlan: tuple[str, ...]
+    network_interface: tuple[str, ...]
+    private_network: bool
+    ports: tuple[str, ...]
+    port_map: Mapping[str, int]
+    hostname: str | None
+    extra_hosts: tuple[str, ...]  # lines of a hosts file
+    address_timeout: float | None  # seconds
+    resolv_conf: str | None
+
+    bind: tuple[Mount, ...]
+    bind_read_only: tuple[Mount, ...]
+    tmpfs: tuple[str, ...]
+    overlay: tuple[Overlay, ...]
+    overlay_read_only: tuple[Overlay, ...]
+    inaccessible: tuple[str, ...]
+    devices: tuple[Device, ...]
+
+    capability: tuple[str, ...]
+    drop_capability: tuple[str, ...]
+    ambient_capability: tuple[str, ...]
+    no_new_privileges: bool
+    system_call_filter: tuple[str, ...]
+    restrict_address_families: tuple[str, ...]
+    selinux_context: str | None
+    selinux_apifs_context: str | None
+
+    rlimit: Mapping[str, str]
+    oom_score_adjust: int | None
+    cpu_affinity: str | None
+    cpu_hard_limit: bool
+    pids_limit: int  # 0: any number
+    memory_swap_max: str | None  # bytes, or "max", as the kernel wants it
+    io_weight: int | None
+
+    timezone: str | None
+    link_journal: str | None
+
+    @property
+    def mode(self) -> Mode:
+        if self.boot:
+            return Mode.BOOT
+        return Mode.PROCESS_TWO if self.process_two else Mode.COMMAND
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the output comes from a terminal, which puts a CR before each LF."""
+        return self.boot and self.console != "pipe"
+
+    @property
+    def directory(self) -> str:
+        """The command's working directory, which has to be there before it starts."""
+        return "/" if self.boot else self.working_directory or "/"
+
+    @property
+    def binds(self) -> tuple[Mount, ...]:
+        return (*self.bind, *self.bind_read_only)
+
+    @property
+    def overlays(self) -> tuple[Overlay, ...]:
+        return (*self.overlay, *self.overlay_read_only)
+
+    @property
+    def is_volatile(self) -> bool:
+        return self.volatile not in (None, "no")
+
+    @property
+    def has_read_only_root(self) -> bool:
+        """Whether nspawn cannot make mount points, because it mounts the image read-only first."""
+        return self.read_only or self.volatile == "state"
+
+    @property
+    def has_other_users(self) -> bool:
+        """Whether its users have other ids on the host. The kernel refuses to map ids to themselves."""
+        return self.private_users is not None and self.private_users.base != 0
+
+    @property
+    def root(self) -> str:
+        """The directory of the image that becomes the container's root, without a slash at its end or "" for it
+        all."""
+        return (self.pivot_root or "").partition(":")[0]
 
 
 def parse_signal(name: str) -> int:

@@ -21,15 +21,13 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from nspawn.checks import parse_bind
+from nspawn.checks import Mount
 from nspawn.common import ConfigError, HostError, check_shortage, shorten
 from nspawn.files import read_text
-from nspawn.images import Image, open_directory, place_in_image, read_in_image
-from nspawn.job import Dns, GroupNetwork, Port
+from nspawn.images import Image, open_directory, read_in_image
+from nspawn.job import Dns, GroupNetwork, JobOptions, Port
 from nspawn.linux import CLONE_NEWNET
-from nspawn.options import Values
 from nspawn.process import run
 
 
@@ -68,11 +66,11 @@ class NetworkMode(enum.Enum):
     INTERFACE = "interface"  # an interface of the host, or one on top of it
 
     @classmethod
-    def of(cls, group: GroupNetwork, values: Values) -> NetworkMode:
+    def of(cls, group: GroupNetwork, options: JobOptions) -> NetworkMode:
         if group.namespace:
             return cls.GROUP
         for mode, names in MODE_OPTIONS.items():
-            if any(values[name] for name in names):
+            if any(getattr(options, name) for name in names):
                 return mode
         return cls.HOST
 
@@ -105,7 +103,6 @@ class NetworkPlan:
     link: str = ""  # the host's end; over 15 characters it is an alternative name
     address_timeout: float = 0.0  # seconds
     ports: Mapping[str, Port] = field(default_factory=dict)  # those that nspawn maps, by label
-    values: Mapping[str, Any] = field(default_factory=dict)  # options that replace the job's
     entry: tuple[str, ...] = ()  # starts the shim in another network namespace
     argv: tuple[str, ...] = ()  # further arguments of nspawn
     environ: Mapping[str, str] = field(default_factory=dict)  # for the payload
@@ -113,41 +110,40 @@ class NetworkPlan:
     mount_files: tuple[str, ...] = ()  # mount points to make for them in a read-only image
     notes: tuple[str, ...] = ()  # sentences for the task's events
 
-    def render_files(self, directory: Path) -> list[str]:
-        """Return nspawn's arguments for `files`. `directory` is the task's state directory."""
-        return [f"--bind-ro={directory}{path}:{path}" for path in self.files]
+    def plan_mounts(self, directory: Path) -> tuple[Mount, ...]:
+        """Return the mounts of `files`. `directory` is the task's state directory."""
+        return tuple(Mount(f"{directory}{path}", path, read_only=True) for path in self.files)
 
 
-def plan_link(values: Values, machine: str) -> str:
+def plan_link(options: JobOptions, machine: str) -> str:
     """Return nspawn's name for the host's end of its link, "" if it makes none beside network_veth_extra."""
-    if values["network_bridge"] or values["network_zone"]:
+    if options.network_bridge or options.network_zone:
         return f"vb-{machine}"
-    return f"ve-{machine}" if values["network_veth"] else ""
+    return f"ve-{machine}" if options.network_veth else ""
 
 
 def plan_network(
-    group: GroupNetwork, values: Values, names: Names, machine: str, *, is_disk: bool = False
+    group: GroupNetwork, options: JobOptions, names: Names, machine: str, *, is_disk: bool = False
 ) -> NetworkPlan:
     """Return how a task gets its network. Raises ConfigError."""
-    files = plan_name_files(group, values, names, machine)
+    files = plan_name_files(group, options, names, machine)
     network = NetworkPlan(
-        mode=NetworkMode.of(group, values),
-        address_timeout=values["address_timeout"] or 0.0,
-        zone=values["network_zone"] or "",
-        link=plan_link(values, machine),
-        values={"resolv_conf": "off"} if "/etc/resolv.conf" in files else {},
+        mode=NetworkMode.of(group, options),
+        address_timeout=options.address_timeout or 0.0,
+        zone=options.network_zone or "",
+        link=plan_link(options, machine),
         files=files,
-        mount_files=tuple(place_in_image(values, path) for path in files if is_read_only(values)),
-        notes=tuple(explain_dns(group, values, files)),
+        mount_files=tuple(options.root + path for path in files if options.has_read_only_root),
+        notes=tuple(explain_dns(group, options, files)),
     )
     if group.namespace and is_disk:  # never with user namespaces: see check_image_rules
         return replace(network, argv=(f"--network-namespace-path={group.namespace}",))
     if group.namespace:
-        set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if values["user_namespacing"] else ()
+        set_up = ("sh", "-c", ENTER_NAMESPACE, "sh") if options.user_namespacing else ()
         entry = ("nsenter", f"--net={group.namespace}", "--", *set_up)
         return replace(network, entry=entry)
-    ports = {label: find_port(group, "ports", label, label) for label in values["ports"]}
-    for label, to in values["port_map"].items():
+    ports = {label: find_port(group, "ports", label, label) for label in options.ports}
+    for label, to in options.port_map.items():
         ports[label] = replace(find_port(group, f"port_map.{label}", label, to), to=to)
     return replace(
         network,
@@ -221,24 +217,20 @@ def find_port_maps(text: str, ports: Sequence[tuple[int, int]]) -> list[str]:
     return [match[0] for match in NAT_ELEMENT.finditer(text) if (int(match[1]), int(match[2])) in ports]
 
 
-def plan_name_files(group: GroupNetwork, values: Values, names: Names, machine: str) -> dict[str, str]:
+def plan_name_files(group: GroupNetwork, options: JobOptions, names: Names, machine: str) -> dict[str, str]:
     """Return the name files that the driver has to make: /etc/resolv.conf for a dns block, /etc/hosts for
     extra_hosts, and both for a group's network (the first only if resolv_conf is unset or auto). Leaves out what
     the job's binds cover, and what cannot be mounted, unless dns or extra_hosts asks for it."""
-    policy = values["resolv_conf"]
+    policy = options.resolv_conf
     files = {}
     if not group.dns.is_empty or (group.namespace and policy in (None, "auto")):
         files["/etc/resolv.conf"] = render_resolv_conf(names.resolv_conf, group.dns)
-    if group.namespace or values["extra_hosts"]:
+    if group.namespace or options.extra_hosts:
         own = names.addresses or ("127.0.1.1",)
-        lines = [f"{address} {values['hostname'] or machine}" for address in own]
-        for item in values["extra_hosts"]:
-            host, _, address = item.partition(":")
-            lines.append(f"{address} {host}")
-        files["/etc/hosts"] = render_hosts(names.hosts, lines)
-    targets = (*values["bind"].values(), *values["bind_read_only"].values())
-    mounted = {parse_bind(target)[0].rstrip("/") for target in targets}
-    asked = {"/etc/resolv.conf": not group.dns.is_empty, "/etc/hosts": bool(values["extra_hosts"])}
+        lines = [f"{address} {options.hostname or machine}" for address in own]
+        files["/etc/hosts"] = render_hosts(names.hosts, [*lines, *options.extra_hosts])
+    mounted = {mount.target.rstrip("/") for mount in options.binds}
+    asked = {"/etc/resolv.conf": not group.dns.is_empty, "/etc/hosts": bool(options.extra_hosts)}
     return {
         path: text
         for path, text in files.items()
@@ -275,9 +267,9 @@ def render_hosts(image: str, own: Sequence[str]) -> str:
     return "".join(f"{line}\n" for line in (*lines, *own))
 
 
-def explain_dns(group: GroupNetwork, values: Values, files: Mapping[str, str]) -> Iterator[str]:
+def explain_dns(group: GroupNetwork, options: JobOptions, files: Mapping[str, str]) -> Iterator[str]:
     """Warn if the driver's resolv.conf overrides an option, or names only servers out of reach."""
-    policy, text = values["resolv_conf"], files.get("/etc/resolv.conf")
+    policy, text = options.resolv_conf, files.get("/etc/resolv.conf")
     if text is None:
         return
     if policy not in (None, "auto", "off"):
@@ -336,31 +328,26 @@ def read_group_addresses(namespace: str) -> tuple[str, ...]:
     return parse_addresses(text, "\n".join(inet6))
 
 
-def read_names(group: GroupNetwork, image: Image, values: Values) -> Names:
+def read_names(group: GroupNetwork, image: Image, options: JobOptions) -> Names:
     """Read what the container's name files are made from, nothing if the driver makes none. It blocks."""
-    if not group.namespace and group.dns.is_empty and not values["extra_hosts"]:
+    if not group.namespace and group.dns.is_empty and not options.extra_hosts:
         return Names()
     return Names(
         resolv_conf=read_resolv_conf(),
-        hosts=read_in_image(image, values, "/etc/hosts"),
+        hosts=read_in_image(image, f"{options.root}/etc/hosts"),
         addresses=read_group_addresses(group.namespace) if group.namespace else (),
-        missing=frozenset(path for path in NAME_FILES if not can_mount_file(image, values, path)),
+        missing=frozenset(path for path in NAME_FILES if not can_mount_file(image, options, path)),
     )
 
 
-def is_read_only(values: Values) -> bool:
-    """Whether nspawn cannot make mount points, because it mounts the image read-only first."""
-    return bool(values["read_only"]) or values["volatile"] == "state"
-
-
-def can_mount_file(image: Image, values: Values, path: str) -> bool:
+def can_mount_file(image: Image, options: JobOptions, path: str) -> bool:
     """Whether there is a file to mount on, or nspawn or make_mount_file can make one. Looks only into a read-only
     image, and only into its topmost layer."""
-    if not is_read_only(values):
+    if not options.has_read_only_root:
         return True
     if not image.is_directory:
         return False  # not mounted yet, so not known
-    folder, name = os.path.split(place_in_image(values, path))
+    folder, name = os.path.split(options.root + path)
     with contextlib.suppress(OSError), open_directory(image.opened, folder) as fd:
         try:
             os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -370,10 +357,10 @@ def can_mount_file(image: Image, values: Values, path: str) -> bool:
     return False
 
 
-def check_interfaces(values: Values) -> None:
+def check_interfaces(options: JobOptions) -> None:
     """Refuse interfaces that the host does not have: for network_interface nspawn 257 and 262 do not tell."""
     for option in MODE_OPTIONS[NetworkMode.INTERFACE]:
-        for item in values[option]:
+        for item in getattr(options, option):
             name = item.partition(":")[0]
             try:
                 socket.if_nametoindex(name)

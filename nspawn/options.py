@@ -229,6 +229,7 @@ class Option:
     argument: str = ""  # "": the plan handles the value
     render: Render | None = None
     fields: tuple[Option, ...] = ()  # of a BLOCK or BLOCKS
+    into: Callable[..., Any] = dict  # the type of a BLOCK, made from its fields
 
     def decode(self, value: object) -> Any:
         if value is None or value == "":  # HCL expressions cannot say "unset", so "" means it
@@ -242,13 +243,13 @@ class Option:
         decoded = self.decode_blocks(value) if self.kind is Kind.BLOCKS else self.kind.decode(self.name, value)
         if self.choices and decoded not in self.choices:
             raise ConfigError(self.name, decoded, f"must be one of {', '.join(self.choices)}")
-        return self.check(self.name, decoded) if self.check and decoded not in ((), {}) else decoded
+        return self.check(self.name, decoded) if self.check else decoded
 
     def decode_block(self, value: object) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(self.name, value, "must be a block")
         try:
-            return decode_options(self.fields, value)
+            return self.into(**decode_options(self.fields, value))
         except ConfigError as error:
             raise error.within(self.name) from None
 

@@ -8,32 +8,29 @@ in nspawn's environment and on no command line. With a bundle nspawn reads no se
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from nspawn.cgroup import plan_cgroup, plan_limits
 from nspawn.checks import (
     NO_TEXT,
     VARIABLE,
+    Device,
+    Mount,
     check_container_path,
     check_user,
     escape_field,
-    parse_bind,
-    split_fields,
 )
 from nspawn.common import ConfigError
 from nspawn.devices import USUAL_DEVICES, DeviceRule
 from nspawn.host import CgroupMode, Host, Mounts
-from nspawn.images import Account, Image, View, find_root, is_foreign
-from nspawn.job import UUID, Device, GroupNetwork, Mode, TaskConfig, plan_machine, state_directory
-from nspawn.network import Names, NetworkPlan, is_read_only, plan_network
-from nspawn.options import Option, Values, decode_string
+from nspawn.images import Account, Image, View, is_foreign
+from nspawn.job import UUID, GroupNetwork, JobOptions, Mode, TaskConfig, plan_machine, state_directory
+from nspawn.network import Names, NetworkPlan, plan_network
+from nspawn.options import Option, decode_string
 from nspawn.roots import PrivateRoot, RootPlan, plan_place, plan_root
 from nspawn.rules import check_rules
 from nspawn.sources import Pin, Source, read_rules
@@ -95,7 +92,9 @@ class Inside:
     account: Account | None = None  # None: enter.py looks the user up in the container
 
 
-def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str], account: Account | None) -> Inside:
+def plan_inside(
+    task: TaskConfig, options: JobOptions, variables: Mapping[str, str], account: Account | None
+) -> Inside:
     """Return what exec gives to commands. Without an account, enter.py looks the user up in the container."""
     given = {
         "PATH": DEFAULT_PATH,
@@ -104,32 +103,8 @@ def plan_inside(task: TaskConfig, values: Values, variables: Mapping[str, str], 
         **({"container_uuid": task.alloc_id} if UUID.fullmatch(task.alloc_id) else {}),
         **variables,
     }
-    user = account.name if account else values["user"] or ""
-    return Inside(user, values["working_directory"] or "/", given, account)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a start has to prepare for some options. It is never read back out of nspawn's arguments, which also
-    hold the words of the job's command."""
-
-    mount_points: bool  # nspawn cannot make them in the image
-    inaccessible: bool  # what nspawn hides paths with
-    overlays: bool  # a directory for what they change
-    filter: bool  # a booted system's console is a terminal, which puts a CR before each LF
-    directory: str  # the command's working directory
-    is_copied: bool  # nspawn runs a copy of the image, unless there is a private root
-
-    @classmethod
-    def of(cls, values: Values, mode: Mode) -> Needs:
-        return cls(
-            mount_points=is_read_only(values),
-            inaccessible=bool(values["inaccessible"]),
-            overlays=bool(values["overlay"]),
-            filter=mode is Mode.BOOT and values["console"] != "pipe",
-            directory="/" if mode is Mode.BOOT else values["working_directory"] or "/",
-            is_copied=values["ephemeral"] or values["volatile"] not in (None, "no"),
-        )
+    user = account.name if account else options.user or ""
+    return Inside(user, options.working_directory or "/", given, account)
 
 
 @dataclass(frozen=True)
@@ -138,9 +113,10 @@ class Plan:
 
     task_id: str
     machine: str
-    mode: Mode
+    options: JobOptions  # with all that the image, the network and the task add
     network: NetworkPlan
-    argv: tuple[str, ...]  # of systemd-nspawn; a private root adds its own
+    program: tuple[str, ...]  # systemd-nspawn with the machine's name, and what starts it
+    argv: tuple[str, ...]  # its further arguments, but for those of a private root, which come first
     environ: Mapping[str, str]  # variables for nspawn beside the usual ones
     bundle: str  # the text of config.json
     cgroup: str
@@ -148,21 +124,20 @@ class Plan:
     log_paths: tuple[str, str]  # of stdout and stderr
     image: Image
     private: PrivateRoot | None  # None: nspawn makes the root from the image
-    pivot: str  # the directory of the image that becomes the container's root
-    needs: Needs
-    command: tuple[str, ...]
     search_path: str  # the command's PATH
-    mounts: Mapping[str, str]  # of binds and volumes: targets to sources in the shim's mount namespace
-    prefix: tuple[str, ...]  # the command that starts nspawn, () for none
+    mounts: tuple[Mount, ...]  # with their sources in the shim's mount namespace
     pins: tuple[Pin, ...]
     nosuid: tuple[str, ...]  # paths that nspawn binds and that must be mounted nosuid
     device_rules: tuple[DeviceRule, ...]
     credentials: Mapping[str, bytes]  # by their names
     copying: str  # a sentence about nspawn's copy of the image, "" if it makes none
     inside: Inside
-    has_other_users: bool  # its users have other ids on the host
     journal: Journal
     notes: tuple[str, ...]  # sentences for the task's events
+
+    @property
+    def mount_table(self) -> dict[str, str]:
+        return find_mount_table(self.options, self.mounts)
 
     def find_root(self, state_dir: Path) -> Path | None:
         """Return the image's directory or the private root, as the shim's namespace has it; None for a disk."""
@@ -179,9 +154,11 @@ class Plan:
             return ""
         if self.image.is_protected:
             return "the operator lets no task write to the image"
-        if self.needs.mount_points:
+        if self.options.has_read_only_root:
             return "the image is read-only for this task"
-        return "systemd-nspawn runs a copy of the image" if self.needs.is_copied else ""
+        return (
+            "systemd-nspawn runs a copy of the image" if self.options.ephemeral or self.options.is_volatile else ""
+        )
 
     def name_sources(self, line: str) -> str:
         """Return a message of nspawn with the host's paths instead of those in the state directory."""
@@ -205,23 +182,24 @@ class Journal:
     notes: tuple[str, ...] = ()  # sentences for the task's events
 
     @property
-    def argv(self) -> tuple[str, ...]:
-        return (f"--bind={self.place}",) if self.place and not self.target else ()
+    def mounts(self) -> tuple[Mount, ...]:
+        return (Mount(self.place, self.place),) if self.place and not self.target else ()
 
 
-def plan_journal(task: TaskConfig, values: Values, found: HostInputs, root: RootPlan) -> Journal:
+def plan_journal(task: TaskConfig, options: JobOptions, found: HostInputs, root: RootPlan) -> Journal:
     """Return the journal to show on the host. It is named by the allocation's id: the image's machine id could be
     that of the host or another task. Raises ConfigError."""
-    kind = (values["link_journal"] or "no").removeprefix("try-")
+    asked = options.link_journal or "no"
+    kind = asked.removeprefix("try-")
     if kind in ("no", "auto"):
         return Journal()
     obstacle = found.journal_obstacle
-    if kind == "host" and have_other_users(values):
+    if kind == "host" and options.has_other_users:
         obstacle = "in a user namespace the container could not write there"
-    if kind == "guest" and (root.private or values["ephemeral"] or not found.image.is_directory):
+    if kind == "guest" and (root.private or options.ephemeral or not found.image.is_directory):
         obstacle = "the container's files are not in a directory of the host"
-    if obstacle and not values["link_journal"].startswith("try-"):
-        raise ConfigError("link_journal", values["link_journal"], f"cannot be had: {obstacle}", "leave it out")
+    if obstacle and not asked.startswith("try-"):
+        raise ConfigError("link_journal", asked, f"cannot be had: {obstacle}", "leave it out")
     if obstacle:
         return Journal(notes=(f"link_journal has no effect: {obstacle}.",))
     place = name_journal(task.alloc_id)
@@ -249,150 +227,166 @@ class HostInputs:
     journal_obstacle: str = ""  # why the host cannot show the task's journal, "" if it can
 
 
-def plan_task(rows: Sequence[Option], task: TaskConfig, values: Values, host: Host, found: HostInputs) -> Plan:
+def plan_task(
+    rows: Sequence[Option], task: TaskConfig, options: JobOptions, host: Host, found: HostInputs
+) -> Plan:
     """Plan the start of a task. Raises ConfigError."""
-    check_rules(rows, values, host)
+    check_rules(rows, options, host)
     state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
-    root, image_pins = plan_image(task, values, host, found)
-    network = plan_network(task.network, values, found.names, machine, is_disk=not found.image.is_directory)
-    values = {**values, **network.values, **plan_defaults(task, values, mode := Mode.of(values), found.account)}
-    given = {**values["environment"], **task.env, **network.environ}
+    root, image_pin = plan_image(task, options, host, found)
+    network = plan_network(task.network, options, found.names, machine, is_disk=not found.image.is_directory)
+    options = settle_options(task, options, network, found.account)
+    given = {**options.environment, **task.env, **network.environ}
     variables = select_variables(given)
-    directories = plan_pins(found.directories, state, "directories")
-    volumes = plan_volumes(task, values, found.mounts, directories)
-    journal = plan_journal(task, values, found, root)
-    pins, devices = plan_pins(found.sources, state), plan_nodes(found.devices, state)
+    files, journal = plan_files(task, options, found), plan_journal(task, options, found, root)
+    mounts = (*files.mounts, *network.plan_mounts(state), *journal.mounts)
     arguments = [
-        *render_options(rows, {**values, **root.values}),
-        *render_sources(values, found.mounts, pins, devices, plan_credentials(found.credentials, state)),
+        *([] if root.private else render_image(found.image, image_pin)),
+        *render_options(rows, strip_root(options) if root.private else options),
+        *files.overlays,
+        *render_credentials(plan_credentials(found.credentials, state)),
         *network.argv,
-        *itertools.chain(*(volume.argv for volume in volumes)),
-        *network.render_files(state),
-        *render_bundle_options(values, state),
+        *(mount.argv for mount in mounts),
+        *render_bundle_options(options, state),
     ]
     return Plan(
         task_id=task.id,
         machine=machine,
-        mode=mode,
+        options=options,
         network=network,
-        argv=plan_argv(task, values, host, (*root.argv, *arguments, *journal.argv)),
+        program=plan_program(options, machine),
+        argv=plan_argv(task, options, host, arguments),
         environ=plan_environ(host),
-        bundle=render_bundle({**mode.environ, **variables}, found.account),
+        bundle=render_bundle({**options.mode.environ, **variables}, found.account),
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
-        limits=plan_limits(task.resources, values, host.cpus),
+        limits=plan_limits(task.resources, options, host.cpus),
         log_paths=(task.stdout_path, task.stderr_path),
         image=found.image,
         private=root.private,
-        pivot=str(find_root(Path("/"), values)),
-        needs=Needs.of(values, mode),
-        command=values["command"],
         search_path=variables.get("PATH") or DEFAULT_PATH,
-        mounts=plan_mount_table(values, volumes, pins),
-        prefix=plan_prefix(values),
-        pins=(*pins.values(), *directories.values(), *devices.values(), *image_pins),
-        nosuid=plan_nosuid(values, volumes, pins),
+        mounts=mounts,
+        pins=(*files.pins, *([image_pin] if image_pin else [])),
+        nosuid=files.nosuid,
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials=found.credentials,
         copying=root.copying,
-        has_other_users=have_other_users(values),
-        inside=plan_inside(task, values, variables, found.account),
+        inside=plan_inside(task, options, variables, found.account),
         journal=journal,
-        notes=(*explain_variables(given), *network.notes, *journal.notes, *find_gaps(task, values, host, found)),
+        notes=(*explain_variables(given), *network.notes, *journal.notes, *find_gaps(task, options, host, found)),
     )
 
 
-def plan_image(task: TaskConfig, values: Values, host: Host, found: HostInputs) -> tuple[RootPlan, list[Pin]]:
-    """Return how the container gets its root, and what must be mounted for it. Raises ConfigError."""
-    check_image_rules(values, found.image, task.network)
+def plan_image(
+    task: TaskConfig, options: JobOptions, host: Host, found: HostInputs
+) -> tuple[RootPlan, Pin | None]:
+    """Return how the container gets its root, and the image's pin if it needs one. Raises ConfigError."""
+    check_image_rules(options, found.image, task.network)
     place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
-    root = plan_root(found.image, values, host, found.mounts, place)
-    return pin_image(root, values, found, state_directory(task.id))
+    root = plan_root(found.image, options, host, found.mounts, place)
+    pin = pin_image(root, options, found.image, state_directory(task.id))
+    if pin and root.private:
+        root = replace(root, private=replace(root.private, layers=(pin.place,)))
+    return root, pin
 
 
-def find_gaps(task: TaskConfig, values: Values, host: Host, found: HostInputs) -> Iterator[str]:
+def find_gaps(task: TaskConfig, options: JobOptions, host: Host, found: HostInputs) -> Iterator[str]:
     """Yield a sentence for each thing that the task cannot have as it should on this machine."""
-    yield from explain_limits(values, host)
-    yield from explain_volumes(task, values, found.mounts)
+    yield from explain_limits(options, host)
+    yield from explain_volumes(task, options, found.mounts)
 
 
-def explain_limits(values: Values, host: Host) -> Iterator[str]:
+def settle_options(
+    task: TaskConfig, options: JobOptions, network: NetworkPlan, account: Account | None
+) -> JobOptions:
+    """Return the options with what the task and its network decide. Raises ConfigError."""
+    mode, user = options.mode, options.user
+    if task.user and not user and mode is not Mode.BOOT:  # an init must run as root
+        user = check_user("user", decode_string("user", task.user))
+    return replace(
+        options,
+        console=options.console or mode.console,
+        user=None if account else user,  # an account is in the bundle
+        resolv_conf="off" if "/etc/resolv.conf" in network.files else options.resolv_conf,
+    )
+
+
+def strip_root(options: JobOptions) -> JobOptions:
+    """Return the options without those that a private root carries out."""
+    volatile = None if options.volatile == "overlay" else options.volatile
+    return replace(options, ephemeral=False, volatile=volatile, private_users=None, private_users_ownership=None)
+
+
+def explain_limits(options: JobOptions, host: Host) -> Iterator[str]:
     """Yield a sentence for each limit that the job's options ask for and this machine does not have."""
-    options = {"cpu_hard_limit": "cpu", "memory_swap_max": "memory", "io_weight": "io"}
-    for option, controller in options.items():
-        if values[option] and controller not in host.controllers:
+    needed = {"cpu_hard_limit": "cpu", "memory_swap_max": "memory", "io_weight": "io"}
+    for option, controller in needed.items():
+        if getattr(options, option) and controller not in host.controllers:
             why = f"this machine has no cgroup v2 controller {controller}"
             yield f"{option} has no effect: {why}."
 
 
-def plan_argv(task: TaskConfig, values: Values, host: Host, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return nspawn's command line."""
+def plan_argv(task: TaskConfig, options: JobOptions, host: Host, arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return nspawn's arguments."""
     # nspawn 261 and later print a note at every start, even with --quiet, unless this option is given.
-    is_noisy = host.systemd >= 261 and not values["restrict_address_families"]
+    is_noisy = host.systemd >= 261 and not options.restrict_address_families
     return (
-        "systemd-nspawn",
         "--quiet",
         "--keep-unit",
         "--register=no",
         "--link-journal=no",  # "auto" mounts the host's journal of the image's machine id
-        f"--machine={plan_machine(task.name, task.alloc_id)}",
         *([f"--uuid={task.alloc_id}"] if UUID.fullmatch(task.alloc_id) else []),
         *(["--restrict-address-families="] if is_noisy else []),
-        *([] if can_make_devices(values) else ["--drop-capability=CAP_MKNOD"]),
+        *([] if can_make_devices(options) else ["--drop-capability=CAP_MKNOD"]),
         *arguments,
-        *(["--", *values["command"]] if values["command"] else []),  # what follows "--" is data
+        *(["--", *options.command] if options.command else []),  # what follows "--" is data
     )
 
 
-def can_make_devices(values: Values) -> bool:
+def can_make_devices(options: JobOptions) -> bool:
     """Whether a container keeps CAP_MKNOD. In a user namespace the kernel makes no nodes anyway. Elsewhere its
     lack helps to protect the host's disks; without a device policy, nothing else does."""
-    return bool(values["user_namespacing"]) or not {"CAP_MKNOD", "all"}.isdisjoint(values["capability"])
+    return options.user_namespacing or not {"CAP_MKNOD", "all"}.isdisjoint(options.capability)
 
 
-def plan_prefix(values: Values) -> tuple[str, ...]:
-    """Return the command that starts nspawn. nspawn's own --oom-score-adjust= fails with user namespaces:
-    "Permission denied" (measured on 252)."""
-    score = values["oom_score_adjust"]
-    return () if score is None else ("choom", "-n", str(score), "--")
+def plan_program(options: JobOptions, machine: str) -> tuple[str, ...]:
+    """Return systemd-nspawn, with the machine's name first because people look for it with `ps`, and what starts
+    it. nspawn's own --oom-score-adjust= fails with user namespaces: "Permission denied" (measured on 252)."""
+    score = options.oom_score_adjust
+    return (
+        *(() if score is None else ("choom", "-n", str(score), "--")),
+        "systemd-nspawn",
+        f"--machine={machine}",
+    )
 
 
-def plan_defaults(task: TaskConfig, values: Values, mode: Mode, account: Account | None) -> dict[str, str]:
-    """Return the options whose defaults depend on others. Raises ConfigError."""
-    # An init must run as root, so the task's `user` does not count for a booted system.
-    user = "" if mode is Mode.BOOT or not task.user else check_user("user", decode_string("user", task.user))
-    return {
-        "console": values["console"] or mode.console,
-        "user": "" if account else values["user"] or user,  # an account is in the bundle
-    }
-
-
-def check_image_rules(values: Values, image: Image, group: GroupNetwork) -> None:
-    if group.namespace and values["user_namespacing"] and not image.is_directory:
+def check_image_rules(options: JobOptions, image: Image, group: GroupNetwork) -> None:
+    if group.namespace and options.user_namespacing and not image.is_directory:
         rule = "cannot be had by a task with a disk image in a group's network"
         raise ConfigError("user_namespacing", True, rule, "set it to false, or use an image that is a directory")
     for option in ("image_policy", "root_hash"):
-        if values[option] and image.is_directory:
+        if getattr(options, option) and image.is_directory:
             rule = f"is for disk images, and {image.path} is a directory"
-            raise ConfigError(option, values[option], rule, "leave it out")
+            raise ConfigError(option, getattr(options, option), rule, "leave it out")
 
 
-def pin_image(root: RootPlan, values: Values, found: HostInputs, state: Path) -> tuple[RootPlan, list[Pin]]:
-    """Let an image that needs it be used from a mount in the state directory, where nobody can exchange it. Return
-    the changed root plan, and the pin if there is one. Raises ConfigError."""
-    image = found.image
+def pin_image(root: RootPlan, options: JobOptions, image: Image, state: Path) -> Pin | None:
+    """Return where to mount an image for nspawn so that nobody can exchange it, None if it can be used as it is.
+    Raises ConfigError."""
     if image.fd < 0:
-        return root, []
-    if values["ephemeral"] and not root.private and not image.is_fixed:
+        return None
+    if options.ephemeral and not root.private and not image.is_fixed:
         rule = "would have systemd-nspawn copy an image that others can exchange meanwhile"
         remedy = "leave it out for an image of the task's own; others can lie in the client's image_dir"
         raise ConfigError("ephemeral", True, rule, remedy)
     # nspawn puts its copy beside the image, and looks there for the files that verify a disk image.
-    if image.is_fixed and not root.private and (values["ephemeral"] or not image.is_directory):
-        return root, []
-    place, mode = f"{state}/{IMAGE_PLACE}", os.fstat(image.fd).st_mode
-    argv = replace(image, path=Path(place)).argv if root.argv else ()
-    private = root.private and replace(root.private, layers=(place,))
-    return replace(root, argv=tuple(argv), private=private), [Pin(Source(str(image.path), mode, image.fd), place)]
+    if image.is_fixed and not root.private and (options.ephemeral or not image.is_directory):
+        return None
+    return Pin(Source(str(image.path), os.fstat(image.fd).st_mode, image.fd), f"{state}/{IMAGE_PLACE}")
+
+
+def render_image(image: Image, pin: Pin | None) -> list[str]:
+    """Return nspawn's arguments for an image that it mounts itself."""
+    return [f"--{'directory' if image.is_directory else 'image'}={pin.place if pin else image.path}"]
 
 
 IMAGE_PLACE, DEVICES_PLACE, BUNDLE_PLACE = "image", "devices", "bundle"  # in the state directory
@@ -405,30 +399,32 @@ def plan_pins(sources: Mapping[str, Source], state: Path, folder: str = "mounts"
     }
 
 
-def plan_nosuid(values: Values, volumes: Sequence[Volume], pins: Mapping[str, Pin]) -> tuple[str, ...]:
-    """Return the paths of id-mapped volumes and binds. Files of the host's root there belong to root inside, too:
-    without nosuid, a set-user-id file that another task made would make any user inside root."""
-    mapped = [volume.source for volume in volumes if volume.have_idmap]
-    for option in ("bind", "bind_read_only"):
-        for name, text in values[option].items():
-            if not {"idmap", "rootidmap", "owneridmap"}.isdisjoint(parse_bind(text)[1].split(",")):
-                mapped.append(pins[name].place)
-    return tuple(mapped)
+@dataclass(frozen=True)
+class Files:
+    """What a container gets of the host's files."""
+
+    pins: tuple[Pin, ...]
+    mounts: tuple[Mount, ...]  # of the pins
+    overlays: tuple[str, ...]  # nspawn's arguments
+    nosuid: tuple[str, ...]
 
 
-def plan_binds(values: Values, pins: Mapping[str, Pin]) -> list[str]:
-    arguments = []
-    for option, argument in (("bind", "--bind"), ("bind_read_only", "--bind-ro")):
-        for name, text in values[option].items():
-            target, options = parse_bind(text)
-            end = f":{options}" if options else ""
-            arguments.append(f"{argument}={pins[name].place}:{escape_field(target)}{end}")
-    for option, argument in (("overlay", "--overlay"), ("overlay_read_only", "--overlay-ro")):
-        for item in values[option]:
-            *lower, target = split_fields(item)
-            places = [pins[name].place if name in pins else escape_field(name) for name in lower]
-            arguments.append(f"{argument}={':'.join([*places, escape_field(target)])}")
-    return arguments
+def plan_files(task: TaskConfig, options: JobOptions, found: HostInputs) -> Files:
+    """Return what the container gets of the host's files, from pins in the state directory. Raises ConfigError."""
+    state = state_directory(task.id)
+    directories = plan_pins(found.directories, state, "directories")
+    pins, nodes = plan_pins(found.sources, state), plan_nodes(found.devices, state)
+    binds = [replace(mount, source=pins[mount.source].place) for mount in options.binds]
+    volumes = plan_volumes(task, options, found.mounts, directories)
+    places = {name: pin.place for name, pin in pins.items()}
+    return Files(
+        pins=(*pins.values(), *directories.values(), *nodes.values()),
+        mounts=(*binds, *plan_devices(nodes, options, found.mounts), *volumes),
+        overlays=tuple(overlay.render(places) for overlay in options.overlays),
+        # Files of the host's root in an id-mapped mount belong to root inside, too: without nosuid, a set-user-id
+        # file that another task made would make any user inside root.
+        nosuid=tuple(mount.source for mount in (*binds, *volumes) if mount.is_mapped),
+    )
 
 
 def plan_nodes(devices: Mapping[Device, Source], state: Path) -> dict[Device, Pin]:
@@ -439,11 +435,11 @@ def plan_nodes(devices: Mapping[Device, Source], state: Path) -> dict[Device, Pi
     }
 
 
-def render_devices(devices: Mapping[Device, Pin], values: Values, mounts: Mounts) -> Iterator[str]:
-    """Yield the binds. Without `idmap`, before Linux 6.3, the nodes belong to `nobody` in a user namespace."""
-    end = ":idmap" if have_other_users(values) and mounts.have_idmap("/run") else ""
-    for device, pin in devices.items():
-        yield f"--bind={pin.place}:{escape_field(device.task_path)}{end}"
+def plan_devices(nodes: Mapping[Device, Pin], options: JobOptions, mounts: Mounts) -> Iterator[Mount]:
+    """Yield the mounts. Without `idmap`, before Linux 6.3, the nodes belong to `nobody` in a user namespace."""
+    can_map = options.has_other_users and mounts.have_idmap("/run")
+    for device, pin in nodes.items():
+        yield Mount(pin.place, device.target, options=("idmap",) if can_map else ())
 
 
 def plan_credentials(credentials: Mapping[str, bytes], state: Path) -> dict[str, str]:
@@ -455,21 +451,10 @@ def render_credentials(places: Mapping[str, str]) -> list[str]:
     return [f"--load-credential={escape_field(key)}:{place}" for key, place in places.items()]
 
 
-def render_sources(
-    values: Values,
-    mounts: Mounts,
-    pins: Mapping[str, Pin],
-    devices: Mapping[Device, Pin],
-    places: Mapping[str, str],
-) -> list[str]:
-    """Return nspawn's arguments for binds, overlays, devices and credentials, which are at `places`."""
-    return [*plan_binds(values, pins), *render_devices(devices, values, mounts), *render_credentials(places)]
-
-
-def render_bundle_options(values: Values, state: Path) -> Iterator[str]:
+def render_bundle_options(options: JobOptions, state: Path) -> Iterator[str]:
     """Yield --oci-bundle, and two options that a bundle turns off unless they are given (252, 257, 262)."""
     for option in ("timezone", "resolv_conf"):
-        if not values[option]:
+        if not getattr(options, option):
             yield f"--{option.replace('_', '-')}=auto"
     yield f"--oci-bundle={state / BUNDLE_PLACE}"
 
@@ -480,25 +465,25 @@ def plan_environ(host: Host) -> dict[str, str]:
     return {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"} if host.cgroups is CgroupMode.HYBRID else {}
 
 
-def apply_image(values: Values, image: Image, user: str) -> dict[str, Any]:
+def apply_image(options: JobOptions, image: Image, user: str) -> JobOptions:
     """Return the options; for a command, the image sets those that the job leaves out. `user` is Nomad's.
 
     An image that no task may write to becomes `ephemeral`, unless it is `volatile` or a `read_only` disk image.
     """
-    changes: dict[str, Any] = {}
-    is_volatile = values["volatile"] not in (None, "no")
-    if image.is_protected and not is_volatile and (image.is_directory or not values["read_only"]):
-        changes["ephemeral"] = True
-    if image.key and is_volatile and values["private_users_ownership"] in ("auto", "chown"):
-        changes["private_users_ownership"] = "map"
+    if image.is_protected and not options.is_volatile and (image.is_directory or not options.read_only):
+        options = replace(options, ephemeral=True)
+    if image.key and options.is_volatile and options.private_users_ownership in ("auto", "chown"):
+        options = replace(options, private_users_ownership="map")
+    if options.boot:
+        return options
     config = image.config
-    if not values["boot"]:
-        known = dict(entry.split("=", 1) for entry in config.env)
-        changes["environment"] = {**known, **values["environment"]}
-        changes["command"] = values["command"] or config.command
-        changes["working_directory"] = values["working_directory"] or config.working_directory or None
-        changes["user"] = values["user"] or user or config.user or None
-    return {**values, **changes}
+    return replace(
+        options,
+        environment={**dict(entry.split("=", 1) for entry in config.env), **options.environment},
+        command=options.command or config.command,
+        working_directory=options.working_directory or config.working_directory or None,
+        user=options.user or user or config.user or None,
+    )
 
 
 def check_init(plan: Plan, view: View) -> None:
@@ -524,51 +509,23 @@ def check_init(plan: Plan, view: View) -> None:
         )
 
 
-def render_options(rows: Sequence[Option], values: Values) -> list[str]:
-    return [argument for option in rows for argument in option.argv(values[option.name])]
+def render_options(rows: Sequence[Option], options: JobOptions) -> list[str]:
+    return [argument for option in rows for argument in option.argv(getattr(options, option.name))]
 
 
-@dataclass(frozen=True)
-class Volume:
-    """A directory of the task, or a mount that Nomad asks for, to be bound into the container."""
+def plan_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts, pins: Mapping[str, Pin]) -> list[Mount]:
+    """Return the mounts of the task's directories and Nomad's volumes. `pins` are by path. Raises ConfigError."""
 
-    source: str
-    target: str
-    read_only: bool
-    have_idmap: bool
-
-    @property
-    def argv(self) -> list[str]:
+    def plan(mount: Mount) -> Mount:
         # "idmap" shows the host's ids inside, so root and all users of the container can use their files.
         # "rootidmap" maps the directory's owner (nobody) to root: then root cannot read its own files, and no
         # other user can create any (measured on 252).
-        option = ":idmap" if self.have_idmap else ""
-        argument = "--bind-ro" if self.read_only else "--bind"
-        return [f"{argument}={escape_field(self.source)}:{escape_field(self.target)}{option}"]
+        pin = pins[mount.source]
+        can_map = options.has_other_users and mounts.have_idmap(pin.source.path)
+        # The logs never: root inside could open log FIFOs of other tasks that belong to the host's root.
+        is_mapped = can_map and mount.source != task.log_dir
+        return replace(mount, source=pin.place, options=("idmap",) if is_mapped else ())
 
-
-def have_other_users(values: Values) -> bool:
-    """Whether the container's users have other ids on the host: the kernel refuses to map ids to themselves."""
-    return bool(values["user_namespacing"]) and not re.fullmatch(r"identity|0+(:.*)?", values["private_users"])
-
-
-def plan_volumes(task: TaskConfig, values: Values, mounts: Mounts, pins: Mapping[str, Pin]) -> list[Volume]:
-    """Return volumes for the task's directories and for Nomad's mounts. `pins` are by path. Raises ConfigError."""
-
-    def volume(path: str, target: str, read_only: bool = False) -> Volume:
-        have_idmap = have_other_users(values) and mounts.have_idmap(pins[path].source.path)
-        return Volume(pins[path].place, target, read_only, have_idmap)
-
-    volumes = []
-    if task.alloc_dir:
-        volumes = [
-            volume(task.shared_dir, "/alloc"),
-            # Not id-mapped: root inside could open log FIFOs of other tasks that belong to the host's root.
-            # Read-only because Nomad writes to these names as root (CVE-2026-8052).
-            Volume(pins[task.log_dir].place, "/alloc/logs", read_only=True, have_idmap=False),
-            volume(f"{task.task_dir}/local", "/local"),
-            volume(f"{task.task_dir}/secrets", "/secrets"),
-        ]
     for mount in task.mounts:
         check_container_path("volume_mount", mount.target)
         if mount.propagation == "bidirectional":
@@ -576,13 +533,12 @@ def plan_volumes(task: TaskConfig, values: Values, mounts: Mounts, pins: Mapping
             raise ConfigError(
                 "volume_mount.propagation_mode", mount.propagation, rule, "use private or host-to-task"
             )
-        volumes.append(volume(mount.source, mount.target, mount.read_only))
-    return volumes
+    return [plan(mount) for mount in (*task.directory_mounts, *task.mounts)]
 
 
-def explain_volumes(task: TaskConfig, values: Values, mounts: Mounts) -> Iterator[str]:
+def explain_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts) -> Iterator[str]:
     """Yield a sentence for each place of the task whose files the users of the container cannot own."""
-    if not have_other_users(values):
+    if not options.has_other_users:
         return
     places = {"/alloc": task.shared_dir} if task.alloc_dir else {}
     places |= {mount.target: mount.source for mount in task.mounts}
@@ -598,33 +554,29 @@ def explain_volumes(task: TaskConfig, values: Values, mounts: Mounts) -> Iterato
 
 def find_device_rules(
     task: TaskConfig,
-    values: Values,
+    options: JobOptions,
     sources: Mapping[str, Source],
     volumes: Mapping[str, Source],
     devices: Mapping[Device, Source],
 ) -> Iterator[DeviceRule]:
     """Yield rules for the devices of a task: those it names, and the nodes in its binds and in Nomad's mounts."""
     for device, source in devices.items():
-        yield from read_rules(source, device.permissions)
-    for option, permissions in (("bind", "rw"), ("bind_read_only", "r")):
-        for name in values[option]:
-            yield from read_rules(sources[name], permissions)
-    for mount in task.mounts:
-        yield from read_rules(volumes[mount.source], "r" if mount.read_only else "rw")
+        yield from read_rules(source, device.cgroup_permissions)
+    opened = [(mount, sources[mount.source]) for mount in options.binds]
+    opened += [(mount, volumes[mount.source]) for mount in task.mounts]
+    for mount, source in opened:
+        yield from read_rules(source, "r" if mount.read_only else "rw")
 
 
 # What nspawn mounts over the image's own directories.
 OWN_MOUNTS = ("/dev", "/proc", "/run", "/sys", "/tmp")
 
 
-def plan_mount_table(values: Values, volumes: Sequence[Volume], pins: Mapping[str, Pin]) -> dict[str, str]:
-    """Return the container's mounts for a View: targets to sources, "" for what nobody can look into."""
-    hidden = [*OWN_MOUNTS, *(["/var"] if values["volatile"] == "state" else []), *values["inaccessible"]]
-    hidden += [split_fields(item)[-1] for name in ("overlay", "overlay_read_only") for item in values[name]]
-    hidden += [item.partition(":")[0] for item in values["tmpfs"]]
+def find_mount_table(options: JobOptions, mounts: Sequence[Mount]) -> dict[str, str]:
+    """Return the container's mounts for a View: targets to sources, "" for what nobody can look into. Of two with
+    one target the first counts."""
+    hidden = [*OWN_MOUNTS, *(["/var"] if options.volatile == "state" else []), *options.inaccessible]
+    hidden += [overlay.target for overlay in options.overlays]
+    hidden += [item.partition(":")[0] for item in options.tmpfs]
     table = {os.path.normpath(path): "" for path in hidden}
-    table |= {volume.target.rstrip("/"): volume.source for volume in volumes}
-    for option in ("bind", "bind_read_only"):
-        for name, text in values[option].items():
-            table[parse_bind(text)[0].rstrip("/")] = pins[name].place
-    return table
+    return table | {mount.target.rstrip("/"): mount.source for mount in reversed(mounts)}

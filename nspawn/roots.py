@@ -21,15 +21,16 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from nspawn.checks import IdRange
 from nspawn.common import SETTINGS_ROOT, ConfigError, DriverError, TransientError, check_shortage, quote
 from nspawn.files import read_text
 from nspawn.host import OVERLAY_IDMAP, Host, Mounts
 from nspawn.images import BUSY, Image, View, explain_linked_usr, open_directory
+from nspawn.job import JobOptions
 from nspawn.linux import (
     AT_EMPTY_PATH,
     AT_FDCWD,
@@ -50,7 +51,7 @@ from nspawn.linux import (
     open_in_root,
     take_lock,
 )
-from nspawn.options import Permission, Values
+from nspawn.options import Permission
 from nspawn.process import open_user_namespace
 
 
@@ -68,20 +69,12 @@ def check_mount_points(root: Path, files: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Users:
-    """A range of the host's ids for the users of a container."""
-
-    base: int | None = None  # None: picked when the task starts
-    count: int = 0x10000
-
-
-@dataclass(frozen=True)
 class PrivateRoot:
     """The task's own overlay over its image."""
 
     layers: tuple[str, ...]  # the image's directories, topmost first
     place: str  # the host's directory for what the task changes; "": in memory
-    users: Users | None  # None: no user namespace
+    users: IdRange | None  # None: no user namespace
     is_mapped: bool  # the layers are id-mapped to the users; otherwise files keep the ids they have
     is_usr_mounted: bool = False  # nspawn binds its /usr, by path
 
@@ -96,8 +89,6 @@ class RootPlan:
     """How one container gets its root."""
 
     private: PrivateRoot | None  # None: nspawn makes the root
-    values: Mapping[str, Any] = field(default_factory=dict)  # options that replace the job's
-    argv: tuple[str, ...] = ()  # of nspawn; those of a private root are known later
     copying: str = ""  # a sentence about the copy that nspawn makes of the image
 
 
@@ -106,49 +97,40 @@ def plan_place(task_dir: str, ephemeral_dir: str, machine: str) -> str:
     return f"{ephemeral_dir}/{machine}{PLACE_NAME}" if ephemeral_dir else f"{task_dir}/{PLACE_NAME}"
 
 
-def plan_root(image: Image, values: Values, host: Host, mounts: Mounts, place: str) -> RootPlan:
+def plan_root(image: Image, options: JobOptions, host: Host, mounts: Mounts, place: str) -> RootPlan:
     """Return how the container gets its root. `place`: the directory for what it changes. Raises ConfigError."""
-    is_volatile = values["volatile"] not in (None, "no")
     # nspawn 252: "Failed to set up ID mapped mounts: Device or resource busy". 257 and 262 work.
-    is_old = values["volatile"] in ("yes", "state") and values["user_namespacing"] and host.systemd < 257
-    is_asked = values["ephemeral"] or values["volatile"] == "overlay" or (is_volatile and image.is_protected)
+    is_old = options.volatile in ("yes", "state") and options.user_namespacing and host.systemd < 257
+    is_asked = options.ephemeral or options.volatile == "overlay" or (options.is_volatile and image.is_protected)
     if not (is_asked or is_old or image.layers):
-        return RootPlan(None, argv=tuple(image.argv))
-    users = plan_users(values)
-    is_mapped = users is not None and users.base != 0 and values["private_users_ownership"] != "off"
+        return RootPlan(None)
+    is_mapped = options.has_other_users and options.private_users_ownership != "off"
     layers = tuple(map(str, image.layers or (image.path,)))
-    root = PrivateRoot(layers, "" if is_volatile else place, users, is_mapped, values["volatile"] == "yes")
-    obstacle = find_obstacle(image, root, values, host, mounts)
+    is_usr_mounted = options.volatile == "yes"
+    place = "" if options.is_volatile else place
+    root = PrivateRoot(layers, place, options.private_users, is_mapped, is_usr_mounted)
+    obstacle = find_obstacle(image, root, options, host, mounts)
     if not obstacle:
-        done = {"ephemeral": False, "private_users": None, "private_users_ownership": None}
-        return RootPlan(root, {**done, "volatile": None} if values["volatile"] == "overlay" else done)
+        return RootPlan(root)
     if image.layers:
         raise ConfigError("image", str(image.path), f"cannot be used on this machine: {obstacle}")
-    if image.is_shared and image.is_directory and values["volatile"] in ("yes", "state"):
+    if image.is_shared and image.is_directory and options.volatile in ("yes", "state"):
         rule = f"cannot be had without {Permission.IMAGE_WRITE.value}, because {obstacle}"
-        raise ConfigError("volatile", values["volatile"], rule, "set it to overlay")
+        raise ConfigError("volatile", options.volatile, rule, "set it to overlay")
     if is_old:
         rule = f"needs systemd 257 or newer together with user namespaces, because {obstacle}"
-        raise ConfigError("volatile", values["volatile"], rule, "set user_namespacing = false")
-    return RootPlan(None, argv=tuple(image.argv), copying=explain_copy(values, image, mounts, obstacle))
+        raise ConfigError("volatile", options.volatile, rule, "set user_namespacing = false")
+    return RootPlan(None, explain_copy(options, image, mounts, obstacle))
 
 
-def plan_users(values: Values) -> Users | None:
-    if not values["user_namespacing"]:
-        return None
-    if values["private_users"] == "identity":
-        return Users(0)
-    base, _, count = values["private_users"].partition(":")
-    return Users(int(base), int(count or Users.count)) if base.isdigit() else Users()
-
-
-def find_obstacle(image: Image, root: PrivateRoot, values: Values, host: Host, mounts: Mounts) -> str:
+def find_obstacle(image: Image, root: PrivateRoot, options: JobOptions, host: Host, mounts: Mounts) -> str:
     """Return why there can be no private root, "" if there can be one."""
     if not image.is_directory:
         return "the image is no directory"
-    for option, own in (("private_users", "yes"), ("private_users_ownership", "foreign")):
-        if values[option] == own:
-            return f"{option} = {own} is a way of its own"
+    if root.users and root.users.text == "yes":
+        return "private_users = yes is a way of its own"
+    if options.private_users_ownership == "foreign":
+        return "private_users_ownership = foreign is a way of its own"
     if root.is_mapped and host.kernel < OVERLAY_IDMAP:
         version = ".".join(map(str, host.kernel))
         return f"Linux {version} has no id-mapped overlays (5.19 has), which user namespaces need"
@@ -160,13 +142,13 @@ def find_obstacle(image: Image, root: PrivateRoot, values: Values, host: Host, m
     return ""
 
 
-def explain_copy(values: Values, image: Image, mounts: Mounts, obstacle: str) -> str:
+def explain_copy(options: JobOptions, image: Image, mounts: Mounts, obstacle: str) -> str:
     """Return a sentence about the copy that nspawn makes of the image; "" without one, and always on btrfs."""
     if not obstacle or mounts.filesystem(str(image.path)) == "btrfs":  # nspawn makes a snapshot
         return ""
-    if values["ephemeral"]:
+    if options.ephemeral:
         return f"ephemeral: systemd-nspawn makes a full copy of the image first, because {obstacle}."
-    if values["user_namespacing"] and image.is_directory:
+    if options.user_namespacing and image.is_directory:
         return f"volatile: systemd-nspawn copies the whole image into memory first, because {obstacle}."
     return ""
 

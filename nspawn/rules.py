@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Rules about two options at a time, permissions, and defaults that depend on other options or on the operator."""
+"""A job's options as a whole: defaults that depend on others or on the operator, rules about two, permissions."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from nspawn.checks import parse_bind
+from nspawn.checks import IdRange
 from nspawn.common import ConfigError
 from nspawn.host import Host
-from nspawn.job import Device
-from nspawn.options import Option, Permission, Values, check_permission, is_set
+from nspawn.job import JobOptions
+from nspawn.options import Option, Permission, Values, check_permission, decode_options, is_set
 
 
-def apply_defaults(values: Values, config: Values, *, is_in_group: bool = False) -> dict[str, Any]:
-    """Return a task's options with the defaults that depend on others or on the operator. Raises ConfigError."""
-    values = dict(values)
+def decode_job(
+    rows: Sequence[Option], raw: Mapping[str, object], config: Values, *, is_in_group: bool = False
+) -> JobOptions:
+    """Return a job's options, with the defaults that depend on others or on the operator. Raises ConfigError."""
+    values = decode_options(rows, raw)
     if values["user_namespacing"] is None:
         values["user_namespacing"] = config["user_namespacing"]
-    if values["private_users"] == "no":
+    if values["private_users"] == IdRange("no"):
         values["user_namespacing"] = False
     # Not nspawn's -U: it silently runs without a user namespace if it cannot make one.
-    for name, default in (("private_users", "pick"), ("private_users_ownership", "auto")):
+    for name, default in (("private_users", IdRange("pick")), ("private_users_ownership", "auto")):
         values[name] = (values[name] or default) if values["user_namespacing"] else None
     values["pids_limit"] = choose_pids_limit(values["pids_limit"], config["pids_limit"])
     if values["network_veth"] is None:
@@ -31,7 +32,7 @@ def apply_defaults(values: Values, config: Values, *, is_in_group: bool = False)
     if is_in_group:  # Nomad makes its network and maps its ports; jobs of the Go driver have network_veth = true
         check_group_options(values)
         values |= {"network_veth": False, "ports": ()}
-    return values
+    return JobOptions(**values)
 
 
 def choose_pids_limit(wanted: int | None, allowed: int) -> int:
@@ -64,21 +65,21 @@ def check_group_options(values: Values) -> None:
             raise ConfigError(name, values[name], "cannot be combined with the network of the group", remedy)
 
 
-def have_own_network(values: Values) -> bool:
-    return values["network_veth"] or any(values[name] for name in OWN_NETWORK)
+def has_own_network(options: JobOptions) -> bool:
+    return options.network_veth or any(getattr(options, name) for name in OWN_NETWORK)
 
 
-def have_link(values: Values) -> bool:
+def has_link(options: JobOptions) -> bool:
     """Whether the container has a link through which nspawn can forward ports."""
-    return bool(values["network_veth"] or values["network_zone"] or values["network_bridge"])
+    return bool(options.network_veth or options.network_zone or options.network_bridge)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A combination that is refused: of an option with another one or with the host."""
+    """A combination of an option with another one that is refused."""
 
     option: str
-    is_broken: Callable[[Values, Host], bool]
+    is_broken: Callable[[JobOptions], bool]
     rule: str
     remedy: str = ""
 
@@ -87,8 +88,8 @@ def excludes(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...
     """Return rules by which an option cannot be combined with others."""
 
     def rule(other: str) -> Rule:
-        def is_broken(value: Values, host: Host) -> bool:
-            return bool(value[option] and value[other])
+        def is_broken(job: JobOptions) -> bool:
+            return bool(getattr(job, option) and getattr(job, other))
 
         return Rule(option, is_broken, f"cannot be combined with {other}", remedy)
 
@@ -99,7 +100,7 @@ def needs(option: str, other: str) -> Rule:
     """Return the rule that an option needs another one."""
     return Rule(
         option,
-        lambda value, host: bool(value[option]) and not value[other],
+        lambda job: bool(getattr(job, option)) and not getattr(job, other),
         f"needs {other}",
         f"set {other}, too",
     )
@@ -109,7 +110,7 @@ def needs_link(option: str) -> Rule:
     """Return the rule that an option needs a link to forward ports through."""
     return Rule(
         option,
-        lambda value, host: bool(value[option]) and not have_link(value),
+        lambda job: bool(getattr(job, option)) and not has_link(job),
         "needs a network of the container's own",
         "leave network_veth at true, or listen on the host's port itself",
     )
@@ -119,7 +120,7 @@ RULES: tuple[Rule, ...] = (
     *excludes("process_two", ("boot",), "set boot = false to run a command, or leave process_two out"),
     Rule(
         "command",
-        lambda value, host: not value["boot"] and not value["command"],
+        lambda job: not job.boot and not job.command,
         "is required when boot is false",
         'name the program and its arguments, as in command = ["/bin/sleep", "60"]',
     ),
@@ -132,22 +133,19 @@ RULES: tuple[Rule, ...] = (
     *excludes("network_zone", ("network_bridge",), "a link can be joined to one bridge only"),
     Rule(
         "volatile",
-        lambda value, host: value["volatile"] not in (None, "no") and value["ephemeral"],
+        lambda job: job.is_volatile and job.ephemeral,
         "cannot be combined with ephemeral",
         "either one already throws all changes away",
     ),
     Rule(
         "private_users_ownership",
-        lambda value, host: (
-            value["private_users_ownership"] == "chown"
-            and (value["read_only"] or value["volatile"] not in (None, "no"))
-        ),
+        lambda job: job.private_users_ownership == "chown" and (job.read_only or job.is_volatile),
         "cannot be combined with read_only or volatile",
         "leave it out: the image's files are then mapped",
     ),
     Rule(
         "bind_user",
-        lambda value, host: bool(value["bind_user"]) and not value["user_namespacing"],
+        lambda job: bool(job.bind_user) and not job.user_namespacing,
         "needs user namespaces",
         "set user_namespacing = true",
     ),
@@ -157,61 +155,52 @@ RULES: tuple[Rule, ...] = (
     needs("private_users_delegate", "user_namespacing"),
     Rule(
         "load_credential",
-        lambda value, host: bool(value["load_credential"].keys() & value["set_credential"].keys()),
+        lambda job: bool(job.load_credential.keys() & job.set_credential.keys()),
         "names a credential that set_credential sets, too",
         "give it one of the two ways",
     ),
     Rule(
         "devices",
-        lambda value, host: paths_collide(value),
+        lambda job: paths_collide(job),
         "has something else at the same path in the container",
         "give each device a container_path of its own, which no bind has",
     ),
 )
 
 
-def list_devices(values: Values) -> Iterator[Device]:
-    for block in values["devices"]:
-        path = block["host_path"]
-        yield Device(path, block["container_path"] or path, block["cgroup_permissions"])
-
-
-def paths_collide(values: Values) -> bool:
+def paths_collide(options: JobOptions) -> bool:
     """Whether two devices, or a device and a bind, have the same path in the container."""
-    devices = [os.path.normpath(device.task_path.lstrip("/")) for device in list_devices(values)]
-    binds = [
-        os.path.normpath(parse_bind(text)[0].lstrip("/"))
-        for name in ("bind", "bind_read_only")
-        for text in values[name].values()
-    ]
-    return len({*devices, *binds}) < len(devices) + len({*binds})
+    devices = [os.path.normpath(device.target.lstrip("/")) for device in options.devices]
+    binds = {os.path.normpath(mount.target.lstrip("/")) for mount in options.binds}
+    return len({*devices, *binds}) < len(devices) + len(binds)
 
 
-def check_rules(rows: Sequence[Option], values: Values, host: Host) -> None:
+def check_rules(rows: Sequence[Option], options: JobOptions, host: Host) -> None:
     """Raise ConfigError for an option that this host is too old for, or that breaks a rule."""
     for option in rows:
-        value = values[option.name]
+        value = getattr(options, option.name)
         needed = option.needed_systemd(value)
         if needed > host.systemd and is_set(value):
             rule = f"needs systemd {needed} or newer, and this host has {host.systemd}"
             raise ConfigError(option.name, value, rule, "leave it out, or constrain the job to newer hosts")
     for broken in RULES:
-        if broken.is_broken(values, host):
-            raise ConfigError(broken.option, values[broken.option], broken.rule, broken.remedy)
+        if broken.is_broken(options):
+            raise ConfigError(broken.option, getattr(options, broken.option), broken.rule, broken.remedy)
 
 
 def check_permissions(
-    rows: Sequence[Option], values: Values, config: Values, *, is_in_group: bool = False
+    rows: Sequence[Option], options: JobOptions, config: Values, *, is_in_group: bool = False
 ) -> None:
     """Refuse options that need a permission which the operator does not give. Paths are not checked here, but when
     they have been opened: see sources.py. A task in a group's network does not use the host's."""
     for option in rows:
-        if option.permission and option.permission.is_word and option.needs_permission(values[option.name]):
-            check_permission(option.name, values[option.name], option.permission, config)
-    if not is_in_group and not have_own_network(values):
-        check_permission("network_veth", values["network_veth"], Permission.HOST_NETWORK, config)
+        value = getattr(options, option.name)
+        if option.permission and option.permission.is_word and option.needs_permission(value):
+            check_permission(option.name, value, option.permission, config)
+    if not is_in_group and not has_own_network(options):
+        check_permission("network_veth", options.network_veth, Permission.HOST_NETWORK, config)
     for name in ("capability", "ambient_capability"):
-        refused = [item for item in dict.fromkeys(values[name]) if item not in config["allow_caps"]]
+        refused = [item for item in dict.fromkeys(getattr(options, name)) if item not in config["allow_caps"]]
         if refused and "all" not in config["allow_caps"]:
             what = "these capabilities" if refused[1:] else "this capability"
             rule = f"the operator of this client does not allow {what}"

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nspawn.checks import OWN_DIRECTORIES, split_fields
+from nspawn.checks import Device
 from nspawn.common import ConfigError, HostError, check_shortage, is_below, name_entry, quote
 from nspawn.devices import DeviceRule
 from nspawn.images import IMAGE_SUFFIXES, Image, find_archive, is_image_name
-from nspawn.job import Device
+from nspawn.job import JobOptions
 from nspawn.linux import (
     AT_EMPTY_PATH,
     AT_RECURSIVE,
@@ -55,15 +55,13 @@ class Source:
         return self.is_node or is_below(self.path, "/dev")
 
 
-def name_sources(values: Values) -> Iterator[tuple[str, str]]:
+def name_sources(options: JobOptions) -> Iterator[tuple[str, str]]:
     """Yield option and source for all paths of the host that a job names, except its image and devices."""
-    for option in ("bind", "bind_read_only"):
-        yield from ((option, source) for source in values[option])
-    for option in ("overlay", "overlay_read_only"):
-        for item in values[option]:
-            yield from ((option, source) for source in split_fields(item)[:-1] if source.startswith("/") or
-                        source.split("/")[0] in OWN_DIRECTORIES)  # fmt: skip
-    yield from (("load_credential", source) for source in values["load_credential"].values())
+    for mount in options.binds:
+        yield "bind_read_only" if mount.read_only else "bind", mount.source
+    for overlay in options.overlays:
+        yield from (("overlay_read_only" if overlay.read_only else "overlay", name) for name in overlay.sources)
+    yield from (("load_credential", name) for name in options.load_credential.values())
 
 
 def open_source(option: str, name: str, path: str) -> Source:
@@ -163,13 +161,13 @@ def check_host_path(option: str, name: str, path: str, config: Values) -> None:
 
 @contextlib.contextmanager
 def open_sources(
-    rows: Sequence[Option], values: Values, own: Mapping[str, Source], config: Values
+    rows: Sequence[Option], options: JobOptions, own: Mapping[str, Source], config: Values
 ) -> Iterator[dict[str, Source]]:
     """Open and check the paths that a job names, and yield them by these names. `own`: the task's directories, by
     the job's names for them. Raises ConfigError."""
     found: dict[str, Source] = {}
     with contextlib.ExitStack() as stack:
-        for option, name in name_sources(values):
+        for option, name in name_sources(options):
             first, *rest = name.split("/")
             path = "/".join([f"/proc/self/fd/{own[first].fd}", *rest]) if first in own else name
             try:
@@ -224,10 +222,10 @@ def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:
 MAX_CREDENTIALS = 1 << 20  # bytes of all credentials together: systemd's limit
 
 
-def read_credentials(values: Values, sources: Mapping[str, Source]) -> dict[str, bytes]:
+def read_credentials(options: JobOptions, sources: Mapping[str, Source]) -> dict[str, bytes]:
     """Return the content of each credential. Raises ConfigError."""
-    found = {key: value.encode() for key, value in values["set_credential"].items()}
-    for key, name in values["load_credential"].items():
+    found = {key: value.encode() for key, value in options.set_credential.items()}
+    for key, name in options.load_credential.items():
         found[key] = read_source(name_entry("load_credential", key), name, sources[name])
     if sum(map(len, found.values())) > MAX_CREDENTIALS:
         raise ConfigError("load_credential", sorted(found), "credentials may have 1 MiB together")
@@ -301,18 +299,18 @@ def check_image(image: Image, name: str, own: Mapping[str, Source], config: Valu
         check_permission("image", name, Permission.DISK_IMAGES, config)
 
 
-def check_image_write(image: Image, values: Values, config: Values) -> None:
+def check_image_write(image: Image, options: JobOptions, config: Values) -> None:
     """Refuse what would change a shared image, where no private root prevents it."""
     if not image.is_shared:
         return
-    if values["private_users_ownership"] == "chown":
+    if options.private_users_ownership == "chown":
         check_permission("private_users_ownership", "chown", Permission.IMAGE_WRITE, config)
-    if not image.is_directory and not (values["read_only"] or values["ephemeral"]):
+    if not image.is_directory and not (options.read_only or options.ephemeral):
         rule = (
             "is written to by the task, and the operator of this client does not allow "
             f"{Permission.IMAGE_WRITE.value}"
         )
-        raise ConfigError("image", values["image"], rule, "set read_only or ephemeral")
+        raise ConfigError("image", options.image, rule, "set read_only or ephemeral")
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,17 @@ from tests import agent
 from tests.agent import Task, launch_like_agent
 from tests.containers import Tasks, eventually, kill, leader, output, shim
 from tests.hosts import needs_cgroup2
+from tests.options import read_options
 
 MIB = 1 << 20
-VALUES = {"memory_swap_max": None, "cpu_hard_limit": False, "pids_limit": 0, "io_weight": None}
+NO_LIMITS = {"memory_swap_max": None, "cpu_hard_limit": False, "pids_limit": 0, "io_weight": None}
 
 
 # -- what Nomad grants, as control files ---------------------------------------------------------------------
 
 
-def limits(resources: Resources, cpus: int = 4, **values: Any) -> dict[str, str]:
-    return plan_limits(resources, {**VALUES, **values}, cpus)
+def limits(resources: Resources, cpus: int = 4, **options: Any) -> dict[str, str]:
+    return plan_limits(resources, dataclasses.replace(read_options(), **{**NO_LIMITS, **options}), cpus)
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,15 @@ from typing import Any
 
 import pytest
 
-import driver
 from nomad_pb import driver_pb2
 from nspawn.common import HostError
 from nspawn.devices import DeviceRule, render_device_program
 from nspawn.host import read_host
-from nspawn.job import Device
-from nspawn.options import decode_options
-from nspawn.rules import list_devices, paths_collide
+from nspawn.rules import paths_collide
 from nspawn.sources import open_source, read_rules
 from tests.agent import DriverError, launch_like_agent
 from tests.containers import Tasks, make_small_image, output
+from tests.options import read_options
 
 root = pytest.mark.root
 
@@ -88,18 +86,19 @@ def test_policy_allows_what_the_rules_say() -> None:
 
 def test_what_a_block_means() -> None:
     more = {"container_path": "/dev/cd", "cgroup_permissions": "r"}
-    raw = {"image": "debian", "devices": [{"host_path": "/dev/kvm"}, {"host_path": "/dev/sg0", **more}]}
-    assert list(list_devices(decode_options(driver.TASK_OPTIONS, raw))) == [
-        Device("/dev/kvm", "/dev/kvm", "rwm"),
-        Device("/dev/sg0", "/dev/cd", "r"),
+    raw = {"devices": [{"host_path": "/dev/kvm"}, {"host_path": "/dev/sg0", **more}]}
+    assert [
+        (device.host_path, device.target, device.cgroup_permissions) for device in read_options(**raw).devices
+    ] == [
+        ("/dev/kvm", "/dev/kvm", "rwm"),
+        ("/dev/sg0", "/dev/cd", "r"),
     ]
 
 
 def test_two_devices_at_one_path() -> None:
     one, two = {"host_path": "/dev/a"}, {"host_path": "/dev/b", "container_path": "/dev//a"}
     for blocks, is_wrong in (([one, two], True), ([one, {**two, "container_path": "/dev/c"}], False)):
-        values = decode_options(driver.TASK_OPTIONS, {"image": "debian", "devices": blocks})
-        assert paths_collide(values) is is_wrong
+        assert paths_collide(read_options(devices=blocks)) is is_wrong
 
 
 # -- in containers -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import functools
 import lzma
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import driver
 from nspawn.commands import STRICT_BLOCK
 from nspawn.host import CgroupMode, Host
 from nspawn.options import decode_options
-from nspawn.rules import apply_defaults, check_rules
+from nspawn.rules import check_rules, decode_job
 from tests.agent import (
     Allocation,
     Task,
@@ -56,11 +57,12 @@ def test_example_is_valid(path: Path) -> None:
     for group in parse_job(path).groups:
         for block in (*(task.config for task in group.tasks), *sidecars):
             raw = decode_config(driver.render_spec(driver.TASK_OPTIONS), block, VARIABLES)
-            values = decode_options(driver.TASK_OPTIONS, driver.unpack_options(to_msgpack(raw)))
-            if values["image"].startswith("docker://"):
-                values["command"] = values["command"] or ("/entrypoint",)  # such an image says it itself
             is_in_group = group.network_mode != "host"
-            check_rules(driver.TASK_OPTIONS, apply_defaults(values, config, is_in_group=is_in_group), host)
+            packed = driver.unpack_options(to_msgpack(raw))
+            options = decode_job(driver.TASK_OPTIONS, packed, config, is_in_group=is_in_group)
+            if options.image.startswith("docker://"):  # such an image says it itself
+                options = replace(options, command=options.command or ("/entrypoint",))
+            check_rules(driver.TASK_OPTIONS, options, host)
 
 
 def test_hardened_operator_is_valid() -> None:

@@ -25,16 +25,13 @@ from typing import Any
 
 import pytest
 
-import driver
-from driver import TASK_OPTIONS
 from nomad_pb import driver_pb2
+from nspawn.checks import IdRange
 from nspawn.common import ConfigError, TransientError
 from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Image
 from nspawn.linux import enter_namespace, take_lock
-from nspawn.options import decode_options
-from nspawn.roots import UID_LOCKS, PrivateRoot, RootPlan, Users, mount_root, pick_users, plan_root
-from nspawn.rules import apply_defaults
+from nspawn.roots import UID_LOCKS, PrivateRoot, RootPlan, mount_root, pick_users, plan_root
 from tests.agent import Allocation, DriverError, Task, call, launch_like_agent
 from tests.containers import (
     Tasks,
@@ -49,6 +46,7 @@ from tests.containers import (
     shim,
 )
 from tests.leftovers import leftovers, mounts, processes, snapshots
+from tests.options import read_options
 
 # -- which root a task gets; no container is started ---------------------------------------------------------
 
@@ -63,9 +61,7 @@ PLACE = "/alloc/web/.nspawn-root"
 def plan(
     options: Mapping[str, object], image: Image = IMAGE, host: Host = HOST, mounts: Mounts = EXT4
 ) -> RootPlan:
-    raw = decode_options(TASK_OPTIONS, {"image": "debian", **options})
-    values = apply_defaults(raw, decode_options(driver.PLUGIN_OPTIONS, {}))
-    return plan_root(image, values, host, mounts, PLACE)
+    return plan_root(image, read_options(**options), host, mounts, PLACE)
 
 
 def on(**places: str) -> Mounts:
@@ -78,43 +74,38 @@ def on(**places: str) -> Mounts:
 def test_the_image_is_the_root_unless_asked(options: dict[str, object]) -> None:
     found = plan(options)
     assert found.private is None
-    assert found.argv == ("--directory=/images/debian",)
     assert found.copying == ""
 
 
-PRIVATE: list[tuple[dict[str, object], str, Users | None, bool]] = [
-    ({"ephemeral": True}, PLACE, Users(), True),
-    ({"ephemeral": True, "read_only": True}, PLACE, Users(), True),
-    ({"ephemeral": True, "volatile": "no"}, PLACE, Users(), True),
+PRIVATE: list[tuple[dict[str, object], str, IdRange | None, bool]] = [
+    ({"ephemeral": True}, PLACE, IdRange(), True),
+    ({"ephemeral": True, "read_only": True}, PLACE, IdRange(), True),
+    ({"ephemeral": True, "volatile": "no"}, PLACE, IdRange(), True),
     ({"ephemeral": True, "user_namespacing": False}, PLACE, None, False),
     ({"ephemeral": True, "private_users": "no"}, PLACE, None, False),
-    ({"ephemeral": True, "private_users": "pick"}, PLACE, Users(), True),
-    ({"ephemeral": True, "private_users": "131072"}, PLACE, Users(131072), True),
-    ({"ephemeral": True, "private_users": "131072:1000"}, PLACE, Users(131072, 1000), True),
-    ({"ephemeral": True, "private_users": "identity"}, PLACE, Users(0), False),
+    ({"ephemeral": True, "private_users": "pick"}, PLACE, IdRange(), True),
+    ({"ephemeral": True, "private_users": "131072"}, PLACE, IdRange("131072", 131072), True),
+    ({"ephemeral": True, "private_users": "131072:1000"}, PLACE, IdRange("131072:1000", 131072, 1000), True),
+    ({"ephemeral": True, "private_users": "identity"}, PLACE, IdRange("identity", 0), False),
     (
         {"ephemeral": True, "private_users": "131072", "private_users_ownership": "off"},
         PLACE,
-        Users(131072),
+        IdRange("131072", 131072),
         False,
     ),
-    ({"ephemeral": True, "private_users_ownership": "chown"}, PLACE, Users(), True),
-    ({"volatile": "overlay"}, "", Users(), True),
+    ({"ephemeral": True, "private_users_ownership": "chown"}, PLACE, IdRange(), True),
+    ({"volatile": "overlay"}, "", IdRange(), True),
     ({"volatile": "overlay", "user_namespacing": False}, "", None, False),
-    ({"volatile": "yes"}, "", Users(), True),
-    ({"volatile": "state"}, "", Users(), True),
+    ({"volatile": "yes"}, "", IdRange(), True),
+    ({"volatile": "state"}, "", IdRange(), True),
 ]
 
 
 @pytest.mark.parametrize(("options", "place", "users", "is_mapped"), PRIVATE)
-def test_private_root(options: dict[str, object], place: str, users: Users | None, is_mapped: bool) -> None:
+def test_private_root(options: dict[str, object], place: str, users: IdRange | None, is_mapped: bool) -> None:
     found = plan(options)
     is_usr_mounted = options.get("volatile") == "yes"
     assert found.private == PrivateRoot(("/images/debian",), place, users, is_mapped, is_usr_mounted)
-    assert found.argv == ()
-    assert found.values["ephemeral"] is False
-    assert found.values["private_users"] is None, "the range is known when it is picked"
-    assert ("volatile" in found.values) is (options.get("volatile") == "overlay")
 
 
 @pytest.mark.parametrize("volatile", ["yes", "state"])
@@ -124,7 +115,7 @@ def test_new_systemd_can_do_volatile_itself(volatile: str) -> None:
 
 
 def test_layers_always_are_below_a_private_root() -> None:
-    assert plan({}, LAYERED).private == PrivateRoot(("/store/b", "/store/a"), PLACE, Users(), True)
+    assert plan({}, LAYERED).private == PrivateRoot(("/store/b", "/store/a"), PLACE, IdRange(), True)
     with pytest.raises(ConfigError) as caught:
         plan({}, LAYERED, mounts=on(store="nfs4"))
     assert str(caught.value) == (
@@ -168,7 +159,6 @@ def test_nspawn_copies_where_nothing_else_works(
 ) -> None:
     found = plan({"ephemeral": True, **options}, image, host, mounts)
     assert found.private is None
-    assert found.argv == tuple(image.argv)
     assert found.copying == f"ephemeral: systemd-nspawn makes a full copy of the image first, because {why}."
 
 
@@ -977,7 +967,7 @@ def test_many_layers(tmp_path: Path) -> None:
     changes.mkdir()
 
     def look() -> None:
-        mount_root(PrivateRoot(tuple(layers), str(changes), Users(), is_mapped=True), 1 << 20, state)
+        mount_root(PrivateRoot(tuple(layers), str(changes), IdRange(), is_mapped=True), 1 << 20, state)
         merged = state / "root"
         assert (merged / "etc/all").read_text() == "119"
         assert {path.name for path in merged.iterdir()} == {f"only{n}" for n in range(120) if n != 7} | {"etc"}

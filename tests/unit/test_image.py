@@ -8,6 +8,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import driver
+from nspawn.checks import Mount
 from nspawn.common import ConfigError
 from nspawn.images import (
     ELF_MACHINES,
@@ -35,8 +36,8 @@ from nspawn.images import (
     plan_origin,
     read_head,
 )
-from nspawn.options import decode_options
 from nspawn.plan import apply_image, render_bundle
+from tests.options import read_options
 
 
 @pytest.fixture
@@ -63,8 +64,7 @@ def make_tree(path: Path, tree: str = "usr") -> Path:
 
 
 def find(name: str, task_dir: Path | None = None, **options: object) -> Image:
-    values: dict[str, Any] = {"ephemeral": False, "volatile": None, "pivot_root": None, **options}
-    return find_image(name, task_dir, values, image_dir())
+    return find_image(read_options(image=name, **options), task_dir, image_dir())
 
 
 def image_dir() -> Path:
@@ -83,18 +83,14 @@ def refusal(name: str, task_dir: Path | None = None, **options: object) -> str:
 
 def test_name(machines: Path) -> None:
     tree = make_tree(machines / "debian")
-    image = find("debian")
-    assert image == Image(tree, is_directory=True)
-    assert image.argv == [f"--directory={tree}"]
+    assert find("debian") == Image(tree, is_directory=True)
 
 
 def test_name_of_a_file(machines: Path) -> None:
     file = machines / "debian.raw"
     file.touch()
     for name in ("debian", "debian.raw"):
-        image = find(name)
-        assert image == Image(file, is_directory=False)
-        assert image.argv == [f"--image={file}"]
+        assert find(name) == Image(file, is_directory=False)
 
 
 def test_name_prefers_machines(machines: Path, task_dir: Path) -> None:
@@ -528,9 +524,7 @@ def test_any_program_can_be_looked_at(data: bytes) -> None:
 
 
 def plan(machines: Path, image: str, auth: dict[str, str] | None = None, /, **block: Any) -> Origin | None:
-    (options,) = [option.fields for option in driver.TASK_OPTIONS if option.name == "image_download"]
-    decoded = decode_options(options, block) if block else None
-    return plan_origin({"image": image, "image_download": decoded, "auth": auth}, machines)
+    return plan_origin(read_options(image=image, image_download=block or None, auth=auth), machines)
 
 
 def test_origin_of_a_url(machines: Path) -> None:
@@ -595,22 +589,18 @@ def test_contradictions(machines: Path, image: str, block: dict[str, Any], words
 def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -> None:
     config = ImageConfig(("A=1", "B=2"), ("/entry", "cmd"), "www", "/srv", "SIGQUIT")
     image = Image(machines, True, key="k", config=config)
-    unset: dict[str, Any] = {
-        "boot": False, "command": (), "environment": {"B": "job"}, "working_directory": None, "user": None,
-        "read_only": False, "volatile": None, "private_users_ownership": "auto", "ephemeral": False,
-        "pivot_root": None,
-    }  # fmt: skip
+    unset = read_options(boot=False, environment={"B": "job"})
     found = apply_image(unset, image, "")
-    assert found["command"] == ("/entry", "cmd") and found["environment"] == {"A": "1", "B": "job"}
-    assert (found["user"], found["working_directory"], found["ephemeral"]) == ("www", "/srv", True)
-    said = {**unset, "command": ("/mine",), "working_directory": "/x", "user": "me"}
+    assert found.command == ("/entry", "cmd") and found.environment == {"A": "1", "B": "job"}
+    assert (found.user, found.working_directory, found.ephemeral) == ("www", "/srv", True)
+    said = replace(unset, command=("/mine",), working_directory="/x", user="me")
     found = apply_image(said, image, "task")
-    assert (found["command"], found["working_directory"], found["user"]) == (("/mine",), "/x", "me")
-    assert apply_image(unset, image, "task")["user"] == "task"
-    booted = apply_image({**unset, "boot": True}, image, "")
-    assert booted["command"] == () and booted["environment"] == {"B": "job"}
-    volatile = apply_image({**unset, "volatile": "state"}, image, "")
-    assert not volatile["ephemeral"] and volatile["private_users_ownership"] == "map"
+    assert (found.command, found.working_directory, found.user) == (("/mine",), "/x", "me")
+    assert apply_image(unset, image, "task").user == "task"
+    booted = apply_image(replace(unset, boot=True), image, "")
+    assert booted.command == () and booted.environment == {"B": "job"}
+    volatile = apply_image(replace(unset, volatile="state"), image, "")
+    assert not volatile.ephemeral and volatile.private_users_ownership == "map"
 
 
 @pytest.mark.parametrize(
@@ -642,34 +632,32 @@ def test_account(tmp_path: Path, user: str, found: tuple[object, ...] | str) -> 
         (tmp_path / name / "etc").mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "etc" / file).write_text(text)
     image = Image(tmp_path / "top", True, (tmp_path / "top", tmp_path / "low"), key="k")
-    values = {"user": user, "boot": False, "pivot_root": None, "bind": {}, "bind_read_only": {}}
-    values |= {"overlay": (), "overlay_read_only": ()}
+    options = replace(read_options(boot=False), user=user)
     if isinstance(found, str):
         with pytest.raises(ConfigError, match=found):
-            find_account(image, values)
+            find_account(image, options)
     else:
-        assert find_account(image, values) == Account(*found)  # type: ignore[arg-type]
-    assert find_account(image, {**values, "boot": True}) is None
+        assert find_account(image, options) == Account(*found)  # type: ignore[arg-type]
+    assert find_account(image, replace(options, boot=True)) is None
 
 
 @pytest.mark.parametrize(
     "more",
     [
         {"bind": {"/a": "/etc/passwd"}}, {"bind_read_only": {"/a": "/etc//group:norbind"}},
-        {"bind": {"/a": "/etc/"}},
-        {"overlay": ("/a:/b:/etc",)}, {"bind": {"/a": "/"}}, {"volumes": ["/etc/passwd"]}, {"user": "systems"},
+        {"bind": {"/a": "/etc/"}}, {"overlay_read_only": ["/a:/b:/etc"]}, {"bind": {"/a": "/"}},
+        {"volumes": [Mount("/a", "/etc/passwd")]}, {"user": "systems"},
     ],
 )  # fmt: skip
 def test_user_that_only_the_container_knows(tmp_path: Path, more: dict[str, Any]) -> None:
     """It is left to nspawn. A job can mount files of its own over an image's, and systemd knows further users."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/passwd").write_text("www:x:33:34::/srv:\n")
-    values: dict[str, Any] = {"user": "www", "boot": False, "pivot_root": None, "bind": {"/a": "/etc/passwd/x"}}
-    values |= {"bind_read_only": {}, "overlay": (), "overlay_read_only": ()}
-    assert find_account(Image(tmp_path, True), values) == Account("www", 33, 34, (), "/srv")
+    job: dict[str, Any] = {"user": "www", "boot": False, "bind": {"/a": "/etc/passwd/x"}}
+    assert find_account(Image(tmp_path, True), read_options(**job)) == Account("www", 33, 34, (), "/srv")
     volumes = more.pop("volumes", [])
-    assert find_account(Image(tmp_path, True), {**values, **more}, volumes) is None
-    assert find_account(Image(tmp_path, False), values) is None
+    assert find_account(Image(tmp_path, True), read_options(**{**job, **more}), volumes) is None
+    assert find_account(Image(tmp_path, False), read_options(**job)) is None
 
 
 LINES = st.text(st.sampled_from("root:x0123456789\n\r\0\x0b\x85,/-+ é\u2028"), max_size=60) | st.text(max_size=30)
@@ -683,9 +671,9 @@ def test_any_passwd_and_user(passwd: str, group: str, user: str) -> None:
         (Path(folder) / "etc").mkdir()
         for name, text in (("passwd", passwd), ("group", group)):
             (Path(folder) / "etc" / name).write_bytes(text.encode(errors="surrogatepass"))
-        values = {"user": user, "boot": False, "pivot_root": None}
+        options = replace(read_options(boot=False), user=user)
         try:
-            found = find_account(Image(Path(folder), True, key="k"), values)
+            found = find_account(Image(Path(folder), True, key="k"), options)
         except ConfigError as error:
             assert error.option == "user"
             return
@@ -700,9 +688,7 @@ def test_end_of_a_long_passwd_is_no_line(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     line = f"{'x' * (MAX_TEXT - len('www:x:33:3'))}\n"
     (tmp_path / "etc/passwd").write_text(f"{line[1:]}www:x:33:34::/srv:\n")
-    values = {"user": "www", "boot": False, "pivot_root": None, "bind": {}, "bind_read_only": {}}
-    values |= {"overlay": (), "overlay_read_only": ()}
-    assert find_account(Image(tmp_path, True), values) is None
+    assert find_account(Image(tmp_path, True), read_options(user="www", boot=False)) is None
 
 
 FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (22).to_bytes(2, "little")  # s390

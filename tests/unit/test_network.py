@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nspawn.common import ConfigError, HostError
-from nspawn.images import Image, place_in_image, read_in_image
+from nspawn.images import Image, read_in_image
 from nspawn.job import Dns, GroupNetwork, Port, state_directory
 from nspawn.network import (
     NAME_FILES,
@@ -28,13 +28,10 @@ from nspawn.network import (
     render_resolv_conf,
 )
 from nspawn.roots import make_mount_file
-from tests.unit.test_plan import ALLOC, AUTO, BOOT, BUNDLE, HEAD, TASK, USERS, VOLUMES, decode, plan
+from tests.options import read_options
+from tests.unit.test_plan import ALLOC, AUTO, BOOT, BUNDLE, HEAD, TASK, USERS, VOLUMES, plan
 
 GROUP = GroupNetwork(namespace=f"/var/run/netns/{ALLOC}")
-
-
-def values(**options: Any) -> dict[str, Any]:
-    return decode(options)
 
 
 # -- the plan ------------------------------------------------------------------------------------------------
@@ -73,7 +70,7 @@ def test_group_maps_ports_itself() -> None:
 
 def test_variables_tell_the_port_inside() -> None:
     ports = {"http-alt": Port(20080), "db": Port(20432, 5432)}
-    found = plan_network(GroupNetwork(ports=ports), values(port_map=[{"http-alt": 80}]), Names(), "m")
+    found = plan_network(GroupNetwork(ports=ports), read_options(port_map=[{"http-alt": 80}]), Names(), "m")
     assert found.environ == {"NOMAD_PORT_http_alt": "80", "NOMAD_ALLOC_PORT_http_alt": "80"}
     task = replace(TASK, network=GroupNetwork(ports=ports), env={"NOMAD_PORT_http_alt": "20080"})
     bundle = plan({"port_map": [{"http-alt": 80}]}, task=task).bundle
@@ -162,7 +159,7 @@ def test_unreachable_name_server_is_told() -> None:
 )
 def test_hosts(image: str, addresses: tuple[str, ...], extra: list[str], text: str) -> None:
     names = Names(hosts=image, addresses=addresses)
-    files = plan_name_files(GROUP, values(extra_hosts=extra), names, "web")
+    files = plan_name_files(GROUP, read_options(extra_hosts=extra), names, "web")
     assert files["/etc/hosts"] == text
 
 
@@ -213,7 +210,7 @@ def test_name_files_an_image_has_no_place_for() -> None:
 )
 def test_extra_host_is_a_name_and_an_address(item: str) -> None:
     with pytest.raises(ConfigError, match="must be NAME:ADDRESS"):
-        values(extra_hosts=[item])
+        read_options(extra_hosts=[item])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +223,7 @@ def test_address_timeout(text: str | None, seconds: float) -> None:
 @pytest.mark.parametrize("text", ["5", "s", "-1s", "1 s", "1d", "5s\n", "٣s"])
 def test_address_timeout_is_a_duration(text: str) -> None:
     with pytest.raises(ConfigError, match="must be a duration"):
-        values(address_timeout=text)
+        read_options(address_timeout=text)
 
 
 @pytest.mark.parametrize(
@@ -280,36 +277,35 @@ def test_image_is_read_without_following_links(tmp_path: Path) -> None:
     (image.path / "etc").mkdir(parents=True)
     hosts = image.path / "etc/hosts"
     hosts.write_text("10.0.0.1 db\n")
-    assert read_in_image(image, values(), "/etc/hosts") == "10.0.0.1 db\n"
+    assert read_in_image(image, "/etc/hosts") == "10.0.0.1 db\n"
     hosts.unlink()
     hosts.symlink_to(tmp_path / "outside/hosts")
-    assert read_in_image(image, values(), "/etc/hosts") == ""
+    assert read_in_image(image, "/etc/hosts") == ""
     hosts.unlink()
     os.mkfifo(hosts)
-    assert read_in_image(image, values(), "/etc/hosts") == ""
+    assert read_in_image(image, "/etc/hosts") == ""
     hosts.unlink()
     hosts.parent.rmdir()
     hosts.parent.symlink_to(tmp_path / "outside")
-    assert read_in_image(image, values(), "/etc/hosts") == ""
+    assert read_in_image(image, "/etc/hosts") == ""
     with pytest.raises(ConfigError, match=r"/etc/resolv\.conf"):
         make_mount_file(image.path, "/etc/resolv.conf")
     assert os.listdir(tmp_path / "outside") == ["hosts"]
-    assert read_in_image(replace(image, is_directory=False), values(), "/etc/hosts") == ""
+    assert read_in_image(replace(image, is_directory=False), "/etc/hosts") == ""
 
 
 def test_place_for_a_file(tmp_path: Path) -> None:
     image = Image(tmp_path, is_directory=True)
-    read_only = values(read_only=True)
+    read_only = read_options(read_only=True)
     assert not can_mount_file(image, read_only, "/etc/hosts")
-    assert can_mount_file(image, values(), "/etc/hosts"), "nspawn makes it"
+    assert can_mount_file(image, read_options(), "/etc/hosts"), "nspawn makes it"
     (tmp_path / "etc").mkdir()
     assert can_mount_file(image, read_only, "/etc/hosts")
     make_mount_file(image.path, "/etc/hosts")
     make_mount_file(image.path, "/etc/hosts")
     assert (tmp_path / "etc/hosts").read_text() == ""
     (tmp_path / "inner/etc").mkdir(parents=True)
-    pivot = values(read_only=True, pivot_root="/inner:/old")
-    assert place_in_image(pivot, "/etc/hosts") == "/inner/etc/hosts"
+    pivot = read_options(read_only=True, pivot_root="/inner:/old")
     assert can_mount_file(image, pivot, "/etc/hosts")
     assert not can_mount_file(replace(image, is_directory=False), read_only, "/etc/hosts")
 

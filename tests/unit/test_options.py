@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 import driver
 from driver import PLUGIN_OPTIONS, TASK_OPTIONS
-from nspawn.checks import any_of
+from nspawn.checks import Device, IdRange, Mount, Overlay, any_of, parse_binds
 from nspawn.common import ConfigError, DriverError
 from nspawn.host import CgroupMode, Host
+from nspawn.job import Download, JobOptions
 from nspawn.options import (
     PERMISSIONS,
     Kind,
@@ -31,13 +33,13 @@ from nspawn.options import (
     render_row,
 )
 from nspawn.process import run
-from nspawn.rules import RULES, Rule, apply_defaults, check_permissions, check_rules
+from nspawn.rules import RULES, Rule, check_permissions, check_rules, decode_job
 from tests import agent
+from tests.options import CONFIG, read_options
 
 ALL_OPTIONS = (*TASK_OPTIONS, *PLUGIN_OPTIONS)
 BY_NAME = {option.name: option for option in (*PLUGIN_OPTIONS, *TASK_OPTIONS)}
 PLUGIN_ONLY = [option for option in PLUGIN_OPTIONS if option.name != "user_namespacing"]
-CONFIG = decode_options(PLUGIN_OPTIONS, {})
 # The options of the Go driver, with their types: jobs written for it run unchanged.
 GO_OPTIONS = {
     "boot": ("bool", True),
@@ -56,8 +58,8 @@ GO_OPTIONS = {
     "user": ("string", None),
     "volatile": ("string", None),
     "working_directory": ("string", None),
-    "bind": ("list(map(string))", {}),
-    "bind_read_only": ("list(map(string))", {}),
+    "bind": ("list(map(string))", ()),
+    "bind_read_only": ("list(map(string))", ()),
     "environment": ("list(map(string))", {}),
     "port_map": ("list(map(number))", {}),
     "ports": ("list(string)", ()),
@@ -77,10 +79,6 @@ def decode(**options: object) -> dict[str, Any]:
     raw: dict[str, object] = {name: None for option in TASK_OPTIONS for name in option.names}
     packed = msgpack.packb({**raw, **options, "image": options.get("image", "debian")})
     return decode_options(TASK_OPTIONS, driver.unpack_options(packed))
-
-
-def settle(**options: object) -> dict[str, Any]:
-    return apply_defaults(decode(**options), CONFIG)
 
 
 def refusal(options: Sequence[Option], raw: Mapping[str, object]) -> str:
@@ -117,7 +115,7 @@ def test_default_is_a_value_of_the_option(option: Option) -> None:
         Kind.NUMBER: int,
         Kind.STRING: str,
         Kind.STRINGS: tuple,
-        Kind.STRING_MAP: dict,
+        Kind.STRING_MAP: tuple if option.check is parse_binds else dict,
         Kind.NUMBER_MAP: dict,
         Kind.BLOCKS: tuple,
     }
@@ -169,6 +167,14 @@ def test_aliases(option: Option) -> None:
         assert decode_hcl(TASK_OPTIONS, body)[option.name] == value
         with pytest.raises(ConfigError, match=f"^{alias} = .*: is another name of {option.name}; set one"):
             decode_hcl(TASK_OPTIONS, f"{example_of(option, TASK_OPTIONS)}\n{alias} = {option.example}")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [(TASK_OPTIONS, JobOptions), *((option.fields, option.into) for option in TASK_OPTIONS if option.fields)],
+)
+def test_rows_are_the_fields_of_their_type(options: Sequence[Option], kind: Any) -> None:
+    assert [option.name for option in options] == [field.name for field in dataclasses.fields(kind)]
 
 
 # -- nspawn's own list ---------------------------------------------------------------------------------------
@@ -363,19 +369,12 @@ def test_option_of_the_go_driver(name: str) -> None:
     assert option.kind.value == kind
     assert option.required is (name == "image")
     if not option.required:
-        assert settle()[name] == default
+        assert str(getattr(read_options(), name)) == str(default)
 
 
 def test_block_of_the_go_driver() -> None:
     block = decode(image_download={"url": "http://x/y", "type": None, "force": None, "verify": None})
-    assert block["image_download"] == {
-        "url": "http://x/y",
-        "type": "tar",
-        "force": False,
-        "verify": "no",
-        "checksum": None,
-        "platform": None,
-    }
+    assert block["image_download"] == Download("http://x/y", "tar", "no", None, None, force=False)
 
 
 @pytest.mark.parametrize("options", [TASK_OPTIONS, PLUGIN_OPTIONS])
@@ -425,8 +424,20 @@ DECODED: list[tuple[str, object, object]] = [
     ("environment", [{"A": "1", "B": "2"}, {"A": "3"}], {"A": "3", "B": "2"}),
     ("environment", [{"A": "1", "B": "true", "C": None}], {"A": "1", "B": "true", "C": ""}),
     ("environment", [{"A": "a\nb"}], {"A": "a\nb"}),
-    ("bind", [{"/a": "/b"}], {"/a": "/b"}),
-    ("bind", [{"/a": "/b"}, {"/a": "/c", "/d": "/e"}], {"/a": "/c", "/d": "/e"}),
+    ("bind", [{"/a": "/b"}], (Mount("/a", "/b"),)),
+    (
+        "bind",
+        [{"/a": "/b"}, {"/a": "/c", "/d": "/e:idmap"}],
+        (Mount("/a", "/c"), Mount("/d", "/e", options=("idmap",))),
+    ),
+    ("bind_read_only", [{"local/a": "/b:c"}], (Mount("local/a", "/b:c", read_only=True),)),
+    ("overlay", ["/a:+/b::/c"], (Overlay("/a:+/b::/c", ("/a", "+/b", ""), "/c", read_only=False),)),
+    ("private_users", "131072:10", IdRange("131072:10", 131072, 10)),
+    ("private_users", "identity", IdRange("identity", 0)),
+    ("address_timeout", "1m", 60.0),
+    ("memory_swap_max", "1K", "1024"),
+    ("extra_hosts", ["db:fd00::5"], ("fd00::5 db",)),
+    ("devices", [{"host_path": "/a"}], (Device("/a", None, "rwm"),)),
     ("port_map", [{"http": 8080}], {"http": 8080}),
     ("port_map", [{"http": 80}, {"http": 81}], {"http": 81}),
     ("port_map", [{"http": "8080"}], {"http": 8080}),
@@ -444,7 +455,7 @@ def test_decode(name: str, value: object, expected: object) -> None:
 
 def test_decoded_order_of_maps_is_the_jobs() -> None:
     names = ["/z", "/a", "/m"]
-    assert list(decode(bind=[{name: "/x"} for name in names])["bind"]) == names
+    assert [mount.source for mount in decode(bind=[{name: "/x"} for name in names])["bind"]] == names
 
 
 @pytest.mark.parametrize(
@@ -526,7 +537,7 @@ def test_any_value_is_taken_or_refused_in_a_sentence(option: Option, value: obje
     except ConfigError as error:
         assert str(error).startswith(option.name)
     else:
-        assert decoded == option.default or type(decoded) in (bool, int, str, tuple, dict)
+        assert decoded == option.default or type(decoded) in (bool, int, str, tuple, dict, option.into, IdRange)
 
 
 msgpack_keys = (
@@ -557,9 +568,9 @@ def test_any_config_is_taken_or_refused_in_one_line(config: dict[object, object]
     """Whatever a job's msgpack holds: no other error than ours, and no line break or control character in it."""
     packed = msgpack.packb({"image": "x", **config})
     try:
-        values = apply_defaults(decode_options(TASK_OPTIONS, driver.unpack_options(packed)), CONFIG)
-        check_permissions(TASK_OPTIONS, values, HARDENED)
-        check_rules(TASK_OPTIONS, values, make_host())
+        options = decode_job(TASK_OPTIONS, driver.unpack_options(packed), CONFIG)
+        check_permissions(TASK_OPTIONS, options, HARDENED)
+        check_rules(TASK_OPTIONS, options, make_host())
     except DriverError as error:
         assert str(error).isprintable()
         assert len(str(error)) < 10000
@@ -1179,7 +1190,7 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
 @pytest.mark.parametrize(("options", "systemd", "sentence"), BROKEN)
 def test_broken_rule(options: dict[str, object], systemd: int, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_rules(TASK_OPTIONS, settle(**options), make_host(systemd))
+        check_rules(TASK_OPTIONS, read_options(**options), make_host(systemd))
     assert str(caught.value) == sentence
 
 
@@ -1221,7 +1232,7 @@ def test_every_rule_is_broken_above(rule: Rule) -> None:
     ],
 )
 def test_kept_rules(options: dict[str, object], systemd: int) -> None:
-    check_rules(TASK_OPTIONS, settle(**options), make_host(systemd))
+    check_rules(TASK_OPTIONS, read_options(**options), make_host(systemd))
 
 
 def test_values_in_sentences_are_json() -> None:
@@ -1251,13 +1262,14 @@ def test_values_in_sentences_are_json() -> None:
     ],
 )
 def test_settled(options: dict[str, object], config: dict[str, object], expected: dict[str, object]) -> None:
-    found = apply_defaults(decode(**options), CONFIG | config)
-    assert {name: found[name] for name in expected} == expected
+    found = read_options(CONFIG | config, **options)
+    values = {**vars(found), "private_users": found.private_users and found.private_users.text}
+    assert {name: values[name] for name in expected} == expected
 
 
 def test_settled_in_the_network_of_a_group() -> None:
-    found = apply_defaults(decode(ports=["http"]), CONFIG, is_in_group=True)
-    assert (found["network_veth"], found["ports"]) == (False, ())
+    found = read_options(CONFIG, True, ports=["http"])
+    assert (found.network_veth, found.ports) == (False, ())
 
 
 HARDENED = CONFIG | {"allow": (), "allow_caps": ("CAP_NET_ADMIN",)}
@@ -1294,7 +1306,7 @@ FORBIDDEN: list[tuple[dict[str, object], str, str]] = [
 
 @pytest.mark.parametrize(("options", "said", "permission"), FORBIDDEN)
 def test_permission(options: dict[str, object], said: str, permission: str) -> None:
-    values = settle(**options)
+    values = read_options(**options)
     with pytest.raises(ConfigError) as caught:
         check_permissions(TASK_OPTIONS, values, HARDENED)
     assert str(caught.value) == (
@@ -1322,17 +1334,16 @@ def test_permission(options: dict[str, object], said: str, permission: str) -> N
     ],
 )
 def test_hardened_operators_allow(options: dict[str, object]) -> None:
-    check_permissions(TASK_OPTIONS, settle(**options), HARDENED)
+    check_permissions(TASK_OPTIONS, read_options(**options), HARDENED)
 
 
 def test_network_of_a_group_is_not_the_hosts() -> None:
-    values = apply_defaults(decode(), CONFIG, is_in_group=True)
-    check_permissions(TASK_OPTIONS, values, HARDENED, is_in_group=True)
+    check_permissions(TASK_OPTIONS, read_options(CONFIG, True), HARDENED, is_in_group=True)
 
 
 @pytest.mark.parametrize("option", ["capability", "ambient_capability"])
 def test_capabilities_are_the_operators(option: str) -> None:
-    values = settle(**{option: ["CAP_NET_ADMIN", "sys_admin"]})
+    values = read_options(**{option: ["CAP_NET_ADMIN", "sys_admin"]})
     hardened = HARDENED | {"allow": ("ambient_capabilities",)}
     with pytest.raises(ConfigError) as caught:
         check_permissions(TASK_OPTIONS, values, hardened)
@@ -1340,14 +1351,14 @@ def test_capabilities_are_the_operators(option: str) -> None:
         f'{option} = "CAP_SYS_ADMIN": the operator of this client does not allow this capability; '
         "its plugin block has allow_caps = CAP_NET_ADMIN"
     )
-    both = settle(**{option: ["CAP_SYS_BOOT", "CAP_NET_ADMIN", "sys_admin", "cap_sys_boot"]})
+    both = read_options(**{option: ["CAP_SYS_BOOT", "CAP_NET_ADMIN", "sys_admin", "cap_sys_boot"]})
     with pytest.raises(ConfigError, match=r'= \["CAP_SYS_BOOT", "CAP_SYS_ADMIN"\]: .* these capabilities; '):
         check_permissions(TASK_OPTIONS, both, hardened)
     check_permissions(TASK_OPTIONS, values, hardened | {"allow_caps": ("all",)})
     with pytest.raises(ConfigError, match=r"allow_caps = none$"):
         check_permissions(TASK_OPTIONS, values, hardened | {"allow_caps": ()})
     with pytest.raises(ConfigError, match=r'^capability = "all"'):
-        check_permissions(TASK_OPTIONS, settle(capability=["all"]), HARDENED)
+        check_permissions(TASK_OPTIONS, read_options(capability=["all"]), HARDENED)
 
 
 def test_every_gate_of_a_row_has_its_case() -> None:

@@ -22,14 +22,14 @@ import driver
 from driver import TASK_OPTIONS
 from nspawn import checks
 from nspawn.cgroup import plan_cgroup
-from nspawn.checks import RESOLV_CONF, USER, escape_field, parse_bind
+from nspawn.checks import RESOLV_CONF, USER, Mount, escape_field, parse_bind
 from nspawn.common import STATE_ROOT, ConfigError, DriverError, HostError, TransientError
 from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Account, Image
 from nspawn.job import (
     GroupNetwork,
+    JobOptions,
     Mode,
-    Mount,
     Port,
     TaskConfig,
     parse_signal,
@@ -38,7 +38,6 @@ from nspawn.job import (
     state_directory,
 )
 from nspawn.network import Names
-from nspawn.options import decode_options
 from nspawn.outcome import (
     MESSAGES,
     Ending,
@@ -60,9 +59,9 @@ from nspawn.plan import (
     render_bundle,
 )
 from nspawn.process import ProcessId
-from nspawn.rules import apply_defaults
 from nspawn.sources import Source, name_sources, open_directories
 from nspawn.state import State, split_id
+from tests.options import CONFIG, read_options
 
 ALLOC = "6b1f1c2e-0d3a-4c5e-9f7a-1234567890ab"
 ALLOC_DIR = f"/var/nomad/alloc/{ALLOC}"
@@ -74,12 +73,10 @@ NO_NAMES = Names()
 TASK = TaskConfig(id=f"{ALLOC}/web/0a1b2c3d", name="web", alloc_id=ALLOC, alloc_dir=ALLOC_DIR, options={})
 
 HEAD = (
-    "systemd-nspawn",
     "--quiet",
     "--keep-unit",
     "--register=no",
     "--link-journal=no",
-    f"--machine={MACHINE}",
     f"--uuid={ALLOC}",
     "--directory=/var/lib/machines/debian",
 )
@@ -95,17 +92,9 @@ AUTO = ("--timezone=auto", "--resolv-conf=auto")  # where nothing is said of the
 BUNDLE = f"--oci-bundle={state_directory(TASK.id)}/bundle"
 
 
-CONFIG = decode_options(driver.PLUGIN_OPTIONS, {})
-
-
-def decode(options: Mapping[str, object], is_in_group: bool = False) -> dict[str, Any]:
-    values = decode_options(TASK_OPTIONS, {"image": "debian", **options})
-    return apply_defaults(values, CONFIG, is_in_group=is_in_group)
-
-
-def find_sources(values: Mapping[str, Any]) -> dict[str, Source]:
+def find_sources(options: JobOptions) -> dict[str, Source]:
     """What a job names, as if it were there."""
-    names = dict.fromkeys(name for _, name in name_sources(values))
+    names = dict.fromkeys(name for _, name in name_sources(options))
     return {name: Source(f"/real/{name.lstrip('/')}", mode=0o040755) for name in names}
 
 
@@ -124,18 +113,18 @@ def plan(
     image: Image = IMAGE,
     account: Account | None = None,
 ) -> Plan:
-    values = decode(options, bool(task.network.namespace))
-    credentials = {key: b"" for key in (*values["set_credential"], *values["load_credential"])}
+    job = read_options(CONFIG, bool(task.network.namespace), **options)
+    credentials = {key: b"" for key in (*job.set_credential, *job.load_credential)}
     found = HostInputs(
         image,
         mounts,
-        find_sources(values),
+        find_sources(job),
         credentials,
         names,
         directories=find_directories(task),
         account=account,
     )
-    return plan_task(TASK_OPTIONS, task, values, host, found)
+    return plan_task(TASK_OPTIONS, task, job, host, found)
 
 
 def network(ports: Mapping[str, int]) -> GroupNetwork:
@@ -152,7 +141,7 @@ def command(*argv: str, **options: object) -> dict[str, object]:
 def test_set_user_id_files_of_others_have_no_effect() -> None:
     found = plan({"bind": [{"/a": "/a", "/b": "/b:idmap", "local/c": "/c:norbind,rootidmap"}]})
     own = (pin.place for pin in found.pins if pin.source.path.rpartition("/")[2] in ("alloc", "local", "secrets"))
-    assert found.nosuid == (*own, f"{MOUNTS}/1", f"{MOUNTS}/2")
+    assert set(found.nosuid) == {*own, f"{MOUNTS}/1", f"{MOUNTS}/2"}
     assert plan({"user_namespacing": False}).nosuid == ()
 
 
@@ -448,15 +437,15 @@ def test_argv_of_a_disk_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "prefix"),
+    ("options", "starter"),
     [
         ({}, ()),
         ({"oom_score_adjust": 0}, ("choom", "-n", "0", "--")),
         ({"oom_score_adj": 500}, ("choom", "-n", "500", "--")),
     ],
 )
-def test_prefix(options: dict[str, object], prefix: tuple[str, ...]) -> None:
-    assert plan(options).prefix == prefix
+def test_program(options: dict[str, object], starter: tuple[str, ...]) -> None:
+    assert plan(options).program == (*starter, "systemd-nspawn", f"--machine={MACHINE}")
 
 
 @pytest.mark.parametrize(
@@ -500,8 +489,12 @@ JOURNAL = f"/var/log/journal/{ALLOC.replace('-', '')}"
 @pytest.mark.parametrize(
     ("options", "argv", "target"),
     [
-        ({"link_journal": "host", "user_namespacing": False}, (f"--bind={JOURNAL}",), ""),
-        ({"link_journal": "try-host", "user_namespacing": False, "ephemeral": True}, (f"--bind={JOURNAL}",), ""),
+        ({"link_journal": "host", "user_namespacing": False}, (f"--bind={JOURNAL}:{JOURNAL}",), ""),
+        (
+            {"link_journal": "try-host", "user_namespacing": False, "ephemeral": True},
+            (f"--bind={JOURNAL}:{JOURNAL}",),
+            "",
+        ),
         ({"link_journal": "guest"}, (), f"/var/lib/machines/debian{JOURNAL}"),
         ({"link_journal": "try-guest"}, (), f"/var/lib/machines/debian{JOURNAL}"),
     ],
@@ -536,7 +529,7 @@ def test_no_new_argument_for_old_systemd(systemd: int) -> None:
 @pytest.mark.parametrize("systemd", [261, 262])
 def test_new_systemd_is_silenced(systemd: int) -> None:
     argv = plan({}, host=replace(HOST, systemd=systemd)).argv
-    assert argv == (*HEAD[:7], "--restrict-address-families=", *HEAD[7:], *BOOT, *VOLUMES, *AUTO, BUNDLE)
+    assert argv == (*HEAD[:-1], "--restrict-address-families=", *HEAD[-1:], *BOOT, *VOLUMES, *AUTO, BUNDLE)
 
 
 def test_volatile_on_new_systemd() -> None:
@@ -620,14 +613,13 @@ def test_hybrid_cgroups_need_a_switch() -> None:
     [({}, True), ({"console": "pipe"}, False), ({"console": "passive"}, True), (command("a"), False)],
 )
 def test_only_consoles_of_booted_systems_are_filtered(options: dict[str, object], filtered: bool) -> None:
-    assert plan(options).needs.filter is filtered
+    assert plan(options).options.is_terminal is filtered
 
 
 def test_words_of_a_command_are_no_options() -> None:
     """They stand among nspawn's arguments, behind "--": `--console=pipe` there switched the filter off."""
-    words = ["--console=pipe", "--read-only", "--inaccessible=/x", "--overlay=/a::/b"]
-    assert plan({"command": words}).needs == plan({}).needs
-    assert plan(command("/bin/prog", *words)).needs == plan(command("/bin/prog")).needs
+    words = ("--console=pipe", "--read-only", "--inaccessible=/x", "--overlay=/a::/b")
+    assert plan({"command": words}).options == replace(plan({}).options, command=words)
 
 
 def test_rest_of_the_plan() -> None:
@@ -635,12 +627,11 @@ def test_rest_of_the_plan() -> None:
     found = plan(command("a", "b", environment=[{"PATH": "/y"}]), task=task)
     assert found.task_id == TASK.id
     assert found.machine == MACHINE
-    assert found.mode is Mode.COMMAND
-    assert found.command == ("a", "b")
+    assert found.options.mode is Mode.COMMAND
+    assert found.options.command == ("a", "b")
     assert found.search_path == "/x"
     assert found.log_paths == ("/o", "/e")
     assert found.private is None
-    assert found.pivot == "/"
     assert found.copying == ""
     assert found.cgroup == f"/sys/fs/cgroup/nomad.slice/share.slice/{ALLOC}.web.scope"
     assert found.notes == tuple(
@@ -681,11 +672,10 @@ def split_fields(text: str) -> list[str]:
 
 
 def check_structure(found: Plan, options: Mapping[str, Any], task: TaskConfig) -> None:
-    assert found.argv[0] == "systemd-nspawn"
-    before, after = found.argv[1:], tuple(options.get("command") or ())
+    before, after = found.argv, tuple(options.get("command") or ())
     if after:
         place = found.argv.index("--")  # the first one is ours: nothing before may be equal to it
-        before, rest = found.argv[1:place], found.argv[place + 1 :]
+        before, rest = found.argv[:place], found.argv[place + 1 :]
         assert rest == after
     for word in before:
         if re.fullmatch(r"-u[^-\s:/,][^\s:/,]*", word):
@@ -695,7 +685,7 @@ def check_structure(found: Plan, options: Mapping[str, Any], task: TaskConfig) -
         assert name + equals in ARGUMENTS
         check_host_paths(name, value)
     assert not any("\0" in word for word in found.argv)
-    for once in ("--register=no", "--link-journal=no", "--keep-unit", f"--machine={found.machine}"):
+    for once in ("--register=no", "--link-journal=no", "--keep-unit"):
         assert found.argv.count(once) == 1
         assert sum(word.split("=")[0] == once.split("=")[0] for word in before) == 1
 
@@ -1107,8 +1097,8 @@ def volumes(
 ) -> list[str]:
     task = replace(TASK, mounts=asked)
     pins = plan_pins(find_directories(task), state_directory(TASK.id), "directories")
-    planned = plan_volumes(task, decode(options or {}), mounts, pins)
-    return [argument for volume in planned for argument in volume.argv]
+    planned = plan_volumes(task, read_options(**options or {}), mounts, pins)
+    return [volume.argv for volume in planned]
 
 
 def test_task_directories() -> None:
@@ -1156,7 +1146,7 @@ def test_nomads_volumes() -> None:
 
 def test_bidirectional_volumes_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
-        volumes(asked=(Mount("/a", "/b", False, "bidirectional"),))
+        volumes(asked=(Mount("/a", "/b", propagation="bidirectional"),))
     assert str(caught.value) == (
         'volume_mount.propagation_mode = "bidirectional": systemd-nspawn cannot pass mounts back to the host; '
         "use private or host-to-task"
@@ -1173,7 +1163,7 @@ def test_mount_table() -> None:
     options: dict[str, Any] = {"bind": [{"/srv/a": "/a/"}]}
     options["bind_read_only"] = [{"/srv/l": "/local", "/srv/b": "/b"}]
     options |= {"tmpfs": ["/cache:size=1M"], "overlay": ["+/etc::/etc"], "inaccessible": ["/hidden"]}
-    assert plan(options, task=replace(TASK, mounts=(Mount("/srv/v", "/v", False),))).mounts == {
+    assert plan(options, task=replace(TASK, mounts=(Mount("/srv/v", "/v", False),))).mount_table == {
         **dict.fromkeys(("/dev", "/proc", "/run", "/sys", "/tmp", "/cache", "/etc", "/hidden"), ""),
         "/alloc": f"{DIRECTORIES}/0",
         "/alloc/logs": f"{DIRECTORIES}/1",
@@ -1210,7 +1200,7 @@ def test_fields_are_split_as_nspawn_does(fields: list[str]) -> None:
     ],
 )
 def test_bind_options(text: str, path: str, options: str) -> None:
-    assert parse_bind(text) == (path, options)
+    assert parse_bind(text) == (path, tuple(filter(None, options.split(","))))
 
 
 # -- signals -------------------------------------------------------------------------------------------------
@@ -1302,8 +1292,7 @@ def test_stop_signal_that_is_none(mode: Mode) -> None:
     ],
 )
 def test_mode(options: dict[str, object], mode: Mode) -> None:
-    assert Mode.of(decode(options)) is mode
-    assert plan(options).mode is mode
+    assert plan(options).options.mode is mode
 
 
 # -- what nspawn says ----------------------------------------------------------------------------------------
