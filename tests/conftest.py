@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent import Plugin, launch_like_agent
+from tests.built import find_changed
 from tests.containers import Tasks, make_small_image
 from tests.servers import Fetcher, FileServer, Liar, pack_tree
 
@@ -23,6 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped counts as failed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by directory: tests/unit is for anybody, all others are for root."""
+    for item in items:
+        if ROOT / "tests/unit" not in item.path.parents:
+            item.add_marker("root")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    assert os.geteuid() == 0 or not item.get_closest_marker("root"), "this test needs root"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -37,9 +49,16 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def driver_file() -> Path:
-    """The built plugin file."""
-    path = Path(os.environ.get("NSPAWN_TEST_DRIVER", ROOT / "nomad-driver-nspawn"))
+    """The built plugin file, which must be made of the sources beside it. $NSPAWN_TEST_DRIVER names any other."""
+    if named := os.environ.get("NSPAWN_TEST_DRIVER"):
+        assert Path(named).is_file(), f"NSPAWN_TEST_DRIVER = {named}: there is no such file"
+        return Path(named)
+    path = ROOT / "nomad-driver-nspawn"
     assert path.is_file(), f"{path} is not there: run `sh build.sh` first, or `sh build.sh test` for everything"
+    changed = find_changed(path, ROOT)
+    assert not changed, (
+        f"{path} is made of other sources, so run `sh build.sh` first; changed: {', '.join(changed)}"
+    )
     return path
 
 
@@ -47,7 +66,6 @@ def driver_file() -> Path:
 def image() -> Path:
     """A directory with a small Debian that has systemd in it."""
     path = Path(os.environ.get("NSPAWN_TEST_IMAGE", "/var/cache/nomad-driver-nspawn-tests/debian-bookworm"))
-    assert os.geteuid() == 0, "tests with containers need root"
     assert shutil.which("systemd-nspawn"), "systemd-nspawn is missing: install systemd-container"
     assert (path / "usr").is_dir(), f"{path} is not there: `sh build.sh test` makes it"
     return path

@@ -43,6 +43,7 @@ PLUGIN_ENV = {
     "PLUGIN_PROTOCOL_VERSIONS": "2",
 }
 API_VERSION = "v0.1.0"
+EXIT_TIME: float = 2  # seconds that an agent waits after Shutdown
 
 
 class Plugin:
@@ -300,8 +301,8 @@ class Plugin:
             except TimeoutError:
                 self.violations.append("GRPCController.Shutdown did not answer: an agent would hang at its exit")
         self.channel.close()
-        if not self.exited(2):
-            self.violations.append("the plugin failed to exit within 2 s of Shutdown")
+        if not self.exited(EXIT_TIME):
+            self.violations.append(f"the plugin failed to exit within {EXIT_TIME} s of Shutdown")
         self._end(eof_timeout)
 
     def kill_hard(self, eof_timeout: float = 5) -> None:

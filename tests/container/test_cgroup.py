@@ -162,7 +162,6 @@ FOREVER = "echo ready; exec sleep 600"
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_limits_are_in_the_kernels_files(tasks: Tasks) -> None:
     resources = agent.Resources(cpu=500, memory=64, memory_max=96, cores=(1,))
     options = {"cpu_hard_limit": True, "pids_limit": 50, "io_weight": 200, "memory_swap_max": "32M"}
@@ -185,7 +184,6 @@ def test_limits_are_in_the_kernels_files(tasks: Tasks) -> None:
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_defaults(tasks: Tasks) -> None:
     task = tasks.start(FOREVER, resources=agent.Resources(memory=64, memory_max=-1))
     assert read(task, "memory.max") == "max"
@@ -199,7 +197,6 @@ def test_defaults(tasks: Tasks) -> None:
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_cgroup_of_its_own_for_agents_that_make_none(tasks: Tasks) -> None:
     task = tasks.make(FOREVER, resources=agent.Resources(memory=64))
     task.cgroup.path = Path("/nowhere")
@@ -212,7 +209,6 @@ def test_cgroup_of_its_own_for_agents_that_make_none(tasks: Tasks) -> None:
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_fork_bomb_is_stopped(tasks: Tasks) -> None:
     script = "i=0; while [ $i -lt 60 ]; do sleep 600 & i=$((i+1)); done"
     task = tasks.start(script, options={"pids_limit": 30})
@@ -222,7 +218,6 @@ def test_fork_bomb_is_stopped(tasks: Tasks) -> None:
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_spinner_is_held_to_its_quota(tasks: Tasks) -> None:
     resources = agent.Resources(cpu=200, memory=64)  # of the stand-in's 1000 MHz a core: a fifth of one
     task = tasks.start("echo ready; while :; do :; done", resources=resources, options={"cpu_hard_limit": True})
@@ -243,7 +238,6 @@ def cpu_seconds(task: Task) -> float:
 
 
 @needs_cgroup2
-@pytest.mark.root
 @pytest.mark.parametrize("mode", ["command", "child", "process_two"])
 def test_hog_is_killed_and_the_result_says_why(tasks: Tasks, mode: str) -> None:
     script = {"command": "exec tail /dev/zero", "child": "tail /dev/zero", "process_two": "exec tail /dev/zero"}[
@@ -256,7 +250,6 @@ def test_hog_is_killed_and_the_result_says_why(tasks: Tasks, mode: str) -> None:
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_killed_while_the_plugin_was_down(driver_file: Path, image: Path) -> None:
     """The shim has written it down."""
     with contextlib.ExitStack() as stack:
@@ -274,7 +267,6 @@ def test_killed_while_the_plugin_was_down(driver_file: Path, image: Path) -> Non
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_child_killed_while_the_task_runs_on(tasks: Tasks, driver_file: Path) -> None:
     script = "tail /dev/zero & wait; echo survived; exec sleep 600"
     task = tasks.start(script, resources=agent.Resources(memory=64))
@@ -287,7 +279,6 @@ def test_child_killed_while_the_task_runs_on(tasks: Tasks, driver_file: Path) ->
 
 
 @needs_cgroup2
-@pytest.mark.root
 @pytest.mark.parametrize("how", ["signal", "timeout", "from outside"])
 def test_killed_for_other_reasons(tasks: Tasks, how: str) -> None:
     task = tasks.start(
@@ -306,7 +297,6 @@ def test_killed_for_other_reasons(tasks: Tasks, how: str) -> None:
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_booted_system_sets_limits_of_its_own(tasks: Tasks) -> None:
     unit = "[Service]\nMemoryMax=20M\nExecStart=/bin/sleep 600\n"
     task = tasks.boot(resources=agent.Resources(memory=256), env={}, kill_timeout=60)
@@ -331,7 +321,6 @@ def run_quietly(argv: list[str]) -> bool:
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_stats_are_the_cgroups_and_right_after_recovery(tasks: Tasks, driver_file: Path) -> None:
     script = "head -c 20M /dev/zero >/local/file; echo ready; while :; do :; done"
     task = tasks.start(script, resources=agent.Resources(cpu=100, memory=128))
@@ -354,7 +343,6 @@ def test_stats_are_the_cgroups_and_right_after_recovery(tasks: Tasks, driver_fil
 
 
 @needs_cgroup2
-@pytest.mark.root
 def test_ten_mebibytes_are_enough_to_start(tasks: Tasks) -> None:
     """The least that Nomad grants."""
     task, result = tasks.run("echo here", resources=agent.Resources(memory=10))

@@ -21,9 +21,6 @@ from tests.agent import DriverError, launch_like_agent
 from tests.containers import Tasks, make_small_image, output
 from tests.options import read_options
 
-root = pytest.mark.root
-
-
 # -- rendering -----------------------------------------------------------------------------------------------
 
 
@@ -143,7 +140,6 @@ def inside(tasks: Tasks, script: str, **settings: Any) -> list[str]:
     return text.decode().splitlines()
 
 
-@root
 @USERS
 @pytest.mark.parametrize("mode", MODES)
 def test_devices_of_a_job_work(tasks: Tasks, node: Path, namespaces: bool, mode: str) -> None:
@@ -162,7 +158,6 @@ def test_devices_of_a_job_work(tasks: Tasks, node: Path, namespaces: bool, mode:
     assert os.stat(node).st_mode & 0o777 == 0o600
 
 
-@root
 def test_container_changes_only_its_own_node(tasks: Tasks, node: Path) -> None:
     devices = [{"host_path": str(node), "container_path": "/dev/control", "cgroup_permissions": "r"}]
     script = "chmod 666 /dev/control; chown daemon /dev/control; stat -c '%a %U' /dev/control; " + say(
@@ -173,7 +168,6 @@ def test_container_changes_only_its_own_node(tasks: Tasks, node: Path) -> None:
     assert (os.stat(node).st_mode & 0o777, os.stat(node).st_uid) == (0o600, 0)
 
 
-@root
 @pytest.mark.parametrize("capability", [[], ["CAP_MKNOD"], ["all"]], ids=str)
 def test_nodes_of_an_image_are_dead(tasks: Tasks, image: Path, tmp_path: Path, capability: Sequence[str]) -> None:
     """Without user namespaces a payload is root, and may get CAP_MKNOD: neither opens it the host's devices."""
@@ -188,7 +182,6 @@ def test_nodes_of_an_image_are_dead(tasks: Tasks, image: Path, tmp_path: Path, c
     assert lines == ["/disk", "/control", "/dev/null r w", *(["c 1 3"] if capability else [])]
 
 
-@root
 def test_bound_devices_work(tasks: Tasks, node: Path) -> None:
     """Read-only devices can be read only, which no mount sees to."""
     place = Path(f"/dev/{node.parent.name}")  # elsewhere may be mounted nodev
@@ -212,7 +205,6 @@ def test_no_node_of_a_large_directory_is_left_out_silently(monkeypatch: pytest.M
     os.close(folder.fd)
 
 
-@root
 @USERS
 def test_device_plugins(driver_file: Path, image: Path, node: Path, namespaces: bool) -> None:
     """What the operator's device plugins give needs no permission, and commands have it after a crash, too."""
@@ -231,7 +223,6 @@ def test_device_plugins(driver_file: Path, image: Path, node: Path, namespaces: 
             tasks.close()
 
 
-@root
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [

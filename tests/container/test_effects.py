@@ -27,8 +27,6 @@ from tests.containers import Tasks, make_small_image, nspawn, output
 from tests.leftovers import STATE
 from tests.servers import FileServer
 
-pytestmark = pytest.mark.root
-
 
 def run(tasks: Tasks, script: str, **options: Any) -> str:
     """Run a script in a container and return what it prints; it must succeed."""

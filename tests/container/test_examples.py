@@ -102,13 +102,11 @@ def run_example(
                     assert task.wait(60)
 
 
-@pytest.mark.root
 def test_units_of_the_job_run(driver_file: Path, image_dir: Path) -> None:
     for task in run_example("unit.hcl", driver_file, image_dir):
         task.logmon.wait_for("The time by", timeout=30)
 
 
-@pytest.mark.root
 def test_system_job_sees_the_host(driver_file: Path, image_dir: Path) -> None:
     for task in run_example("system.hcl", driver_file, image_dir):
         task.logmon.wait_for("log files: ", timeout=30)
@@ -116,7 +114,6 @@ def test_system_job_sees_the_host(driver_file: Path, image_dir: Path) -> None:
         assert "load " in task.logmon.stdout.decode()
 
 
-@pytest.mark.root
 def test_fetched_system_runs(driver_file: Path, image_dir: Path, archive: bytes) -> None:
     with FileServer() as server:
         server.files["/debian.tar.xz"] = lzma.compress(archive, preset=0)
@@ -126,7 +123,6 @@ def test_fetched_system_runs(driver_file: Path, image_dir: Path, archive: bytes)
             assert task.wait(60).exit_code == 0
 
 
-@pytest.mark.root
 def test_image_of_a_registry_runs(driver_file: Path, image_dir: Path, archive: bytes, tmp_path: Path) -> None:
     with Registry(tmp_path / "registry") as registry:
         command = ["/bin/sh", "-c", "trap exit TERM; echo I serve $SITE; while :; do sleep 0.1; done"]
@@ -135,7 +131,6 @@ def test_image_of_a_registry_runs(driver_file: Path, image_dir: Path, archive: b
             task.logmon.wait_for("I serve pages")
 
 
-@pytest.mark.root
 def test_tasks_that_share_an_image_run(driver_file: Path, image_dir: Path, image: Path) -> None:
     (group,) = parse_job(ROOT / "example/shared.hcl").groups
     (spec,) = group.tasks

@@ -35,8 +35,6 @@ from nspawn.process import parse_status, read_children, read_inner_pid, read_sta
 from tests.agent import DriverError, ExecSession, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, zombies
 
-pytestmark = pytest.mark.root
-
 PATIENCE = 20.0  # seconds for what takes a moment on a quiet machine
 FOREVER = "while :; do sleep 0.05; done"
 KINDS: dict[str, dict[str, Any]] = {

@@ -42,8 +42,6 @@ from tests.servers import (
     zstd,
 )
 
-pytestmark = pytest.mark.root
-
 
 def small_tree(*more: Entry) -> bytes:
     return make_tar([folder("./"), folder("./usr"), Entry("./usr/file", b"contents"), *more])

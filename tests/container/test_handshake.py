@@ -36,7 +36,6 @@ HANDSHAKE = re.compile(rb"1\|2\|unix\|(/[^|\n]+)\|grpc\|\n")
 STATE_ROOT = Path("/run/nomad-driver-nspawn")
 SHUTDOWN_LIMIT = 2.0  # seconds an agent waits for the process after Shutdown, then it sends SIGKILL
 AT_ONCE = 1.0  # seconds; generous, for machines that do something else at the same time
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes the user: run as root")
 
 
 # === Helpers =================================================================================================
@@ -254,7 +253,6 @@ def test_socket_is_alone_in_a_directory_of_its_own(driver_file: Path) -> None:
         assert list(path.parent.iterdir()) == [path]
 
 
-@needs_root
 def test_socket_is_not_where_tidying_of_temporary_files_finds_it(driver_file: Path, tmp_path: Path) -> None:
     with started(driver_file, env={"TMPDIR": str(tmp_path)}) as run:
         assert run.handshake().is_relative_to("/run")
@@ -294,7 +292,6 @@ def test_unusable_socket_directory_does_not_stop_the_plugin(driver_file: Path, v
         connect(run.handshake()).close()
 
 
-@needs_root
 @pytest.mark.parametrize("is_overlong", [False, True])
 def test_plugin_of_an_unprivileged_agent_starts_and_says_what_it_needs(
     driver_file: Path, is_overlong: bool
@@ -339,7 +336,6 @@ def test_without_the_cookie_a_person_is_told_what_the_file_is(driver_file: Path,
         assert word in result.stderr
 
 
-@needs_root
 def test_socket_directories_of_dead_plugins_are_removed_but_not_of_live_ones(driver_file: Path) -> None:
     with started(driver_file) as live, started(driver_file) as dead:
         kept, stale = live.handshake().parent, dead.handshake().parent
@@ -407,7 +403,6 @@ def test_reader_that_goes_away_gets_no_trace(driver_file: Path) -> None:
         assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
-@needs_root
 @pytest.mark.parametrize("command", [["images"], ["pull", "docker://registry.example/a:1"]])
 def test_what_needs_root_says_so(driver_file: Path, command: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="nobody-", dir="/tmp") as home:
@@ -421,7 +416,6 @@ def test_what_needs_root_says_so(driver_file: Path, command: list[str]) -> None:
     assert "needs root" in result.stderr and "sudo" in result.stderr and result.stderr.count("\n") == 1
 
 
-@pytest.mark.root
 def test_check_says_whether_tasks_can_run(driver_file: Path, image: Path) -> None:
     result = run_for_people(driver_file, "check")
     assert (result.returncode, result.stderr) == (0, "")
@@ -437,7 +431,6 @@ def test_check_says_what_jobs_may_do(driver_file: Path) -> None:
     assert said.endswith((Path(__file__).parents[2] / "example/hardened.hcl").read_text().partition("\n\n")[2])
 
 
-@needs_root
 def test_check_says_what_is_missing(driver_file: Path, tmp_path: Path) -> None:
     empty = tmp_path / "machine-id"
     empty.touch()
@@ -533,7 +526,6 @@ def test_driver_shutdown_alone_does_not_end_the_plugin(driver_file: Path) -> Non
     assert not plugin.violations
 
 
-@pytest.mark.root
 def test_shutdown_is_as_fast_with_calls_blocked_in_it(driver_file: Path, image: Path) -> None:
     plugin = long_lived(driver_file)
     with outliving(driver_file, plugin, image, "exec sleep 60") as task:
@@ -551,7 +543,6 @@ def test_shutdown_is_as_fast_with_calls_blocked_in_it(driver_file: Path, image: 
     assert not plugin.violations
 
 
-@pytest.mark.root
 def test_shutdown_during_a_start_leaves_nothing_of_the_task(driver_file: Path, tmp_path: Path) -> None:
     """No agent will ever ask for this task again: it got no handle."""
     image = tmp_path / "images/image"
@@ -573,7 +564,6 @@ def test_shutdown_during_a_start_leaves_nothing_of_the_task(driver_file: Path, t
     assert not plugin.violations
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("end", [end_by_shutdown, end_by_sigterm, end_by_sigkill])
 def test_container_outlives_the_plugin(driver_file: Path, image: Path, end: Callable[[Plugin], None]) -> None:
     script = "trap 'echo told; exit 7' TERM; echo up; while :; do sleep 0.1; done"
@@ -598,7 +588,6 @@ def test_container_outlives_the_plugin(driver_file: Path, image: Path, end: Call
     assert not second.violations + third.violations
 
 
-@pytest.mark.root
 def test_dead_agent_leaves_a_plugin_that_the_next_one_can_use(driver_file: Path, image: Path) -> None:
     plugin = long_lived(driver_file)
     script = "trap 'exit 5' TERM; echo up; while :; do sleep 0.1; done"
@@ -651,7 +640,6 @@ def test_three_launches_of_an_agents_start_break_no_rule(driver_file: Path) -> N
     assert not plugin.violations
 
 
-@pytest.mark.root
 def test_launches_leave_tasks_of_another_plugin_process_alone(driver_file: Path, image: Path) -> None:
     plugin = long_lived(driver_file)
     with outliving(driver_file, plugin, image, "exec sleep 60") as task:

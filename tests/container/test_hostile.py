@@ -67,8 +67,6 @@ from tests.servers import (
     url_origin,
 )
 
-pytestmark = pytest.mark.root
-
 STRICT = "volumes = false\nallow = []\nallow_caps = []\nallow_paths = []\n"
 PATIENCE = 10.0  # seconds for what others ask meanwhile
 RACES = int(os.environ.get("NSPAWN_TEST_RACES", "20"))

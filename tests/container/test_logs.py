@@ -15,8 +15,6 @@ from tests.agent import MIB, DriverError
 from tests.containers import Tasks, eventually, is_alive, leader, output
 from tests.leftovers import leftovers
 
-pytestmark = pytest.mark.root
-
 FIFOS = {"stdout": ".task.stdout.fifo", "stderr": ".task.stderr.fifo"}
 MODES = [{}, {"process_two": True}, {"user_namespacing": False}]
 

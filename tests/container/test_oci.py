@@ -45,8 +45,6 @@ from tests.servers import (
     zstd,
 )
 
-pytestmark = pytest.mark.root
-
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:

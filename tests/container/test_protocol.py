@@ -470,13 +470,11 @@ def test_configuration_of_16_mib_is_refused_in_few_words(shared: Plugin) -> None
         assert failure(shared.driver.StartTask, driver_pb2.StartTaskRequest(task=task)).recoverable is False
 
 
-@pytest.mark.root
 def test_driver_state_of_16_mib_is_taken_and_refused(shared: Plugin) -> None:
     for state in (b"x" * 16 * MIB, b"[" * 16 * MIB, b'"' + b"x" * 16 * MIB + b'"'):
         check_unrecoverable_handle(shared, state, limit=5)
 
 
-@pytest.mark.root
 def test_hundred_blocked_calls_do_not_hold_up_others(shared: Plugin, running: Task) -> None:
     channel = open_channel(shared)
     driver = driver_pb2_grpc.DriverStub(channel)
@@ -500,7 +498,6 @@ def test_hundred_blocked_calls_do_not_hold_up_others(shared: Plugin, running: Ta
         channel.close()
 
 
-@pytest.mark.root
 def test_hundred_waits_all_get_the_same_result(shared: Plugin, image: Path) -> None:
     with Allocation() as allocation, Task(shared, allocation, "t", config(image, "sleep 1; exit 9")) as task:
         task.start()
@@ -511,7 +508,6 @@ def test_hundred_waits_all_get_the_same_result(shared: Plugin, image: Path) -> N
         assert task.wait(1).exit_code == 9  # and after the end
 
 
-@pytest.mark.root
 @pytest.mark.usefixtures("quiet")
 def test_calls_end_with_their_client(shared: Plugin, running: Task) -> None:
     stats = driver_pb2.TaskStatsRequest(task_id=running.id)
@@ -631,7 +627,6 @@ def test_handle_that_cannot_be_read_is_refused_at_once(shared: Plugin, state: by
     check_unrecoverable_handle(shared, state)
 
 
-@pytest.mark.root
 def test_handle_of_what_is_gone_or_of_another_task_is_refused(shared: Plugin, running: Task) -> None:
     assert running.handle
     state = json.loads(running.handle.driver_state)
@@ -646,7 +641,6 @@ def test_handle_of_what_is_gone_or_of_another_task_is_refused(shared: Plugin, ru
 WRONG_VALUES: tuple[object, ...] = (None, [], {}, "text", -1)
 
 
-@pytest.mark.root
 @pytest.mark.usefixtures("quiet")
 def test_handles_with_one_wrong_value_are_refused(shared: Plugin, running: Task) -> None:
     """Whatever the value of a key is: an error in plain words, and the plugin goes on."""
@@ -659,7 +653,6 @@ def test_handles_with_one_wrong_value_are_refused(shared: Plugin, running: Task)
         check_unrecoverable_handle(shared, json.dumps({k: v for k, v in state.items() if k != key}).encode())
 
 
-@pytest.mark.root
 def test_recovering_a_known_task_is_answered_at_once(shared: Plugin, running: Task, ended: Task) -> None:
     for task in (running, ended):
         begin = time.monotonic()
@@ -668,7 +661,6 @@ def test_recovering_a_known_task_is_answered_at_once(shared: Plugin, running: Ta
         assert time.monotonic() - begin < AT_ONCE
 
 
-@pytest.mark.root
 def test_handle_is_complete(running: Task) -> None:
     handle = running.handle
     assert handle
@@ -678,7 +670,6 @@ def test_handle_is_complete(running: Task) -> None:
     assert handle.driver_state
 
 
-@pytest.mark.root
 def test_result_is_there_for_code_0_too(shared: Plugin, ended: Task) -> None:
     for _ in range(2):
         response = call(shared.driver.WaitTask, driver_pb2.WaitTaskRequest(task_id=ended.id), 5)
@@ -687,7 +678,6 @@ def test_result_is_there_for_code_0_too(shared: Plugin, ended: Task) -> None:
         assert response.err == ""
 
 
-@pytest.mark.root
 def test_inspect_of_a_running_task_has_all_fields(running: Task) -> None:
     status = running.inspect().task
     assert status.id == running.id
@@ -697,7 +687,6 @@ def test_inspect_of_a_running_task_has_all_fields(running: Task) -> None:
     assert abs(status.started_at.ToSeconds() - time.time()) < 600
 
 
-@pytest.mark.root
 def test_inspect_of_an_ended_task_tells_when(ended: Task) -> None:
     status = ended.inspect().task
     assert status.state == driver_pb2.EXITED
@@ -705,7 +694,6 @@ def test_inspect_of_an_ended_task_tells_when(ended: Task) -> None:
     assert 0 <= status.completed_at.ToNanoseconds() - status.started_at.ToNanoseconds() < 60e9
 
 
-@pytest.mark.root
 def test_stats_have_what_an_agent_reads(shared: Plugin, running: Task) -> None:
     begin = time.monotonic()
     samples = []
@@ -725,19 +713,16 @@ def test_stats_have_what_an_agent_reads(shared: Plugin, running: Task) -> None:
     assert len({stats.timestamp.ToNanoseconds() for stats in samples}) == 3
 
 
-@pytest.mark.root
 def test_stats_end_with_the_task(ended: Task) -> None:
     assert list(ended.stats(0.2)) == []
 
 
-@pytest.mark.root
 def test_running_task_is_not_destroyed_without_force(shared: Plugin, running: Task) -> None:
     error = failure(shared.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=running.id, force=False))
     assert "still running" in error.text and running.id in error.text
     assert running.inspect().task.state == driver_pb2.RUNNING
 
 
-@pytest.mark.root
 @pytest.mark.parametrize(
     "name", ["", "SIGNONE", "0", "-1", "65", "TERM; id", "SIGRTMIN+99", "9" * 10_000, "x" * 100_000]
 )
@@ -748,13 +733,11 @@ def test_signal_that_is_none_is_refused(shared: Plugin, running: Task, name: str
     assert "SIGTERM" in error.text  # what to write instead
 
 
-@pytest.mark.root
 def test_signal_to_an_ended_task_is_an_error(shared: Plugin, ended: Task) -> None:
     request = driver_pb2.SignalTaskRequest(task_id=ended.id, signal="SIGHUP")
     assert "has ended" in failure(shared.driver.SignalTask, request).text
 
 
-@pytest.mark.root
 def test_same_task_is_not_started_twice(shared: Plugin, running: Task) -> None:
     assert running.handle
     request = driver_pb2.StartTaskRequest(task=running.handle.config)
@@ -795,7 +778,6 @@ WRONG_CONFIGS: list[tuple[object, str]] = [
 ]
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("value, option", WRONG_CONFIGS, ids=lambda value: repr(value)[:50])
 def test_wrong_task_config_is_refused_in_words_and_leaves_nothing(
     shared: Plugin, image: Path, value: object, option: str
@@ -820,7 +802,6 @@ def test_wrong_task_config_is_refused_in_words_and_leaves_nothing(
         assert not list(STATE_ROOT.glob(f"{allocation.id}*"))
 
 
-@pytest.mark.root
 def test_nspawn_failing_is_an_error_of_the_start(shared: Plugin, image: Path) -> None:
     settings = config(image, "true", bind=[{"/nonexistent/source": "/mnt"}])
     with Allocation() as allocation, Task(shared, allocation, "task", settings) as task:
@@ -833,7 +814,6 @@ def test_nspawn_failing_is_an_error_of_the_start(shared: Plugin, image: Path) ->
         assert not list(STATE_ROOT.glob(f"{allocation.id}*"))
 
 
-@pytest.mark.root
 def test_unknown_task_option_stops_a_job_before_the_driver_sees_it(shared: Plugin, image: Path) -> None:
     with Allocation() as allocation:
         task = Task(shared, allocation, "task", config(image, "true", imagee="x"))
@@ -841,7 +821,6 @@ def test_unknown_task_option_stops_a_job_before_the_driver_sees_it(shared: Plugi
             task.start()
 
 
-@pytest.mark.root
 def test_start_whose_agent_has_gone_leaves_nothing(shared: Plugin, image: Path) -> None:
     """The agent is killed while StartTask runs: the next one knows nothing of this task."""
     with Allocation() as allocation:
@@ -866,7 +845,6 @@ def test_start_whose_agent_has_gone_leaves_nothing(shared: Plugin, image: Path) 
 # === Log =====================================================================================================
 
 
-@pytest.mark.root
 def test_log_of_a_whole_session_is_readable_and_keeps_secrets(driver_file: Path, image: Path) -> None:
     secret = "s3cr3t-value-of-the-job"
     with launch_like_agent(driver_file) as plugin:
@@ -901,7 +879,6 @@ def test_log_of_a_whole_session_is_readable_and_keeps_secrets(driver_file: Path,
     assert all(str(entry.fields["task"]).startswith(f"{allocation.id}/task/") for entry in ends)
 
 
-@pytest.mark.root
 def test_session_leaves_no_child_behind(shared: Plugin, ended: Task) -> None:
     """Ended shims are waited for: they would stay in the list of processes."""
     children = Path(f"/proc/{shared.pid}/task/{shared.pid}/children").read_text().split()

@@ -29,8 +29,6 @@ from tests.agent import Port as GivenPort
 from tests.containers import Tasks, eventually, is_alive, kill, leader, make_small_image, nspawn, output, shim
 from tests.leftovers import leftovers, peer, processes
 
-pytestmark = pytest.mark.root
-
 PATIENCE = 10.0
 FOREVER = "while :; do sleep 0.05; done"
 LOCALHOST = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"

@@ -24,8 +24,6 @@ from tests.agent import Allocation, DriverError, Plugin, Port, Resources, Task, 
 from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, nspawn, output, shim
 from tests.leftovers import STATE, leftovers, processes
 
-pytestmark = pytest.mark.root
-
 PATIENCE = 10.0
 RESTARTS = pytest.mark.parametrize("agent_restart", [False, True], ids=["plugin crash", "agent restart"])
 FOREVER = "while :; do sleep 0.05; done"

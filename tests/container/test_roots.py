@@ -272,7 +272,6 @@ def test_last_range_is_tried(locks: Path) -> None:
     assert base == 0x6FFF0000
 
 
-@pytest.mark.root
 def test_ranges_of_processes_are_left_alone(locks: Path) -> None:
     base, fd = pick()
     os.close(fd)
@@ -307,7 +306,6 @@ PROGRAMS = (
     "mknod",
     "cp",
 )
-root = pytest.mark.root
 USERS = pytest.mark.parametrize("namespaces", [True, False], ids=["users", "no users"])
 
 
@@ -357,7 +355,6 @@ def mounts_anywhere(alloc_id: str) -> list[str]:
     return [line for line in found if "/secrets" not in line]
 
 
-@root
 @USERS
 def test_changes_are_the_tasks_own(tasks: Tasks, small: Path, namespaces: bool) -> None:
     before = fingerprint(small)
@@ -381,7 +378,6 @@ def test_changes_are_the_tasks_own(tasks: Tasks, small: Path, namespaces: bool) 
     assert fingerprint(small) == before
 
 
-@root
 @USERS
 def test_root_looks_as_it_should(tasks: Tasks, namespaces: bool) -> None:
     script = (
@@ -396,7 +392,6 @@ def test_root_looks_as_it_should(tasks: Tasks, namespaces: bool) -> None:
     assert (outside >= 0x80000) is namespaces
 
 
-@root
 def test_the_roots_own_mode_and_owner_are_the_images(tasks: Tasks, small: Path) -> None:
     small.chmod(0o751)
     os.chown(small, 7, 8)
@@ -404,7 +399,6 @@ def test_the_roots_own_mode_and_owner_are_the_images(tasks: Tasks, small: Path) 
     assert output(task) == "7 8 751\n"
 
 
-@root
 @USERS
 def test_booted_system(tasks: Tasks, namespaces: bool) -> None:
     task = tasks.boot(volatile=None, ephemeral=True, user_namespacing=namespaces, kill_timeout=30)
@@ -418,7 +412,6 @@ def test_booted_system(tasks: Tasks, namespaces: bool) -> None:
     assert "Reached target poweroff.target" in output(task)
 
 
-@root
 @USERS
 def test_files_of_the_image_can_be_changed_in_every_way(tasks: Tasks, small: Path, namespaces: bool) -> None:
     """Whiteouts, opaque directories, renamed directories, links, set-user-id files, attributes."""
@@ -461,7 +454,6 @@ def test_files_of_the_image_can_be_changed_in_every_way(tasks: Tasks, small: Pat
     assert result.exit_code == 0
 
 
-@root
 def test_device_nodes_of_an_image_are_dead(tasks: Tasks, small: Path) -> None:
     """As nspawn has it for disk images; even one of a device that the container may open elsewhere."""
     os.mknod(small / "opt-null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -471,7 +463,6 @@ def test_device_nodes_of_an_image_are_dead(tasks: Tasks, small: Path) -> None:
     assert output(task) == "refused\nreal\n"
 
 
-@root
 @USERS
 def test_read_only_and_ephemeral(tasks: Tasks, small: Path, namespaces: bool) -> None:
     """The image need not have Nomad's directories, and does not get them."""
@@ -483,7 +474,6 @@ def test_read_only_and_ephemeral(tasks: Tasks, small: Path, namespaces: bool) ->
     assert fingerprint(small) == before
 
 
-@root
 @USERS
 @pytest.mark.parametrize(
     ("volatile", "expected"),
@@ -500,7 +490,6 @@ def test_volatile(tasks: Tasks, image: Path, volatile: str, expected: str, names
     assert not (image / "x").exists() and not (image / "var/x").exists()
 
 
-@root
 def test_what_is_in_memory_ends_with_the_task(tasks: Tasks, small: Path) -> None:
     task = tasks.start(f"cat /dev/zero > /big & {FOREVER}", image=str(small), volatile="overlay")
     big = Path(f"/proc/{leader(task)}/root/big")
@@ -510,7 +499,6 @@ def test_what_is_in_memory_ends_with_the_task(tasks: Tasks, small: Path) -> None
     eventually(lambda: not mounts_anywhere(task.allocation.id))
 
 
-@root
 def test_volumes_in_a_private_root(tasks: Tasks, tmp_path: Path) -> None:
     """They are id-mapped for the range the root has."""
     (tmp_path / "data").mkdir(mode=0o700)
@@ -524,7 +512,6 @@ def test_volumes_in_a_private_root(tasks: Tasks, tmp_path: Path) -> None:
     assert (tmp_path / "data/b").stat().st_uid == 0
 
 
-@root
 def test_a_container_cannot_write_what_the_overlay_goes_by(tasks: Tasks, small: Path) -> None:
     """Else it could make the overlay show it other files of the layers, under other rights."""
     task = tasks.start(FOREVER, image=str(small), ephemeral=True, user_namespacing=False)
@@ -534,7 +521,6 @@ def test_a_container_cannot_write_what_the_overlay_goes_by(tasks: Tasks, small: 
     assert "trusted.overlay.redirect" not in os.listxattr(place(task) / "upper/etc")
 
 
-@root
 def test_pivot_root_in_a_private_root(tasks: Tasks, small: Path) -> None:
     options: dict[str, Any] = {"image": str(small.parent), "pivot_root": "/small", "ephemeral": True}
     task, result = tasks.run("touch /x && ls -d /usr/bin/touch /x", **options)
@@ -542,14 +528,12 @@ def test_pivot_root_in_a_private_root(tasks: Tasks, small: Path) -> None:
     assert not (small / "x").exists()
 
 
-@root
 def test_missing_command_in_a_private_root(tasks: Tasks, small: Path) -> None:
     """The merged root is in a namespace that only the thread of the start sees."""
     with pytest.raises(DriverError, match='there is no "/nope" in the container'):
         tasks.start(["/nope"], image=str(small), ephemeral=True)
 
 
-@root
 def test_root_of_the_host_as_an_image(tasks: Tasks) -> None:
     """What it writes is thrown away, and its own changes are not below themselves."""
     mark = f"/{os.urandom(8).hex()}"
@@ -565,7 +549,6 @@ def test_root_of_the_host_as_an_image(tasks: Tasks) -> None:
 SENTENCE = r"image: \S+ is in use by another container that may write to it; set ephemeral, read_only or volatile "
 
 
-@root
 @pytest.mark.parametrize("sharing", [{"ephemeral": True}, {"read_only": True}, {"volatile": "overlay"}], ids=str)
 def test_one_writer_or_many_readers(tasks: Tasks, small: Path, sharing: dict[str, Any]) -> None:
     writing: dict[str, Any] = {"read_only": False}
@@ -580,7 +563,6 @@ def test_one_writer_or_many_readers(tasks: Tasks, small: Path, sharing: dict[str
         tasks.start(FOREVER, image=str(small), **options)
 
 
-@root
 @pytest.mark.parametrize("victim", [shim, nspawn])
 def test_locks_are_held_as_long_as_the_container_lives(
     tasks: Tasks, small: Path, victim: Callable[[Task], int]
@@ -600,7 +582,6 @@ def test_locks_are_held_as_long_as_the_container_lives(
     assert not lock.exists() and not image_lock.exists()
 
 
-@root
 def test_no_descriptor_of_the_driver_gets_into_the_container(tasks: Tasks, small: Path) -> None:
     task, _ = tasks.run("ls /proc/self/fd", image=str(small), ephemeral=True)
     assert output(task).split() == ["0", "1", "2", "3"], "3 is the directory that ls reads"
@@ -609,7 +590,6 @@ def test_no_descriptor_of_the_driver_gets_into_the_container(tasks: Tasks, small
 # -- jobs and images that mean harm --------------------------------------------------------------------------
 
 
-@root
 @pytest.mark.parametrize("kind", ["link", "directory", "file", "fifo"])
 def test_what_an_artifact_puts_in_the_place_of_the_root(
     tasks: Tasks, small: Path, tmp_path: Path, kind: str
@@ -635,7 +615,6 @@ def test_what_an_artifact_puts_in_the_place_of_the_root(
     assert not os.path.lexists(place(task))
 
 
-@root
 def test_links_of_an_image_do_not_lead_out(tasks: Tasks, small: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -653,7 +632,6 @@ def test_links_of_an_image_do_not_lead_out(tasks: Tasks, small: Path, tmp_path: 
         assert list(victim.iterdir()) == []
 
 
-@root
 def test_trees_that_are_hard_to_remove(tasks: Tasks, image: Path) -> None:
     """Deeper than recursion goes, longer than a path may be, without any permission, immutable if that can be."""
     script = """
@@ -670,7 +648,6 @@ def test_trees_that_are_hard_to_remove(tasks: Tasks, image: Path) -> None:
     assert (image / "usr").exists()
 
 
-@root
 def test_many_files_do_not_hold_up_the_plugin(tasks: Tasks) -> None:
     script = "mkdir /many; cd /many; i=0; while [ $i -lt 20000 ]; do : > $i; i=$((i+1)); done; echo made"
     task, _ = tasks.run(script, ephemeral=True)
@@ -691,7 +668,6 @@ def test_many_files_do_not_hold_up_the_plugin(tasks: Tasks) -> None:
 # -- nothing is left, whatever happens -----------------------------------------------------------------------
 
 
-@root
 def test_directory_that_the_agent_has_removed(tasks: Tasks, small: Path) -> None:
     task = tasks.start(FOREVER, image=str(small), ephemeral=True)
     task.stop(timeout=0)
@@ -700,7 +676,6 @@ def test_directory_that_the_agent_has_removed(tasks: Tasks, small: Path) -> None
     assert leftovers(task.allocation.id) == []
 
 
-@root
 def test_recovered_task_keeps_its_root(driver_file: Path, small: Path) -> None:
     first = launch_like_agent(driver_file)
     with launch_like_agent(driver_file) as second, Tasks(second, small) as tasks:
@@ -723,7 +698,6 @@ def test_recovered_task_keeps_its_root(driver_file: Path, small: Path) -> None:
     assert not second.violations
 
 
-@root
 def test_repeated_start_of_one_task(tasks: Tasks, small: Path) -> None:
     """Nomad restarts a task in its directory: nothing of the run before is in the new root."""
     for _ in range(3):
@@ -760,7 +734,6 @@ def wait_clean(task: Task, image: Path) -> None:
     assert left() == []
 
 
-@root
 @pytest.mark.parametrize("whom", ["plugin", "shim", "nspawn", "both"])
 def test_kill_at_any_moment(driver_file: Path, small: Path, whom: str) -> None:
     """SIGKILL at random moments of a start; then the agent's DestroyTask, from another plugin."""
@@ -793,7 +766,6 @@ def test_kill_at_any_moment(driver_file: Path, small: Path, whom: str) -> None:
     assert fingerprint(small) == before
 
 
-@root
 def test_failed_start_leaves_nothing(tasks: Tasks, small: Path, image: Path) -> None:
     for options in (
         {"user": "nobody-such"},
@@ -841,7 +813,6 @@ def filesystems(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 KINDS = ("ext4", "btrfs", "xfs", "tmpfs", "host")
 
 
-@root
 @USERS
 @pytest.mark.parametrize("where", KINDS)
 def test_every_usual_file_system(
@@ -868,7 +839,6 @@ def test_every_usual_file_system(
     assert snapshots(image) == []
 
 
-@root
 def test_event_about_a_copy(tasks: Tasks, small: Path, tmp_path: Path) -> None:
     with on_overlay(small, tmp_path / "copied") as copied:
         task, result = tasks.run("touch /x && echo written", image=str(copied), ephemeral=True)
@@ -886,7 +856,6 @@ def test_event_about_a_copy(tasks: Tasks, small: Path, tmp_path: Path) -> None:
         assert snapshots(copied) == []
 
 
-@root
 def test_event_about_a_volume_whose_files_nobody_owns(tasks: Tasks, small: Path, tmp_path: Path) -> None:
     with on_overlay(small, tmp_path / "copied") as volume:
         mounts = [driver_pb2.Mount(task_path="/data", host_path=str(volume))]
@@ -902,7 +871,6 @@ def test_event_about_a_volume_whose_files_nobody_owns(tasks: Tasks, small: Path,
         task.destroy()
 
 
-@root
 def test_operators_own_directory_for_changes(driver_file: Path, small: Path, tmp_path: Path) -> None:
     """It takes allocations whose directories cannot hold changes; what a crash of the machine has left there goes
     with the next start, and nothing else does."""
@@ -950,7 +918,6 @@ def in_thread(work: Callable[[], None]) -> None:
         raise failed[0]
 
 
-@root
 def test_many_layers(tmp_path: Path) -> None:
     """As images of a registry have them; the topmost wins, and whiteouts hide what is below."""
     layers: list[str] = []

@@ -44,8 +44,6 @@ from tests.servers import (
     url_origin,
 )
 
-pytestmark = pytest.mark.root
-
 
 @pytest.fixture
 def store() -> Iterator[Store]:

@@ -21,8 +21,6 @@ from tests.agent import ExitResult, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, kill, leader, nspawn, shim, zombies
 from tests.leftovers import leftovers
 
-pytestmark = pytest.mark.root
-
 TASKS = 50
 AT_ONCE = 16  # calls; a client has one a task, but no machine has so many processors
 SCRIPT = "trap 'exit 5' TERM; echo ready; while :; do sleep 0.2; done"

@@ -44,8 +44,6 @@ from tests.containers import (
 )
 from tests.leftovers import STATE, interface_indexes, leftovers, peer, processes, snapshots
 
-pytestmark = pytest.mark.root
-
 PATIENCE = 10.0  # seconds for what takes about one on a quiet machine
 BOOTED = "Reached target multi-user.target"
 UID_CLAIMS = Path("/run/systemd/nspawn-uid")

@@ -29,7 +29,7 @@ from tests.hosts import (
     open_host,
 )
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]  # the first run makes the images
+pytestmark = [pytest.mark.timeout(1800)]  # the first run makes the images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tests.agent import Task, launch_like_agent
 from tests.containers import Tasks, eventually, leader, output
 from tests.hosts import needs_systemd
 
-pytestmark = [pytest.mark.root, needs_systemd]
+pytestmark = [needs_systemd]
 
 FOREVER = "echo ready; while :; do sleep 0.2; done"
 

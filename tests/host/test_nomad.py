@@ -32,7 +32,6 @@ from tests.servers import FileServer, ImageParts, Registry, pack_tree
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
-    pytest.mark.root,
     pytest.mark.nomad,
     pytest.mark.skipif(not shutil.which("nomad"), reason="no `nomad` on PATH: nothing was run under a real agent"),
 ]

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import subprocess
-import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import driver
-from nspawn.cgroup import Usage, parse_cgroups, read_cgroup_pids, read_cgroup_usage, read_number, remove_cgroup
+from nspawn.cgroup import Usage, parse_cgroups, read_cgroup_pids, read_cgroup_usage, read_number
 from nspawn.host import (
     CONTROLLERS,
     TOOLS,
@@ -25,7 +24,6 @@ from nspawn.host import (
     Host,
     Mounts,
     find_problems,
-    is_open_to_others,
     parse_mountinfo,
     read_cgroup_mode,
     read_host,
@@ -131,38 +129,6 @@ def test_cgroup_usage_of_nothing(tmp_path: Path) -> None:
 def test_cgroup_pids(cgroup: Path) -> None:
     assert sorted(read_cgroup_pids(str(cgroup))) == [1, 2, 4194304]
     assert read_cgroup_pids(str(cgroup / "gone")) == []
-
-
-LONG = "x" * 255
-
-
-@pytest.mark.root
-def test_cgroups_nested_deeply_are_removed() -> None:
-    """With a path that is longer than the kernel takes, and more of them than Python's stack holds."""
-    root = read_cgroup_mode().root
-    assert root
-    cgroup = root / f"deep-{os.getpid()}"
-    cgroup.mkdir()
-    here = os.open(cgroup, os.O_RDONLY)
-    try:
-        for name in [*["a"] * 1200, *[LONG] * 20]:
-            os.mkdir(name, dir_fd=here)
-            below = os.open(name, os.O_RDONLY, dir_fd=here)
-            os.close(here)
-            here = below
-        sleeper = subprocess.Popen(["sleep", "60"])
-        file = os.open("cgroup.procs", os.O_WRONLY, dir_fd=here)
-        os.write(file, str(sleeper.pid).encode())
-        os.close(file)
-        assert read_cgroup_pids(str(cgroup)) == [sleeper.pid]
-        remove_cgroup(str(cgroup))
-        assert cgroup.exists()  # what has processes is left
-        sleeper.kill()
-        sleeper.wait()
-    finally:
-        os.close(here)
-        remove_cgroup(str(cgroup))
-    assert not cgroup.exists()
 
 
 @pytest.mark.parametrize(("text", "number"), [("12\n", 12), ("max\n", 0), ("", 0)])
@@ -503,28 +469,6 @@ def test_work_in_a_thread_may_be_given_up() -> None:
 
 
 # -- who can get to directories ------------------------------------------------------------------------------
-
-
-@pytest.mark.root
-@pytest.mark.parametrize(
-    ("mode", "owner", "is_open"),
-    [
-        (0o755, (0, 0), True),
-        (0o711, (0, 0), True),
-        (0o700, (0, 0), False),
-        (0o750, (0, 0), False),
-        (0o750, (0, 1), True),
-        (0o700, (1, 0), True),
-    ],
-)
-def test_directories_that_others_can_get_to(mode: int, owner: tuple[int, int], is_open: bool) -> None:
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
-        inside = Path(place, "alloc")
-        inside.mkdir()
-        os.chown(place, *owner)
-        os.chmod(place, mode)
-        assert is_open_to_others(str(inside)) is is_open
-    assert not is_open_to_others(str(inside)), "nothing is there"
 
 
 def test_health_says_what_others_can_get_to() -> None:

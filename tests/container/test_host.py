@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What only root's kernel shows: cgroups too deep for a path, directories of other owners, mounts left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from nspawn.cgroup import read_cgroup_pids, remove_cgroup
+from nspawn.host import is_open_to_others, read_cgroup_mode
+from tests.agent import Allocation
+
+LONG = "x" * 255
+
+
+def test_cgroups_nested_deeply_are_removed() -> None:
+    """With a path that is longer than the kernel takes, and more of them than Python's stack holds."""
+    root = read_cgroup_mode().root
+    assert root
+    cgroup = root / f"deep-{os.getpid()}"
+    cgroup.mkdir()
+    here = os.open(cgroup, os.O_RDONLY)
+    try:
+        for name in [*["a"] * 1200, *[LONG] * 20]:
+            os.mkdir(name, dir_fd=here)
+            below = os.open(name, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        sleeper = subprocess.Popen(["sleep", "60"])
+        file = os.open("cgroup.procs", os.O_WRONLY, dir_fd=here)
+        os.write(file, str(sleeper.pid).encode())
+        os.close(file)
+        assert read_cgroup_pids(str(cgroup)) == [sleeper.pid]
+        remove_cgroup(str(cgroup))
+        assert cgroup.exists()  # what has processes is left
+        sleeper.kill()
+        sleeper.wait()
+    finally:
+        os.close(here)
+        remove_cgroup(str(cgroup))
+    assert not cgroup.exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "is_open"),
+    [
+        (0o755, (0, 0), True),
+        (0o711, (0, 0), True),
+        (0o700, (0, 0), False),
+        (0o750, (0, 0), False),
+        (0o750, (0, 1), True),
+        (0o700, (1, 0), True),
+    ],
+)
+def test_directories_that_others_can_get_to(mode: int, owner: tuple[int, int], is_open: bool) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        inside = Path(place, "alloc")
+        inside.mkdir()
+        os.chown(place, *owner)
+        os.chmod(place, mode)
+        assert is_open_to_others(str(inside)) is is_open
+    assert not is_open_to_others(str(inside)), "nothing is there"
+
+
+def test_allocation_reports_mounts(tmp_path: Path) -> None:
+    allocation = Allocation(tmp_path)
+    left = allocation.add_task("web") / "local" / "left behind"
+    left.mkdir()
+    os.system(f"mount -t tmpfs tmpfs '{left}'")
+    allocation.close()
+    assert len(allocation.violations) == 1 and f"{left} is still mounted" in allocation.violations[0]
+    assert not list(tmp_path.iterdir())
