@@ -223,6 +223,7 @@ from nspawn.process import (
     NO_PROCESS,
     ProcessId,
     find_children,
+    finish,
     read_inner_pid,
     read_stat,
     read_status,
@@ -261,7 +262,6 @@ from nspawn.state import (
     STATE_VERSION,
     Events,
     State,
-    add_locks,
     find_alloc_dirs,
     find_journal_obstacle,
     find_locks,
@@ -1063,8 +1063,7 @@ class Task:
         if state.leader and await self.wait(END_LIMIT):
             return
         self.log.warn("killing systemd-nspawn and the shim too: they did not end with the payload")
-        self.state = add_locks(state)
-        kill_processes(state)
+        self.state = await finish(kill_processes(state))
         if not await self.wait(END_LIMIT):
             raise HostError(f"the container {state.machine} cannot be killed: a process of it hangs in the kernel")
 
@@ -1201,13 +1200,14 @@ class Start:
                 go, may_go = os.pipe()
                 stack.callback(os.close, go)
                 stack.callback(os.close, may_go)
-                await self.start_shim(go)
+                await finish(self.start_shim(go))  # a cancel does not stop its thread, and the shim must be known
                 os.write(may_go, b"go\n")
                 leader, users = await self.wait_ready(notify)
-                self.save(leader=leader, users=users, locks=add_locks(self.state).locks)
+                locks = {*self.state.locks, *find_locks(self.state.shim, self.state.image)}
+                self.save(leader=leader, users=users, locks=tuple(sorted(locks)))
                 give_logs(self.logs, users)
         except BaseException:
-            await self.abandon()
+            await finish(self.abandon())
             raise
         for name in (BUNDLE_PLACE, "credentials"):  # nspawn has read them: the values need not stay on disk
             remove_tree(self.directory / name)
@@ -1215,15 +1215,9 @@ class Start:
 
     async def start_shim(self, go: int) -> None:
         stdio = [go, *self.logs]
-        started = asyncio.create_task(
-            run_in_thread(lambda: start_shim(self.plan, self.directory, stdio, self.locks))
-        )
-        try:
-            await asyncio.shield(started)
-        finally:  # after a cancel, too: it does not stop the thread, and the shim it starts must be known
-            shim = await started
-            self.state = replace(self.state, shim=shim)  # first: if the next line fails, `abandon` needs it
-            self.save(locks=find_locks(shim, self.state.image))
+        shim = await run_in_thread(lambda: start_shim(self.plan, self.directory, stdio, self.locks))
+        self.state = replace(self.state, shim=shim)  # first: if the next line fails, `abandon` needs it
+        self.save(locks=find_locks(shim, self.state.image))
 
     def save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
@@ -1344,8 +1338,7 @@ class Start:
 
     async def abandon(self) -> None:
         """Kill and remove what a failed start has left."""
-        self.state = add_locks(self.state)
-        kill_processes(self.state)
+        self.state = await kill_processes(self.state)
         await wait_processes(self.state)
         await remove_network(self.state)
         await remove_leftovers(self.state)
@@ -1768,6 +1761,14 @@ COLLECTION_DELAY = 86400.0  # seconds
 FIRST_SAMPLE = 0.2  # seconds for the first measurement of CPU use
 
 
+@dataclass
+class PendingStart:
+    """A StartTask under way."""
+
+    work: asyncio.Task[tuple[Task, NetworkPlan]]
+    is_stopped: bool = False  # by another call
+
+
 class DriverService:
     """hashicorp.nomad.plugins.drivers.proto.Driver"""
 
@@ -1778,7 +1779,7 @@ class DriverService:
         self.agents = 0  # connected ones, counted by their Fingerprint streams
         self.events = Events()
         self.tasks = Tasks(self.events)
-        self.starts: dict[str, asyncio.Task[tuple[Task, NetworkPlan]]] = {}  # under way, by the tasks' ids
+        self.starts: dict[str, PendingStart] = {}  # by the tasks' ids
         self.helper = Helper()
         self.fetches = Fetches(Store())
 
@@ -1913,12 +1914,13 @@ class DriverService:
     async def run_start(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
         """Start a task. It is cancelled with the call, and by another call that stops, destroys or starts the same
         task: then this raises DriverError."""
-        await self.stop_start(config.id)
-        start = self.starts[config.id] = asyncio.create_task(self.start_task(config, host))
+        while others := [other for other in self.starts if split_id(other) == split_id(config.id)]:
+            await self.stop_start(others[0])  # else it would clear up what the new start makes
+        start = self.starts[config.id] = PendingStart(asyncio.create_task(self.start_task(config, host)))
         try:
-            return await start
+            return await start.work
         except asyncio.CancelledError:
-            if self.starts.get(config.id) is start:  # the call itself was cancelled
+            if not start.is_stopped:  # the call itself was cancelled
                 raise
             raise DriverError(f"task {quote(config.id)} was stopped while it was being started") from None
         finally:
@@ -1928,10 +1930,13 @@ class DriverService:
     async def stop_start(self, task_id: str) -> None:
         """Cancel a start under way, and wait until its container is gone. Its fetch ends soon after, unless
         another task waits for the image."""
-        start = self.starts.pop(task_id, None)
+        start = self.starts.get(task_id)
         if start:
-            start.cancel()
-            await asyncio.wait([start])
+            start.is_stopped = True
+            start.work.cancel()
+            await asyncio.wait([start.work])
+            if self.starts.get(task_id) is start:
+                del self.starts[task_id]
 
     async def start_task(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
         is_in_group = bool(config.network.namespace)
@@ -2349,7 +2354,7 @@ async def serve() -> None:
         watcher.cancel()
         await server.stop(0.2)  # seconds for the last answers, such as the one to Shutdown
         if driver.starts:  # their calls are cancelled by now: let them remove what they made
-            await asyncio.wait(driver.starts.values(), timeout=1.5)
+            await asyncio.wait([start.work for start in driver.starts.values()], timeout=1.5)
     finally:
         remove_tree(directory)
 

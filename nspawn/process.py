@@ -16,10 +16,10 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nspawn.common import SAFE_PATH, HostError
 from nspawn.files import read_text
@@ -227,6 +227,21 @@ async def run_in_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return await done
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Wait for `work` to its end, however often the caller is cancelled meanwhile. Raises CancelledError then, and
+    only then."""
+    task, is_cancelled = asyncio.create_task(work), False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if is_cancelled:
+        task.exception()  # else asyncio complains that nobody has asked for it
+        raise asyncio.CancelledError
+    return task.result()
 
 
 def open_user_namespace(base: int, count: int) -> int:

@@ -32,7 +32,7 @@ from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_id_prefix, s
 from nspawn.linux import LOCK_FORMAT
 from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
-from nspawn.process import NO_PROCESS, ProcessId, find_children, read_status, run_in_thread, run_tool
+from nspawn.process import NO_PROCESS, ProcessId, find_children, read_stat, read_status, run_in_thread, run_tool
 from nspawn.roots import PLACE_NAME, UID_LOCKS
 from nspawn.store import Store
 
@@ -237,15 +237,21 @@ class TaskEvent:
     at: float  # Unix time
 
 
-def kill_processes(state: State) -> None:
-    """Kill all processes of a task; does not wait. Kernels without cgroup.kill need the last two: the shim's
-    process group, where nspawn is, and the leader, whose end kills its pid namespace. Raises OSError."""
+async def kill_processes(state: State) -> State:
+    """Kill all processes of a task; do not wait for their end. Return the state with the locks that nspawn held,
+    which may have begun to copy its image after the state was written. Raises OSError.
+
+    Kernels without cgroup.kill need the last two: the shim's process group, where nspawn is, and the leader, whose
+    end kills its pid namespace.
+    """
+    state = await add_locks(state)
     kill_cgroup(state.cgroup)
     if state.shim.is_alive:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(state.shim.pid, signal.SIGKILL)
     if state.leader:
         state.leader.send(signal.SIGKILL)
+    return state
 
 
 async def wait_processes(state: State) -> None:
@@ -315,26 +321,38 @@ async def remove_place(place: str) -> None:
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
-def find_locks(shim: ProcessId, image: str) -> tuple[str, ...]:
-    """Return the lock files that a task's shim, the shells below it and nspawn have open. Processes in the
-    container's pid namespace are left out. Raises OSError."""
-    found, processes = set(), [shim]
+def find_outer_processes(shim: ProcessId) -> list[ProcessId]:
+    """Return a task's shim, the shells below it and nspawn, without what is in the container's pid namespace.
+    Raises OSError."""
+    found, level = [], [shim]
     for _ in range(3):
-        processes = [
-            process for process in processes if len(read_status(process.pid).get("NSpid", "").split()) == 1
-        ]
-        for process in processes:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended
-                place = f"/proc/{process.pid}/fd"
-                found |= {os.readlink(f"{place}/{fd}") for fd in os.listdir(place)}
-        processes = [child for process in processes for child in find_children(process)]
+        level = [process for process in level if len(read_status(process.pid).get("NSpid", "").split()) == 1]
+        found += level
+        level = [child for process in level for child in find_children(process)]
+    return found
+
+
+def find_locks(shim: ProcessId, image: str) -> tuple[str, ...]:
+    """Return the lock files that a task's shim, the shells below it and nspawn have open. Raises OSError."""
+    found = set()
+    for process in find_outer_processes(shim):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended
+            place = f"/proc/{process.pid}/fd"
+            found |= {os.readlink(f"{place}/{fd}") for fd in os.listdir(place)}
     return tuple(sorted(path for path in found if is_own_lock(path, image)))
 
 
-def add_locks(state: State) -> State:
-    """Return a state with the locks that are held now, too. Call it before you kill nspawn, which may have begun
-    to copy its image after the state was written. If the host cannot tell the locks, the copy stays."""
+async def add_locks(state: State) -> State:
+    """Stop the shim and nspawn, and return a state with the locks that they hold. Stopped, they take no others
+    until they are killed. If the host cannot tell the locks, they stay."""
     with contextlib.suppress(OSError):
+        if state.shim.is_alive:
+            os.killpg(state.shim.pid, signal.SIGSTOP)
+        for _ in range(100):
+            states = [read_stat(process.pid) for process in find_outer_processes(state.shim)]
+            if all(fields is None or fields[0] in "TZX" for fields in states):
+                break
+            await asyncio.sleep(0.005)
         return replace(state, locks=tuple(sorted({*state.locks, *find_locks(state.shim, state.image)})))
     return state
 

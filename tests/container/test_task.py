@@ -42,7 +42,7 @@ from tests.containers import (
     output,
     zombies,
 )
-from tests.leftovers import STATE, interface_indexes, leftovers, peer, processes, snapshots
+from tests.leftovers import NSPAWN, STATE, interface_indexes, leftovers, peer, processes, snapshots
 
 PATIENCE = 10.0  # seconds for what takes about one on a quiet machine
 BOOTED = "Reached target multi-user.target"
@@ -1221,20 +1221,40 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     assert [path for path in set(UID_CLAIMS.glob("*")) - claims if not is_held(path)] == []
 
 
-@pytest.mark.parametrize("attempt", range(5))
-def test_start_that_the_agent_gives_up(tasks: Tasks, attempt: int) -> None:
-    """The agent dies during StartTask and its successor, which has no handle, starts the task under a new id."""
-    task = tasks.make(["/bin/sleep", "60"])
+def give_up_start(task: Task, delay: float) -> None:
+    """Call StartTask, and cancel the call."""
     task.id = f"{task.allocation.id}/task/{os.urandom(4).hex()}"
     task.prestart()
     pending: Any = task.plugin.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
-    time.sleep(random.uniform(0, 0.12))
+    time.sleep(delay)
     pending.cancel()
+
+
+@pytest.mark.parametrize("attempt", range(12))
+def test_start_that_the_agent_gives_up(tasks: Tasks, attempt: int) -> None:
+    """The agent dies during StartTask and its successor, which has no handle, starts the task under a new id."""
+    task = tasks.make(["/bin/sleep", "60"], ephemeral=True)
+    give_up_start(task, attempt * 0.01)
     task.start()
-    time.sleep(0.3)
+    eventually(lambda: "/bin/sleep 60 " in dict(processes(task.allocation.id)).values())
     running = [pid for pid, command in processes(task.allocation.id) if command == "/bin/sleep 60 "]
-    assert len(running) == 1
-    assert is_alive(leader(task))
+    assert running == [leader(task)]
+
+
+@pytest.mark.parametrize("attempt", range(12))
+def test_start_that_is_given_up_and_destroyed_leaves_no_lock(tasks: Tasks, attempt: int) -> None:
+    """DestroyTask comes while what the start has made is being removed."""
+    before = set(find_locks())
+    task = tasks.make(["/bin/sleep", "60"], ephemeral=True)
+    give_up_start(task, attempt * 0.01)
+    task.destroy()
+    assert leftovers(task.allocation.id) == []
+    assert [path for path in find_locks() if path not in before and not is_held(path)] == []
+
+
+def find_locks() -> list[Path]:
+    """nspawn's lock files for images and for ranges of ids."""
+    return [*UID_CLAIMS.iterdir(), *(NSPAWN / "locks").iterdir()]
 
 
 def test_forgotten_start_gives_way_to_a_new_one(tasks: Tasks, driver_file: Path) -> None:
