@@ -293,7 +293,7 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            "The container's file system: the path of a directory, a disk image, a block device or a tar archive, "
            "the name of an image in `image_dir`, or `docker://HOST/NAME:TAG`. A name is looked up in `image_dir` "
            "first. A relative path is looked up in the task's directory, then in the plugin's, then in the "
-           "agent's working directory.",
+           "agent's working directory. `alloc/...` is in the directory that all tasks of the allocation share.",
            '"debian"', required=True),
     Option("image_download", Kind.BLOCK,
            "Where to fetch the image from if `image_dir` has none of this name. It is fetched once, into the "

@@ -70,7 +70,8 @@ def find_image(options: JobOptions, task_dir: Path | None, image_dir: Path = MAC
     """Return the image that a job names. Raises ConfigError.
 
     A name without a slash is looked up in `image_dir` first. Relative paths are looked up in the task's directory
-    (where artifacts land), then in the plugin's, then in the agent's working directory.
+    (where artifacts land), then in the plugin's, then in the agent's working directory. In the task's directory,
+    `alloc/` stands for what all tasks of the allocation share, as in the options for mounts.
     """
     path = find_image_path(options.image, task_dir, image_dir)
     check_tree(path, options)
@@ -96,17 +97,21 @@ def check_tree(path: Path, options: JobOptions) -> None:
 
 
 def find_image_path(name: str, task_dir: Path | None, image_dir: Path) -> Path:
-    candidates = list(image_places(name, task_dir, image_dir))
+    candidates = list(dict.fromkeys(image_places(name, task_dir, image_dir)))
     for candidate in candidates:
         found = Path(os.path.realpath(candidate))
         if not os.path.exists(found):  # Path.exists raises ENAMETOOLONG; this says no
             continue
-        inside = task_dir if task_dir and candidate.is_relative_to(task_dir) else Path("/")
+        own = (task_dir, task_dir.parent / "alloc") if task_dir else ()
+        inside = next((place for place in own if candidate.is_relative_to(place)), Path("/"))
         if not found.is_relative_to(os.path.realpath(inside)):
             raise ConfigError("image", name, "leads out of the task's directory")
         return found
     rule = f"not found (looked for {', '.join(quote(str(place)) for place in candidates)})"
-    raise ConfigError("image", name, rule, f"give the path of an image, or the name of one in {image_dir}")
+    remedy = f"give the path of an image, or the name of one in {image_dir}"
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        remedy += f", which `mmdebstrap --include=systemd-sysv,dbus bookworm {image_dir}/{name}` would make"
+    raise ConfigError("image", name, rule, remedy)
 
 
 def image_places(name: str, task_dir: Path | None, image_dir: Path) -> Iterator[Path]:
@@ -116,7 +121,7 @@ def image_places(name: str, task_dir: Path | None, image_dir: Path) -> Iterator[
     if is_image_name(name):
         yield from (image_dir / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES)
     if task_dir:
-        yield task_dir / name
+        yield (task_dir.parent if name.startswith("alloc/") else task_dir) / name
     yield Path(sys.argv[0]).resolve().parent / name
     yield Path.cwd() / name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import os
 import shutil
 import struct
@@ -471,13 +472,13 @@ def test_image_that_is_exchanged_all_the_time(
     assert seen <= {"allowed"}
 
 
-def test_image_in_the_tasks_directory(tasks: Tasks, image: Path) -> None:
+def test_image_in_the_tasks_directories(tasks: Tasks, image: Path) -> None:
     ways: list[dict[str, Any]] = [{}, {"ephemeral": True}, {"read_only": True}, {"volatile": "overlay"}]
-    for number, way in enumerate(ways):
-        options = {"image": "local/image", "read_only": None, **way}
-        task, own = prepared(tasks, "cat /etc/secret", name=f"t{number}", **options)
-        make_small_image(image, own / "local/image", ("dash", "cat"))
-        (own / "local/image/etc/secret").write_text("own")
+    for number, (place, way) in enumerate(itertools.product(("local", "../alloc"), ways)):
+        name = f"{place.removeprefix('../')}/image"
+        task, own = prepared(tasks, "cat /etc/secret", name=f"t{number}", image=name, **{"read_only": None, **way})
+        make_small_image(image, own / place / "image", ("dash", "cat"))
+        (own / place / "image/etc/secret").write_text("own")
         task.start()
         assert task.wait(30).successful
         assert output(task) == "own"

@@ -125,6 +125,13 @@ def test_path_in_the_task_directory(machines: Path, task_dir: Path, name: str) -
     assert find(name, task_dir).path == tree
 
 
+def test_path_in_the_directory_of_the_allocation(machines: Path, task_dir: Path) -> None:
+    tree = make_tree(task_dir.parent / "alloc/images/x")
+    make_tree(task_dir.parent / "other/x")
+    assert find("alloc/images/x", task_dir).path == tree
+    assert "leads out" in refusal("alloc/../other/x", task_dir)
+
+
 def test_places_beside_the_plugin(machines: Path, task_dir: Path, tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "plugins/images/x")
     assert find("images/x", task_dir).path == tree
@@ -184,8 +191,18 @@ def test_not_found(machines: Path, task_dir: Path, tmp_path: Path) -> None:
     ]
     assert refusal("no", task_dir) == (
         f'image = "no": not found (looked for {", ".join(map(str, places))}); '
+        f"give the path of an image, or the name of one in {machines}, "
+        f"which `mmdebstrap --include=systemd-sysv,dbus bookworm {machines}/no` would make"
+    )
+    assert refusal("a/no") == (
+        f'image = "a/no": not found (looked for {tmp_path}/plugins/a/no, {tmp_path}/empty/a/no); '
         f"give the path of an image, or the name of one in {machines}"
     )
+
+
+def test_place_is_named_once(machines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "empty/nomad-driver-nspawn")])
+    assert refusal("a/no").count("empty/a/no") == 1
 
 
 @pytest.mark.parametrize("name", [".", ".."])
