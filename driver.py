@@ -71,7 +71,6 @@ from nspawn.cgroup import (
 )
 from nspawn.checks import (
     ACCOUNT,
-    DEFAULT_PERMISSIONS,
     HOSTNAME,
     MAX_PIDS,
     RESOLV_CONF,
@@ -153,6 +152,7 @@ from nspawn.host import (
 from nspawn.images import (
     Image,
     View,
+    apply_image,
     check_tree,
     explain_command,
     find_account,
@@ -191,11 +191,8 @@ from nspawn.network import (
 from nspawn.options import (
     Kind,
     Option,
-    Permission,
-    check_permission,
     decode_options,
     never,
-    render_permission_table,
     render_table,
 )
 from nspawn.outcome import (
@@ -207,15 +204,21 @@ from nspawn.outcome import (
     explain_failure,
     parse_nspawn_log,
 )
+from nspawn.permissions import (
+    DEFAULT_PERMISSIONS,
+    Permission,
+    PluginOptions,
+    RegistryAuth,
+    check_permission,
+    render_permission_table,
+)
 from nspawn.plan import (
     BUNDLE_PLACE,
     DEVICES_PLACE,
     HostInputs,
     Journal,
     Plan,
-    apply_image,
     check_init,
-    find_device_rules,
     plan_credentials,
     plan_task,
 )
@@ -250,6 +253,7 @@ from nspawn.sources import (
     check_image_name,
     check_image_write,
     clone_source,
+    find_device_rules,
     make_nodes,
     open_devices,
     open_directories,
@@ -689,7 +693,7 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            '["registry.local:5000"]', default=(), check=check_registries),
     Option("auth", Kind.BLOCK,
            "Credentials for registries, for jobs that give none.",
-           '{ config = "/root/.docker/config.json" }', fields=(
+           '{ config = "/root/.docker/config.json" }', into=RegistryAuth, fields=(
                Option("config", Kind.STRING,
                       "Docker's configuration file, with `auths`, `credHelpers` or `credsStore`.",
                       '"/root/.docker/config.json"', check=check_host_directory),
@@ -1735,7 +1739,9 @@ class BaseService:
     async def SetConfig(self, request: base_pb2.SetConfigRequest) -> base_pb2.SetConfigResponse:
         """Takes the plugin block. It changes nothing on the machine: the agent also calls it in short-lived
         processes, while another process looks after running tasks."""
-        self.driver.config = decode_options(PLUGIN_OPTIONS, unpack_options(request.msgpack_config))
+        self.driver.config = PluginOptions(
+            **decode_options(PLUGIN_OPTIONS, unpack_options(request.msgpack_config))
+        )
         if request.HasField("nomad_config") and request.nomad_config.driver.HasField("Topology"):
             self.driver.core_mhz = read_core_mhz(request.nomad_config.driver.Topology)
         return base_pb2.SetConfigResponse()
@@ -1773,7 +1779,7 @@ class DriverService:
     """hashicorp.nomad.plugins.drivers.proto.Driver"""
 
     def __init__(self) -> None:
-        self.config: dict[str, Any] = decode_options(PLUGIN_OPTIONS, {})
+        self.config = PluginOptions(**decode_options(PLUGIN_OPTIONS, {}))
         self.core_mhz = 0.0
         self.alloc_dirs: set[str] = set()
         self.agents = 0  # connected ones, counted by their Fingerprint streams
@@ -1795,9 +1801,9 @@ class DriverService:
             fs_isolation=driver_pb2.DriverCapabilities.IMAGE,
             network_isolation_modes=[driver_pb2.NetworkIsolationSpec.HOST, driver_pb2.NetworkIsolationSpec.GROUP],
             mount_configs=driver_pb2.DriverCapabilities.ANY_MOUNTS
-            if self.config["volumes"]
+            if self.config.volumes
             else driver_pb2.DriverCapabilities.NO_MOUNTS,
-            disable_log_collection=self.config["disable_log_collection"],
+            disable_log_collection=self.config.disable_log_collection,
         )
         return driver_pb2.CapabilitiesResponse(capabilities=capabilities)
 
@@ -1829,11 +1835,11 @@ class DriverService:
         """Return which of `image_dir` and the client's alloc_dir other users of this machine can reach: tasks may
         write to both. The alloc_dir is known once there has been a task."""
         self.alloc_dirs |= find_alloc_dirs(task.state for task in self.tasks.known.values())
-        return tuple(filter(is_open_to_others, sorted({self.config["image_dir"], *self.alloc_dirs})))
+        return tuple(filter(is_open_to_others, sorted({self.config.image_dir, *self.alloc_dirs})))
 
     def render_fingerprint(self, host: Host) -> driver_pb2.FingerprintResponse:
         response = driver_pb2.FingerprintResponse()
-        if not self.config["enabled"]:
+        if not self.config.enabled:
             response.health_description = "disabled: enabled = false in the plugin's block"
             return response
         healthy = driver_pb2.FingerprintResponse.HEALTHY
@@ -1846,7 +1852,7 @@ class DriverService:
 
     def find_attributes(self, host: Host) -> dict[str, bool | int | str]:
         """Return the attributes for job constraints, by what follows `driver.nspawn` in their names."""
-        image_dir = os.path.realpath(self.config["image_dir"])
+        image_dir = os.path.realpath(self.config.image_dir)
         return {
             "": True,
             ".version": str(host.systemd),  # as the Go driver has it, whose jobs have constraints on it
@@ -1857,9 +1863,9 @@ class DriverService:
             ".idmap": can_share_images(image_dir, host.kernel),
             ".machined": have_machined(),
             ".networkd": have_networkd(),
-            ".volumes": self.config["volumes"],
+            ".volumes": self.config.volumes,
             ".device_policy": host.has_device_policy,
-            ".allow": ",".join(self.config["allow"]),
+            ".allow": ",".join(self.config.allow),
         }
 
     @answers
@@ -1871,7 +1877,7 @@ class DriverService:
 
     @answers
     async def StartTask(self, request: driver_pb2.StartTaskRequest) -> driver_pb2.StartTaskResponse:
-        if not self.config["enabled"]:
+        if not self.config.enabled:
             raise HostError("the driver is switched off on this client: its plugin block has enabled = false")
         config = read_task_config(request.task)
         if config.id in self.tasks.known and not self.tasks.known[config.id].ended.is_set():
@@ -1879,7 +1885,7 @@ class DriverService:
         host = read_host()
         if not host.is_healthy:
             raise HostError(host.health_description)
-        if config.mounts and not self.config["volumes"]:
+        if config.mounts and not self.config.volumes:
             rule = "volumes are switched off on this client"
             raise ConfigError(
                 "volume_mount", config.mounts[0].target, rule, "set volumes = true in the plugin block"
@@ -1964,7 +1970,7 @@ class DriverService:
                 devices=devices,
                 device_rules=tuple(find_device_rules(config, options, sources, volumes, devices)),
                 directories={**directories, **volumes},
-                ephemeral_dir=self.config["ephemeral_dir"] or "",
+                ephemeral_dir=self.config.ephemeral_dir or "",
                 account=account,
                 journal_obstacle=find_journal_obstacle(config),
             )
@@ -1979,7 +1985,7 @@ class DriverService:
         """Return the task's image; fetch it if needed. An image of the host stays open until the end of `stack`. A
         stored one is kept from collection: by a lock until the start ends, then by the task's use of it."""
         task_dir = Path(config.task_dir) if config.alloc_dir else None
-        image_dir = Path(self.config["image_dir"])
+        image_dir = Path(self.config.image_dir)
         origin = plan_origin(options, image_dir)
         if origin is None:
             try:
@@ -2033,8 +2039,8 @@ class DriverService:
         return driver_pb2.DestroyTaskResponse()
 
     def collect_images(self) -> None:
-        if self.config["image_gc"]:
-            delay = self.config["image_gc_delay"]
+        if self.config.image_gc:
+            delay = self.config.image_gc_delay
             self.fetches.collect(COLLECTION_DELAY if delay is None else delay)
 
     @answers

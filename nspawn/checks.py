@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nspawn.common import ConfigError, name_entry
-from nspawn.options import PERMISSIONS, Check, Permission
+from nspawn.options import Check
+from nspawn.permissions import DEFAULT_PERMISSIONS, Permission
 
 
 def check_container_path(name: str, value: str) -> str:
@@ -400,11 +401,6 @@ def parse_permissions(name: str, value: Sequence[str]) -> Sequence[str]:
             raise ConfigError(name, word, f"must be one of {', '.join(known)}")
         found += DEFAULT_PERMISSIONS if word == "default" else (word,)
     return tuple(dict.fromkeys(found))
-
-
-DEFAULT_PERMISSIONS = tuple(
-    permission.value for permission, info in PERMISSIONS.items() if permission.is_word and info.is_default
-)
 
 
 check_interface_name = check_pattern(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", "must be the name of a network interface")

@@ -26,7 +26,8 @@ from pathlib import Path
 from nspawn.common import MACHINES_ROOT, SAFE_PATH, ConfigError, DriverError
 from nspawn.host import CgroupMode, explain_open_directory, is_open_to_others, read_host
 from nspawn.images import DOCKER, plan_origin
-from nspawn.options import PERMISSIONS, Option, decode_options, list_notes
+from nspawn.options import Option, decode_options, list_notes
+from nspawn.permissions import PERMISSIONS, PluginOptions
 from nspawn.rules import decode_job
 from nspawn.state import find_alloc_dirs, read_states
 from nspawn.store import Fetches, Store, plan_fetching, render_size
@@ -328,11 +329,10 @@ def pull_image(program: Program, given: argparse.Namespace) -> int:
     """Fetch an image into the store, by the rules for jobs. Raises DriverError."""
     check_root("pull", f"only root can write to {Store().root}")
     auth = {name: value for name in ("config", "helper") if (value := getattr(given, f"auth_{name}"))}
-    config = decode_options(
-        program.plugin_options, {"auth": auth or None, "insecure_registries": given.insecure_registry}
-    )
+    raw = {"auth": auth or None, "insecure_registries": given.insecure_registry}
+    config = PluginOptions(**decode_options(program.plugin_options, raw))
     options = decode_job(program.task_options, plan_pull(given), config)
-    origin = plan_origin(options, Path(config["image_dir"]))
+    origin = plan_origin(options, Path(config.image_dir))
     assert origin
 
     async def fetch() -> int:

@@ -20,7 +20,7 @@ import struct
 import sys
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nspawn.checks import NO_TEXT, USER, Mount, check_user
@@ -166,6 +166,27 @@ def read_in_image(image: Image, path: str) -> str:
             check_shortage(error)
             break
     return ""
+
+
+def apply_image(options: JobOptions, image: Image, user: str) -> JobOptions:
+    """Return the options; for a command, the image sets those that the job leaves out. `user` is Nomad's.
+
+    An image that no task may write to becomes `ephemeral`, unless it is `volatile` or a `read_only` disk image.
+    """
+    if image.is_protected and not options.is_volatile and (image.is_directory or not options.read_only):
+        options = replace(options, ephemeral=True)
+    if image.key and options.is_volatile and options.private_users_ownership in ("auto", "chown"):
+        options = replace(options, private_users_ownership="map")
+    if options.boot:
+        return options
+    config = image.config
+    return replace(
+        options,
+        environment={**dict(entry.split("=", 1) for entry in config.env), **options.environment},
+        command=options.command or config.command,
+        working_directory=options.working_directory or config.working_directory or None,
+        user=options.user or user or config.user or None,
+    )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from nspawn.network import Names, NetworkPlan, plan_network
 from nspawn.options import Option, decode_string
 from nspawn.roots import PrivateRoot, RootPlan, plan_place, plan_root
 from nspawn.rules import check_rules
-from nspawn.sources import Pin, Source, read_rules
+from nspawn.sources import Pin, Source
 
 MAX_VARIABLE = 128 << 10  # bytes of NAME=VALUE and its final NUL: the kernel's MAX_ARG_STRLEN
 MAX_ENVIRONMENT = 1536 << 10  # bytes; the kernel takes 2 MiB of arguments and environment together
@@ -465,27 +465,6 @@ def plan_environ(host: Host) -> dict[str, str]:
     return {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"} if host.cgroups is CgroupMode.HYBRID else {}
 
 
-def apply_image(options: JobOptions, image: Image, user: str) -> JobOptions:
-    """Return the options; for a command, the image sets those that the job leaves out. `user` is Nomad's.
-
-    An image that no task may write to becomes `ephemeral`, unless it is `volatile` or a `read_only` disk image.
-    """
-    if image.is_protected and not options.is_volatile and (image.is_directory or not options.read_only):
-        options = replace(options, ephemeral=True)
-    if image.key and options.is_volatile and options.private_users_ownership in ("auto", "chown"):
-        options = replace(options, private_users_ownership="map")
-    if options.boot:
-        return options
-    config = image.config
-    return replace(
-        options,
-        environment={**dict(entry.split("=", 1) for entry in config.env), **options.environment},
-        command=options.command or config.command,
-        working_directory=options.working_directory or config.working_directory or None,
-        user=options.user or user or config.user or None,
-    )
-
-
 def check_init(plan: Plan, view: View) -> None:
     """Raise ConfigError if there is no init: nspawn would report a container as up that ends at once. Blocks."""
     places = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/sbin/init")
@@ -550,22 +529,6 @@ def explain_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts) -> It
                 "nobody, and the container can write only where everybody may; set "
                 "user_namespacing = false, or use a file system that can be id-mapped, such as ext4 or xfs."
             )
-
-
-def find_device_rules(
-    task: TaskConfig,
-    options: JobOptions,
-    sources: Mapping[str, Source],
-    volumes: Mapping[str, Source],
-    devices: Mapping[Device, Source],
-) -> Iterator[DeviceRule]:
-    """Yield rules for the devices of a task: those it names, and the nodes in its binds and in Nomad's mounts."""
-    for device, source in devices.items():
-        yield from read_rules(source, device.cgroup_permissions)
-    opened = [(mount, sources[mount.source]) for mount in options.binds]
-    opened += [(mount, volumes[mount.source]) for mount in task.mounts]
-    for mount, source in opened:
-        yield from read_rules(source, "r" if mount.read_only else "rw")
 
 
 # What nspawn mounts over the image's own directories.

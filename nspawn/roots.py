@@ -51,7 +51,7 @@ from nspawn.linux import (
     open_in_root,
     take_lock,
 )
-from nspawn.options import Permission
+from nspawn.permissions import Permission
 from nspawn.process import open_user_namespace
 
 

@@ -11,22 +11,23 @@ from nspawn.checks import IdRange
 from nspawn.common import ConfigError
 from nspawn.host import Host
 from nspawn.job import JobOptions
-from nspawn.options import Option, Permission, Values, check_permission, decode_options, is_set
+from nspawn.options import Option, Values, decode_options, is_set
+from nspawn.permissions import Permission, PluginOptions, check_permission
 
 
 def decode_job(
-    rows: Sequence[Option], raw: Mapping[str, object], config: Values, *, is_in_group: bool = False
+    rows: Sequence[Option], raw: Mapping[str, object], config: PluginOptions, *, is_in_group: bool = False
 ) -> JobOptions:
     """Return a job's options, with the defaults that depend on others or on the operator. Raises ConfigError."""
     values = decode_options(rows, raw)
     if values["user_namespacing"] is None:
-        values["user_namespacing"] = config["user_namespacing"]
+        values["user_namespacing"] = config.user_namespacing
     if values["private_users"] == IdRange("no"):
         values["user_namespacing"] = False
     # Not nspawn's -U: it silently runs without a user namespace if it cannot make one.
     for name, default in (("private_users", IdRange("pick")), ("private_users_ownership", "auto")):
         values[name] = (values[name] or default) if values["user_namespacing"] else None
-    values["pids_limit"] = choose_pids_limit(values["pids_limit"], config["pids_limit"])
+    values["pids_limit"] = choose_pids_limit(values["pids_limit"], config.pids_limit)
     if values["network_veth"] is None:
         values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
     if is_in_group:  # Nomad makes its network and maps its ports; jobs of the Go driver have network_veth = true
@@ -189,7 +190,7 @@ def check_rules(rows: Sequence[Option], options: JobOptions, host: Host) -> None
 
 
 def check_permissions(
-    rows: Sequence[Option], options: JobOptions, config: Values, *, is_in_group: bool = False
+    rows: Sequence[Option], options: JobOptions, config: PluginOptions, *, is_in_group: bool = False
 ) -> None:
     """Refuse options that need a permission which the operator does not give. Paths are not checked here, but when
     they have been opened: see sources.py. A task in a group's network does not use the host's."""
@@ -200,10 +201,10 @@ def check_permissions(
     if not is_in_group and not has_own_network(options):
         check_permission("network_veth", options.network_veth, Permission.HOST_NETWORK, config)
     for name in ("capability", "ambient_capability"):
-        refused = [item for item in dict.fromkeys(getattr(options, name)) if item not in config["allow_caps"]]
-        if refused and "all" not in config["allow_caps"]:
+        refused = [item for item in dict.fromkeys(getattr(options, name)) if item not in config.allow_caps]
+        if refused and "all" not in config.allow_caps:
             what = "these capabilities" if refused[1:] else "this capability"
             rule = f"the operator of this client does not allow {what}"
-            allowed = ", ".join(config["allow_caps"]) or "none"
+            allowed = ", ".join(config.allow_caps) or "none"
             shown = refused if refused[1:] else refused[0]
             raise ConfigError(name, shown, rule, f"its plugin block has allow_caps = {allowed}")

@@ -19,7 +19,7 @@ from nspawn.checks import Device
 from nspawn.common import ConfigError, HostError, check_shortage, is_below, name_entry, quote
 from nspawn.devices import DeviceRule
 from nspawn.images import IMAGE_SUFFIXES, Image, find_archive, is_image_name
-from nspawn.job import JobOptions
+from nspawn.job import JobOptions, TaskConfig
 from nspawn.linux import (
     AT_EMPTY_PATH,
     AT_RECURSIVE,
@@ -30,7 +30,8 @@ from nspawn.linux import (
     mount_filesystem,
     open_in_root,
 )
-from nspawn.options import Option, Permission, Values, check_permission, is_allowed
+from nspawn.options import Option
+from nspawn.permissions import Permission, PluginOptions, check_permission
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,12 @@ def open_volumes(paths: Iterable[str]) -> Iterator[dict[str, Source]]:
 
 
 def check_source(
-    rows: Sequence[Option], option: str, name: str, source: Source, own: Mapping[str, Source], config: Values
+    rows: Sequence[Option],
+    option: str,
+    name: str,
+    source: Source,
+    own: Mapping[str, Source],
+    config: PluginOptions,
 ) -> None:
     """Refuse a source that the operator does not allow, or that holds the log pipes."""
     if "alloc" in own and (source.path == own["alloc"].path or is_below(source.path, f"{own['alloc'].path}/logs")):
@@ -127,14 +133,14 @@ def check_source(
         if name.split("/")[0] in own:
             raise ConfigError(option, name, LEADS_OUT)
         check_outside(rows, option, name, source.path, config)
-        folder = os.path.realpath(config["image_dir"])
+        folder = os.path.realpath(config.image_dir)
         if option == "bind" and (is_below(source.path, folder) or is_below(folder, source.path)):
             check_permission(option, name, Permission.IMAGE_WRITE, config)  # it could write to images
-    if source.is_device and not is_allowed(Permission.DEVICES, config):
+    if source.is_device and not config.allows(Permission.DEVICES):
         check_permission(option, name, Permission.DEVICE_BINDS, config)
 
 
-def check_outside(rows: Sequence[Option], option: str, name: str, path: str, config: Values) -> None:
+def check_outside(rows: Sequence[Option], option: str, name: str, path: str, config: PluginOptions) -> None:
     """Refuse a path outside the task's directories that the operator does not allow for this option."""
     permission = next(row.permission for row in rows if row.name == option)
     if permission and permission.is_word:
@@ -142,13 +148,13 @@ def check_outside(rows: Sequence[Option], option: str, name: str, path: str, con
     check_host_path(option, name, path, config)
 
 
-def check_host_path(option: str, name: str, path: str, config: Values) -> None:
+def check_host_path(option: str, name: str, path: str, config: PluginOptions) -> None:
     """Refuse a path that is not below what the operator allows. `path` has no symbolic links. But if it could not
     be opened, it is the job's own name for it, so that the error does not reveal what exists."""
-    if not config["volumes"]:
+    if not config.volumes:
         rule = "the operator of this client does not let tasks mount anything of the host (volumes = false)"
         raise ConfigError(option, name, rule, "use the task's own directories, alloc, local and secrets")
-    allowed = config["allow_paths"]
+    allowed = config.allow_paths
     places = [*allowed, *map(os.path.realpath, allowed)]
     if not any(is_below(path, place) for place in places):
         is_led = any(is_below(os.path.normpath(name), place) for place in places)
@@ -161,7 +167,7 @@ def check_host_path(option: str, name: str, path: str, config: Values) -> None:
 
 @contextlib.contextmanager
 def open_sources(
-    rows: Sequence[Option], options: JobOptions, own: Mapping[str, Source], config: Values
+    rows: Sequence[Option], options: JobOptions, own: Mapping[str, Source], config: PluginOptions
 ) -> Iterator[dict[str, Source]]:
     """Open and check the paths that a job names, and yield them by these names. `own`: the task's directories, by
     the job's names for them. Raises ConfigError."""
@@ -219,6 +225,22 @@ def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:
                 yield DeviceRule.of(found.st_mode, found.st_rdev, permissions)
 
 
+def find_device_rules(
+    task: TaskConfig,
+    options: JobOptions,
+    sources: Mapping[str, Source],
+    volumes: Mapping[str, Source],
+    devices: Mapping[Device, Source],
+) -> Iterator[DeviceRule]:
+    """Yield rules for the devices of a task: those it names, and the nodes in its binds and in Nomad's mounts."""
+    for device, source in devices.items():
+        yield from read_rules(source, device.cgroup_permissions)
+    opened = [(mount, sources[mount.source]) for mount in options.binds]
+    opened += [(mount, volumes[mount.source]) for mount in task.mounts]
+    for mount, source in opened:
+        yield from read_rules(source, "r" if mount.read_only else "rw")
+
+
 MAX_CREDENTIALS = 1 << 20  # bytes of all credentials together: systemd's limit
 
 
@@ -249,7 +271,7 @@ def is_own(path: str, own: Mapping[str, Source]) -> bool:
 
 
 @contextlib.contextmanager
-def open_image(image: Image, name: str, own: Mapping[str, Source], config: Values) -> Iterator[Image]:
+def open_image(image: Image, name: str, own: Mapping[str, Source], config: PluginOptions) -> Iterator[Image]:
     """Open an image that was found, check it, and yield it. It must still be what was found: tasks that can write
     to a directory on the way, or to an image that contains this one, can swap it. Raises ConfigError."""
     try:
@@ -264,32 +286,32 @@ def open_image(image: Image, name: str, own: Mapping[str, Source], config: Value
             raise ConfigError("image", name, rule, "start the task again")
         opened = replace(image, fd=fd, is_fixed=is_fixed(found.path, own, config))
         check_image(opened, name, own, config)
-        may_write = is_own(found.path, own) or {Permission.IMAGE_WRITE.value, "all"} & set(config["allow"])
+        may_write = is_own(found.path, own) or config.allows(Permission.IMAGE_WRITE)
         yield replace(opened, is_shared=not may_write)
     finally:
         os.close(fd)
 
 
-def check_image_name(name: str, own: Mapping[str, Source], config: Values) -> None:
+def check_image_name(name: str, own: Mapping[str, Source], config: PluginOptions) -> None:
     """Refuse a path that is not allowed even if no image was found: a job must not learn what exists there."""
     path = os.path.normpath(name)
-    places = [*(source.path for source in own.values()), config["image_dir"]]
+    places = [*(source.path for source in own.values()), config.image_dir]
     if os.path.isabs(path) and not any(is_below(path, place) for place in places):
         check_host_path("image", name, path, config)
 
 
-def is_fixed(path: str, own: Mapping[str, Source], config: Values) -> bool:
+def is_fixed(path: str, own: Mapping[str, Source], config: PluginOptions) -> bool:
     """Whether tasks cannot swap an image: it is directly in image_dir. Also true if jobs may mount all of the host
     anyway. False in the task's own directories."""
-    is_free = config["volumes"] and "/" in config["allow_paths"]
-    return not is_own(path, own) and (is_free or os.path.dirname(path) == os.path.realpath(config["image_dir"]))
+    is_free = config.volumes and "/" in config.allow_paths
+    return not is_own(path, own) and (is_free or os.path.dirname(path) == os.path.realpath(config.image_dir))
 
 
-def check_image(image: Image, name: str, own: Mapping[str, Source], config: Values) -> None:
+def check_image(image: Image, name: str, own: Mapping[str, Source], config: PluginOptions) -> None:
     """Refuse an image that the operator does not allow. What image_dir itself holds or links to is allowed.
     Elsewhere a disk image needs a permission, as a task may have made it. Outside the task's own directories and
     image_dir, the path must be allowed, too."""
-    path, folder = str(image.path), os.path.realpath(config["image_dir"])
+    path, folder = str(image.path), os.path.realpath(config.image_dir)
     places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in IMAGE_SUFFIXES]
     if os.path.dirname(path) == folder or (is_image_name(name) and {path, os.path.dirname(path)} & {*places}):
         return
@@ -299,7 +321,7 @@ def check_image(image: Image, name: str, own: Mapping[str, Source], config: Valu
         check_permission("image", name, Permission.DISK_IMAGES, config)
 
 
-def check_image_write(image: Image, options: JobOptions, config: Values) -> None:
+def check_image_write(image: Image, options: JobOptions, config: PluginOptions) -> None:
     """Refuse what would change a shared image, where no private root prevents it."""
     if not image.is_shared:
         return

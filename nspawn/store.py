@@ -32,7 +32,7 @@ from typing import Any
 from nspawn.common import MAX_LINE, SAFE_PATH, STATE_ROOT, DriverError, HostError, TransientError, log, tuples
 from nspawn.files import remove_tree, write_file
 from nspawn.images import Image, ImageConfig, Origin
-from nspawn.options import Values
+from nspawn.permissions import PluginOptions, RegistryAuth
 from nspawn.process import NO_PROCESS, start_process, wait_readable
 
 STORE_ROOT = Path("/var/lib/nomad-driver-nspawn")
@@ -311,14 +311,14 @@ class FetchSettings:
     insecure: tuple[str, ...]
 
 
-def plan_fetching(config: Values) -> FetchSettings:
-    auth = config["auth"] or {}
+def plan_fetching(config: PluginOptions) -> FetchSettings:
+    auth = config.auth or RegistryAuth()
     return FetchSettings(
-        limit=config["image_size_limit"] << 20,
-        stall=max(config["image_stall_timeout"] or 60.0, 1.0),
-        auth_config=auth.get("config") or "",
-        auth_helper=auth.get("helper") or "",
-        insecure=config["insecure_registries"],
+        limit=config.image_size_limit << 20,
+        stall=max(config.image_stall_timeout or 60.0, 1.0),
+        auth_config=auth.config or "",
+        auth_helper=auth.helper or "",
+        insecure=config.insecure_registries,
     )
 
 

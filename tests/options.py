@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from driver import PLUGIN_OPTIONS, TASK_OPTIONS
 from nspawn.job import JobOptions
 from nspawn.options import decode_options
+from nspawn.permissions import PluginOptions
 from nspawn.rules import decode_job
 
-CONFIG = decode_options(PLUGIN_OPTIONS, {})  # of an empty plugin block
+CONFIG = PluginOptions(**decode_options(PLUGIN_OPTIONS, {}))  # of an empty plugin block
 
 
-def read_options(
-    config: Mapping[str, Any] = CONFIG, is_in_group: bool = False, /, **options: object
-) -> JobOptions:
+def read_options(config: PluginOptions = CONFIG, is_in_group: bool = False, /, **options: object) -> JobOptions:
     return decode_job(TASK_OPTIONS, {"image": "debian", **options}, config, is_in_group=is_in_group)

@@ -30,6 +30,7 @@ from tests.agent import (
     to_msgpack,
 )
 from tests.containers import Tasks, eventually
+from tests.options import CONFIG
 from tests.servers import FileServer, ImageParts, Registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,6 @@ def find_blocks(value: Any, name: str) -> Iterator[Any]:
 def test_example_is_valid(path: Path) -> None:
     """By the schema Nomad is given, and by everything the driver checks before it starts a task."""
     host = Host(systemd=252, kernel=(6, 1), cgroups=CgroupMode.V2, problems=())
-    config = decode_options(driver.PLUGIN_OPTIONS, {})
     sidecars = [sidecar["config"][0] for sidecar in find_blocks(parse_hcl(path.read_text()), "sidecar_task")]
     assert bool(sidecars) == (path.name == "connect.hcl")
     for group in parse_job(path).groups:
@@ -59,7 +59,7 @@ def test_example_is_valid(path: Path) -> None:
             raw = decode_config(driver.render_spec(driver.TASK_OPTIONS), block, VARIABLES)
             is_in_group = group.network_mode != "host"
             packed = driver.unpack_options(to_msgpack(raw))
-            options = decode_job(driver.TASK_OPTIONS, packed, config, is_in_group=is_in_group)
+            options = decode_job(driver.TASK_OPTIONS, packed, CONFIG, is_in_group=is_in_group)
             if options.image.startswith("docker://"):  # such an image says it itself
                 options = replace(options, command=options.command or ("/entrypoint",))
             check_rules(driver.TASK_OPTIONS, options, host)

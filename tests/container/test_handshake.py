@@ -27,7 +27,7 @@ import pytest
 
 import driver
 from nomad_pb import base_pb2, driver_pb2, grpc_plugin_pb2
-from nspawn.options import PERMISSIONS
+from nspawn.permissions import PERMISSIONS
 from tests.agent import PLUGIN_ENV, Allocation, DriverError, Plugin, Task, call, launch_like_agent
 from tests.containers import eventually, on_overlay
 

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -431,7 +432,7 @@ def test_the_plugin_collects_without_any_task(
     async def collect() -> None:
         service = driver.DriverService()
         service.fetches = Fetches(fetcher.store)
-        service.config["image_gc_delay"] = 0.0
+        service.config = replace(service.config, image_gc_delay=0.0)
         looking = asyncio.create_task(look_at_host(service))
         while any(fetcher.store.images.iterdir()) or any(fetcher.store.layers.iterdir()):
             await asyncio.sleep(0.02)

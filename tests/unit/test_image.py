@@ -26,6 +26,7 @@ from nspawn.images import (
     ImageConfig,
     Origin,
     View,
+    apply_image,
     explain_command,
     find_account,
     find_archive,
@@ -36,7 +37,7 @@ from nspawn.images import (
     plan_origin,
     read_head,
 )
-from nspawn.plan import apply_image, render_bundle
+from nspawn.plan import render_bundle
 from tests.options import read_options
 
 

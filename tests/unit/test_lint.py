@@ -21,7 +21,7 @@ TOP = Path(__file__).resolve().parents[2]
 BUILT = "nomad-driver-nspawn"
 # The rooms of the house, the lowest first: a room imports only what stands before it.
 ROOMS = (
-    "common", "linux", "files", "process", "options", "checks", "job", "devices", "host", "cgroup",
+    "common", "linux", "files", "process", "permissions", "options", "checks", "job", "devices", "host", "cgroup",
     "images", "sources", "network", "roots", "rules", "plan", "outcome", "store", "state", "machined",
     "exec", "download", "unpack", "registry", "fetch", "commands",
 )  # fmt: skip

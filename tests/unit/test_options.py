@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import msgpack
@@ -21,10 +21,8 @@ from nspawn.common import ConfigError, DriverError
 from nspawn.host import CgroupMode, Host
 from nspawn.job import Download, JobOptions
 from nspawn.options import (
-    PERMISSIONS,
     Kind,
     Option,
-    Permission,
     decode_map,
     decode_number,
     decode_options,
@@ -32,6 +30,7 @@ from nspawn.options import (
     is_set,
     render_row,
 )
+from nspawn.permissions import PERMISSIONS, Permission, PluginOptions
 from nspawn.process import run
 from nspawn.rules import RULES, Rule, check_permissions, check_rules, decode_job
 from tests import agent
@@ -171,10 +170,14 @@ def test_aliases(option: Option) -> None:
 
 @pytest.mark.parametrize(
     ("options", "kind"),
-    [(TASK_OPTIONS, JobOptions), *((option.fields, option.into) for option in TASK_OPTIONS if option.fields)],
+    [
+        (TASK_OPTIONS, JobOptions),
+        (PLUGIN_OPTIONS, PluginOptions),
+        *((option.fields, option.into) for option in ALL_OPTIONS if option.fields),
+    ],
 )
 def test_rows_are_the_fields_of_their_type(options: Sequence[Option], kind: Any) -> None:
-    assert [option.name for option in options] == [field.name for field in dataclasses.fields(kind)]
+    assert [option.name for option in options] == [field.name for field in fields(kind)]
 
 
 # -- nspawn's own list ---------------------------------------------------------------------------------------
@@ -1261,8 +1264,8 @@ def test_values_in_sentences_are_json() -> None:
         ({"private_network": True, "network_veth": True}, {}, {"network_veth": True}),
     ],
 )
-def test_settled(options: dict[str, object], config: dict[str, object], expected: dict[str, object]) -> None:
-    found = read_options(CONFIG | config, **options)
+def test_settled(options: dict[str, object], config: dict[str, Any], expected: dict[str, object]) -> None:
+    found = read_options(replace(CONFIG, **config), **options)
     values = {**vars(found), "private_users": found.private_users and found.private_users.text}
     assert {name: values[name] for name in expected} == expected
 
@@ -1272,7 +1275,7 @@ def test_settled_in_the_network_of_a_group() -> None:
     assert (found.network_veth, found.ports) == (False, ())
 
 
-HARDENED = CONFIG | {"allow": (), "allow_caps": ("CAP_NET_ADMIN",)}
+HARDENED = replace(CONFIG, allow=(), allow_caps=("CAP_NET_ADMIN",))
 
 FORBIDDEN: list[tuple[dict[str, object], str, str]] = [
     ({"network_veth": False}, "network_veth = false", "host_network"),
@@ -1314,7 +1317,7 @@ def test_permission(options: dict[str, object], said: str, permission: str) -> N
         f'its plugin block needs "{permission}" in allow'
     )
     for words in ((permission,), ("all",)):
-        check_permissions(TASK_OPTIONS, values, HARDENED | {"allow": words})
+        check_permissions(TASK_OPTIONS, values, replace(HARDENED, allow=words))
 
 
 @pytest.mark.parametrize(
@@ -1344,7 +1347,7 @@ def test_network_of_a_group_is_not_the_hosts() -> None:
 @pytest.mark.parametrize("option", ["capability", "ambient_capability"])
 def test_capabilities_are_the_operators(option: str) -> None:
     values = read_options(**{option: ["CAP_NET_ADMIN", "sys_admin"]})
-    hardened = HARDENED | {"allow": ("ambient_capabilities",)}
+    hardened = replace(HARDENED, allow=("ambient_capabilities",))
     with pytest.raises(ConfigError) as caught:
         check_permissions(TASK_OPTIONS, values, hardened)
     assert str(caught.value) == (
@@ -1354,9 +1357,9 @@ def test_capabilities_are_the_operators(option: str) -> None:
     both = read_options(**{option: ["CAP_SYS_BOOT", "CAP_NET_ADMIN", "sys_admin", "cap_sys_boot"]})
     with pytest.raises(ConfigError, match=r'= \["CAP_SYS_BOOT", "CAP_SYS_ADMIN"\]: .* these capabilities; '):
         check_permissions(TASK_OPTIONS, both, hardened)
-    check_permissions(TASK_OPTIONS, values, hardened | {"allow_caps": ("all",)})
+    check_permissions(TASK_OPTIONS, values, replace(hardened, allow_caps=("all",)))
     with pytest.raises(ConfigError, match=r"allow_caps = none$"):
-        check_permissions(TASK_OPTIONS, values, hardened | {"allow_caps": ()})
+        check_permissions(TASK_OPTIONS, values, replace(hardened, allow_caps=()))
     with pytest.raises(ConfigError, match=r'^capability = "all"'):
         check_permissions(TASK_OPTIONS, read_options(capability=["all"]), HARDENED)
 
