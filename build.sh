@@ -21,6 +21,7 @@ usage: sh build.sh [command]
   test [pytest args]  build and run the tests; root, installs what is missing with apt
   demo                build and start a Nomad agent with the driver; root, the same
   bench               build and measure; root, the same
+  release             make dist/: the file for each architecture, Debian packages, SHA256SUMS
   protos              generate the Python code in nomad_pb/ anew
   reference           write docs/options.md, the reference of all options, anew
   clean               remove what was built
@@ -67,6 +68,70 @@ build() {
 	rm -rf "$work"
 	trap - EXIT
 	echo "$out: $(wc -c <"$out") bytes, $arch, sha256 $(sha256sum <"$out" | cut -c1-16)..."
+}
+
+# Everything that a release has, the same bytes for the same commit.
+release() {
+	[ $# = 0 ] || die "release: what is '$1'? It takes no arguments"
+	command -v dpkg-deb >/dev/null || die "release: needs dpkg-deb, of the Debian package dpkg"
+	make_tools
+	release=$($python -c 'from nspawn.pack import read_version; print(read_version())')
+	commit=${COMMIT-$(find_commit)}
+	case $commit in
+	"" | *-dirty) tag= ;;
+	*) tag=$(git describe --exact-match --match "v$release" 2>/dev/null) || tag= ;;
+	esac
+	# What is built before a release is older than it, for apt.
+	date=$(git log -1 --format=%cd --date=format:%Y%m%d%H%M%S 2>/dev/null) || date=0
+	[ -n "$tag" ] || release=$release~$date.${commit:-unknown}
+	rm -rf dist
+	mkdir dist
+	for arch in x86_64 aarch64; do
+		build --arch "$arch"
+		cp "$out" "dist/$name-$arch"
+		make_package "$arch" "$release"
+	done
+	(cd dist && sha256sum -- *) >build/SHA256SUMS
+	mv build/SHA256SUMS dist/
+	[ -n "$tag" ] || echo "dist/: $release is no release: no tag of driver.py's version is on the commit, or files changed"
+}
+
+# dist/*.deb: the plugin where Debian's and Arch's packages of drivers have theirs, and a configuration to copy.
+make_package() {
+	case $1 in
+	x86_64) machine=amd64 ;;
+	aarch64) machine=arm64 ;;
+	esac
+	tree=$(mktemp -d build/package.XXXXXX)
+	chmod 755 "$tree"
+	install -D -m 755 "dist/$name-$1" "$tree/usr/lib/nomad/plugins/$name"
+	install -d "$tree/usr/share/doc/$name/examples" "$tree/DEBIAN"
+	cp -R README.md CHANGELOG.md docs "$tree/usr/share/doc/$name/"
+	cp LICENSE "$tree/usr/share/doc/$name/copyright"
+	cp -R example/. "$tree/usr/share/doc/$name/examples/"
+	cat >"$tree/DEBIAN/control" <<-EOF
+		Package: $name
+		Version: $2
+		Architecture: $machine
+		Maintainer: The $name authors
+		Section: admin
+		Priority: optional
+		Depends: python3 (>= 3.10), systemd-container (>= 252), libstdc++6, util-linux
+		Recommends: iproute2, zstd
+		Description: Nomad task driver for systemd-nspawn containers
+		 Runs tasks of HashiCorp Nomad as systemd-nspawn containers: a whole booted
+		 operating system, or one command. Nomad loads the plugin from
+		 /usr/lib/nomad/plugins once its configuration says so: an example is
+		 /usr/share/doc/$name/examples/package.hcl.
+	EOF
+	chmod -R u=rwX,go=rX "$tree"
+	# The times are those of the commit. The plugin is compressed already.
+	SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null || echo 0)
+	find "$tree" -exec touch -hd "@$SOURCE_DATE_EPOCH" {} +
+	export SOURCE_DATE_EPOCH
+	dpkg-deb --root-owner-group -Znone --build "$tree" "dist/${name}_${2}_$machine.deb"
+	unset SOURCE_DATE_EPOCH
+	rm -rf "$tree"
 }
 
 run_tests() {
@@ -129,7 +194,7 @@ reference() {
 }
 
 clean() {
-	rm -rf build "$name"
+	rm -rf build dist "$name"
 }
 
 # -- what the commands need ----------------------------------------------------------------------------------
@@ -210,7 +275,7 @@ make_libraries() {
 
 [ $# -gt 0 ] || set -- build
 case $1 in
-build | demo | bench | protos | reference | clean) "$@" ;;
+build | release | demo | bench | protos | reference | clean) "$@" ;;
 --arch) build "$@" ;;
 test)
 	shift

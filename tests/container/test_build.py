@@ -139,9 +139,17 @@ def read_machine(elf: bytes) -> int:
 def copy_checkout(target: Path) -> Path:
     """The sources with other modes and times, and the tools and wheels that are there already."""
     (target / "build").mkdir(parents=True)
-    for name in ("build.sh", "driver.py", "requirements.lock", "requirements-dev.txt"):
+    for name in (
+        "build.sh",
+        "driver.py",
+        "requirements.lock",
+        "requirements-dev.txt",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+    ):
         shutil.copyfile(TOP / name, target / name)
-    for name in ("nomad_pb", "nspawn"):
+    for name in ("nomad_pb", "nspawn", "docs", "example"):
         shutil.copytree(TOP / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (TOP / "build").glob("libraries-*"):
         (target / "build" / path.name).symlink_to(path)
@@ -160,15 +168,46 @@ def read_commit(file: Path) -> str:
     return match[1] or ""
 
 
-def test_same_sources_give_the_same_bytes(driver_file: Path, tmp_path: Path) -> None:
-    other = copy_checkout(tmp_path / "another place")
+@pytest.fixture(scope="module")
+def released(driver_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dist/ of the same sources in another place, under other circumstances."""
+    other = copy_checkout(tmp_path_factory.mktemp("release") / "another place")
     subprocess.run(
-        ["sh", "-c", "umask 077; exec sh ../another*/build.sh"], cwd=other, check=True, timeout=600,
+        ["sh", "-c", "umask 077; exec sh ../another*/build.sh release"], cwd=other, check=True, timeout=600,
         env=os.environ | {"TZ": "Pacific/Auckland", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "1700000000",
                           "COMMIT": read_commit(driver_file)},
     )  # fmt: skip
-    assert (other / NAME).read_bytes() == driver_file.read_bytes(), "or the sources are newer than the file"
-    assert stat.S_IMODE((other / NAME).stat().st_mode) == 0o755
+    return other / "dist"
+
+
+def test_same_sources_give_the_same_bytes(driver_file: Path, released: Path) -> None:
+    file = released / f"{NAME}-{platform.machine()}"
+    assert file.read_bytes() == driver_file.read_bytes(), "or the sources are newer than the file"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o755
+
+
+def test_sums_of_a_release(released: Path) -> None:
+    """As the README has it: only the files that one has loaded are checked."""
+    names = {path.name for path in released.iterdir()} - {"SHA256SUMS"}
+    packages = {name.rpartition("_")[2] for name in names if name.endswith(".deb")}
+    assert names >= {f"{NAME}-x86_64", f"{NAME}-aarch64"} and packages == {"amd64.deb", "arm64.deb"}
+    said = subprocess.run(
+        ["sha256sum", "--check", "SHA256SUMS"], cwd=released, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.count(": OK\n") == len(names) == 4, said
+
+
+def test_debian_package(released: Path, driver_file: Path, tmp_path: Path) -> None:
+    [package] = released.glob("*_amd64.deb" if platform.machine() == "x86_64" else "*_arm64.deb")
+    subprocess.run(["dpkg-deb", "--extract", package, tmp_path], check=True, timeout=60)
+    installed = tmp_path / f"usr/lib/nomad/plugins/{NAME}"
+    assert installed.read_bytes() == driver_file.read_bytes()
+    assert (tmp_path / f"usr/share/doc/{NAME}/examples/package.hcl").is_file()
+    owners = subprocess.run(["dpkg-deb", "--contents", package], capture_output=True, text=True, check=True)
+    assert {line.split()[1] for line in owners.stdout.splitlines()} == {"root/root"}
+    check = ["dpkg", "--dry-run", "--install", str(package)]
+    said = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
+    assert said.returncode == 0, said  # its dependencies are those of the tests
 
 
 def test_only_the_built_file_is_executable_at_the_top() -> None:
@@ -178,12 +217,8 @@ def test_only_the_built_file_is_executable_at_the_top() -> None:
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_compiled_modules_are_of_the_right_architecture(driver_file: Path, machine: str) -> None:
-    file = driver_file
-    if machine != platform.machine():
-        build("--arch", machine)
-        file = TOP / f"build/{NAME}-{machine}"
-    with zipfile.ZipFile(file) as archive:
+def test_compiled_modules_are_of_the_right_architecture(released: Path, machine: str) -> None:
+    with zipfile.ZipFile(released / f"{NAME}-{machine}") as archive:
         modules = [name for name in archive.namelist() if name.endswith(".so")]
         machines = {read_machine(archive.read(name)) for name in modules}
     assert machines == {{"x86_64": 62, "aarch64": 183}[machine]}

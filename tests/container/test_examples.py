@@ -35,7 +35,9 @@ from tests.servers import FileServer, ImageParts, Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = [
-    path for path in sorted((ROOT / "example").rglob("*.hcl")) if path.name not in ("config.hcl", "hardened.hcl")
+    path
+    for path in sorted((ROOT / "example").rglob("*.hcl"))
+    if path.name not in ("config.hcl", "hardened.hcl", "package.hcl")
 ]
 VARIABLES = {"NOMAD_ALLOC_NAME": "unit.unit[0]", "NOMAD_SHORT_ALLOC_ID": "00000000", "node.unique.name": "host"}
 
@@ -66,6 +68,7 @@ def test_example_is_valid(path: Path) -> None:
 
 
 def test_hardened_operator_is_valid() -> None:
+    assert plugin_config(ROOT / "example/package.hcl", driver.FILE_NAME) == {}
     block = plugin_config(ROOT / "example/hardened.hcl", driver.FILE_NAME)
     raw = decode_config(driver.render_spec(driver.PLUGIN_OPTIONS), block or {})
     values = decode_options(driver.PLUGIN_OPTIONS, msgpack.unpackb(to_msgpack(raw)))

@@ -374,7 +374,7 @@ def test_parse_job(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "example").rglob("*.hcl")), ids=lambda path: path.name)
 def test_examples_parse(path: Path) -> None:
-    if path.name in ("config.hcl", "hardened.hcl"):
+    if path.name in ("config.hcl", "hardened.hcl", "package.hcl"):
         assert plugin_config(path, "nomad-driver-nspawn") is not None
     else:
         assert all(task.driver == "nspawn" for group in parse_job(path).groups for task in group.tasks)

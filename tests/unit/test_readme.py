@@ -56,6 +56,6 @@ def test_example_jobs_use_this_driver() -> None:
     jobs = sorted((ROOT / "example").rglob("*.hcl"))
     assert len(jobs) >= 4
     for path in jobs:
-        if path.name not in ("config.hcl", "hardened.hcl"):
+        if path.name not in ("config.hcl", "hardened.hcl", "package.hcl"):
             parse_job(path)
             assert f'driver = "{PLUGIN_NAME}"' in path.read_text()
