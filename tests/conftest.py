@@ -17,7 +17,11 @@ import pytest
 from tests.agent import Plugin, launch_like_agent
 from tests.built import find_changed
 from tests.containers import Tasks, make_small_image
-from tests.servers import Fetcher, FileServer, Liar, pack_tree
+from tests.servers import (
+    FileServer,
+    Liar,
+    pack_tree,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,12 +107,6 @@ def tasks(shared: Plugin, image: Path) -> Iterator[Tasks]:
         yield made
     violations, shared.violations = shared.violations, []
     assert not violations
-
-
-@pytest.fixture
-def fetcher(tmp_path: Path) -> Fetcher:
-    """Fetches images as the plugin does, into a store of its own."""
-    return Fetcher(tmp_path / "store")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -14,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nspawn.linux import open_in_root
-from nspawn.process import read_children, read_stat
 from tests.agent import AgentError, Allocation, ExitResult, Plugin, Task
 from tests.leftovers import leftovers, processes
 
@@ -125,9 +122,9 @@ def nspawn(task: Task) -> int:
         if command.startswith("systemd-nspawn ") and f"--machine={task.name}-" in command
     }
     for pid in found:
-        fields = read_stat(pid)
-        if fields and int(fields[1]) not in found:
-            return pid
+        with contextlib.suppress(OSError):
+            if int(read_stat(pid)[1]) not in found:
+                return pid
     raise AssertionError(f"no systemd-nspawn of task {task.name}: {list(processes(task.allocation.id))}")
 
 
@@ -148,20 +145,26 @@ def shim(task: Task) -> int:
     return int(driver_state(task)["shim"]["pid"])
 
 
+def read_stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on."""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+
+
 def is_alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        return read_stat(pid)[0] not in "ZX"
     return False
 
 
 def zombies(pid: int) -> list[int]:
     """Children that have ended and that nobody has waited for."""
-    return [child for child in read_children(pid) if (read_stat(child) or ["Z"])[0] == "Z"]
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if Path(f"/proc/{child}").exists() and not is_alive(int(child))]
 
 
 def cpu_seconds(pid: int) -> float:
     """What a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    fields = read_stat(pid)
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -201,21 +204,20 @@ def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None
             ["chroot", str(image), "ldd", program], stdout=subprocess.PIPE, check=True, timeout=30
         )
         files |= {word for word in shown.stdout.decode().split() if word.startswith("/")}
+    for name in ("usr/bin", "usr/lib", "usr/lib64"):
+        (target / name).mkdir(parents=True, exist_ok=True)
     for name in ("bin", "sbin", "lib", "lib64"):
         if (image / name).is_symlink():
-            target.mkdir(parents=True, exist_ok=True)
             (target / name).symlink_to(os.readlink(image / name))
-    root = os.open(image, os.O_PATH)
-    for file in (*files, "/usr/lib/os-release", "/etc/passwd", "/etc/group"):
-        copy = target / file.lstrip("/")
-        (target / "usr/lib64").mkdir(parents=True, exist_ok=True)
-        (target / "usr/lib").mkdir(parents=True, exist_ok=True)
-        (target / "usr/bin").mkdir(parents=True, exist_ok=True)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        fd = open_in_root(root, file, os.O_PATH)  # its links are absolute: followed as they are, they
-        shutil.copy2(f"/proc/self/fd/{fd}", copy)  # would lead to the host's libraries
-        os.close(fd)
-    os.close(root)
+    files |= {"/usr/lib/os-release", "/etc/passwd", "/etc/group"}
+    # Inside the image: followed from here, its absolute links would lead to the host's libraries.
+    names = [file.lstrip("/") for file in files]
+    packed = subprocess.run(
+        ["chroot", str(image), "tar", "--dereference", "-cf", "-", *names],
+        stdout=subprocess.PIPE, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    unpack = ["tar", "-C", str(target), "--keep-directory-symlink", "-xf", "-"]
+    subprocess.run(unpack, input=packed, check=True, timeout=60)
     (target / "usr/bin/sh").symlink_to("dash")
     for name in ("dev", "etc", "mnt", "proc", "run", "sys", "tmp", "var"):
         (target / name).mkdir(exist_ok=True)

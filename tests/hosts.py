@@ -40,12 +40,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-if not __package__:  # run as a script
-    sys.path.insert(0, str(ROOT))
-
-from nspawn.cgroup import remove_cgroup  # noqa: E402 # what stands above is needed to find it
-from nspawn.host import read_cgroup_mode  # noqa: E402 # the same
-
 CACHE = Path(os.environ.get("IMAGE_CACHE", "/var/cache/nomad-driver-nspawn-tests"))
 CONTAINER_IMAGE = CACHE / "debian-bookworm"  # what tests run as tasks; made by build.sh
 BUILT = "nomad-driver-nspawn"
@@ -122,6 +116,28 @@ def have_cgroup2() -> bool:
     with contextlib.suppress(OSError):
         return "memory" in Path("/sys/fs/cgroup/cgroup.controllers").read_text().split()
     return False
+
+
+# Where the v2 hierarchy is mounted, and systemd's own of v1, which nspawn keeps in step with it.
+CGROUPS = [Path("/sys/fs/cgroup") / name for name in ("", "unified", "systemd")]
+
+
+def make_cgroup(name: str) -> Path | None:
+    """Make a cgroup where there is a v2 hierarchy."""
+    for root in CGROUPS:
+        if (root / "cgroup.controllers").exists():
+            (root / name).mkdir()
+            return root / name
+    return None
+
+
+def remove_cgroup(name: str) -> bool:
+    """Remove a cgroup with all below it, everywhere; return whether it is gone."""
+    for root in CGROUPS:
+        for folder, _, _ in os.walk(root / name, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+    return not any((root / name).exists() for root in CGROUPS)
 
 
 needs_cgroup2 = pytest.mark.skipif(
@@ -398,8 +414,8 @@ class Container(Host):
         tree = make_tree(suite)
         name = f"host-{suite}-{os.getpid()}-{os.urandom(2).hex()}"
         self.work = tempfile.TemporaryDirectory(prefix="host-")
-        self.cgroup = (read_cgroup_mode().root or Path(self.work.name)) / name
-        self.cgroup.mkdir()
+        self.name = name
+        self.cgroup = make_cgroup(name)
         self.disk = Path(self.work.name, "disk")
         self.disk.mkdir()
         self.argv = [
@@ -426,7 +442,7 @@ class Container(Host):
                 [
                     "sh",
                     "-c",
-                    'echo 0 >"$0/cgroup.procs"; exec unshare --mount --propagation=slave "$@"',
+                    '[ ! -d "$0" ] || echo 0 >"$0/cgroup.procs"; exec unshare --mount --propagation=slave "$@"',
                     str(self.cgroup),
                     *self.argv,
                 ],
@@ -504,8 +520,7 @@ class Container(Host):
                 self.process.kill()
                 self.process.wait()
         for _ in range(50):  # killed processes leave their cgroups a moment later
-            remove_cgroup(str(self.cgroup))
-            if not self.cgroup.exists():
+            if remove_cgroup(self.name):
                 break
             time.sleep(0.02)
         self.work.cleanup()

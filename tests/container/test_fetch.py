@@ -22,23 +22,20 @@ import pytest
 import nspawn.images
 from nspawn.images import Image, Origin
 from tests.containers import eventually
+from tests.fetching import Fetcher, layer_of, tar_name, url_origin
 from tests.servers import (
     Entry,
-    Fetcher,
     FileServer,
     cut_off,
     folder,
     free_port,
     hard_link,
-    layer_of,
     link,
     make_tar,
     redirect,
     send,
     stall,
     status,
-    tar_name,
-    url_origin,
     zstd,
 )
 

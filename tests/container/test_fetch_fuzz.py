@@ -26,7 +26,15 @@ from nspawn.files import remove_tree
 from nspawn.images import Origin
 from nspawn.registry import Reference, parse_json
 from nspawn.unpack import Room, Unpacker
-from tests.servers import DOCKER_INDEX, DOCKER_LAYER, Fetcher, ImageParts, Liar, folder, make_tar
+from tests.fetching import Fetcher, origin_of
+from tests.servers import (
+    DOCKER_INDEX,
+    DOCKER_LAYER,
+    ImageParts,
+    Liar,
+    folder,
+    make_tar,
+)
 
 DIGEST = "sha256:" + "0" * 64
 
@@ -96,7 +104,7 @@ def test_documents(registry: Liar, manifest: Any, config: Any) -> None:
     for parts in (manifest, {**IMAGE.manifest, "config": fetch_config(registry, config)}):
         registry.serve(IMAGE)
         registry.files["/v2/x/manifests/latest"] = json.dumps(parts).encode()
-        with fetching(registry.origin) as one, contextlib.suppress(DriverError):
+        with fetching(origin_of(registry)) as one, contextlib.suppress(DriverError):
             image = one.run()
             assert one.store.read(image.key) == image
             os.fsencode("".join((*image.config.env, *image.config.command, image.config.user)))
@@ -154,11 +162,11 @@ def test_heads_of_answers(registry: Liar, status: bytes, lines: list[bytes], bod
         request.close_connection = True
 
     registry.answers = {"/v2/x/manifests/latest": answer}
-    with fetching(registry.origin) as one, contextlib.suppress(DriverError):
+    with fetching(origin_of(registry)) as one, contextlib.suppress(DriverError):
         one.run()
     registry.answers = {f"/v2/x/blobs/{IMAGE.layers[0].digest}": answer, "/file": answer}
     registry.serve(IMAGE)
-    for origin in (registry.origin, Origin("tar", f"{registry.url}/file", "file")):
+    for origin in (origin_of(registry), Origin("tar", f"{registry.url}/file", "file")):
         with fetching(origin) as one, contextlib.suppress(DriverError):
             one.store.prepare()
             for part in (one.store.part(one.key), one.store.part(f"{one.key}.{IMAGE.layers[0].digest[7:]}")):

@@ -42,21 +42,18 @@ from nspawn.registry import Credentials, Reference
 from tests.agent import Allocation, DriverError, Plugin, Task, call, launch_like_agent
 from tests.container.test_effects import swapping
 from tests.containers import Tasks, driver_state, eventually, leader, make_small_image, output, zombies
+from tests.fetching import Fetcher, docker_origin, layer_name, layer_of, origin_of, url_origin
 from tests.servers import (
     Answer,
     Blob,
     Entry,
-    Fetcher,
     FileServer,
     ImageParts,
     Liar,
     Registry,
     basic,
-    docker_origin,
     folder,
     hard_link,
-    layer_name,
-    layer_of,
     link,
     make_deep,
     make_tar,
@@ -64,7 +61,6 @@ from tests.servers import (
     redirect,
     send,
     stall,
-    url_origin,
 )
 
 STRICT = "volumes = false\nallow = []\nallow_caps = []\nallow_paths = []\n"
@@ -496,7 +492,7 @@ def private(fetcher: Fetcher, liar: Liar) -> Iterator[ImageParts]:
         registry.authorization = basic("ci", "secret")
         registry.answers["/v2/x/manifests/latest"] = ask_for_credentials(registry)
         fetcher.fetch(docker_origin(f"{registry.host}/x", username="ci", password="secret"))
-        assert "needs credentials" in fetcher.talk(fetcher.request(registry.origin))[-1]["error"]
+        assert "needs credentials" in fetcher.talk(fetcher.request(origin_of(registry)))[-1]["error"]
     yield image
     assert fetcher.store.layer(layer_name(gzip.decompress(image.layers[0].data))).is_dir()
 
@@ -530,7 +526,7 @@ def test_layers_of_others(fetcher: Fetcher, liar: Liar, private: ImageParts, ans
         liar.answers[path] = lambda request: send(request, 206, b"\x1f", {"Content-Range": "bytes 0-0/9999"})
     if answer == "another blob":
         liar.files[path] = gzip.compress(make_tar([folder("usr")]))
-    assert "a layer has another digest" in (said := see(fetcher, liar.origin)) or "is not there" in said
+    assert "a layer has another digest" in (said := see(fetcher, origin_of(liar))) or "is not there" in said
 
 
 def test_layers_of_others_by_another_digest(fetcher: Fetcher, liar: Liar, private: ImageParts) -> None:
@@ -538,7 +534,7 @@ def test_layers_of_others_by_another_digest(fetcher: Fetcher, liar: Liar, privat
     mine.config["rootfs"] = private.config["rootfs"]
     mine.describe()
     liar.serve(mine)
-    assert "contents are not what the image says" in see(fetcher, liar.origin)
+    assert "contents are not what the image says" in see(fetcher, origin_of(liar))
 
 
 def test_layers_of_others_in_an_archive(fetcher: Fetcher, private: ImageParts, tmp_path: Path) -> None:
@@ -571,7 +567,7 @@ def test_an_archive_is_no_layer(fetcher: Fetcher, server: FileServer, liar: Liar
     (tree,) = fetcher.fetch(url_origin(f"{server.url}/image")).layers
     assert (fetcher.store.layer(tree) / "usr/.wh.gone").is_file()
     liar.serve(ImageParts.make([upper]))
-    layer, _ = fetcher.fetch(liar.origin).layers
+    layer, _ = fetcher.fetch(origin_of(liar)).layers
     assert stat.S_ISCHR((fetcher.store.layer(layer) / "usr/gone").lstat().st_mode)
 
 
@@ -583,11 +579,11 @@ def test_half_a_download_of_another_image(fetcher: Fetcher, liar: Liar) -> None:
     with Liar() as other:
         other.serve(image)
         other.answers[f"/v2/x/blobs/{image.layers[0].digest}"] = stall(bytes(len(image.layers[0].data)), 5000)
-        process = fetcher.start(fetcher.request(other.origin))
+        process = fetcher.start(fetcher.request(origin_of(other)))
         eventually(lambda: any(path.stat().st_size for path in fetcher.store.parts.iterdir()))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    fetcher.fetch(liar.origin)
+    fetcher.fetch(origin_of(liar))
     assert all("Range" not in seen.headers for seen in liar.seen)
 
 
@@ -601,10 +597,10 @@ def test_a_trickle_holds_nobody_up(fetcher: Fetcher, liar: Liar, server: FileSer
         other.serve(image)
         other.answers[f"/v2/x/blobs/{image.layers[0].digest}"] = stall(image.layers[0].data, 5000)
         fetcher.settings["stall"] = 1000.0
-        process = fetcher.start(fetcher.request(other.origin))
+        process = fetcher.start(fetcher.request(origin_of(other)))
         try:
             eventually(lambda: list(fetcher.store.parts.iterdir()))
-            fetcher.fetch(liar.origin)
+            fetcher.fetch(origin_of(liar))
             assert fetcher.collect() > 0
             assert not list(fetcher.store.images.iterdir()) and not list(fetcher.store.layers.iterdir())
             assert len([path for path in fetcher.store.parts.iterdir() if path.suffix != ".etag"]) == 1
@@ -617,7 +613,7 @@ def test_the_limit_is_for_the_whole_image(fetcher: Fetcher, liar: Liar) -> None:
     fetcher.settings["limit"] = 50 << 20
     layers = [make_tar([folder("usr"), Entry(f"usr/{name}", os.urandom(20 << 20))]) for name in "abc"]
     liar.serve(ImageParts.make(layers[:2]))
-    fetcher.fetch(liar.origin)
+    fetcher.fetch(origin_of(liar))
     liar.serve(ImageParts.make(layers), tag="more")
     said = see(fetcher, docker_origin(f"{liar.host}/x:more"))
     assert "has layers of 6" in said and "more than the 50 MB that image_size_limit" in said
@@ -858,7 +854,7 @@ def test_devices_are_left_out(fetcher: Fetcher, server: FileServer) -> None:
 def test_devices_and_attributes_in_layers(fetcher: Fetcher, liar: Liar) -> None:
     entries = [folder("usr"), Entry("usr/x", kind=tarfile.CHRTYPE), Entry("dev/sda", kind=tarfile.BLKTYPE)]
     liar.serve(ImageParts.make([make_tar(entries)]))
-    layer, _ = fetcher.fetch(liar.origin).layers
+    layer, _ = fetcher.fetch(origin_of(liar)).layers
     assert list((fetcher.store.layer(layer) / "usr").iterdir()) == []
     for name in ("trusted.overlay.opaque", "user.overlay.opaque"):
         liar.serve(ImageParts.make([make_tar([folder("usr", pax={f"SCHILY.xattr.{name}": "y"})])]), tag=name)

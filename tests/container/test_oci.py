@@ -19,11 +19,11 @@ import pytest
 from nspawn.common import DriverError
 from nspawn.images import ImageConfig, Origin
 from nspawn.registry import Reference, read_image_config
+from tests.fetching import Fetcher, docker_origin, layer_name, origin_of, stacked
 from tests.servers import (
     DOCKER_INDEX,
     Blob,
     Entry,
-    Fetcher,
     FileServer,
     ImageParts,
     Liar,
@@ -31,16 +31,13 @@ from tests.servers import (
     TokenServer,
     basic,
     basic_auth,
-    docker_origin,
     folder,
     hard_link,
-    layer_name,
     link,
     make_tar,
     native,
     pack_files,
     send,
-    stacked,
     status,
     zstd,
 )
@@ -343,7 +340,7 @@ def test_identity_token(fetcher: Fetcher, liar: Liar, tmp_path: Path, where: str
     try:
         helper.write_text(f"#!/bin/sh\necho '{answer}'\n")
         helper.chmod(0o755)
-        fetcher.fetch(liar.origin)
+        fetcher.fetch(origin_of(liar))
     finally:
         helper.unlink()
     assert [form["grant_type"] for form in forms] == [["refresh_token"]]
@@ -370,7 +367,7 @@ def test_a_token_that_runs_out(fetcher: Fetcher, liar: Liar) -> None:
 
     liar.answers |= {path: guard(path) for path in liar.files}
     liar.answers["/token"] = lambda request: send(request, 200, json.dumps({"token": f"t{len(spent)}"}).encode())
-    fetcher.fetch(liar.origin)
+    fetcher.fetch(origin_of(liar))
     assert len(spent) == 4
 
 
@@ -418,7 +415,7 @@ def test_plain_http_is_for_this_machine_and_the_operators_list(fetcher: Fetcher)
 
 def test_a_liar_that_does_not_lie(fetcher: Fetcher, liar: Liar) -> None:
     liar.serve(ImageParts.make([BASE]))
-    fetcher.fetch(liar.origin)
+    fetcher.fetch(origin_of(liar))
 
 
 def test_damaged_blob_of_a_real_registry(fetcher: Fetcher, registry: Registry) -> None:
@@ -565,7 +562,7 @@ def test_lies(fetcher: Fetcher, liar: Liar, spoil: Any) -> None:
     image = ImageParts.make([BASE])
     liar.serve(image)
     spoil(image, liar)
-    text, kind = fetcher.refuse(liar.origin)
+    text, kind = fetcher.refuse(origin_of(liar))
     assert LIES[spoil] in text
     assert kind == "DriverError"
     assert "/foreign" not in [seen.path for seen in liar.seen]
@@ -585,15 +582,15 @@ def test_an_index_that_lies(fetcher: Fetcher, liar: Liar) -> None:
     liar.serve(image, tag=digest)
     entry = {"digest": digest, "platform": {"os": "linux", "architecture": native()}}
     liar.files["/v2/x/manifests/latest"] = json.dumps({"mediaType": DOCKER_INDEX, "manifests": [entry]}).encode()
-    assert "sends a manifest of another digest" in fetcher.refuse(liar.origin)[0]
+    assert "sends a manifest of another digest" in fetcher.refuse(origin_of(liar))[0]
     liar.files["/v2/x/manifests/latest"] = json.dumps({"manifests": ["x", {}]}).encode()
-    assert "is there for no platform" in fetcher.refuse(liar.origin)[0]
+    assert "is there for no platform" in fetcher.refuse(origin_of(liar))[0]
 
 
 @pytest.mark.parametrize("code", [404, 429, 500])
 def test_status(fetcher: Fetcher, liar: Liar, code: int) -> None:
     liar.answers["/v2/x/manifests/latest"] = status(code)
-    text, kind = fetcher.refuse(liar.origin)
+    text, kind = fetcher.refuse(origin_of(liar))
     assert f"HTTP {code}" in text
     assert kind == ("DriverError" if code == 404 else "TransientError")
 

@@ -27,10 +27,10 @@ from nspawn.files import remove_tree
 from nspawn.store import Fetches, Store, StoredImage
 from tests.agent import AgentError, DriverError, Plugin, Task, driver_error, launch_like_agent
 from tests.containers import Tasks, eventually, is_alive, kill, make_small_image, output
+from tests.fetching import Fetcher, docker_origin, url_origin
 from tests.leftovers import processes
 from tests.servers import (
     Entry,
-    Fetcher,
     FileServer,
     ImageParts,
     Registry,
@@ -42,7 +42,6 @@ from tests.servers import (
     pack_files,
     pack_tree,
     stall,
-    url_origin,
 )
 
 
@@ -394,8 +393,6 @@ def test_shared_layers_stay(registry_images: tuple[Fetcher, list[StoredImage]]) 
 
 @pytest.fixture
 def registry_images(tmp_path: Path) -> Iterator[tuple[Fetcher, list[StoredImage]]]:
-    from tests.servers import docker_origin
-
     fetcher = Fetcher(tmp_path / "store")
     base, top = make_tar([folder("usr")]), make_tar([folder("top")])
     with Registry(tmp_path / "registry") as registry:

@@ -200,6 +200,18 @@ def test_programs_apart_import_nothing_of_ours(program: str) -> None:
     assert program not in importers("nspawn", "driver", "nomad_pb", "grpc", "msgpack", "google")
 
 
+@pytest.mark.parametrize(
+    "path",
+    [*TOP.glob("tests/agent/*.py")]
+    + [TOP / f"tests/{name}.py" for name in ("built", "conftest", "containers", "hosts", "leftovers", "servers")],
+    ids=lambda path: path.name,
+)
+def test_helpers_of_tests_know_the_driver_from_outside_only(path: Path) -> None:
+    """Who looks with the driver's own eyes does not see its faults."""
+    names = [name for node in ast.walk(ast.parse(path.read_text())) for name in read_imports(node)]
+    assert [name for name in names if name.split(".")[0] in ("driver", "nspawn")] == []
+
+
 def test_protocol_is_used_by_driver_only() -> None:
     """What is known of containers is free of protobuf, and the fetching process stays light."""
     assert importers("grpc", "nomad_pb", "google", "msgpack") == {"driver"}
