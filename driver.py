@@ -175,7 +175,8 @@ from nspawn.job import (
     render_signal,
     state_directory,
 )
-from nspawn.linux import attach_tree, enter_namespace
+from nspawn.linux import attach_tree, bind_mount, enter_namespace
+from nspawn.logs import find_holders, hold_for_a_moment, hold_until_read, open_pipes
 from nspawn.machined import Machined
 from nspawn.network import (
     NO_ADDRESS,
@@ -196,13 +197,9 @@ from nspawn.options import (
     render_table,
 )
 from nspawn.outcome import (
-    Ending,
     Exit,
-    Record,
     Shortage,
-    explain_exit,
     explain_failure,
-    parse_nspawn_log,
 )
 from nspawn.permissions import (
     DEFAULT_PERMISSIONS,
@@ -235,6 +232,7 @@ from nspawn.process import (
     start_process,
     wait_readable,
 )
+from nspawn.record import MESSAGES, add_note, find_exit, read_messages, read_record, reserve_room
 from nspawn.roots import (
     PLACE_NAME,
     check_mount_points,
@@ -277,6 +275,7 @@ from nspawn.state import (
     remove_network,
     remove_place,
     split_id,
+    wait_container,
     wait_processes,
 )
 from nspawn.store import Fetches, Store, plan_fetching
@@ -872,11 +871,12 @@ def start_shim(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[in
         for path in plan.nosuid:
             cover_nosuid(path)
         stack.callback(close_all, locks)
+        environ = cover_places(plan, state_dir)
         arguments = make_root(plan, state_dir, locks) if plan.private else []
         root = plan.find_root(state_dir)
         if root:
             prepare_root(plan, root)
-        return start_shell(plan, state_dir, stdio, arguments, locks)
+        return start_shell(plan, state_dir, stdio, arguments, locks, environ)
 
 
 def close_all(fds: list[int]) -> None:
@@ -884,11 +884,28 @@ def close_all(fds: list[int]) -> None:
         os.close(fds.pop())
 
 
+def cover_places(plan: Plan, state_dir: Path) -> dict[str, str]:
+    """Mount what nspawn must have in other places, in this thread's namespace. Return variables for it."""
+    if plan.options.overlay:  # nspawn keeps their changes in /var/tmp, and leaves them there if it is killed
+        bind_mount(f"{state_dir}/tmp", "/var/tmp")
+    try:
+        bind_mount(str(state_dir / MESSAGES), "/dev/kmsg")
+    except OSError:  # there is no /dev/kmsg: the messages go to the task's stderr
+        return {}
+    return {"SYSTEMD_LOG_TARGET": "kmsg"}
+
+
 def start_shell(
-    plan: Plan, state_dir: Path, stdio: Sequence[int], arguments: Sequence[str], locks: Sequence[int]
+    plan: Plan,
+    state_dir: Path,
+    stdio: Sequence[int],
+    arguments: Sequence[str],
+    locks: Sequence[int],
+    environ: Mapping[str, str],
 ) -> ProcessId:
     environ = {
         **plan.environ,
+        **environ,
         "PATH": SAFE_PATH,
         "LANG": "C.UTF-8",
         "NOTIFY_SOCKET": str(state_dir / "notify"),
@@ -908,18 +925,6 @@ def start_shell(
         raise HostError(f"the container's shim cannot be started: {error.strerror}") from None
 
 
-def read_record(state_dir: Path) -> Record | None:
-    """Return the exit record, None if there is none (the task runs, or its shim was killed) or it is damaged.
-    Raises OSError when the host cannot tell."""
-    path = state_dir / "exit"
-    try:
-        first, _, counters = path.read_text().partition("\n")
-        status, _, populated = first.partition(" ")
-        return Record(int(status), populated == "1", path.stat().st_mtime, Shortage.of(parse_counters(counters)))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 ADDRESS_PATIENCE = 30.0  # seconds after which an event says that a container has no address: DHCP takes a few
 HOST_PATIENCE = 1.0  # seconds until a task is watched again after an error of the machine
 END_LIMIT = 15.0  # seconds for nspawn to clean up after its payload: it removes an ephemeral copy itself
@@ -933,10 +938,10 @@ class Task:
         self.events = events
         self.exit: Exit | None = None
         self.ended = asyncio.Event()
-        self.sent = 0  # the last signal sent on Nomad's behalf
         self.log = log.bind(task=state.task_id, machine=state.machine)
         self.watcher = asyncio.create_task(self.watch())
         self.teller: asyncio.Task[None] | None = None
+        self.holding: asyncio.Task[None] | None = None  # of the log pipes, after the end
 
     async def watch(self) -> None:
         memory = asyncio.create_task(self.watch_memory())
@@ -953,6 +958,7 @@ class Task:
         finally:
             memory.cancel()
         self.ended.set()
+        self.holding = asyncio.create_task(hold_until_read(self.state.cgroup))
         self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
 
     async def wait_end(self) -> Exit:
@@ -963,19 +969,19 @@ class Task:
         if nspawn.is_alive:
             self.log.warn("the shim was killed; the container runs on, its exit code may not be known")
             await nspawn.wait()
-        is_orphaned = bool(state.leader and state.leader.send(signal.SIGKILL))  # then nspawn was killed
-        await wait_processes(state)  # if the shim was killed, nspawn may still be cleaning up
-        record = read_record(state.directory)  # only now: a subshell of a killed shim may still have written it
-        end = Ending(
-            mode=state.mode,
-            at=record.at if record else time.time(),
-            record=record,
-            is_orphaned=is_orphaned,
-            lines=read_nspawn_log(state.directory),
-            reason=read_text(state.directory / "reason"),
-            sent=self.sent,
-        )
-        return explain_exit(end)
+        if state.leader and state.leader.is_alive:  # then nspawn was killed
+            self.note(is_orphaned=True)
+            state.leader.send(signal.SIGKILL)
+        await wait_container(state)  # if the shim was killed, nspawn may still be cleaning up
+        return find_exit(state.directory, state.mode)
+
+    def note(self, **notes: Any) -> None:
+        """Write down what is about to be done to the task. What the host cannot write changes at most the words
+        of the result."""
+        try:
+            add_note(self.state.directory, **notes)
+        except OSError as error:
+            self.log.warn("this machine keeps a note from being written", error=error.strerror, **notes)
 
     async def watch_memory(self) -> None:
         """Emit an event when the kernel first OOM-kills a process of the task and the task runs on. It comes once:
@@ -1021,8 +1027,10 @@ class Task:
             if payload is not None or self.ended.is_set():
                 break
             await asyncio.sleep(0.01)
-        if payload and payload.send(number):
-            self.sent = number
+        if payload is None or self.ended.is_set():
+            return
+        self.note(sent=number)
+        if payload.send(number):
             self.log.debug("signal sent", signal=render_signal(number), pid=payload.pid)
 
     async def wait(self, timeout: float | None = None) -> Exit | None:
@@ -1040,14 +1048,13 @@ class Task:
             await self.wait(timeout)
         if self.ended.is_set():
             return
+        reason = ""
         if timeout > 0:
             reason = (
                 f"killed: it did not end within its kill_timeout of {timeout:g} s after {render_signal(number)}"
             )
             self.events.emit(self.state, f"The task was {reason}.")
-            with contextlib.suppress(OSError):  # destroyed meanwhile
-                write_file(self.state.directory / "reason", reason)
-        await self.kill()
+        await self.kill(reason)
 
     def find_stop_signal(self, name: str) -> int:
         """Return the signal of this name, or of the image if it is "". For an unknown name, return the default
@@ -1058,10 +1065,10 @@ class Task:
             self.events.emit(self.state, f"{error}. SIGTERM is sent instead.")
             return self.state.mode.stop_signal("")
 
-    async def kill(self) -> None:
+    async def kill(self, reason: str = "") -> None:
         """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if the task survives."""
         state = self.state
-        self.sent = signal.SIGKILL
+        self.note(sent=signal.SIGKILL, reason=reason)
         if not kill_cgroup(f"{state.cgroup}/payload" if state.cgroup else "") and state.leader:
             state.leader.send(signal.SIGKILL)
         if state.leader and await self.wait(END_LIMIT):
@@ -1075,8 +1082,20 @@ class Task:
         """Kill the task if it runs, and remove all of it from this machine. Raises HostError if it survives."""
         if not self.ended.is_set():
             await self.kill()
+        self.release_logs()
+        self.state = await kill_processes(self.state)
+        await wait_processes(self.state)
         await remove_network(self.state)
         await remove_leftovers(self.state)
+
+    def release_logs(self) -> None:
+        """Let somebody read what is still in the log pipes, but do not wait for it: an agent that has restarted
+        destroys an ended task as soon as it has started its log collector."""
+        if self.holding:
+            self.holding.cancel()
+        with contextlib.suppress(OSError):
+            pipes = open_pipes(find_holders(self.state.cgroup))
+            self.holding = asyncio.create_task(hold_for_a_moment(pipes))
 
     async def find_address(self, limit: float) -> str:
         """Return the container's address as soon as it has one, "" if it has none within `limit` seconds or ends.
@@ -1129,10 +1148,6 @@ def find_nspawn(state: State) -> ProcessId:
         if fields and int(fields[3]) == state.shim.pid:
             return ProcessId(parent, int(fields[19]))
     return NO_PROCESS
-
-
-def read_nspawn_log(directory: Path) -> list[str]:
-    return parse_nspawn_log(read_text(directory / "nspawn.log"))
 
 
 START_LIMIT = 300.0  # seconds: an ephemeral copy of a large image, or a chown of it, takes minutes
@@ -1232,7 +1247,9 @@ class Start:
         self.directory.mkdir(mode=0o700)
         self.save()  # before the first process: if we die from here on, the task id alone leads to the cgroup
         write_file(self.directory / "inside.json", json.dumps(asdict(self.plan.inside)))
-        (self.directory / "nspawn.log").touch(mode=0o600)
+        reserve_room(self.directory)
+        if self.plan.options.is_terminal:
+            os.mkfifo(self.directory / "console", 0o600)
         Store().use(self.directory.name, self.plan.task_id, self.plan.image)
         if self.plan.cgroup:
             self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
@@ -1279,7 +1296,7 @@ class Start:
             ended.cancel()
         if claim is None:
             record = read_record(self.directory)
-            lines = [self.plan.name_sources(line) for line in read_nspawn_log(self.directory)]
+            lines = [self.plan.name_sources(line) for line in read_messages(self.directory)]
             raise explain_failure(lines, record.status if record else -1)
         leader = ProcessId.of(claim.leader)
         if leader is None:
@@ -1526,12 +1543,7 @@ class Tasks:
         if state.task_id == task_id and state.boot_id != read_boot_id():
             self.lost[task_id] = state
             raise TaskNotFound(task_id, "has ended: this machine was restarted since it was started")
-        is_running = state.shim.is_alive or bool(state.leader and state.leader.is_alive)
-        if (
-            state.task_id != task_id
-            or not state.directory.is_dir()
-            or not (is_running or read_record(state.directory))
-        ):
+        if state.task_id != task_id or not state.directory.is_dir():
             raise TaskNotFound(task_id)
         check_shim(state)
         if state.leader:

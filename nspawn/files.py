@@ -30,13 +30,16 @@ def read_text(path: Path) -> str:
 
 
 def write_file(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replace a file in one step: readers see the old text or the new one. Raises OSError."""
+    """Replace a file in one step: readers see the old text or the new one. Raises OSError with the file's name."""
     temporary = path.with_name(f".{path.name}.new")
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with open(fd, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    try:
+        with open(fd, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     temporary.rename(path)
 
 

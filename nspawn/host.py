@@ -112,8 +112,8 @@ TOOLS = {
     "systemd-nspawn": "systemd-container",
     "choom": "util-linux",
     "unshare": "util-linux",
-    "mount": "util-linux",
     "sed": "sed",
+    "sleep": "coreutils",
     "rm": "coreutils",
     "sh": "dash",
 }

@@ -53,7 +53,7 @@ def open_in_root(root: int, path: str, flags: int, *, follow: bool = True, mode:
 
 CLONE_NEWNET = 0x40000000
 CLONE_FS, CLONE_NEWNS = 0x200, 0x20000
-MS_NOSUID, MS_NODEV, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x4000, 1 << 19, 2
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x1000, 0x4000, 1 << 19, 2
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE = -100, 0x1000, 0x8000, 1
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
@@ -63,6 +63,11 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_IDMAP = 0x1, 0x2, 0x100000
 def mount_filesystem(kind: str, target: str, flags: int = 0, options: str = "") -> None:
     """Call mount(2) with `kind` as both type and source. Raises OSError."""
     call_libc("mount", kind.encode(), os.fsencode(target), kind.encode(), flags, os.fsencode(options))
+
+
+def bind_mount(source: str, target: str) -> None:
+    """Mount a file or directory in another place, too, in this thread's namespace. Raises OSError."""
+    call_libc("mount", os.fsencode(source), os.fsencode(target), None, MS_BIND, None)
 
 
 def enter_namespace() -> None:

@@ -132,19 +132,21 @@ class Ending:
 def explain_exit(end: Ending) -> Exit:
     """Return how a task ended. The first of these that fits decides:
 
-    1. The driver killed it and noted why.
-    2. There is no record, because the shim was killed, perhaps with nspawn: the exit code is not known.
+    1. There is no record, because the shim was killed, perhaps with nspawn: the exit code is not known. If the
+       driver has noted why it kills the task, that is the reason.
+    2. The driver noted why it kills the task, and SIGKILL has ended it. A task that was faster, or whose kill a
+       crash of the plugin prevented, has a result of its own.
     3. The kernel killed processes for lack of memory, and Nomad sent no SIGKILL. Exit code 137, or 255 with
        process_two, is then an OOM kill. With any other failure, the error only mentions the processes.
     4. nspawn itself was killed.
     5. nspawn's status and messages tell it: see explain_status.
     6. If the exit code may mean that the command was not executed, the error says why, if that is known.
     """
-    if end.reason:
+    exit = explain_status(end, end.record) if end.record else explain_lost_shim(end)
+    if end.reason and (end.record is None or exit.signal == signal.SIGKILL):
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, end.reason, end.at)
     if end.record is None:
-        return explain_lost_shim(end)
-    exit = explain_status(end, end.record)
+        return exit
     shortage = end.record.shortage
     if shortage.kills and exit.code and end.sent != signal.SIGKILL:
         is_silent = end.mode is Mode.PROCESS_TWO and exit.code == 255

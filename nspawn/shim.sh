@@ -3,41 +3,39 @@
 # The shim of a task. It outlives the plugin, waits for nspawn and leaves the exit record. Run by `sh -c`.
 #
 # Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. nspawn starts
-# when a line comes on stdin: if the plugin dies before the shim's pid is on disk, nothing has happened.
+# when a line comes on stdin: if the plugin dies before the shim's pid is on disk, nothing has happened. Until then
+# everything is made ready. The shim's end tells the plugin that the record is complete.
 shim_state=$1 shim_cgroup=$2 shim_filter=$3
 shift 3
-read -r shim_go || exit 1
-exec </dev/null
 enter() { [ -z "$shim_cgroup" ] || echo 0 >"$shim_cgroup$1/cgroup.procs"; }
-keep() {
-	(
-		enter ""
-		# nspawn keeps the changes of overlays in /var/tmp, and leaves them there if it is killed.
-		[ ! -d "$shim_state/tmp" ] || mount --bind "$shim_state/tmp" /var/tmp || exit 1
-		if mount --bind "$shim_state/nspawn.log" /dev/kmsg; then
-			SYSTEMD_LOG_TARGET=kmsg
-			export SYSTEMD_LOG_TARGET
-		fi
-		exec "$@" 2>&3 3>&-
-	)
-	shim_status=$? shim_left=0
-	if [ -n "$shim_cgroup" ]; then
-		read -r _ shim_left <"$shim_cgroup/payload/cgroup.events"
-		[ "$shim_left" = 0 ] || echo 1 >"$shim_cgroup/payload/cgroup.kill"
-	fi
-	{
-		echo "$shim_status $shim_left"
-		while read -r shim_name; do echo "$shim_name"; done <"$shim_cgroup/memory.events"
-		for shim_name in max peak; do
-			read -r shim_value <"$shim_cgroup/memory.$shim_name" && echo "memory.$shim_name $shim_value"
-		done
-	} >"$shim_state/exit.new"
-	mv "$shim_state/exit.new" "$shim_state/exit"
-}
-exec 3>&2 2>/dev/null
+
+exec 3>&2 4>&1 2>/dev/null # 3 and 4: the task's stderr and stdout
 enter /shim
 if [ -n "$shim_filter" ]; then
-	keep "$@" | sed -u 's/\r//g'
-else
-	keep "$@"
+	sed -u 's/\r//g' <"$shim_state/console" >&4 2>&3 3>&- 4>&- &
+	exec >"$shim_state/console"
 fi
+(
+	enter ""
+	read -r _ || kill -KILL $$
+	exec "$@" </dev/null 2>&3 3>&- 4>&-
+)
+shim_status=$? shim_left=0
+exec >/dev/null # the end of what the filter reads
+if [ -n "$shim_cgroup" ]; then
+	read -r _ shim_left <"$shim_cgroup/payload/cgroup.events"
+	[ "$shim_left" = 0 ] || echo 1 >"$shim_cgroup/payload/cgroup.kill"
+fi
+# "<>" overwrites the file in place: a full disk has no room for a new one.
+{
+	echo "$shim_status $shim_left"
+	while read -r shim_name; do echo "$shim_name"; done <"$shim_cgroup/memory.events"
+	for shim_name in max peak; do
+		read -r shim_value <"$shim_cgroup/memory.$shim_name" && echo "memory.$shim_name $shim_value"
+	done
+	echo end
+} 1<>"$shim_state/exit"
+# A pipe's content is gone with the last process that holds it. `sleep` holds both until the plugin has found them
+# empty, or for a day if there is no plugin. It has them as stdout and stderr from its first moment on.
+exec </dev/null >&4 2>&3 3>&- 4>&-
+sleep 86400 &

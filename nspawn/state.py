@@ -19,17 +19,18 @@ import stat
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO
 
-from nspawn.cgroup import kill_cgroup, plan_cgroup, read_cgroup_processes, remove_cgroup
+from nspawn.cgroup import kill_cgroup, plan_cgroup, read_cgroup_pids, read_members, remove_cgroup
 from nspawn.common import SETTINGS_ROOT, STATE_ROOT, log, render_line
 from nspawn.files import remove_tree
 from nspawn.host import CgroupMode, read_boot_id, read_cgroup_mode
 from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_id_prefix, state_directory
 from nspawn.linux import LOCK_FORMAT
+from nspawn.logs import end_holders, find_holders
 from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
 from nspawn.process import NO_PROCESS, ProcessId, find_children, read_stat, read_status, run_in_thread, run_tool
@@ -245,7 +246,8 @@ async def kill_processes(state: State) -> State:
     end kills its pid namespace.
     """
     state = await add_locks(state)
-    kill_cgroup(state.cgroup)
+    if not kill_cgroup(state.cgroup):
+        end_holders(state.cgroup)
     if state.shim.is_alive:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(state.shim.pid, signal.SIGKILL)
@@ -256,11 +258,34 @@ async def kill_processes(state: State) -> State:
 
 async def wait_processes(state: State) -> None:
     """Wait until no process of a task is left. Raises OSError."""
-    inside = [state.shim, state.leader or NO_PROCESS]
-    while inside:
-        for process in inside:
+    await state.shim.wait()
+    await wait_container(state)
+    await wait_cgroup(lambda: find_holders(state.cgroup))
+
+
+async def wait_container(state: State) -> None:
+    """Wait until no process of a task is left but the shim and what it leaves. Raises OSError."""
+    if state.leader:
+        await state.leader.wait()
+    if state.cgroup:
+        await wait_cgroup(lambda: read_container_pids(state.cgroup))
+
+
+def read_container_pids(cgroup: str) -> list[int]:
+    """Return the pids in a task's cgroup but for those in its leaf `shim`. Raises OSError."""
+    inside = (pid for leaf in ("supervisor", "payload") for pid in read_cgroup_pids(f"{cgroup}/{leaf}"))
+    return [*read_members(cgroup), *inside]
+
+
+async def wait_cgroup(find_pids: Callable[[], list[int]]) -> None:
+    """Wait until a cgroup lists no processes. That those listed have ended is not enough: one may have started
+    another since the list was made. Raises OSError."""
+    while pids := await run_in_thread(find_pids):
+        processes = [found for pid in pids if (found := ProcessId.of(pid))]
+        for process in processes:
             await process.wait()
-        inside = await run_in_thread(lambda: read_cgroup_processes(state.cgroup))
+        if not processes:  # ended just now, or threads that go on without the first one
+            await asyncio.sleep(0.01)
 
 
 async def remove_network(state: State) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-import driver
 from nspawn.cgroup import plan_cpu_weight, plan_limits, read_counters
 from nspawn.checks import parse_size
 from nspawn.common import ConfigError
@@ -134,20 +133,6 @@ def test_other_ends() -> None:
 
 def test_machine_without_memory() -> None:
     assert explain(137, is_own=False, peak=0, limit=0).error == "OOM killed: the machine had no more memory"
-
-
-def test_record(tmp_path: Path) -> None:
-    (tmp_path / "exit").write_text(
-        "1 0\nlow 0\nmax 7\noom 1\noom_kill 2\nmemory.max 67108864\nmemory.peak 66000000\n"
-    )
-    record = driver.read_record(tmp_path)
-    assert record and record.shortage == Shortage(2, True, 64 * MIB, 66000000)
-    (tmp_path / "exit").write_text("1 0\noom 0\noom_kill 0\nmemory.max max\n")
-    record = driver.read_record(tmp_path)
-    assert record and record.shortage == Shortage(0, False)
-    (tmp_path / "exit").write_text("3 1\n")  # of a shim before this version, or without cgroup v2
-    record = driver.read_record(tmp_path)
-    assert record and (record.status, record.is_orphaned, record.shortage.kills) == (3, True, 0)
 
 
 # -- on a machine with cgroup v2 -----------------------------------------------------------------------------

@@ -19,10 +19,9 @@ from pathlib import Path
 import pytest
 
 from nomad_pb import driver_pb2
-from nspawn.process import read_children
 from tests.agent import Allocation, DriverError, Plugin, Port, Resources, Task, call, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, nspawn, output, shim
-from tests.leftovers import STATE, leftovers, processes
+from tests.leftovers import STATE, leftovers
 
 PATIENCE = 10.0
 RESTARTS = pytest.mark.parametrize("agent_restart", [False, True], ids=["plugin crash", "agent restart"])
@@ -158,7 +157,7 @@ def test_destroy_of_a_running_recovered_task(tasks: Tasks, launch: Launch) -> No
 def test_task_that_ended_meanwhile_keeps_its_exit_code(tasks: Tasks, launch: Launch, agent_restart: bool) -> None:
     task = tasks.start("sleep 0.3; echo last words; exit 23")
     crash(tasks)
-    eventually(lambda: not list(processes(task.allocation.id)))
+    eventually(lambda: not is_alive(shim(task)))
     recover(tasks, launch, task, agent_restart=agent_restart)
     result = task.wait(1)
     assert (result.exit_code, result.signal, result.err) == (23, 0, "")
@@ -223,6 +222,65 @@ def test_many_tasks_are_recovered(tasks: Tasks, launch: Launch) -> None:
         task.recover(tasks.plugin)
     assert time.monotonic() - began < 2
     assert [task.wait(30).exit_code for task in running] == list(range(10))
+
+
+# -- the last words ------------------------------------------------------------------------------------------
+
+LAST_WORDS = 60_000  # bytes; a pipe takes 64 KB
+TALK = f"until [ -e /local/go ]; do sleep 0.02; done; head -c {LAST_WORDS} /dev/zero; echo last words >&2"
+
+
+def end_unread(task: Task) -> None:
+    """Let a task talk and end while nobody reads."""
+    task.logmon.stop(0)
+    (task.dir / "local/go").touch()
+    eventually(lambda: not is_alive(shim(task)))
+
+
+def check_last_words(task: Task) -> None:
+    task.logmon.wait_eof(PATIENCE)
+    assert (len(task.logmon.stdout), task.logmon.stderr) == (LAST_WORDS, b"last words\n")
+
+
+@pytest.mark.parametrize("moment", ["never", "before the end", "after the end"])
+def test_last_words_wait_for_a_reader(tasks: Tasks, launch: Launch, moment: str) -> None:
+    """The log collector goes away before the task ends; the plugin may crash at that moment."""
+    task = tasks.start(TALK)
+    if moment == "before the end":
+        crash(tasks)
+    end_unread(task)
+    if moment == "never":
+        assert task.wait(PATIENCE).successful
+        task.logmon.restart()
+    else:
+        recover(tasks, launch, task)
+        assert task.wait(PATIENCE).successful
+    check_last_words(task)
+
+
+def test_last_words_survive_a_destroy_that_comes_first(tasks: Tasks, launch: Launch) -> None:
+    """An agent that has restarted starts its log collector, and destroys the ended task at the same time."""
+    task = tasks.start(TALK)
+    crash(tasks)
+    end_unread(task)
+    tasks.plugin = launch()
+    task.recover(tasks.plugin, agent_restart=False)
+    assert task.wait(PATIENCE).successful
+    task.destroy()
+    assert leftovers(task.allocation.id) == []
+    task.logmon.restart()
+    check_last_words(task)
+
+
+def test_last_words_of_a_booted_system_wait_for_a_reader(tasks: Tasks) -> None:
+    task = tasks.boot(kill_timeout=30)
+    task.logmon.wait_for("Reached target multi-user.target", timeout=30)
+    task.logmon.stop(0)
+    task.stop()
+    assert task.wait(1).successful
+    task.logmon.restart()
+    task.logmon.wait_eof(PATIENCE)
+    assert b"Reached target poweroff.target" in task.logmon.stdout
 
 
 # -- what is gone --------------------------------------------------------------------------------------------
@@ -340,19 +398,6 @@ def test_killed_shim_does_not_take_the_task_along(tasks: Tasks) -> None:
     assert b"got TERM\n" in task.logmon.stdout
 
 
-def test_exit_code_that_outlives_the_shim(tasks: Tasks) -> None:
-    """The shim of a booted system has a filter for its output, and a shell that waits for nspawn."""
-    task = tasks.boot()
-    (shell,) = (pid for pid in read_children(shim(task)) if nspawn(task) in read_children(pid))
-    kill(shim(task))
-    with pytest.raises(TimeoutError):
-        task.wait(0.5)
-    kill(leader(task))
-    result = task.wait(PATIENCE)
-    assert (result.exit_code, result.signal, result.err) == (137, 9, "")
-    assert not is_alive(shell)
-
-
 @pytest.mark.parametrize("order", [(shim, nspawn), (nspawn, shim)])
 def test_killed_shim_and_nspawn_end_the_task(tasks: Tasks, order: tuple[Callable[[Task], int], ...]) -> None:
     task = tasks.start(FOREVER)
@@ -380,15 +425,17 @@ def test_shim_killed_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
 
 
 def test_shim_and_container_ended_while_no_plugin_runs(tasks: Tasks, launch: Launch) -> None:
-    """Nothing can tell the exit code: the task counts as gone."""
+    """The next plugin says what the one before would have said."""
     task = tasks.start(FOREVER)
     pids = [leader(task), nspawn(task)]
     crash(tasks)
     kill(shim(task))
     kill(pids[0])
     eventually(lambda: not any(map(is_alive, pids)))
-    tasks.plugin = launch()
-    refused(task, tasks.plugin)
+    recover(tasks, launch, task)
+    result = task.wait(PATIENCE)
+    assert (result.exit_code, result.signal) == (1, 0)
+    assert "shim was killed" in result.err
     task.destroy()
     assert leftovers(task.allocation.id) == []
 

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MPL-2.0
+"""A task's log pipes after its end: they are held until what is in them has been read.
+
+The kernel drops what is in a pipe with the last process that has it open, and Nomad's collector may be away: while
+the agent restarts, or starts to read only when the task has ended. So the shim leaves a process that holds both
+pipes. The plugin ends it when they are empty. When the task is destroyed before that, the plugin holds them itself
+for a moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import stat
+import termios
+from collections.abc import Sequence
+
+from nspawn.cgroup import kill_cgroup, read_cgroup_processes, read_members
+
+FIRST_PAUSE, LAST_PAUSE = 0.002, 1.0  # seconds between two looks at pipes that are not empty
+LAST_CHANCE = 5.0  # seconds that the plugin holds the pipes of a destroyed task
+
+
+def find_holders(cgroup: str) -> list[int]:
+    """Return the pids of what an ended shim has left: the holder, and a booted system's filter until it has
+    written everything. Raises OSError."""
+    return read_members(f"{cgroup}/shim") if cgroup else []
+
+
+def end_holders(cgroup: str) -> None:
+    """Kill what an ended shim has left. Raises OSError."""
+    place = f"{cgroup}/shim" if cgroup else ""
+    if not kill_cgroup(place):  # before Linux 5.14
+        for process in read_cgroup_processes(place):
+            process.send(signal.SIGKILL)
+
+
+def open_pipes(pids: Sequence[int]) -> list[int]:
+    """Open the pipes that processes have as stdout and stderr. What is in them stays there. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for path in (f"/proc/{pid}/fd/{number}" for pid in pids for number in (1, 2)):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if stat.S_ISFIFO(os.stat(path).st_mode):
+                    found.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+                    stack.callback(os.close, found[-1])
+        stack.pop_all()
+        return found
+
+
+def is_unread(pipe: int) -> bool:
+    return any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))  # an int
+
+
+def have_unread(cgroup: str) -> bool:
+    """Whether an ended task's pipes hold something that nobody has read. Raises OSError."""
+    holders = find_holders(cgroup)
+    if len(holders) > 1:
+        return True  # the filter has not written everything yet
+    pipes = open_pipes(holders)
+    try:
+        return any(is_unread(pipe) for pipe in pipes)
+    finally:
+        for pipe in pipes:
+            os.close(pipe)
+
+
+async def hold_until_read(cgroup: str) -> None:
+    """Wait until an ended task's pipes are empty, then let their reader see the end. Most are empty at once."""
+    pause = FIRST_PAUSE
+    while True:
+        with contextlib.suppress(OSError):  # the host cannot tell: look again later
+            if not have_unread(cgroup):
+                end_holders(cgroup)
+                return
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, LAST_PAUSE)
+
+
+async def hold_for_a_moment(pipes: Sequence[int]) -> None:
+    """Hold pipes until they are empty, at most for LAST_CHANCE; close them."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + LAST_CHANCE
+    try:
+        while any(is_unread(pipe) for pipe in pipes) and loop.time() < end:
+            await asyncio.sleep(0.05)
+    finally:
+        for pipe in pipes:
+            os.close(pipe)
