@@ -160,6 +160,7 @@ from nspawn.images import (
     find_image,
     plan_origin,
 )
+from nspawn.inits import AGAIN, AGAIN_LATER, HALT, POWER_OFF, plan_request, run_inside, wait_init
 from nspawn.job import (
     MIB,
     Dns,
@@ -1039,22 +1040,54 @@ class Task:
             await asyncio.wait_for(self.ended.wait(), timeout)
         return self.exit
 
-    async def stop(self, kill_signal: str, timeout: float) -> None:
+    async def stop(self, kill_signal: str, timeout: float, helper: Helper) -> None:
         """End the task: its signal, `timeout` seconds, then SIGKILL; 0 means SIGKILL at once. Returns when it is
-        dead; raises HostError if it cannot be killed."""
-        number = self.find_stop_signal(kill_signal)
+        dead; raises HostError if it cannot be killed. `helper` starts a command if an init needs one."""
+        way = ""
         if timeout > 0 and not self.ended.is_set():
-            await self.send(number)
-            await self.wait(timeout)
+            way = await self.ask(self.find_stop_signal(kill_signal), timeout, helper)
         if self.ended.is_set():
             return
         reason = ""
-        if timeout > 0:
-            reason = (
-                f"killed: it did not end within its kill_timeout of {timeout:g} s after {render_signal(number)}"
-            )
+        if way:
+            reason = f"killed: it did not end within its kill_timeout of {timeout:g} s after {way}"
             self.events.emit(self.state, f"The task was {reason}.")
         await self.kill(reason)
+
+    async def ask(self, number: int, timeout: float, helper: Helper) -> str:
+        """Ask the task to end, and wait until it has ended or the time is up. Return how it was asked."""
+        if self.state.mode is not Mode.BOOT or number not in (HALT, POWER_OFF):
+            await self.send(number)
+            await self.wait(timeout)
+            return render_signal(number)
+        ways: list[str] = []
+        asking = asyncio.create_task(self.ask_init(number, helper, ways))
+        try:
+            await self.wait(timeout)
+        finally:
+            await settle([asking])
+        return " and ".join(ways) or "nothing: its init was not ready for a request"
+
+    async def ask_init(self, number: int, helper: Helper, ways: list[str]) -> None:
+        """Ask a booted container to shut down, in the way that its init understands. Adds to `ways` what was sent
+        to it."""
+        leader = self.state.leader
+        if leader is None:
+            return
+        request = plan_request(await wait_init(leader.pid, self.ended), number)
+        if not request.command:
+            ways.append(render_signal(number))
+            await self.send(number)
+            return
+        name = f"`{' '.join(request.command)}` inside"
+        ways.append(name)
+        while not self.ended.is_set():
+            why = await run_inside(helper, self.state, self.ended, request.command)
+            ways[0] = f"{name} ({why})" if why else name
+            if why and request.number and len(ways) == 1:
+                ways.append(render_signal(request.number))
+                await self.send(request.number)
+            await self.wait(AGAIN if why else AGAIN_LATER)
 
     def find_stop_signal(self, name: str) -> int:
         """Return the signal of this name, or of the image if it is "". For an unknown name, return the default
@@ -1062,8 +1095,9 @@ class Task:
         try:
             return self.state.mode.stop_signal(name or self.state.stop_signal)
         except ConfigError as error:
-            self.events.emit(self.state, f"{error}. SIGTERM is sent instead.")
-            return self.state.mode.stop_signal("")
+            number = self.state.mode.stop_signal("")
+            self.events.emit(self.state, f"{error}. {render_signal(number)} is sent instead.")
+            return number
 
     async def kill(self, reason: str = "") -> None:
         """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if the task survives."""
@@ -2033,7 +2067,7 @@ class DriverService:
         await self.stop_start(request.task_id)
         task = self.tasks.known.get(request.task_id)
         if task:
-            await task.stop(request.signal, request.timeout.ToNanoseconds() / 1e9)
+            await task.stop(request.signal, request.timeout.ToNanoseconds() / 1e9, self.helper)
         return driver_pb2.StopTaskResponse()
 
     @answers

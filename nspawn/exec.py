@@ -327,14 +327,16 @@ class Exec:
         *,
         tty: bool = False,
         merge: bool = False,
+        inside: Inside | None = None,
     ) -> None:
-        """`merge`: stdout and stderr are one stream. Raises ConfigError for a bad command."""
+        """`merge`: stdout and stderr are one stream. `inside`: what the command gets, by default what is the
+        task's. Raises ConfigError for a bad command."""
         if not command:
             raise ConfigError("command", list(command), "must name a program")
         if any("\0" in word for word in command):
             raise ConfigError("command", list(command), "must not hold a NUL character")
         self.helper, self.state, self.ended = helper, state, ended  # of the task
-        self.command, self.tty, self.merge = command, tty, merge
+        self.command, self.tty, self.merge, self.inside = command, tty, merge, inside
         self.report = -1  # the pipe from which `reported` is read
         self.reported = b""
         self.entry: ProcessId | None = None  # the parent of the command
@@ -378,7 +380,8 @@ class Exec:
         self.entry = entry
         self.helper.run(self.follow(pidfd))
         try:
-            plan = plan_entry(leader, self.state.cgroup, read_inside(self.state.directory), self.command)
+            inside = self.inside or read_inside(self.state.directory)
+            plan = plan_entry(leader, self.state.cgroup, inside, self.command)
         except (HostError, OSError, KeyError, ValueError) as error:  # most likely the task has ended
             raise self.explain_silence(str(error)) from None
         if plan["cgroups"]:

@@ -26,6 +26,7 @@ from nspawn.checks import RESOLV_CONF, USER, Mount, escape_field, parse_bind
 from nspawn.common import STATE_ROOT, ConfigError, DriverError, HostError, TransientError
 from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Account, Image
+from nspawn.inits import POWER_OFF, Init, Request, plan_request
 from nspawn.job import (
     GroupNetwork,
     JobOptions,
@@ -1776,3 +1777,26 @@ def test_data_directory_may_lie_behind_a_link(tmp_path: Path) -> None:
     fifo = tmp_path / "data/a/alloc/logs/.web.stdout.fifo"
     os.mkfifo(fifo)
     os.close(driver.open_log(str(fifo)))
+
+
+@pytest.mark.parametrize(
+    ("init", "command", "number"),
+    [
+        (Init("systemd"), (), POWER_OFF),
+        (Init("init", caught=1 << POWER_OFF - 1), (), POWER_OFF),
+        (Init("init", caught=1 << 14 | 1 << 29), ("poweroff",), signal.SIGPWR),
+        (Init("s6-svscan", caught=1 << 14), ("poweroff",), signal.SIGTERM),
+        (Init("busybox"), ("poweroff",), signal.SIGUSR2),
+        (Init("dash"), ("poweroff",), 0),
+        (Init("openrc-init", 1 << 14, blocked=1 << POWER_OFF - 1), ("openrc-shutdown", "--poweroff", "now"), 15),
+    ],
+)
+def test_request_that_an_init_understands(init: Init, command: tuple[str, ...], number: int) -> None:
+    assert plan_request(init, POWER_OFF) == Request(command, number)
+
+
+def test_systemd_is_ready_when_it_takes_the_signal() -> None:
+    assert not Init("systemd", caught=1 << 14).is_ready
+    assert Init("systemd", blocked=1 << POWER_OFF - 1).is_ready
+    assert not Init("systemd-nspawn").is_ready, "it has not executed the init yet"
+    assert Init("runit").is_ready
