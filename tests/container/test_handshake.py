@@ -546,7 +546,8 @@ def test_shutdown_is_as_fast_with_calls_blocked_in_it(driver_file: Path, image: 
 def test_shutdown_during_a_start_leaves_nothing_of_the_task(driver_file: Path, tmp_path: Path) -> None:
     """No agent will ever ask for this task again: it got no handle."""
     image = tmp_path / "images/image"
-    (image / "usr").mkdir(parents=True)
+    (image / "usr/bin").mkdir(parents=True)
+    (image / "usr/bin/sh").touch(0o755)  # without it the start would be refused before the copy
     for number in range(200):  # takes systemd-nspawn a while to copy
         (image / f"usr/big{number}").write_bytes(os.urandom(1 << 20))
     plugin = long_lived(driver_file)
