@@ -300,8 +300,9 @@ def settle_options(
 ) -> JobOptions:
     """Return the options with what the task and its network decide. Raises ConfigError."""
     mode, user = options.mode, options.user
-    if task.user and not user and mode is not Mode.BOOT:  # an init must run as root
-        user = check_user("user", decode_string("user", task.user))
+    if task.user and mode is not Mode.BOOT:  # an init must run as root
+        given = check_user("user", decode_string("user", task.user))
+        user = user or given
     return replace(
         options,
         console=options.console or mode.console,
