@@ -1076,9 +1076,13 @@ def test_source_that_is_exchanged_all_the_time(hostile: Tasks, tree: Path, tmp_p
 
 
 def test_a_leading_dash_is_data(hostile: Tasks, tree: Path) -> None:
-    task, _ = bring(hostile, tree, "true", command=["--boot", "--bind=/:/host"])
+    task, own = bring(hostile, tree, "true", command=["--boot", "--bind=/:/host"])
+    program = own / "local/image/usr/bin/--boot"
+    program.write_text("#!/bin/sh\necho got $*; ls /host\n")
+    program.chmod(0o755)
     task.start()
-    assert "--boot" in task.wait(60).err
+    assert not task.wait(60).successful
+    assert output(task) == "got --bind=/:/host\n"
 
 
 def test_tmpfs_is_nothing_but_a_tmpfs(hostile: Tasks, tree: Path) -> None:

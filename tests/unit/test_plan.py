@@ -580,6 +580,12 @@ def test_task_user(options: dict[str, object], user: str, argument: str | None) 
     assert next((word for word in argv if word.startswith("-u")), None) == argument
 
 
+def test_task_user_is_one() -> None:
+    """Also where another counts: Nomad's comes without any check, and an image's may name a group, too."""
+    with pytest.raises(ConfigError, match='^user = "0:0": must be the name or the number of a user'):
+        plan(command("a", user="www"), task=replace(TASK, user="0:0"))
+
+
 def test_ports() -> None:
     task = replace(TASK, network=network({"http": 20080, "unused": 1, "dns": 20053}))
     argv = plan({"port_map": [{"dns": 53, "http": 80}]}, task=task).argv
