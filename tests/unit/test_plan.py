@@ -582,7 +582,7 @@ def test_task_user(options: dict[str, object], user: str, argument: str | None) 
 
 def test_task_user_is_one() -> None:
     """Also where another counts: Nomad's comes without any check, and an image's may name a group, too."""
-    with pytest.raises(ConfigError, match='^user = "0:0": must be the name or the number of a user'):
+    with pytest.raises(ConfigError, match=r'^user = "0:0": must be the name or the number of a user'):
         plan(command("a", user="www"), task=replace(TASK, user="0:0"))
 
 
