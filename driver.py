@@ -195,7 +195,7 @@ from nspawn.options import (
     Option,
     decode_options,
     never,
-    render_table,
+    render_group,
 )
 from nspawn.outcome import (
     Exit,
@@ -638,7 +638,7 @@ INTEGRATION_OPTIONS: tuple[Option, ...] = (
 )  # fmt: skip
 
 TASK_GROUPS: Mapping[str, tuple[Option, ...]] = {
-    "Image": IMAGE_OPTIONS,
+    "Images": IMAGE_OPTIONS,
     "Program": PROGRAM_OPTIONS,
     "Users": USER_OPTIONS,
     "Network": NETWORK_OPTIONS,
@@ -664,7 +664,7 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "The only capabilities that jobs may ask for. `all` allows any.",
            '["CAP_NET_ADMIN"]', default=("all",), check=parse_capabilities),
     Option("allow", Kind.STRINGS,
-           "The permissions of jobs to use what opens the host, see [Permissions](#permissions). `default` stands "
+           "The permissions of jobs to use what opens the host, see Permissions. `default` stands "
            "for what an empty plugin block allows, and `all` for everything.",
            '["default", "devices"]', default=DEFAULT_PERMISSIONS, check=parse_permissions),
     Option("user_namespacing", Kind.BOOL,
@@ -711,20 +711,29 @@ REFERENCE_HEAD = """\
 
 # Options
 
-These go into a task's `config` block. Names and meanings are systemd-nspawn's. A map may be written as a block or
-with `=`; if two blocks of a map share a key, the later wins. `nomad-driver-nspawn options` prints this reference
-for the version that is installed. Each option is checked before the image is fetched, and all together before the
-container starts. A refusal is one sentence that names the option, the value and the remedy.
+The options of a task go into its `config` block. Names and meanings are systemd-nspawn's. A map may be written as
+a block or with `=`. If two blocks of a map share a key, the later wins.
+
+Each option is checked before the image is fetched, and all together before the container starts. A refusal is one
+sentence that names the option, the value and the rule.
+
+`nomad-driver-nspawn options` prints this reference for the version that is installed, and `options NAME` one
+option.
+"""
+
+REFERENCE_PERMISSIONS = """\
+A job may use an option with a permission only if the operator gives it. The permissions are words of
+[`allow`](#plugin-allow), or what [`allow_caps`](#plugin-allow_caps) and [`allow_paths`](#plugin-allow_paths)
+hold. "The host" means that a job with it can become root of the host.
 """
 
 
 def render_reference() -> str:
     """Return the manual of all options in Markdown: docs/options.md."""
     parts = [REFERENCE_HEAD]
-    for title, options in TASK_GROUPS.items():
-        parts.append(f"## {title}\n\n{render_table(options)}")
-    parts.append(f"## In the plugin's block\n\n{render_table(PLUGIN_OPTIONS)}")
-    parts.append(f"## Permissions\n\n{render_permission_table()}")
+    parts += [render_group(title, options) for title, options in TASK_GROUPS.items()]
+    parts.append(render_group("The plugin's block", PLUGIN_OPTIONS, "plugin "))
+    parts.append(f"## Permissions\n\n{REFERENCE_PERMISSIONS}\n{render_permission_table()}")
     return "\n".join(parts)
 
 

@@ -3,11 +3,16 @@
 # Its image is a directory. As root, this makes one named "debian" in the directory where the driver looks for names:
 #
 #     mkdir -p -m 700 /var/lib/machines
-#     mmdebstrap --variant=minbase --include=systemd,systemd-sysv,dbus bookworm /var/lib/machines/debian
+#     mmdebstrap --variant=minbase --include=systemd,systemd-sysv,systemd-resolved,dbus bookworm \
+#         /var/lib/machines/debian
+#     systemctl --root=/var/lib/machines/debian enable systemd-networkd
 #     : > /var/lib/machines/debian/etc/machine-id
 #
-# The last line empties the image's machine id, so that each task gets its allocation's id as machine id.
-# `sh build.sh demo` makes such an image, too.
+# The third command gives the system a DHCP client. The last one empties the image's machine id, so that each task gets
+# its allocation's id as machine id.
+#
+# The job says nothing about its network, so it has one of its own with a link to the host. systemd-networkd on the
+# host gives out its address: systemctl enable --now systemd-networkd
 job "debian" {
   type = "service"
 
@@ -20,12 +25,8 @@ job "debian" {
         image = "debian"
 
         # A private root for the task over the image, so that any number of tasks can use the image at once. What the
-        # task changes is deleted when it ends. Without this line the task writes to the image itself: its changes
-        # stay, and no other task can use the image meanwhile.
+        # task changes is deleted when it ends. See writable.hcl for a task that keeps its changes.
         ephemeral = true
-
-        # Use the host's name servers inside, too.
-        resolv_conf = "copy-host"
 
         # These are the defaults, so they are not written here: boot = true starts the image's init as process 1, and
         # user_namespacing = true makes root inside an ordinary user outside.

@@ -1,14 +1,7 @@
 # Two systems in a network zone: a bridge of their own that exists as long as one of them runs.
 #
-# The image is like that of debian.hcl, but with systemd-networkd and systemd-resolved. This makes it, as root:
-#
-#     mkdir -p -m 700 /var/lib/machines
-#     mmdebstrap --variant=minbase --include=systemd,systemd-sysv,dbus,systemd-resolved,iproute2,iputils-ping \
-#         bookworm /var/lib/machines/debian-net
-#     systemctl --root=/var/lib/machines/debian-net enable systemd-networkd
-#     : > /var/lib/machines/debian-net/etc/machine-id
-#
-# systemd-networkd on the host gives out the addresses.
+# It uses the image of debian.hcl. systemd-networkd on the host gives out the addresses, and the systems inside know each
+# other by their host names.
 job "zone" {
   type = "service"
 
@@ -17,7 +10,7 @@ job "zone" {
       driver = "nspawn"
 
       config {
-        image        = "debian-net"
+        image        = "debian"
         ephemeral    = true
         network_zone = "example"
         hostname     = "left"
@@ -35,7 +28,7 @@ job "zone" {
       driver = "nspawn"
 
       config {
-        image        = "debian-net"
+        image        = "debian"
         ephemeral    = true
         network_zone = "example"
         hostname     = "right"

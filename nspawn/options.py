@@ -11,6 +11,7 @@ import contextlib
 import enum
 import functools
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -207,13 +208,42 @@ def decode_named(option: Option, raw: Mapping[str, object]) -> Any:
     return (option if said[0] == option.name else replace(option, name=said[0])).decode(raw[said[0]])
 
 
-def render_table(options: Sequence[Option]) -> str:
-    """Return the manual's table of options, with those of blocks below their block."""
-    lines = ["| option | type | default | meaning | example |", "|---|---|---|---|---|"]
+def render_group(title: str, options: Sequence[Option], prefix: str = "") -> str:
+    """Return a chapter of the manual: a short table, then a section for each option. `prefix` stands before the
+    names in headings, so that two options of one name can both be linked to."""
+    lines = [f"## {title}\n", "| option | type | in short |", "|---|---|---|"]
     for option in options:
-        lines.append(render_row(option, ""))
-        lines += [render_row(inner, f"{option.name}.") for inner in option.fields]
-    return "\n".join(lines) + "\n"
+        link = f"[`{option.name}`](#{prefix.lower().replace(' ', '-')}{option.name})"
+        lines.append(f"| {link} | {option.kind.value} | {option.doc.partition('. ')[0].rstrip('.')} |")
+    lines.append("")
+    for option in options:
+        lines.append(render_section(option, f"### {prefix}`{option.name}`"))
+        lines += [render_section(inner, f"#### {prefix}`{option.name}.{inner.name}`") for inner in option.fields]
+    return "\n".join(lines)
+
+
+def render_section(option: Option, heading: str) -> str:
+    """Return what the manual says of one option."""
+    lines = [heading, "", *textwrap.wrap(option.doc, 120), ""]
+    facts = [f"type: `{option.kind.value}`", f"default: {render_default(option)}"]
+    if option.choices:
+        facts.append(f"values: {', '.join(f'`{choice}`' for choice in option.choices)}")
+    for version in sorted({option.since, *option.choices.values()} - {0}):
+        which = [f"`{choice}`" for choice, since in option.choices.items() if since == version]
+        facts.append(f"needs: systemd {version}{', for ' + ', '.join(which) if which else ''}")
+    if option.aliases:
+        facts.append(f"also called: {', '.join(f'`{alias}`' for alias in option.aliases)}")
+    if option.permission:
+        facts.append(f"permission: [{option.permission.reference}](#permissions)")
+    equals = " " if option.kind.is_block else " = "
+    lines += [*(f"* {fact}" for fact in facts), "", "```hcl", f"{option.name}{equals}{option.example}", "```", ""]
+    return "\n".join(lines)
+
+
+def render_default(option: Option) -> str:
+    if option.required:
+        return "none, it is required"
+    return f"`{json.dumps(option.default)}`" if option.default not in (None, (), {}) else "not set"
 
 
 def list_notes(option: Option) -> list[str]:
@@ -229,12 +259,3 @@ def list_notes(option: Option) -> list[str]:
     if option.permission:
         notes.append(f"The operator decides: {option.permission.reference}.")
     return notes
-
-
-def render_row(option: Option, prefix: str) -> str:
-    default = "required" if option.required else ""
-    if option.default is not None and option.default not in ((), {}):
-        default = json.dumps(option.default)
-    equals = " " if option.kind.is_block else " = "
-    cells = (f"`{prefix}{option.name}`", option.kind.value, default, " ".join(list_notes(option)))
-    return f"| {' | '.join(cells)} | `{option.name}{equals}{option.example}` |"

@@ -28,7 +28,7 @@ from nspawn.options import (
     decode_options,
     decode_string,
     is_set,
-    render_row,
+    render_section,
 )
 from nspawn.permissions import PERMISSIONS, Permission, PluginOptions
 from nspawn.process import run
@@ -274,10 +274,23 @@ def test_row_of_the_reference() -> None:
         since=251,
         permission=Permission.DEVICES,
     )
-    assert render_row(option, "block.") == (
-        '| `block.a` | string | "y" | First. One of `x`, `y`, `z`. Needs systemd 251. `z` needs systemd 260. '
-        'Also called `b`. The operator decides: `allow`: devices. | `a = "x"` |'
-    )
+    assert render_section(option, "### `a`").splitlines() == [
+        "### `a`",
+        "",
+        "First.",
+        "",
+        "* type: `string`",
+        '* default: `"y"`',
+        "* values: `x`, `y`, `z`",
+        "* needs: systemd 251",
+        "* needs: systemd 260, for `z`",
+        "* also called: `b`",
+        "* permission: [`allow`: devices](#permissions)",
+        "",
+        "```hcl",
+        'a = "x"',
+        "```",
+    ]
 
 
 @pytest.mark.parametrize("option", ALL_FIELDS, ids=lambda option: str(option.name))
