@@ -135,7 +135,8 @@ make_package() {
 }
 
 run_tests() {
-	prepare_host
+	# shellcheck disable=SC2086 # lists of words
+	prepare_host $container_needs $test_needs
 	build
 	make_image
 	export NSPAWN_TEST_IMAGE="$image"
@@ -158,20 +159,20 @@ run_tests() {
 }
 
 demo() {
-	prepare_host
+	# shellcheck disable=SC2086 # a list of words
+	prepare_host $container_needs
 	build
-	make_image
-	if [ ! -e /var/lib/machines/debian ]; then
-		install -d -m 700 /var/lib/machines
-		rm -rf /var/lib/machines/.debian.tmp
-		cp -a --reflink=auto "$image" /var/lib/machines/.debian.tmp
-		mv /var/lib/machines/.debian.tmp /var/lib/machines/debian
+	machines=/var/lib/machines
+	if [ ! -e $machines/debian ]; then
+		install -d -m 700 $machines
+		make_debian $machines/debian ,systemd-resolved
 	fi
 	exec $python -m tests.agent demo
 }
 
 bench() {
-	prepare_host
+	# shellcheck disable=SC2086 # a list of words
+	prepare_host $container_needs
 	build
 	make_image
 	NSPAWN_TEST_IMAGE=$image $python tests/bench.py "$@"
@@ -199,15 +200,19 @@ clean() {
 
 # -- what the commands need ----------------------------------------------------------------------------------
 
-# Packages by the command that shows them to be there, so that other distributions work with their own.
+# What containers need, and what tests need in addition: the command that shows a Debian package to be there, and the
+# package. So other distributions work with their own.
+container_needs='python3:python3 systemd-nspawn:systemd-container mmdebstrap:mmdebstrap ip:iproute2'
+test_needs='nft:nftables ps:procps unshare:util-linux setpriv:util-linux mke2fs:e2fsprogs
+	qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils /usr/lib/cni/bridge:containernetworking-plugins
+	mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs docker-registry:docker-registry openssl:openssl gpg:gnupg
+	zstd:zstd'
+
+# Install what is missing of these.
 prepare_host() {
 	[ "$(id -u)" = 0 ] || die "containers need root: run this command as root"
 	missing=
-	for need in python3:python3 systemd-nspawn:systemd-container mmdebstrap:mmdebstrap nft:nftables ip:iproute2 \
-		ps:procps unshare:util-linux setpriv:util-linux mke2fs:e2fsprogs qemu-system-x86_64:qemu-system-x86 \
-		qemu-img:qemu-utils /usr/lib/cni/bridge:containernetworking-plugins \
-		mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs docker-registry:docker-registry openssl:openssl gpg:gnupg \
-		zstd:zstd; do
+	for need in "$@"; do
 		command -v "${need%:*}" >/dev/null || missing="$missing ${need#*:}"
 	done
 	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
@@ -220,15 +225,21 @@ prepare_host() {
 	apt-get -qy --no-install-recommends install $missing
 }
 
-# The Debian that tests and the demo boot. Outside the checkout: it belongs to root and outlives `clean`.
+# The Debian that tests boot. Outside the checkout: it belongs to root and outlives `clean`.
 make_image() {
 	image=$image_cache/debian-bookworm
 	[ ! -d "$image" ] || return 0
 	mkdir -p "$image_cache"
-	rm -rf "$image.tmp"
-	mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus bookworm "$image.tmp"
-	: >"$image.tmp/etc/machine-id"	# the allocation's id is used only where the image has none of its own
-	mv "$image.tmp" "$image"
+	make_debian "$image" ""
+}
+
+# A Debian with systemd and the packages that $2 adds. With systemd-resolved it gets a DHCP client, too.
+make_debian() {
+	rm -rf "$1.tmp"
+	mmdebstrap --quiet --variant=minbase --include="systemd,systemd-sysv,dbus$2" bookworm "$1.tmp"
+	[ -z "$2" ] || systemctl --root="$1.tmp" enable systemd-networkd
+	: >"$1.tmp/etc/machine-id"	# the allocation's id is used only where the image has none of its own
+	mv "$1.tmp" "$1"
 }
 
 # build/venv, made anew when requirements-dev.txt or the host's Python has changed.

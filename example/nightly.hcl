@@ -11,6 +11,11 @@ job "nightly" {
       mode     = "fail"
     }
 
+    reschedule {
+      attempts  = 0
+      unlimited = false
+    }
+
     task "nightly" {
       driver = "nspawn"
 

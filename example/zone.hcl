@@ -1,7 +1,6 @@
 # Two systems in a network zone: a bridge of their own that exists as long as one of them runs.
 #
-# It uses the image of debian.hcl. systemd-networkd on the host gives out the addresses, and the systems inside know each
-# other by their host names.
+# It uses the image of debian.hcl. systemd-networkd on the host gives out the addresses.
 job "zone" {
   type = "service"
 
