@@ -251,6 +251,7 @@ from nspawn.sources import (
     Source,
     check_image_name,
     check_image_write,
+    check_verity,
     clone_source,
     find_device_rules,
     make_nodes,
@@ -804,7 +805,7 @@ def prepare_root(plan: Plan, root: Path) -> None:
     elif is_read_only:
         make_mount_points(root)
         for path in plan.network.mount_files:
-            make_mount_file(root, path)
+            make_mount_file(root, path, is_private=bool(plan.private))
     view = View(root, plan.mount_table, plan.options.root or "/")
     if plan.options.boot:
         check_init(plan, view)
@@ -2011,6 +2012,7 @@ class DriverService:
             own = {name: directories[path] for name, path in config.own_directories.items()}
             image = await self.find_image(config, options, own, stack)
             check_image_write(image, options, self.config)
+            check_verity(image, options)
             options = apply_image(options, image, config.user)
             account = await run_in_thread(lambda: find_account(image, options, config.mounts))
             sources = stack.enter_context(open_sources(TASK_OPTIONS, options, own, self.config))

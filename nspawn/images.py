@@ -157,15 +157,50 @@ def read_in_image(image: Image, path: str) -> str:
     folder, name = os.path.split(path)
     for directory in image.directories if image.is_directory else ():
         try:
-            with open_directory(directory, folder) as fd:
-                os.stat(name, dir_fd=fd, follow_symlinks=False)
-                return read_head(name, MAX_TEXT, fd).decode(errors="replace")
-        except FileNotFoundError:  # a lower layer may have it
-            continue
+            fd, is_covered = open_layer(directory, folder)
+            if fd is not None:
+                try:
+                    os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    return read_head(name, MAX_TEXT, fd).decode(errors="replace")
+                except FileNotFoundError:  # a lower layer may have it
+                    pass
+                finally:
+                    os.close(fd)
         except OSError as error:
             check_shortage(error)
             break
+        if is_covered:
+            break
     return ""
+
+
+def open_layer(layer: Path, folder: str) -> tuple[int | None, bool]:
+    """Open a directory of one layer of an image, without following links. Return its O_PATH descriptor, None if
+    the layer has nothing there, and whether an opaque directory covers what lower layers have there. Raises
+    OSError, also if something else is there, such as a whiteout."""
+    is_covered = False
+    here = os.open(layer, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in filter(None, folder.split("/")):
+            below = open_in_root(here, part, os.O_PATH | os.O_DIRECTORY, follow=False)
+            os.close(here)
+            here = below
+            is_covered = is_covered or is_opaque(here)
+    except FileNotFoundError:
+        os.close(here)
+        return None, is_covered
+    except OSError:
+        os.close(here)
+        raise
+    return here, is_covered
+
+
+def is_opaque(directory: int) -> bool:
+    try:
+        return os.getxattr(f"/proc/self/fd/{directory}", "trusted.overlay.opaque") == b"y"
+    except OSError as error:
+        check_shortage(error)
+        return False
 
 
 def apply_image(options: JobOptions, image: Image, user: str) -> JobOptions:

@@ -342,8 +342,8 @@ def read_names(group: GroupNetwork, image: Image, options: JobOptions) -> Names:
 
 def can_mount_file(image: Image, options: JobOptions, path: str) -> bool:
     """Whether there is a file to mount on, or nspawn or make_mount_file can make one. Looks only into a read-only
-    image, and only into its topmost layer."""
-    if not options.has_read_only_root:
+    image. An image of several layers always gets a private root, where one can be made."""
+    if not options.has_read_only_root or image.layers:
         return True
     if not image.is_directory:
         return False  # not mounted yet, so not known

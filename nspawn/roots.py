@@ -361,10 +361,14 @@ def make_directories(root: int, path: str) -> None:
         os.close(here)
 
 
-def make_mount_file(root: Path, path: str) -> None:
-    """Make an empty file to mount on in an image that will be read-only, if there is none. Raises ConfigError."""
+def make_mount_file(root: Path, path: str, *, is_private: bool = False) -> None:
+    """Make an empty file to mount on in an image that will be read-only, if there is none. In a private root,
+    which is the task's own, make its directory, too. Raises ConfigError."""
     folder, name = os.path.split(path)
     try:
+        if is_private:
+            with open_directory(root, "/") as top:
+                make_directories(top, folder)
         with open_directory(root, folder) as fd:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=fd))
     except FileExistsError:

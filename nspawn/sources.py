@@ -321,6 +321,24 @@ def check_image(image: Image, name: str, own: Mapping[str, Source], config: Plug
         check_permission("image", name, Permission.DISK_IMAGES, config)
 
 
+VERITY_FILES = (".roothash", ".roothash.p7s", ".usrhash", ".usrhash.p7s", ".verity")
+
+
+def check_verity(image: Image, options: JobOptions) -> None:
+    """Refuse a disk image with files that verify it, if it is used by another name: nspawn would not find them."""
+    if image.is_directory or image.fd < 0 or image.is_fixed:
+        return
+    given = {".roothash": options.root_hash, ".roothash.p7s": options.root_hash_sig}
+    for end in VERITY_FILES:
+        path = f"{str(image.path).removesuffix('.raw')}{end}"
+        if os.path.lexists(path) and not given.get(end):
+            rule = f"is verified by {quote(path)}, but whoever can exchange the image can exchange that file"
+            remedy = (
+                "give root_hash in the job, or use an image that lies in the client's image_dir with its files"
+            )
+            raise ConfigError("image", options.image, rule, remedy)
+
+
 def check_image_write(image: Image, options: JobOptions, config: PluginOptions) -> None:
     """Refuse what would change a shared image, where no private root prevents it."""
     if not image.is_shared:

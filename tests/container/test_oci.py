@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nspawn.common import DriverError
-from nspawn.images import ImageConfig, Origin
+from nspawn.images import ImageConfig, Origin, read_in_image
 from nspawn.registry import Reference, read_image_config
 from tests.fetching import Fetcher, docker_origin, layer_name, origin_of, stacked
 from tests.servers import (
@@ -109,6 +109,22 @@ def test_a_whiteout_is_about_the_layers_below(
         found = read_tree(tree)
     assert found["dir/new"] == "top" and "dir/old" not in found
     assert found["type"] == "new file"
+
+
+def test_files_below_an_opaque_directory_are_not_read(fetcher: Fetcher, registry: Registry) -> None:
+    """Users and hosts are those that the container sees."""
+    lower = make_tar([folder("usr"), folder("etc"), Entry("etc/passwd", b"lower"), Entry("etc/hosts", b"lower")])
+    upper = [folder("etc"), Entry("etc/.wh..wh..opq"), Entry("etc/passwd", b"upper")]
+    for name, entries, expected in (
+        ("opaque", upper, ("upper", "")),
+        ("plain", [folder("etc"), Entry("etc/passwd", b"upper")], ("upper", "lower")),
+        ("removed", [folder("etc"), Entry("etc/.wh.passwd")], ("", "lower")),
+        ("replaced", [Entry("etc", b"a file")], ("", "")),
+        ("other", [folder("srv")], ("lower", "lower")),
+    ):
+        registry.push(f"files/{name}", ImageParts.make([lower, make_tar(entries)]))
+        image = fetcher.store.find(fetcher.fetch(docker_origin(f"{registry.host}/files/{name}")))
+        assert tuple(read_in_image(image, f"/etc/{file}") for file in ("passwd", "hosts")) == expected, name
 
 
 def test_oci_media_types_and_zstd(fetcher: Fetcher, registry: Registry) -> None:

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from tests.agent import Allocation, DriverError, Plugin, Resources, Task, free_p
 from tests.agent import Port as GivenPort
 from tests.containers import Tasks, eventually, is_alive, kill, leader, make_small_image, nspawn, output, shim
 from tests.leftovers import leftovers, peer, processes
+from tests.servers import ImageParts, folder, make_tar, pack_files, pack_tree
 
 PATIENCE = 10.0
 FOREVER = "while :; do sleep 0.05; done"
@@ -708,3 +710,14 @@ def try_port(address: str, port: int) -> str:
     with contextlib.suppress(OSError):
         return read_port(address, port)
     return ""
+
+
+def test_read_only_image_of_layers_in_a_group(group: Group, tasks: Tasks, small: Path, tmp_path: Path) -> None:
+    """Its topmost layer has no /etc, and neither has the lower one."""
+    shutil.rmtree(small / "etc", ignore_errors=True)
+    layers = [pack_tree(small), make_tar([folder("opt")])]
+    (tmp_path / "saved.tar").write_bytes(pack_files(ImageParts.make(layers).save()))
+    task, result = tasks.run(
+        "cat /etc/hosts /etc/resolv.conf", image=str(tmp_path / "saved.tar"), network=group.spec, network_veth=None
+    )
+    assert LOCALHOST in output(task) and "nameserver" in output(task), result

@@ -387,6 +387,20 @@ def test_image_that_is_no_disk_image(tasks: Tasks, tmp_path: Path) -> None:
     assert "systemd-nspawn" in everything
 
 
+def test_file_that_verifies_a_disk_image(driver_file: Path, tasks: Tasks, tmp_path: Path) -> None:
+    """nspawn looks for it beside the image, but gets the image from a descriptor by another name, so that no task
+    can exchange it meanwhile."""
+    (tmp_path / "file.raw").write_bytes(bytes(65536))
+    with launch_like_agent(driver_file, f'allow = ["all"]\nallow_paths = ["{tmp_path}"]') as plugin:
+        for name in ("file.roothash", "file.verity"):
+            (tmp_path / name).write_text("00")
+            task = tasks.make("true", image=str(tmp_path / "file.raw"), plugin=plugin)
+            assert str(tmp_path / name) in refused(task)
+            (tmp_path / name).unlink()
+        assert "verified" not in failure(tasks.make("true", image=str(tmp_path / "file.raw"), plugin=plugin))[0]
+        tasks.close()
+
+
 def test_image_without_an_operating_system(tasks: Tasks, tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     text, _ = failure(tasks.make("true", image=str(tmp_path)))

@@ -308,6 +308,12 @@ def test_place_for_a_file(tmp_path: Path) -> None:
     pivot = read_options(read_only=True, pivot_root="/inner:/old")
     assert can_mount_file(image, pivot, "/etc/hosts")
     assert not can_mount_file(replace(image, is_directory=False), read_only, "/etc/hosts")
+    layers = replace(image, path=tmp_path / "inner", layers=(tmp_path / "inner", tmp_path))
+    assert can_mount_file(layers, read_only, "/srv/file"), "in the private root"
+    with pytest.raises(ConfigError):
+        make_mount_file(tmp_path, "/srv/file")
+    make_mount_file(tmp_path, "/srv/file", is_private=True)
+    assert (tmp_path / "srv/file").read_text() == ""
 
 
 FIB_TRIE = """\
