@@ -217,7 +217,6 @@ from nspawn.plan import (
     Journal,
     Plan,
     check_init,
-    plan_credentials,
     plan_task,
 )
 from nspawn.process import (
@@ -1309,8 +1308,8 @@ class Start:
             write_file(file, text, 0o644)
         for pin in self.plan.pins:
             make_place(Path(pin.place), pin.source.is_directory)
-        for key, place in plan_credentials(self.plan.credentials, self.directory).items():
-            write_secret(Path(place), self.plan.credentials[key])
+        for place, content in self.plan.credentials.items():
+            write_secret(Path(place), content)
         if self.plan.options.inaccessible:
             make_inaccessible()
         if self.plan.options.overlay:

@@ -107,6 +107,9 @@ def plan_inside(
     return Inside(user, options.working_directory or "/", given, account)
 
 
+OWN_MOUNTS = ("/dev", "/proc", "/run", "/sys", "/tmp")  # what nspawn mounts over the image's own directories
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything needed to start a task."""
@@ -129,7 +132,7 @@ class Plan:
     pins: tuple[Pin, ...]
     nosuid: tuple[str, ...]  # paths that nspawn binds and that must be mounted nosuid
     device_rules: tuple[DeviceRule, ...]
-    credentials: Mapping[str, bytes]  # by their names
+    credentials: Mapping[str, bytes]  # by their files, in the state directory
     copying: str  # a sentence about nspawn's copy of the image, "" if it makes none
     inside: Inside
     journal: Journal
@@ -137,7 +140,13 @@ class Plan:
 
     @property
     def mount_table(self) -> dict[str, str]:
-        return find_mount_table(self.options, self.mounts)
+        """The container's mounts for a View: targets to sources, "" for what nobody can look into. Of two with one
+        target the first counts."""
+        hidden = [*OWN_MOUNTS, *(["/var"] if self.options.volatile == "state" else []), *self.options.inaccessible]
+        hidden += [overlay.target for overlay in self.options.overlays]
+        hidden += [item.partition(":")[0] for item in self.options.tmpfs]
+        table = {os.path.normpath(path): "" for path in hidden}
+        return table | {mount.target.rstrip("/"): mount.source for mount in reversed(self.mounts)}
 
     def find_root(self, state_dir: Path) -> Path | None:
         """Return the image's directory or the private root, as the shim's namespace has it; None for a disk."""
@@ -156,9 +165,8 @@ class Plan:
             return "the operator lets no task write to the image"
         if self.options.has_read_only_root:
             return "the image is read-only for this task"
-        return (
-            "systemd-nspawn runs a copy of the image" if self.options.ephemeral or self.options.is_volatile else ""
-        )
+        is_copied = self.options.ephemeral or self.options.is_volatile
+        return "systemd-nspawn runs a copy of the image" if is_copied else ""
 
     def name_sources(self, line: str) -> str:
         """Return a message of nspawn with the host's paths instead of those in the state directory."""
@@ -240,11 +248,12 @@ def plan_task(
     variables = select_variables(given)
     files, journal = plan_files(task, options, found), plan_journal(task, options, found, root)
     mounts = (*files.mounts, *network.plan_mounts(state), *journal.mounts)
+    credentials = {key: f"{state}/credentials/{number}" for number, key in enumerate(found.credentials)}
     arguments = [
         *([] if root.private else render_image(found.image, image_pin)),
         *render_options(rows, strip_root(options) if root.private else options),
         *files.overlays,
-        *render_credentials(plan_credentials(found.credentials, state)),
+        *(f"--load-credential={escape_field(key)}:{place}" for key, place in credentials.items()),
         *network.argv,
         *(mount.argv for mount in mounts),
         *render_bundle_options(options, state),
@@ -268,7 +277,7 @@ def plan_task(
         pins=(*files.pins, *([image_pin] if image_pin else [])),
         nosuid=files.nosuid,
         device_rules=(*USUAL_DEVICES, *found.device_rules),
-        credentials=found.credentials,
+        credentials={credentials[key]: content for key, content in found.credentials.items()},
         copying=root.copying,
         inside=plan_inside(task, options, variables, found.account),
         journal=journal,
@@ -353,11 +362,8 @@ def plan_program(options: JobOptions, machine: str) -> tuple[str, ...]:
     """Return systemd-nspawn, with the machine's name first because people look for it with `ps`, and what starts
     it. nspawn's own --oom-score-adjust= fails with user namespaces: "Permission denied" (measured on 252)."""
     score = options.oom_score_adjust
-    return (
-        *(() if score is None else ("choom", "-n", str(score), "--")),
-        "systemd-nspawn",
-        f"--machine={machine}",
-    )
+    starter = () if score is None else ("choom", "-n", str(score), "--")
+    return (*starter, "systemd-nspawn", f"--machine={machine}")
 
 
 def check_image_rules(options: JobOptions, image: Image, group: GroupNetwork) -> None:
@@ -414,42 +420,27 @@ def plan_files(task: TaskConfig, options: JobOptions, found: HostInputs) -> File
     """Return what the container gets of the host's files, from pins in the state directory. Raises ConfigError."""
     state = state_directory(task.id)
     directories = plan_pins(found.directories, state, "directories")
-    pins, nodes = plan_pins(found.sources, state), plan_nodes(found.devices, state)
+    pins = plan_pins(found.sources, state)
+    nodes = [
+        Pin(source, f"{state}/{DEVICES_PLACE}/{number}", is_node=True)
+        for number, source in enumerate(found.devices.values())
+    ]
+    # Without it, before Linux 6.3, the nodes belong to `nobody` in a user namespace.
+    mapping = ("idmap",) if options.has_other_users and found.mounts.have_idmap("/run") else ()
+    devices = [
+        Mount(pin.place, device.target, options=mapping) for device, pin in zip(found.devices, nodes, strict=True)
+    ]
     binds = [replace(mount, source=pins[mount.source].place) for mount in options.binds]
     volumes = plan_volumes(task, options, found.mounts, directories)
     places = {name: pin.place for name, pin in pins.items()}
     return Files(
-        pins=(*pins.values(), *directories.values(), *nodes.values()),
-        mounts=(*binds, *plan_devices(nodes, options, found.mounts), *volumes),
+        pins=(*pins.values(), *directories.values(), *nodes),
+        mounts=(*binds, *devices, *volumes),
         overlays=tuple(overlay.render(places) for overlay in options.overlays),
         # Files of the host's root in an id-mapped mount belong to root inside, too: without nosuid, a set-user-id
         # file that another task made would make any user inside root.
         nosuid=tuple(mount.source for mount in (*binds, *volumes) if mount.is_mapped),
     )
-
-
-def plan_nodes(devices: Mapping[Device, Source], state: Path) -> dict[Device, Pin]:
-    """Return a pin for each device, for a copy of its node."""
-    return {
-        device: Pin(source, f"{state}/{DEVICES_PLACE}/{number}", is_node=True)
-        for number, (device, source) in enumerate(devices.items())
-    }
-
-
-def plan_devices(nodes: Mapping[Device, Pin], options: JobOptions, mounts: Mounts) -> Iterator[Mount]:
-    """Yield the mounts. Without `idmap`, before Linux 6.3, the nodes belong to `nobody` in a user namespace."""
-    can_map = options.has_other_users and mounts.have_idmap("/run")
-    for device, pin in nodes.items():
-        yield Mount(pin.place, device.target, options=("idmap",) if can_map else ())
-
-
-def plan_credentials(credentials: Mapping[str, bytes], state: Path) -> dict[str, str]:
-    """Return the path of each credential's file."""
-    return {key: f"{state}/credentials/{number}" for number, key in enumerate(credentials)}
-
-
-def render_credentials(places: Mapping[str, str]) -> list[str]:
-    return [f"--load-credential={escape_field(key)}:{place}" for key, place in places.items()]
 
 
 def render_bundle_options(options: JobOptions, state: Path) -> Iterator[str]:
@@ -530,17 +521,3 @@ def explain_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts) -> It
                 "nobody, and the container can write only where everybody may; set "
                 "user_namespacing = false, or use a file system that can be id-mapped, such as ext4 or xfs."
             )
-
-
-# What nspawn mounts over the image's own directories.
-OWN_MOUNTS = ("/dev", "/proc", "/run", "/sys", "/tmp")
-
-
-def find_mount_table(options: JobOptions, mounts: Sequence[Mount]) -> dict[str, str]:
-    """Return the container's mounts for a View: targets to sources, "" for what nobody can look into. Of two with
-    one target the first counts."""
-    hidden = [*OWN_MOUNTS, *(["/var"] if options.volatile == "state" else []), *options.inaccessible]
-    hidden += [overlay.target for overlay in options.overlays]
-    hidden += [item.partition(":")[0] for item in options.tmpfs]
-    table = {os.path.normpath(path): "" for path in hidden}
-    return table | {mount.target.rstrip("/"): mount.source for mount in reversed(mounts)}
