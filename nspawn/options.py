@@ -19,8 +19,6 @@ from typing import Any
 from nspawn.common import ConfigError, name_entry, quote
 from nspawn.permissions import Permission
 
-Values = Mapping[str, Any]
-
 
 class Kind(enum.Enum):
     """The type of an option. The value is its name in Nomad's hclspec.

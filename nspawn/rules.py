@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nspawn.checks import IdRange
 from nspawn.common import ConfigError
 from nspawn.host import Host
 from nspawn.job import JobOptions
-from nspawn.options import Option, Values, decode_options, is_set
+from nspawn.options import Option, decode_options, is_set
 from nspawn.permissions import Permission, PluginOptions, check_permission
 
 
@@ -30,10 +30,12 @@ def decode_job(
     values["pids_limit"] = choose_pids_limit(values["pids_limit"], config.pids_limit)
     if values["network_veth"] is None:
         values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
-    if is_in_group:  # Nomad makes its network and maps its ports; jobs of the Go driver have network_veth = true
-        check_group_options(values)
-        values |= {"network_veth": False, "ports": ()}
-    return JobOptions(**values)
+    options = JobOptions(**values)
+    if not is_in_group:
+        return options
+    check_group_options(options)
+    # Nomad makes its network and maps its ports; jobs of the Go driver have network_veth = true.
+    return replace(options, network_veth=False, ports=())
 
 
 def choose_pids_limit(wanted: int | None, allowed: int) -> int:
@@ -56,14 +58,14 @@ OWN_NETWORK = (
 )
 
 
-def check_group_options(values: Values) -> None:
+def check_group_options(options: JobOptions) -> None:
     """Refuse a second network or a second mapping of ports beside those of the group."""
     for name in ("port_map", *OWN_NETWORK):
-        if values[name]:
+        if value := getattr(options, name):
             remedy = "leave it out, or the group's network block"
             if name == "port_map":
                 remedy = "write `to = PORT` into the port's block of the group's network"
-            raise ConfigError(name, values[name], "cannot be combined with the network of the group", remedy)
+            raise ConfigError(name, value, "cannot be combined with the network of the group", remedy)
 
 
 def has_own_network(options: JobOptions) -> bool:
