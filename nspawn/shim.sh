@@ -17,7 +17,7 @@ if [ -n "$shim_filter" ]; then
 fi
 (
 	enter ""
-	read -r _ || kill -KILL $$
+	read -r _ || { kill -KILL $$; exit 1; }
 	exec "$@" </dev/null 2>&3 3>&- 4>&-
 )
 shim_status=$? shim_left=0
