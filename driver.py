@@ -154,6 +154,7 @@ from nspawn.images import (
     View,
     apply_image,
     check_tree,
+    choose_image_dir,
     explain_command,
     find_account,
     find_archive,
@@ -245,7 +246,7 @@ from nspawn.roots import (
     mount_root,
     pick_users,
 )
-from nspawn.rules import check_permissions, decode_job
+from nspawn.rules import check_permissions, check_rules, check_targets, decode_job
 from nspawn.sources import (
     Source,
     check_image_name,
@@ -673,7 +674,9 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "How many processes and threads a task may have. 0 means any number.",
            "4096", default=16384, check=check_range(0, MAX_PIDS)),
     Option("image_dir", Kind.STRING,
-           "The directory of the images that jobs name without a path.",
+           "The directory of the images that jobs name without a path. Unless it is set, the other directories of "
+           "systemd-machined are looked at, too: /etc/machines, /run/machines, /usr/local/lib/machines, "
+           "/usr/lib/machines.",
            '"/srv/images"', default=str(MACHINES_ROOT), refuses_empty=True, check=check_host_directory),
     Option("ephemeral_dir", Kind.STRING,
            "The directory for what tasks with `ephemeral` change. By default it is kept in the task's directory, "
@@ -2003,6 +2006,8 @@ class DriverService:
         is_in_group = bool(config.network.namespace)
         options = decode_job(TASK_OPTIONS, config.options, self.config, is_in_group=is_in_group)
         check_permissions(TASK_OPTIONS, options, self.config, is_in_group=is_in_group)
+        check_rules(TASK_OPTIONS, options, host, has_image=False)  # before an image is fetched for nothing
+        check_targets(config, options)
         if is_in_group:
             check_namespace(config.network.namespace)
         check_interfaces(options)
@@ -2041,7 +2046,7 @@ class DriverService:
         """Return the task's image; fetch it if needed. An image of the host stays open until the end of `stack`. A
         stored one is kept from collection: by a lock until the start ends, then by the task's use of it."""
         task_dir = Path(config.task_dir) if config.alloc_dir else None
-        image_dir = Path(self.config.image_dir)
+        image_dir = choose_image_dir(options.image, self.config.image_dir)
         origin = plan_origin(options, image_dir)
         if origin is None:
             try:

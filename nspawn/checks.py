@@ -217,6 +217,8 @@ def parse_extra_hosts(name: str, value: Sequence[str]) -> tuple[str, ...]:
     lines = []
     for item in value:
         host, _, address = item.partition(":")
+        if address.startswith("[") and address.endswith("]") and ":" in address:  # as docker and podman take it
+            address = address[1:-1]
         if not (re.fullmatch(HOSTNAME, host) and is_address(address)):
             raise ConfigError(name, item, "must be NAME:ADDRESS, as in db:192.0.2.7 or db:2001:db8::7")
         lines.append(f"{address} {host}")
@@ -324,8 +326,8 @@ class IdRange:
 
 
 def is_chosen(users: IdRange | None) -> bool:
-    """Whether a job says itself which ids of the host it wants."""
-    return users is not None and users.base is not None
+    """Whether a job or its image says which ids of the host it gets. They may be those of the host's users."""
+    return users is not None and (users.base is not None or users.text == "yes")
 
 
 def parse_id_range(name: str, value: str) -> IdRange:

@@ -21,11 +21,10 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from nspawn.common import MACHINES_ROOT, SAFE_PATH, ConfigError, DriverError
 from nspawn.host import CgroupMode, explain_open_directory, is_open_to_others, read_host
-from nspawn.images import DOCKER, plan_origin
+from nspawn.images import DOCKER, choose_image_dir, plan_origin
 from nspawn.options import Option, decode_options, list_notes
 from nspawn.permissions import PERMISSIONS, PluginOptions
 from nspawn.rules import decode_job
@@ -332,7 +331,7 @@ def pull_image(program: Program, given: argparse.Namespace) -> int:
     raw = {"auth": auth or None, "insecure_registries": given.insecure_registry}
     config = PluginOptions(**decode_options(program.plugin_options, raw))
     options = decode_job(program.task_options, plan_pull(given), config)
-    origin = plan_origin(options, Path(config.image_dir))
+    origin = plan_origin(options, choose_image_dir(options.image, config.image_dir))
     assert origin
 
     async def fetch() -> int:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nspawn.checks import NO_TEXT, USER, Mount, check_user
+from nspawn.checks import NO_TEXT, USER, IdRange, Mount, check_user
 from nspawn.common import MACHINES_ROOT, ConfigError, check_shortage, is_below, quote, render_value, shorten
 from nspawn.job import Download, JobOptions, Login
 from nspawn.linux import open_in_root
@@ -127,6 +127,24 @@ def image_places(name: str, task_dir: Path | None, image_dir: Path) -> Iterator[
 
 
 IMAGE_SUFFIXES = ("", ".raw")
+# Where systemd-machined looks for images, beside /var/lib/machines: machinectl lists them all.
+OTHER_MACHINES = tuple(
+    map(Path, ("/etc/machines", "/run/machines", "/usr/local/lib/machines", "/usr/lib/machines"))
+)
+
+
+def image_directories(image_dir: str) -> tuple[Path, ...]:
+    """Return the directories for images: the operator's, or those of systemd-machined."""
+    own = Path(image_dir)
+    return (own, *OTHER_MACHINES) if own == MACHINES_ROOT else (own,)
+
+
+def choose_image_dir(name: str, image_dir: str) -> Path:
+    """Return the directory that has an image of this name, the first one if none has."""
+    own, *others = image_directories(image_dir)
+    if not is_image_name(name) or has_image(own, name):
+        return own
+    return next((place for place in others if has_image(place, name)), own)
 
 
 def is_image_name(name: str) -> bool:
@@ -212,6 +230,8 @@ def apply_image(options: JobOptions, image: Image, user: str) -> JobOptions:
         options = replace(options, ephemeral=True)
     if image.key and options.is_volatile and options.private_users_ownership in ("auto", "chown"):
         options = replace(options, private_users_ownership="map")
+    if options.private_users and options.private_users.text == "yes":
+        options = replace(options, private_users=find_owner(image), private_users_ownership="off")
     if options.boot:
         return options
     config = image.config
@@ -222,6 +242,15 @@ def apply_image(options: JobOptions, image: Image, user: str) -> JobOptions:
         working_directory=options.working_directory or config.working_directory or None,
         user=options.user or user or config.user or None,
     )
+
+
+def find_owner(image: Image) -> IdRange:
+    """Return the range of ids that the root directory of an image belongs to, as nspawn for --private-users=yes
+    does. Volumes can be id-mapped to a range that is known. Raises ConfigError."""
+    if not image.is_directory:
+        raise ConfigError("private_users", "yes", "needs an image that is a directory", 'use "pick"')
+    base = os.stat(image.layers[0] if image.layers else image.opened).st_uid & ~0xFFFF
+    return IdRange(str(base), base) if base else IdRange("identity", 0)
 
 
 @dataclass(frozen=True)
@@ -262,7 +291,7 @@ def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:
     elif "://" in name:
         rule = f"must be a path, the name of an image, or an address that begins with {DOCKER}"
         raise ConfigError("image", redact(name), rule, "give other addresses in image_download { url = ... }")
-    elif not block or (not block.force and is_image_name(name) and have_image(image_dir, name)):
+    elif not block or (not block.force and is_image_name(name) and has_image(image_dir, name)):
         return None
     check_download(block)
     is_docker = block.type == "docker"
@@ -282,7 +311,7 @@ def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:
     )
 
 
-def have_image(image_dir: Path, name: str) -> bool:
+def has_image(image_dir: Path, name: str) -> bool:
     return any((image_dir / f"{name}{suffix}").exists() for suffix in IMAGE_SUFFIXES)
 
 

@@ -308,8 +308,9 @@ def settle_options(
     task: TaskConfig, options: JobOptions, network: NetworkPlan, account: Account | None
 ) -> JobOptions:
     """Return the options with what the task and its network decide. Raises ConfigError."""
-    mode, user = options.mode, options.user
-    if task.user and mode is not Mode.BOOT:  # an init must run as root
+    mode = options.mode
+    user = None if mode is Mode.BOOT else options.user  # an init must run as root
+    if task.user and mode is not Mode.BOOT:
         given = check_user("user", decode_string("user", task.user))
         user = user or given
     return replace(

@@ -127,8 +127,6 @@ def find_obstacle(image: Image, root: PrivateRoot, options: JobOptions, host: Ho
     """Return why there can be no private root, "" if there can be one."""
     if not image.is_directory:
         return "the image is no directory"
-    if root.users and root.users.text == "yes":
-        return "private_users = yes is a way of its own"
     if options.private_users_ownership == "foreign":
         return "private_users_ownership = foreign is a way of its own"
     if root.is_mapped and host.kernel < OVERLAY_IDMAP:

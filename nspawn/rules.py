@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nspawn.checks import IdRange
-from nspawn.common import ConfigError
+from nspawn.common import ConfigError, quote
 from nspawn.host import Host
-from nspawn.job import JobOptions
+from nspawn.job import JobOptions, TaskConfig
 from nspawn.options import Option, decode_options, is_set
 from nspawn.permissions import Permission, PluginOptions, check_permission
 
@@ -85,6 +85,7 @@ class Rule:
     is_broken: Callable[[JobOptions], bool]
     rule: str
     remedy: str = ""
+    needs_image: bool = False  # the image may set the option
 
 
 def excludes(option: str, others: Sequence[str], remedy: str) -> tuple[Rule, ...]:
@@ -126,8 +127,14 @@ RULES: tuple[Rule, ...] = (
         lambda job: not job.boot and not job.command,
         "is required when boot is false",
         'name the program and its arguments, as in command = ["/bin/sleep", "60"]',
+        needs_image=True,
     ),
-    *excludes("user", ("boot",), "set boot = false: an init must run as root"),
+    Rule(
+        "user",
+        lambda job: job.boot and job.user not in (None, "root", "0"),
+        "cannot be combined with boot",
+        "set boot = false: an init must run as root",
+    ),
     *excludes("ambient_capability", ("boot",), "set boot = false: an init has its capabilities by itself"),
     # As PID 2 the payload can never say READY (measured on 252, 257 and 262).
     *excludes("notify_ready", ("process_two",), "leave process_two out: only PID 1 can say that it is ready"),
@@ -162,24 +169,33 @@ RULES: tuple[Rule, ...] = (
         "names a credential that set_credential sets, too",
         "give it one of the two ways",
     ),
-    Rule(
-        "devices",
-        lambda job: paths_collide(job),
-        "has something else at the same path in the container",
-        "give each device a container_path of its own, which no bind has",
-    ),
 )
 
 
-def paths_collide(options: JobOptions) -> bool:
-    """Whether two devices, or a device and a bind, have the same path in the container."""
-    devices = [os.path.normpath(device.target.lstrip("/")) for device in options.devices]
-    binds = {os.path.normpath(mount.target.lstrip("/")) for mount in options.binds}
-    return len({*devices, *binds}) < len(devices) + len(binds)
+def check_targets(task: TaskConfig, options: JobOptions) -> None:
+    """Refuse two mounts on one path of the container: nspawn makes both, and the task sees only one. Raises
+    ConfigError."""
+    given = [
+        *(("", "the task's own directory", mount.target) for mount in task.directory_mounts),
+        *(("bind", mount.source, mount.target) for mount in options.bind),
+        *(("bind_read_only", mount.source, mount.target) for mount in options.bind_read_only),
+        *(("overlay", overlay.text, overlay.target) for overlay in options.overlay),
+        *(("overlay_read_only", overlay.text, overlay.target) for overlay in options.overlay_read_only),
+        *(("volume_mount", mount.source, mount.target) for mount in task.mounts),
+        *(("devices", device.host_path, device.target) for device in (*options.devices, *task.devices)),
+    ]
+    taken: dict[str, str] = {}
+    for option, source, target in given:
+        path = os.path.normpath(f"/{target.lstrip('/')}")
+        if path in taken:
+            rule = f"is for the path {quote(path)} in the container, as is {taken[path]}"
+            raise ConfigError(option, source, rule, "give each a path of its own")
+        taken[path] = f"{option} {quote(source)}" if option else source
 
 
-def check_rules(rows: Sequence[Option], options: JobOptions, host: Host) -> None:
-    """Raise ConfigError for an option that this host is too old for, or that breaks a rule."""
+def check_rules(rows: Sequence[Option], options: JobOptions, host: Host, *, has_image: bool = True) -> None:
+    """Raise ConfigError for an option that this host is too old for, or that breaks a rule. Without the image,
+    rules that it may satisfy are left out."""
     for option in rows:
         value = getattr(options, option.name)
         needed = option.needed_systemd(value)
@@ -187,7 +203,7 @@ def check_rules(rows: Sequence[Option], options: JobOptions, host: Host) -> None
             rule = f"needs systemd {needed} or newer, and this host has {host.systemd}"
             raise ConfigError(option.name, value, rule, "leave it out, or constrain the job to newer hosts")
     for broken in RULES:
-        if broken.is_broken(options):
+        if (has_image or not broken.needs_image) and broken.is_broken(options):
             raise ConfigError(broken.option, getattr(options, broken.option), broken.rule, broken.remedy)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from nspawn.checks import Device
 from nspawn.common import ConfigError, HostError, check_shortage, is_below, name_entry, quote
 from nspawn.devices import DeviceRule
-from nspawn.images import IMAGE_SUFFIXES, Image, find_archive, is_image_name
+from nspawn.images import IMAGE_SUFFIXES, Image, choose_image_dir, find_archive, image_directories, is_image_name
 from nspawn.job import JobOptions, TaskConfig
 from nspawn.linux import (
     AT_EMPTY_PATH,
@@ -304,14 +304,15 @@ def is_fixed(path: str, own: Mapping[str, Source], config: PluginOptions) -> boo
     """Whether tasks cannot swap an image: it is directly in image_dir. Also true if jobs may mount all of the host
     anyway. False in the task's own directories."""
     is_free = config.volumes and "/" in config.allow_paths
-    return not is_own(path, own) and (is_free or os.path.dirname(path) == os.path.realpath(config.image_dir))
+    places = map(os.path.realpath, image_directories(config.image_dir))
+    return not is_own(path, own) and (is_free or os.path.dirname(path) in places)
 
 
 def check_image(image: Image, name: str, own: Mapping[str, Source], config: PluginOptions) -> None:
     """Refuse an image that the operator does not allow. What image_dir itself holds or links to is allowed.
     Elsewhere a disk image needs a permission, as a task may have made it. Outside the task's own directories and
     image_dir, the path must be allowed, too."""
-    path, folder = str(image.path), os.path.realpath(config.image_dir)
+    path, folder = str(image.path), os.path.realpath(choose_image_dir(name, config.image_dir))
     places = [os.path.realpath(f"{folder}/{name}{suffix}") for suffix in IMAGE_SUFFIXES]
     if os.path.dirname(path) == folder or (is_image_name(name) and {path, os.path.dirname(path)} & {*places}):
         return

@@ -15,7 +15,6 @@ from nomad_pb import driver_pb2
 from nspawn.common import HostError
 from nspawn.devices import DeviceRule, render_device_program
 from nspawn.host import read_host
-from nspawn.rules import paths_collide
 from nspawn.sources import open_source, read_rules
 from tests.agent import DriverError, launch_like_agent
 from tests.containers import Tasks, make_small_image, output
@@ -90,12 +89,6 @@ def test_what_a_block_means() -> None:
         ("/dev/kvm", "/dev/kvm", "rwm"),
         ("/dev/sg0", "/dev/cd", "r"),
     ]
-
-
-def test_two_devices_at_one_path() -> None:
-    one, two = {"host_path": "/dev/a"}, {"host_path": "/dev/b", "container_path": "/dev//a"}
-    for blocks, is_wrong in (([one, two], True), ([one, {**two, "container_path": "/dev/c"}], False)):
-        assert paths_collide(read_options(devices=blocks)) is is_wrong
 
 
 # -- in containers -------------------------------------------------------------------------------------------

@@ -169,12 +169,46 @@ def test_credentials_are_files(tasks: Tasks, tmp_path: Path) -> None:
 
 
 def test_private_users(tasks: Tasks) -> None:
-    for users, expected in (("1000000:65536", ["1000000", "65536"]), ("identity", ["0", "65536"])):
+    for users, expected in (
+        ("1000000:65536", ["1000000", "65536"]),
+        ("identity", ["0", "65536"]),
+        ("yes", ["0", "65536"]),  # the range of the image's owner
+    ):
         shown = run(
             tasks, "cat /proc/self/uid_map; touch /local/file; stat -c %U /local /secrets", private_users=users
         )
         assert shown.split()[1:3] == expected
     assert run(tasks, "cat /proc/self/uid_map", private_users="no").split() == ["0", "0", "4294967295"]
+
+
+def test_users_of_an_image_that_nspawn_has_shifted(tasks: Tasks, image: Path, tmp_path: Path) -> None:
+    """As jobs of the Go driver have them. Volumes can be mapped then, too."""
+    small = tmp_path / "shifted"
+    make_small_image(image, small, ["dash", "cat", "touch", "stat"])
+    for path in (small, *small.rglob("*")):
+        os.chown(path, 1 << 20, 1 << 20, follow_symlinks=False)
+    script = "cat /proc/self/uid_map; touch /local/file; stat -c %U / /local/file"
+    shown = run(tasks, script, image=str(small), private_users="yes")
+    assert shown.split() == ["0", str(1 << 20), "65536", "root", "root"]
+
+
+def test_name_of_an_image_of_machined(driver_file: Path, tasks: Tasks, image: Path) -> None:
+    """machinectl lists images of several directories. An operator's own image_dir is the only one."""
+    folder, name = Path("/run/machines"), f"test-{os.getpid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / name).symlink_to(image)
+    try:
+        assert run(tasks, "echo found", image=name) == "found"
+        with (
+            launch_like_agent(driver_file, f'image_dir = "{image.parent}"') as plugin,
+            Tasks(plugin, image) as own,
+            pytest.raises(DriverError, match=f"{name}.*not found"),
+        ):
+            own.make("true", image=name).start()
+    finally:
+        (folder / name).unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def test_user_namespaces_by_the_operators_choice(driver_file: Path, image: Path) -> None:

@@ -149,7 +149,6 @@ OBSTACLES: list[tuple[dict[str, object], Image, Host, Mounts, str]] = [
         on(alloc="overlay"),
         f"{PLACE} is on overlay, which cannot hold what a task changes",
     ),
-    ({"private_users": "yes"}, IMAGE, HOST, EXT4, "private_users = yes is a way of its own"),
 ]
 
 

@@ -60,6 +60,7 @@ from nspawn.plan import (
     render_bundle,
 )
 from nspawn.process import ProcessId
+from nspawn.rules import check_targets
 from nspawn.sources import Source, name_sources, open_directories
 from nspawn.state import State, split_id
 from tests.options import CONFIG, read_options
@@ -992,18 +993,49 @@ def test_volumes_have_absolute_targets(target: str) -> None:
 
 def test_mount_table() -> None:
     options: dict[str, Any] = {"bind": [{"/srv/a": "/a/"}]}
-    options["bind_read_only"] = [{"/srv/l": "/local", "/srv/b": "/b"}]
+    options["bind_read_only"] = [{"/srv/b": "/b"}]
     options |= {"tmpfs": ["/cache:size=1M"], "overlay": ["+/etc::/etc"], "inaccessible": ["/hidden"]}
     assert plan(options, task=replace(TASK, mounts=(Mount("/srv/v", "/v", False),))).mount_table == {
         **dict.fromkeys(("/dev", "/proc", "/run", "/sys", "/tmp", "/cache", "/etc", "/hidden"), ""),
         "/alloc": f"{DIRECTORIES}/0",
         "/alloc/logs": f"{DIRECTORIES}/1",
-        "/local": f"{MOUNTS}/1",
+        "/local": f"{DIRECTORIES}/3",
         "/secrets": f"{DIRECTORIES}/4",
         "/v": f"{DIRECTORIES}/5",
         "/a": f"{MOUNTS}/0",
-        "/b": f"{MOUNTS}/2",
+        "/b": f"{MOUNTS}/1",
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"bind": [{"/srv/a": "/a"}], "bind_read_only": [{"/srv/b": "/a/:norbind"}]},
+            'bind_read_only = "/srv/b": is for the path /a in the container, as is bind /srv/a; '
+            "give each a path of its own",
+        ),
+        (
+            {"bind": [{"/srv/a": "//local"}]},
+            'bind = "/srv/a": is for the path /local in the container, as is the task\'s own directory; '
+            "give each a path of its own",
+        ),
+        (
+            {"devices": [{"host_path": "/dev/a"}, {"host_path": "/dev/b", "container_path": "/dev//a"}]},
+            'devices = "/dev/b": is for the path /dev/a in the container, as is devices /dev/a; '
+            "give each a path of its own",
+        ),
+        (
+            {"overlay": ["+/v::/v"]},
+            'volume_mount = "/srv/v": is for the path /v in the container, as is overlay +/v::/v; '
+            "give each a path of its own",
+        ),
+    ],
+)
+def test_two_mounts_on_one_path(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_targets(replace(TASK, mounts=(Mount("/srv/v", "/v", False),)), read_options(**options))
+    assert str(caught.value) == sentence
 
 
 @given(st.text(), st.text("\\:a"), st.sampled_from(["", ":idmap"]))
