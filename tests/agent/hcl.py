@@ -40,14 +40,6 @@ def parse_hcl(text: str) -> dict[str, Any]:
         raise ConfigError([f"Invalid HCL: {error}"]) from error
 
 
-def parse_literal(text: str) -> Any:
-    """The value of a default, which a schema holds as HCL text."""
-    value = _value(hcl2.loads(f"value = {text}\n", serialization_options=_HCL_OPTIONS)["value"])
-    if isinstance(value, Expression) or (isinstance(value, str) and not text.lstrip().startswith(('"', "<<"))):
-        raise AgentError(f"the literal {text} in the schema is not an HCL literal; strings need inner quotes")
-    return value
-
-
 def _body(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {_unquote(key): _argument(value) for key, value in raw.items() if key != "__is_block__"}
 

@@ -12,7 +12,7 @@ import msgpack
 
 from nomad_pb import hcl_spec_pb2
 from tests.agent.errors import AgentError, ConfigError
-from tests.agent.hcl import Expression, interpolate, parse_hcl, parse_literal
+from tests.agent.hcl import Expression, interpolate, parse_hcl
 
 
 class _Mismatch(Exception):
@@ -70,40 +70,34 @@ class _Decoder:
         self.problems: list[str] = []
 
     def body(self, spec: hcl_spec_pb2.Spec, content: Mapping[str, Any]) -> Any:
-        value = self.decode(spec, content, "")
-        known = _names(spec, "")
+        value = self.decode(spec, content)
+        known = _names(spec)
         for key in content:
             if key not in known:
                 self.problems.append(f'Invalid label: No argument or block type is named "{key}".')
         return value
 
-    def decode(self, spec: hcl_spec_pb2.Spec, content: Mapping[str, Any], implied: str) -> Any:
+    def decode(self, spec: hcl_spec_pb2.Spec, content: Mapping[str, Any]) -> Any:
+        """As much of the schema language as this driver uses."""
         kind = spec.WhichOneof("block")
         if kind == "object":
-            return {name: self.decode(sub, content, name) for name, sub in sorted(spec.object.attributes.items())}
-        if kind == "array":
-            return [self.decode(sub, content, "") for sub in spec.array.values]
+            return {name: self.decode(sub, content) for name, sub in sorted(spec.object.attributes.items())}
         if kind == "Attr":
-            return self.attribute(spec.Attr, content, implied)
-        if kind == "literal":
-            return convert(parse_literal(spec.literal.value), "any")
-        if kind == "default":
-            # An implied name is not passed through a default: such an attribute has no name at all.
-            value = self.decode(spec.default.primary, content, "")
-            return self.decode(spec.default.default, content, "") if value is None else value
-        if kind in ("block_value", "block_attrs", "block_list", "block_set"):
-            return getattr(self, kind)(getattr(spec, kind), content, implied)
+            return self.attribute(spec.Attr, content)
+        if kind == "block_value":
+            return self.block_value(spec.block_value, content)
+        if kind == "block_list":
+            return self.block_list(spec.block_list, content)
         raise AgentError("nil spec given" if kind is None else f"the stand-in cannot decode a {kind} spec")
 
-    def attribute(self, attr: hcl_spec_pb2.Attr, content: Mapping[str, Any], implied: str) -> Any:
-        name = attr.name or implied
-        if not name:
-            raise AgentError("Missing name in attribute spec: an attribute within a default needs its own name")
-        if name not in content:
+    def attribute(self, attr: hcl_spec_pb2.Attr, content: Mapping[str, Any]) -> Any:
+        if not attr.name:
+            raise AgentError("Missing name in attribute spec")
+        if attr.name not in content:
             if attr.required:
-                self.missing(name)
+                self.missing(attr.name)
             return None
-        return self.convert(name, content[name], attr.type)
+        return self.convert(attr.name, content[attr.name], attr.type)
 
     def missing(self, name: str) -> None:
         self.problems.append(
@@ -140,59 +134,26 @@ class _Decoder:
         self.problems.append(f'Incorrect JSON value type: a JSON object is required for block "{name}".')
         return []
 
-    def single(self, name: str, required: bool, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        items = self.blocks(name, content)
+    def block_value(self, block: hcl_spec_pb2.Block, content: Mapping[str, Any]) -> Any:
+        items = self.blocks(block.name, content)
         if len(items) > 1:
-            self.problems.append(f'Duplicate {name} block: Only one block of type "{name}" is allowed.')
-        if not items and required:
-            self.problems.append(f"Missing {name} block: A {name} block is required.")
-        return items[0] if items else None
-
-    def block_value(self, block: hcl_spec_pb2.Block, content: Mapping[str, Any], implied: str) -> Any:
-        found = self.single(block.name or implied, block.required, content)
-        return None if found is None else self.body(block.nested, found)
-
-    def block_attrs(self, block: hcl_spec_pb2.BlockAttrs, content: Mapping[str, Any], implied: str) -> Any:
-        found = self.single(block.name or implied, block.required, content)
-        if found is None:
-            return None
-        return {key: self.convert(key, item, block.type) for key, item in found.items()}
-
-    def block_list(
-        self, block: hcl_spec_pb2.BlockList | hcl_spec_pb2.BlockSet, content: Mapping[str, Any], implied: str
-    ) -> list[Any]:
-        name = block.name or implied
-        items = self.blocks(name, content)
-        if len(items) < block.min_items:
             self.problems.append(
-                f'Insufficient {name} blocks: At least {block.min_items} "{name}" blocks are required.'
+                f'Duplicate {block.name} block: Only one block of type "{block.name}" is allowed.'
             )
-        if block.max_items and len(items) > block.max_items:
-            self.problems.append(
-                f'Too many {name} blocks: No more than {block.max_items} "{name}" blocks are allowed.'
-            )
-        return [self.body(block.nested, item) for item in items]
+        if not items and block.required:
+            self.problems.append(f"Missing {block.name} block: A {block.name} block is required.")
+        return self.body(block.nested, items[0]) if items else None
 
-    def block_set(self, block: hcl_spec_pb2.BlockSet, content: Mapping[str, Any], implied: str) -> list[Any]:
-        unique: list[Any] = []
-        for item in self.block_list(block, content, implied):
-            if item not in unique:
-                unique.append(item)
-        return unique
+    def block_list(self, block: hcl_spec_pb2.BlockList, content: Mapping[str, Any]) -> list[Any]:
+        return [self.body(block.nested, item) for item in self.blocks(block.name, content)]
 
 
-def _names(spec: hcl_spec_pb2.Spec, implied: str) -> set[str]:
+def _names(spec: hcl_spec_pb2.Spec) -> set[str]:
     """Names which a body of this spec may use."""
     kind = spec.WhichOneof("block")
     if kind == "object":
-        return {found for name, sub in spec.object.attributes.items() for found in _names(sub, name)}
-    if kind == "array":
-        return {found for sub in spec.array.values for found in _names(sub, "")}
-    if kind == "default":
-        return _names(spec.default.primary, "") | _names(spec.default.default, "")
-    if kind in (None, "literal"):
-        return set()
-    return {getattr(spec, kind).name or implied}
+        return {found for sub in spec.object.attributes.values() for found in _names(sub)}
+    return {getattr(spec, kind).name} if kind else set()
 
 
 def convert(value: Any, kind: str) -> Any:
@@ -200,12 +161,10 @@ def convert(value: Any, kind: str) -> Any:
     kind = kind.replace(" ", "")
     if value is None:
         return None
-    if kind == "any":
-        return _untyped(value)
-    if kind in ("list(any)", "map(any)", "set(any)") or "(" not in kind:
-        return _primitive(value, kind) if "(" not in kind else _untyped(value)
+    if "(" not in kind:
+        return _primitive(value, kind)
     outer, inner = kind[:-1].split("(", 1)
-    if outer in ("list", "set") and isinstance(value, list):
+    if outer == "list" and isinstance(value, list):
         return [_element(f"element {index}", item, inner) for index, item in enumerate(value)]
     if outer == "map" and isinstance(value, Mapping):
         return {key: _element(f'element "{key}"', item, inner) for key, item in value.items()}
@@ -227,14 +186,6 @@ def _wrong_type(kind: str, value: Any) -> str:
     return (
         f"{_friendly(kind)} required, but have {next(name for types, name in names if isinstance(value, types))}"
     )
-
-
-def _untyped(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_untyped(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _untyped(item) for key, item in value.items()}
-    return wire_number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _primitive(value: Any, kind: str) -> Any:
