@@ -24,7 +24,7 @@ from nspawn.checks import (
     check_user,
     escape_field,
 )
-from nspawn.common import ConfigError, is_below
+from nspawn.common import ConfigError
 from nspawn.devices import USUAL_DEVICES, DeviceRule
 from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Account, Image, View, is_foreign
@@ -140,12 +140,13 @@ class Plan:
 
     @property
     def mount_table(self) -> dict[str, str]:
-        """The container's mounts for a View: targets to sources, "" for what nobody can look into."""
+        """The container's mounts for a View: targets to sources, "" for what nobody can look into. Of two with one
+        target the first counts."""
         hidden = [*OWN_MOUNTS, *(["/var"] if self.options.volatile == "state" else []), *self.options.inaccessible]
         hidden += [overlay.target for overlay in self.options.overlays]
         hidden += [item.partition(":")[0] for item in self.options.tmpfs]
         table = {os.path.normpath(path): "" for path in hidden}
-        return table | {mount.target.rstrip("/"): mount.source for mount in self.mounts}
+        return table | {mount.target.rstrip("/"): mount.source for mount in reversed(self.mounts)}
 
     def find_root(self, state_dir: Path) -> Path | None:
         """Return the image's directory or the private root, as the shim's namespace has it; None for a disk."""
@@ -497,9 +498,6 @@ def plan_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts, pins: Ma
         is_mapped = can_map and mount.source != task.log_dir
         return replace(mount, source=pin.place, options=("idmap",) if is_mapped else ())
 
-    # A bind comes in place of what it covers: nspawn would mount the task's own directory over it.
-    covered = [os.path.normpath(mount.target) for mount in options.binds]
-    own = [mount for mount in task.directory_mounts if not any(is_below(mount.target, path) for path in covered)]
     for mount in task.mounts:
         check_container_path("volume_mount", mount.target)
         if mount.propagation == "bidirectional":
@@ -507,7 +505,7 @@ def plan_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts, pins: Ma
             raise ConfigError(
                 "volume_mount.propagation_mode", mount.propagation, rule, "use private or host-to-task"
             )
-    return [plan(mount) for mount in (*own, *task.mounts)]
+    return [plan(mount) for mount in (*task.directory_mounts, *task.mounts)]
 
 
 def explain_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts) -> Iterator[str]:

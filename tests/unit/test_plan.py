@@ -991,14 +991,6 @@ def test_volumes_have_absolute_targets(target: str) -> None:
         volumes(asked=(Mount("/a", target, False),))
 
 
-def test_a_bind_takes_the_place_of_a_directory_of_the_task() -> None:
-    """nspawn would mount both, and showed the task's."""
-    found = plan({"bind": [{"/srv/l": "/local/"}]})
-    assert [mount.target for mount in found.mounts] == ["/local/", "/alloc", "/alloc/logs", "/secrets"]
-    found = plan({"bind_read_only": [{"/srv/l": "/alloc"}]})
-    assert [mount.target for mount in found.mounts] == ["/alloc", "/local", "/secrets"]
-
-
 def test_mount_table() -> None:
     options: dict[str, Any] = {"bind": [{"/srv/a": "/a/"}]}
     options["bind_read_only"] = [{"/srv/b": "/b"}]
