@@ -2015,8 +2015,6 @@ class DriverService:
             directories = stack.enter_context(open_directories(config.alloc_dir, config.directory_names))
             own = {name: directories[path] for name, path in config.own_directories.items()}
             image = await self.find_image(config, options, own, stack)
-            check_image_write(image, options, self.config)
-            check_verity(image, options)
             options = apply_image(options, image, config.user)
             account = await run_in_thread(lambda: find_account(image, options, config.mounts))
             sources = stack.enter_context(open_sources(TASK_OPTIONS, options, own, self.config))
@@ -2027,10 +2025,10 @@ class DriverService:
                 mounts=read_mounts(),
                 sources=sources,
                 credentials=read_credentials(options, sources),
-                names=read_names(config.network, image, options),
                 devices=devices,
                 device_rules=tuple(find_device_rules(config, options, sources, volumes, devices)),
                 directories={**directories, **volumes},
+                names=read_names(config.network, image, options),
                 ephemeral_dir=self.config.ephemeral_dir or "",
                 account=account,
                 journal_obstacle=find_journal_obstacle(config),
@@ -2057,6 +2055,8 @@ class DriverService:
             image = stack.enter_context(open_image(found, options.image, own, self.config))
             origin = find_archive(image)
             if origin is None:
+                check_image_write(image, options, self.config)
+                check_verity(image, options)
                 return image
         if origin.type == "raw":
             check_permission("image_download.type", "raw", Permission.DISK_IMAGES, self.config)
