@@ -28,6 +28,10 @@ job "debian" {
         # task changes is deleted when it ends. See writable.hcl for a task that keeps its changes.
         ephemeral = true
 
+        # If the host has its name servers neither from systemd-networkd nor from systemd-resolved, use those of its
+        # /etc/resolv.conf:
+        # resolv_conf = "replace-host"
+
         # These are the defaults, so they are not written here: boot = true starts the image's init as process 1, and
         # user_namespacing = true makes root inside an ordinary user outside.
       }
