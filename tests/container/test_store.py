@@ -438,6 +438,16 @@ def test_the_plugin_collects_without_any_task(
     asyncio.run(asyncio.wait_for(collect(), 20))
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_working_directory_that_no_layer_has(
+    tasks: Tasks, archive: bytes, tmp_path: Path, read_only: bool
+) -> None:
+    parts = ImageParts.make([archive], WorkingDir="/srv/made/here", Cmd=["/bin/sh", "-c", "pwd"])
+    (tmp_path / "saved.tar").write_bytes(pack_files(parts.save()))
+    task, result = tasks.run(image=str(tmp_path / "saved.tar"), read_only=read_only, command=None)
+    assert output(task) == "/srv/made/here\n", result
+
+
 def test_images_for_people(tasks: Tasks, server: FileServer, archive: bytes, driver_file: Path) -> None:
     server.files["/image"] = archive
     task = tasks.start("sleep 300", **download(f"{server.url}/image"))
