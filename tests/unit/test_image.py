@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nspawn.checks import Mount
@@ -383,7 +383,6 @@ parts = st.sampled_from(
 
 
 @given(st.lists(parts | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=12))
-@settings(deadline=None)
 def test_nothing_outside_the_image_is_found(tmp_path_factory: pytest.TempPathFactory, path: list[str]) -> None:
     root = tmp_path_factory.getbasetemp() / "jail/image"
     if not root.exists():
@@ -660,7 +659,6 @@ LINES = st.text(st.sampled_from("root:x0123456789\n\r\0\x0b\x85,/-+ é\u2028"), 
 
 
 @given(LINES, LINES, st.text(st.sampled_from("root:0123456789x²٣ \n"), max_size=12) | LINES)
-@settings(deadline=None)
 def test_any_passwd_and_user(passwd: str, group: str, user: str) -> None:
     """There is a user with numbers that nspawn takes, or a sentence."""
     with tempfile.TemporaryDirectory() as folder:

@@ -616,7 +616,7 @@ valid_tasks = st.builds(
 
 
 @given(valid_options, valid_tasks)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=100)
 def test_valid_options_become_a_plan(options: dict[str, Any], task: TaskConfig) -> None:
     found = plan(options, task=task)
     check_structure(found, options, task)
@@ -636,7 +636,7 @@ anything = st.recursive(
     ),
     st.dictionaries(st.text(), st.text(), max_size=3),
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=150)
 def test_any_options_become_a_plan_or_a_sentence(options: dict[str, Any], env: dict[str, str]) -> None:
     try:
         found = plan(options, task=replace(TASK, env=env))
@@ -758,7 +758,6 @@ values = st.text(st.characters(exclude_categories=["Cs"])) | st.text("a'\"\\ \n\
 
 
 @given(st.dictionaries(names | values, values))
-@settings(deadline=None)
 @example({"A": "x\0Bind=/:/host\0Environment=B='"})
 @example({"A": "\ufffe", "B": "\ufdd0", "C": "\U0010ffff"})
 @example({"A": "\ufffd", "B": "\ufdcf", "C": "\U0010fffd", "A=B": "x"})
