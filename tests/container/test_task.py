@@ -1070,7 +1070,9 @@ def test_words_that_look_like_options_are_data(tasks: Tasks) -> None:
 
 def test_arguments_of_init_that_look_like_options_are_data(tasks: Tasks) -> None:
     task = tasks.boot("--bind=/:/host", "--unit=rescue.target")
-    assert "--bind=/:/host" in Path(f"/proc/{leader(task)}/cmdline").read_text().split("\0")
+    # It is empty for a moment while the kernel executes the init.
+    arguments = eventually(Path(f"/proc/{leader(task)}/cmdline").read_text).split("\0")
+    assert "--bind=/:/host" in arguments
     assert not Path(f"/proc/{leader(task)}/root/host").exists()
 
 
