@@ -58,7 +58,6 @@ from nomad_pb import (
 )
 from nspawn.cgroup import (
     Usage,
-    find_cgroups,
     find_mirrors,
     kill_cgroup,
     make_cgroup,
@@ -226,13 +225,12 @@ from nspawn.process import (
     find_children,
     finish,
     read_inner_pid,
-    read_stat,
-    read_status,
     run,
     run_in_thread,
     start_process,
     wait_readable,
 )
+from nspawn.reaper import Own, Reaper, Reaping
 from nspawn.record import MESSAGES, add_note, find_exit, read_messages, read_record, reserve_room
 from nspawn.roots import (
     PLACE_NAME,
@@ -247,6 +245,18 @@ from nspawn.roots import (
     pick_users,
 )
 from nspawn.rules import check_permissions, check_rules, check_targets, decode_job
+from nspawn.running import (
+    check_leader,
+    check_shim,
+    find_marked,
+    find_nspawn,
+    hold_cgroup,
+    is_held,
+    read_mark,
+    read_ranges,
+    restore_directory,
+    write_mark,
+)
 from nspawn.sources import (
     Source,
     check_image_name,
@@ -704,6 +714,13 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
                       "The credential helper to ask, without its prefix `docker-credential-`.",
                       '"ecr-login"', check=check_helper),
            )),
+    Option("reap_after", Kind.STRING,
+           "How long a task of this agent runs on if the agent does not take it up. Then it is ended and removed. "
+           "By default 15 minutes; `0` means for ever. A task whose allocation's directory was removed is ended "
+           "at once. Tasks of other agents are left alone.",
+           '"1h"', check=parse_duration),
+    Option("reap_dry_run", Kind.BOOL,
+           "Only say in the agent's log which tasks would be ended by `reap_after`.", "true", default=False),
     Option("disable_log_collection", Kind.BOOL,
            "Do not let Nomad collect the tasks' output (Nomad 1.6 and later).", "true", default=False),
 )  # fmt: skip
@@ -955,6 +972,16 @@ class Task:
         self.watcher = asyncio.create_task(self.watch())
         self.teller: asyncio.Task[None] | None = None
         self.holding: asyncio.Task[None] | None = None  # of the log pipes, after the end
+        self.held: int | None = None  # see hold_cgroup
+
+    def hold(self) -> None:
+        if self.held is None and self.state.cgroup:
+            self.held = hold_cgroup(self.state.cgroup)
+
+    def release(self) -> None:
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
 
     async def watch(self) -> None:
         memory = asyncio.create_task(self.watch_memory())
@@ -1184,16 +1211,17 @@ class Task:
         return usage
 
 
-def find_nspawn(state: State) -> ProcessId:
-    """Return the leader's parent if that is nspawn, which is in the shim's session. Return NO_PROCESS if there is
-    no leader, nspawn has ended, or nspawn has reaped the leader. Raises OSError."""
-    leader = read_stat(state.leader.pid) if state.leader else None
-    if leader and state.leader and int(leader[19]) == state.leader.started:
-        parent = int(leader[1])
-        fields = read_stat(parent)
-        if fields and int(fields[3]) == state.shim.pid:
-            return ProcessId(parent, int(fields[19]))
-    return NO_PROCESS
+async def stop_task(state: State, timeout: float) -> str:
+    """End a task for a person, and return how it ended. A plugin that has it removes what is left of it. Raises
+    HostError if the task survives."""
+    task, has_agent = Task(state, Events()), is_held(state.cgroup)
+    await task.stop("", timeout, Helper())
+    exit = await task.wait()
+    assert exit
+    if not has_agent:
+        await task.destroy()
+    code = f"exit code {exit.code}"
+    return f"{code}, {exit.error}" if exit.error else code
 
 
 START_LIMIT = 300.0  # seconds: an ephemeral copy of a large image, or a chown of it, takes minutes
@@ -1287,6 +1315,7 @@ class Start:
     def save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
         write_file(self.directory / "state.json", self.state.render())
+        write_mark(self.state)
 
     async def prepare(self) -> None:
         STATE_ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1299,6 +1328,7 @@ class Start:
         Store().use(self.directory.name, self.plan.task_id, self.plan.image)
         if self.plan.cgroup:
             self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
+            write_mark(self.state)
             self.restrict_devices()
         if self.plan.journal.place:
             make_journal(self.plan.journal)
@@ -1478,55 +1508,6 @@ def parse_claim(sender: int, line: bytes) -> Claim | None:
     return Claim(sender, int(match[1])) if match else None
 
 
-def read_ranges(pid: int) -> tuple[tuple[int, int], ...]:
-    """Return the ranges of host ids that a process's user namespace maps: begin and count. () if it has ended."""
-    lines = read_text(Path(f"/proc/{pid}/uid_map")).split("\n")
-    return tuple((int(line.split()[1]), int(line.split()[2])) for line in lines if line)
-
-
-def check_leader(leader: ProcessId, state: State, has_other_users: bool, nspawn: int = 0) -> None:
-    """Raise HostError if a live process cannot be a task's leader. The kernel must say that it is a child of the
-    nspawn below our shim, in the payload's cgroup, PID 1 of a pid namespace, and one of the task's users. `nspawn`
-    is the pid that named it; 0 skips its check after a restart of the plugin, when the parent may be gone."""
-    why = find_objection(leader, state, has_other_users, nspawn)
-    if why and leader.is_alive:  # else we may have read about another process; a dead leader is not used
-        raise HostError(f"process {leader.pid} is not the first of the container {state.machine}: {why}")
-
-
-def find_objection(leader: ProcessId, state: State, has_other_users: bool, nspawn: int) -> str:
-    """Return why a process cannot be a task's leader, "" if it can."""
-    status = read_status(leader.pid)
-    if nspawn and (status.get("PPid") != str(nspawn) or not has_ancestor(nspawn, state.shim)):
-        return "it is no child of the task's systemd-nspawn"
-    if state.cgroup and not find_cgroups(leader.pid, f"{state.cgroup}/payload"):
-        return f"it is not in {state.cgroup}/payload"
-    if status.get("NSpid", "").split()[1:] != ["1"]:
-        return "it is not the first of a process namespace"
-    ids = [int(uid) for uid in status.get("Uid", "").split()]
-    ranges = [range(begin, begin + count) for begin, count in state.users]
-    if ranges and not all(any(uid in ids for ids in ranges) for uid in ids):
-        return "it is no user of the container's"
-    if has_other_users and (not ranges or any(0 in ids for ids in ranges)):
-        return "it has no user namespace with ids of its own"
-    return ""
-
-
-def has_ancestor(pid: int, ancestor: ProcessId, most: int = 4) -> bool:
-    """Whether a process is `ancestor`, or fewer than `most` levels below it: nspawn's parents are subshells."""
-    for _ in range(most):
-        if pid == ancestor.pid:
-            return ancestor.is_alive
-        pid = int(read_status(pid).get("PPid", "0"))
-    return False
-
-
-def check_shim(state: State) -> None:
-    """Raise HostError if the shim of a stored state lives but is not in the task's cgroup."""
-    path = f"{state.cgroup}/shim"
-    if state.cgroup and not find_cgroups(state.shim.pid, path) and state.shim.is_alive:
-        raise HostError(f"process {state.shim.pid} is not the shim of {state.machine}: it is not in {path}")
-
-
 def give_logs(logs: Sequence[int], users: Sequence[tuple[int, int]]) -> None:
     """Make the container's root the owner of its log FIFOs, so that programs can reopen /dev/stdout."""
     for fd in logs:
@@ -1542,6 +1523,8 @@ class Tasks:
         self.machined = Machined()
         self.known: dict[str, Task] = {}
         self.lost: dict[str, State] = {}  # tasks of an earlier boot, until they are destroyed
+        self.reaped: dict[str, asyncio.Task[None]] = {}  # strays that are being ended
+        self.alloc_dirs: set[str] = set()  # where the agent has allocations, as far as it has said so
 
     def get(self, task_id: str) -> Task:
         task = self.known.get(task_id)
@@ -1559,8 +1542,24 @@ class Tasks:
 
     def adopt(self, task: Task) -> None:
         self.known[task.state.task_id] = task
+        self.alloc_dirs |= find_alloc_dirs([task.state])
+        task.hold()
         self.machined.register(task.state)
         task.watcher.add_done_callback(lambda _: self.machined.unregister(task.state))
+
+    def hold(self) -> None:
+        """Show other plugins that this one has its tasks, now that it has an agent."""
+        for task in self.known.values():
+            task.hold()
+
+    def release(self) -> None:
+        for task in self.known.values():
+            task.release()
+
+    def restore_directories(self) -> None:
+        for task in self.known.values():
+            if not task.ended.is_set():
+                restore_directory(task.state)
 
     def remind_machined(self) -> None:
         self.machined.remind([task.state for task in self.known.values() if not task.ended.is_set()])
@@ -1568,7 +1567,8 @@ class Tasks:
     async def clear(self, plan: Plan) -> None:
         """Kill and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same
         id, and it never runs a task twice at once. Raises ConfigError if another task has the machine name."""
-        for state in (*read_states(split_id(plan.task_id)[0]), *self.lost.values()):
+        marked = read_mark(plan.cgroup)
+        for state in (*read_states(split_id(plan.task_id)[0]), *([marked] if marked else []), *self.lost.values()):
             if state.task_id == plan.task_id or state.machine == plan.machine:
                 if split_id(state.task_id) != split_id(plan.task_id):
                     rule = f"gives the machine name {plan.machine}, which is that of the task {state.task_id}"
@@ -1582,6 +1582,8 @@ class Tasks:
         if its state is damaged or names processes that are not the task's."""
         if task_id in self.known:
             return
+        if task_id in self.reaped:
+            raise TaskNotFound(task_id, "is being ended: no agent had taken it up")
         try:
             state = State.parse(driver_state)
         except ValueError as error:
@@ -1589,24 +1591,47 @@ class Tasks:
         if state.task_id == task_id and state.boot_id != read_boot_id():
             self.lost[task_id] = state
             raise TaskNotFound(task_id, "has ended: this machine was restarted since it was started")
-        if state.task_id != task_id or not state.directory.is_dir():
+        if state.task_id != task_id:
+            raise TaskNotFound(task_id)
+        self.alloc_dirs |= find_alloc_dirs([state])
+        is_running = state.shim.is_alive or bool(state.leader and state.leader.is_alive)
+        if not (is_running or state.directory.is_dir()):
             raise TaskNotFound(task_id)
         check_shim(state)
         if state.leader:
             check_leader(state.leader, state, has_other_users=False)  # the state has the ranges of ids
+        if is_running:
+            restore_directory(state)
         self.adopt(Task(state, self.events))
+
+    async def reap(self, state: State) -> None:
+        """End and remove a task that no agent has. The caller's end does not stop that."""
+
+        async def end() -> None:
+            try:
+                await Task(state, self.events).destroy()
+            except (DriverError, OSError) as error:
+                log.warn("a task that is nobody's cannot be ended", task=state.task_id, error=str(error))
+            del self.reaped[state.task_id]
+
+        self.reaped[state.task_id] = asyncio.create_task(end())
+        await asyncio.shield(self.reaped[state.task_id])
 
     async def destroy(self, task_id: str) -> None:
         """Kill and remove a task: the id is enough, and may be unknown. Raises HostError if the task survives."""
+        if task_id in self.reaped:
+            await asyncio.wait([self.reaped[task_id]])
         task, lost = self.known.get(task_id), self.lost.pop(task_id, None)
         if task is None:
             directory = state_directory(task_id)
-            if not directory.exists():
+            state = read_state(directory) or await run_in_thread(lambda: find_marked(task_id))
+            if state is None and not directory.exists():
                 if lost:
                     await remove_leftovers(lost)  # from the disks; the reboot removed the rest
                 return
-            task = Task(read_state(directory) or guess_state(task_id), self.events)
+            task = Task(state or guess_state(task_id), self.events)
         await task.destroy()
+        task.release()
         self.known.pop(task_id, None)
 
 
@@ -1822,6 +1847,7 @@ def read_cpu_mhz() -> float:
 
 
 COLLECTION_DELAY = 86400.0  # seconds
+REAP_AFTER = 900.0  # seconds
 FIRST_SAMPLE = 0.2  # seconds for the first measurement of CPU use
 
 
@@ -1839,13 +1865,13 @@ class DriverService:
     def __init__(self) -> None:
         self.config = PluginOptions(**decode_options(PLUGIN_OPTIONS, {}))
         self.core_mhz = 0.0
-        self.alloc_dirs: set[str] = set()
         self.agents = 0  # connected ones, counted by their Fingerprint streams
         self.events = Events()
         self.tasks = Tasks(self.events)
         self.starts: dict[str, PendingStart] = {}  # by the tasks' ids
         self.helper = Helper()
         self.fetches = Fetches(Store())
+        self.reaper = Reaper(self.find_reaping, self.find_own, self.tasks.reap)
 
     @answers
     async def TaskConfigSchema(self, request: Any) -> driver_pb2.TaskConfigSchemaResponse:
@@ -1875,8 +1901,11 @@ class DriverService:
         """Never ends: the agent would reopen it at once, without any delay."""
         last = None
         self.agents += 1
+        self.tasks.hold()
+        reaping = asyncio.create_task(self.reaper.run())
         try:
             while True:
+                self.tasks.restore_directories()
                 current = self.render_fingerprint(
                     replace(read_host(), open_directories=self.find_open_directories())
                 )
@@ -1888,12 +1917,26 @@ class DriverService:
                 self.collect_images()
         finally:
             self.agents -= 1
+            reaping.cancel()
+            if not self.agents:
+                self.tasks.release()
+
+    def find_reaping(self) -> Reaping:
+        after = self.config.reap_after
+        return Reaping(REAP_AFTER if after is None else after, self.config.reap_dry_run)
+
+    def find_own(self) -> Own:
+        known = self.tasks.known
+        return Own(
+            tasks=frozenset({*known, *self.starts, *self.tasks.reaped}),
+            cgroups=frozenset(task.state.cgroup for task in known.values()),
+            alloc_dirs=frozenset(self.tasks.alloc_dirs),
+        )
 
     def find_open_directories(self) -> tuple[str, ...]:
         """Return which of `image_dir` and the client's alloc_dir other users of this machine can reach: tasks may
         write to both. The alloc_dir is known once there has been a task."""
-        self.alloc_dirs |= find_alloc_dirs(task.state for task in self.tasks.known.values())
-        return tuple(filter(is_open_to_others, sorted({self.config.image_dir, *self.alloc_dirs})))
+        return tuple(filter(is_open_to_others, sorted({self.config.image_dir, *self.tasks.alloc_dirs})))
 
     def render_fingerprint(self, host: Host) -> driver_pb2.FingerprintResponse:
         response = driver_pb2.FingerprintResponse()
@@ -2489,7 +2532,7 @@ def main() -> None:
         sys.exit(run_plugin())
     from nspawn.commands import Program, run_command  # only now: the plugin starts without argparse
 
-    program = Program(FILE_NAME, __version__, TASK_GROUPS, PLUGIN_OPTIONS, render_reference)
+    program = Program(FILE_NAME, __version__, TASK_GROUPS, PLUGIN_OPTIONS, render_reference, stop_task)
     sys.exit(run_command(program, sys.argv[1:]))
 
 

@@ -205,7 +205,9 @@ def check_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def parse_duration(name: str, value: str) -> float:
-    """Return the seconds of a duration such as `500ms`, `2s` or `1m`, as Nomad's jobs write it."""
+    """Return the seconds of a duration such as `500ms`, `2s`, `1m` or `0`, as Nomad's jobs write it."""
+    if value == "0":
+        return 0.0
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)", value, re.ASCII)
     if not match:
         raise ConfigError(name, value, "must be a duration such as 500ms, 5s or 1m")

@@ -19,16 +19,19 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nspawn.common import MACHINES_ROOT, SAFE_PATH, ConfigError, DriverError
 from nspawn.host import CgroupMode, explain_open_directory, is_open_to_others, read_host
 from nspawn.images import DOCKER, choose_image_dir, plan_origin
 from nspawn.options import Option, decode_options, list_notes
 from nspawn.permissions import PERMISSIONS, PluginOptions
+from nspawn.process import ProcessId
 from nspawn.rules import decode_job
-from nspawn.state import find_alloc_dirs, read_states
+from nspawn.running import find_nspawn, find_states, is_held
+from nspawn.state import State, find_alloc_dirs, read_states, split_id
 from nspawn.store import Fetches, Store, plan_fetching, render_size
 
 
@@ -41,6 +44,7 @@ class Program:
     task_groups: Mapping[str, Sequence[Option]]  # by their titles
     plugin_options: Sequence[Option]
     render_reference: Callable[[], str]
+    stop_task: Callable[[State, float], Coroutine[None, None, str]]  # returns how the task ended
 
     @property
     def task_options(self) -> list[Option]:
@@ -89,6 +93,7 @@ def make_parser(program: Program) -> argparse.ArgumentParser:
 
     add("check", "tell whether tasks can run on this machine, what is missing, and what jobs may do to it")
     add("images", "list the fetched images: their sizes and ages, and the tasks that use them")
+    add_tasks(add("tasks", "list the tasks on this machine, or end one"))
     add_pull(add("pull", "fetch an image ahead of time, so that the first job need not wait for it"))
     options = add("options", "print the reference of all options, or of one")
     options.add_argument("name", nargs="?", metavar="NAME", help="one option, as in `boot` or `auth.username`")
@@ -99,6 +104,18 @@ def make_parser(program: Program) -> argparse.ArgumentParser:
     return parser
 
 
+def add_tasks(tasks: argparse.ArgumentParser) -> None:
+    tasks.epilog = textwrap.fill(STOP_RULES, find_width())
+    tasks.add_argument("--json", action="store_true", help="print a list of objects")
+    tasks.add_argument("--stop", metavar="ID", help="end the task whose id begins so")
+    tasks.add_argument("--timeout", metavar="SECONDS", type=float, default=10.0,
+                       help="how long it may take to end by itself (10)")  # fmt: skip
+
+
+STOP_RULES = """\
+--stop sends the image's stop signal, waits, and then kills. If no agent has the task, what is left of it is
+removed, too. An agent that has it may start it again: nomad alloc stop ends it for good.
+"""
 PULL_RULES = """\
 The rules are those for jobs. A job uses the image if it names it in the same way: the same address, type, verify,
 checksum and platform, and no auth block of its own. An image that no task uses is removed after the plugin's
@@ -135,6 +152,7 @@ def run_command(program: Program, arguments: Sequence[str]) -> int:
     runs: dict[str, Callable[[], int]] = {
         "check": check_host,
         "images": show_images,
+        "tasks": lambda: stop_task(program, given) if given.stop else show_tasks(given.json),
         "pull": lambda: pull_image(program, given),
         "options": lambda: show_options(program, given),
         "version": lambda: show(f"{program.name} {program.version}\n"),  # the built file answers in bootstrap.py
@@ -319,6 +337,64 @@ def render_age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{int(seconds / size)} {name} ago"
     return f"{max(int(seconds), 0)} seconds ago"
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------
+
+
+def show_tasks(is_json: bool) -> int:
+    check_root("tasks", "only root can see all processes and states")
+    facts = [describe_task(state) for state in sorted(find_states(), key=lambda state: state.started_at)]
+    if is_json:
+        return show(json.dumps(facts, indent=2) + "\n")
+    return show("\n".join(map(render_task, facts)) if facts else "no tasks\n")
+
+
+def describe_task(state: State) -> dict[str, Any]:
+    """Return what there is to know about a task, with a pid of 0 for a process that has ended. Raises OSError."""
+    alloc_id, name = split_id(state.task_id)
+
+    def pid(process: ProcessId | None) -> int:
+        return process.pid if process and process.is_alive else 0
+
+    return {
+        "id": state.task_id,
+        "allocation": alloc_id,
+        "task": name,
+        "machine": state.machine,
+        "started": state.started_at,
+        "shim": pid(state.shim),
+        "nspawn": pid(find_nspawn(state)),
+        "leader": pid(state.leader),
+        "cgroup": state.cgroup,
+        "directory": str(state.directory),
+        "has_agent": bool(state.cgroup) and is_held(state.cgroup),
+    }
+
+
+def render_task(facts: Mapping[str, Any]) -> str:
+    names = {"shim": "shim", "nspawn": "systemd-nspawn", "leader": "leader"}
+    pids = ", ".join(f"{text} {facts[name]}" for name, text in names.items() if facts[name])
+    lines = (
+        facts["id"],
+        f"    task {facts['task']}, started {render_age(time.time() - facts['started'])}; "
+        + ("an agent has it" if facts["has_agent"] else "no agent has it"),
+        f"    processes: {pids or 'none, it has ended'}",
+        f"    machine:   {facts['machine']}",
+        f"    cgroup:    {facts['cgroup'] or 'none'}",
+    )
+    return "\n".join(lines) + "\n"
+
+
+def stop_task(program: Program, given: argparse.Namespace) -> int:
+    """End one task. Raises DriverError if none or several have such an id, or if it cannot be killed."""
+    check_root("tasks --stop", "only root can end tasks")
+    found = [state for state in find_states() if state.task_id.startswith(given.stop)]
+    if len(found) != 1:
+        what = f"{len(found)} tasks have ids that begin" if found else "no task has an id that begins"
+        raise DriverError(f"{what} with {given.stop}; `{program.name} tasks` lists all")
+    print(f"{found[0].task_id} has ended: {asyncio.run(program.stop_task(found[0], given.timeout))}.")
+    return 0
 
 
 # -- pull ------------------------------------------------------------------------------------------------------

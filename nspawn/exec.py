@@ -581,8 +581,11 @@ async def settle(tasks: Sequence[asyncio.Task[Any]]) -> None:
 def read_inside(directory: Path) -> Inside:
     """Return what commands of a task get, from the state directory, which only root can read. Nomad's handle lacks
     the job's variables after a restart of the agent, and the payload can change what /proc shows of its own.
-    Raises OSError or ValueError: without this nobody knows which user a command may run as."""
-    values = json.loads((directory / "inside.json").read_text(), object_hook=tuples)
+    Raises HostError, OSError or ValueError: without this nobody knows which user a command may run as."""
+    try:
+        values = json.loads((directory / "inside.json").read_text(), object_hook=tuples)
+    except FileNotFoundError:
+        raise HostError(f"what it needs was removed from {directory}; restart the task") from None
     try:
         account = values.pop("account", None)
         return Inside(**values, account=Account(**account) if account else None)

@@ -143,6 +143,8 @@ class PluginOptions:
     image_stall_timeout: float | None  # seconds
     insecure_registries: tuple[str, ...]
     auth: RegistryAuth | None
+    reap_after: float | None  # seconds, 0: never
+    reap_dry_run: bool
     disable_log_collection: bool
 
     def allows(self, permission: Permission) -> bool:
