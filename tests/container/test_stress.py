@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from nomad_pb import driver_pb2
 from tests.agent import ExitResult, Plugin, Task, launch_like_agent
-from tests.containers import Tasks, kill, leader, nspawn, shim, zombies
+from tests.containers import Tasks, kill, leader, make_small_image, nspawn, shim, zombies
 from tests.leftovers import leftovers
 
 TASKS = 50
@@ -164,3 +165,42 @@ def test_fifty_tasks_survive_a_crash_of_the_plugin(driver_file: Path, image: Pat
         tasks.close()
         plugins[-1].kill()
     assert not plugins[-1].violations
+
+
+ROUNDS = int(os.environ.get("NSPAWN_TEST_ROUNDS") or 12)
+ROOTS: tuple[dict[str, Any], ...] = (
+    {"read_only": None},
+    {"ephemeral": True},
+    {"volatile": "overlay", "user_namespacing": False},
+)
+
+
+def locks(image: Path) -> set[Path]:
+    """What nspawn and the driver leave of a start: locks, and copies of the image."""
+    found = {*image.parent.glob(".#*"), *image.glob(".#*")}
+    info = image.stat()
+    place = Path(f"/run/systemd/nspawn/locks/inode-{info.st_dev}:{info.st_ino}")
+    return found | {path for path in (place,) if path.exists()}
+
+
+def test_cancelled_starts_leave_nothing(driver_file: Path, image: Path, tmp_path: Path, seed: int) -> None:
+    """An agent that gives up a start destroys the task at once, which cancels the start's own cleaning up. The
+    image is free afterwards. NSPAWN_TEST_ROUNDS makes more of it."""
+    chance, small = random.Random(seed), tmp_path / "images/small"
+    make_small_image(image, small, ["dash", "sleep"])
+    with launch_like_agent(driver_file) as plugin, Tasks(plugin, small) as tasks:
+        for number in range(ROUNDS):
+            task = tasks.make(["/bin/sleep", "60"], **ROOTS[number % len(ROOTS)])
+            task.id = f"{task.allocation.id}/{task.name}/{number:08x}"
+            task.prestart()
+            request = driver_pb2.StartTaskRequest(task=task.task_config())
+            start: Any = plugin.driver.StartTask.future(request)
+            time.sleep(chance.uniform(0, 0.3))
+            start.cancel()
+            time.sleep(chance.uniform(0, 0.02))
+            task.destroy()
+            assert leftovers(task.allocation.id) == [], number
+            assert locks(small) == set(), number
+        task, result = tasks.run(["/bin/sleep", "0"], read_only=None)
+        assert result.successful
+    assert not plugin.violations
