@@ -21,6 +21,7 @@ import hashlib
 import os
 import stat
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,15 +229,22 @@ def make_upper(lower: str) -> None:
     os.chmod("upper/upper", stat.S_IMODE(found.st_mode))
 
 
+LOCK_PATIENCE = 0.5  # seconds: remove_locks takes a lock for a moment, to find out whether anybody holds it
+
+
 def lock_image(image: Image) -> int | None:
     """Keep other containers from writing to an image, as nspawn does for `--read-only`. Return the descriptor that
-    holds the lock, None for layers and the host's root. Raises OSError, or TransientError if one may write."""
+    holds the lock, None for layers and the host's root. May block for LOCK_PATIENCE. Raises OSError, or
+    TransientError if another container may write."""
     if image.layers or image.path == Path("/"):
         return None
     found = image.opened.stat()
-    fd = take_lock(SETTINGS_ROOT / f"locks/inode-{found.st_dev}:{found.st_ino}", fcntl.F_RDLCK)
-    if fd is None:
-        raise TransientError(BUSY.format(image.path))
+    path = SETTINGS_ROOT / f"locks/inode-{found.st_dev}:{found.st_ino}"
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while (fd := take_lock(path, fcntl.F_RDLCK)) is None:
+        if time.monotonic() > deadline:
+            raise TransientError(BUSY.format(image.path))
+        time.sleep(0.01)
     return fd
 
 

@@ -251,7 +251,8 @@ class Store:
         return len(garbage)
 
     def remove_locks(self) -> None:
-        """Remove the files of locks that are a day old and that nobody holds now."""
+        """Remove the files of locks that nobody holds now. Taking a lock does not change its file, so the ctime is
+        when it was made: a day spares new ones, and what is in daily use is only made again."""
         for path in list_directory(self.locks):
             if has_aged(path, time.time() - 86400):
                 fd = self.try_lock(path.name, alone=True)
