@@ -440,6 +440,8 @@ def test_plugin_options() -> None:
         "image_stall_timeout": None,
         "insecure_registries": (),
         "auth": None,
+        "reap_after": None,
+        "reap_dry_run": False,
         "disable_log_collection": False,
     }
     assert decode_options(PLUGIN_OPTIONS, {}) == usual
