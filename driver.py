@@ -781,13 +781,14 @@ def render_spec(options: Sequence[Option]) -> hcl_spec_pb2.Spec:
 # Supervisor
 #
 # The shim (nspawn/shim.sh) is the small process that outlives the plugin: it holds both log FIFOs, waits for
-# nspawn and leaves the exit record. It shares a mount namespace with nspawn, so nspawn's mounts disappear with
-# them, even after SIGKILL (on 257 and later, a left-over mount under /run/systemd/nspawn blocks the next start of
-# that name). nspawn's messages go to a file mounted over its /dev/kmsg: so stderr is the payload's alone, and the
-# plugin can read what went wrong. A thread enters the namespace, mounts and starts the shim in about a
-# millisecond; a helper process would have to start a Python first. The kernel's events (pidfds, the notify socket,
-# memory.events) drive the plugin; it polls only for an address and for a payload that is not there yet. A running
-# task costs it up to three descriptors.
+# nspawn and leaves the exit record (nspawn/record.py), and a process that holds the FIFOs (nspawn/logs.py). It
+# shares a mount namespace with nspawn, so nspawn's mounts disappear with them, even after SIGKILL (on 257 and
+# later, a left-over mount under /run/systemd/nspawn blocks the next start of that name). nspawn's messages go to a
+# file mounted over its /dev/kmsg: so stderr is the payload's alone, and the plugin can read what went wrong. A
+# thread enters the namespace, mounts and starts the shim in about a millisecond; a helper process would have to
+# start a Python first. The kernel's events (pidfds, the notify socket, memory.events) drive the plugin; it polls
+# only for an address, for a payload that is not there yet, and for the reader of what an ended task has left in
+# its log FIFOs. A running task costs it up to three descriptors.
 # =====================================================================================================
 
 

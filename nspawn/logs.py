@@ -18,31 +18,24 @@ import stat
 import termios
 from collections.abc import Sequence
 
-from nspawn.cgroup import kill_cgroup, read_cgroup_processes, read_members
+from nspawn.cgroup import read_cgroup_processes
+from nspawn.process import ProcessId
 
 FIRST_PAUSE, LAST_PAUSE = 0.002, 1.0  # seconds between two looks at pipes that are not empty
 LAST_CHANCE = 5.0  # seconds that the plugin holds the pipes of a destroyed task
 
 
-def find_holders(cgroup: str) -> list[int]:
-    """Return the pids of what an ended shim has left: the holder, and a booted system's filter until it has
-    written everything. Raises OSError."""
-    return read_members(f"{cgroup}/shim") if cgroup else []
+def find_holders(cgroup: str) -> list[ProcessId]:
+    """Return what an ended shim has left: the holder, and until it has written everything the console's filter.
+    Raises OSError."""
+    return read_cgroup_processes(f"{cgroup}/shim") if cgroup else []
 
 
-def end_holders(cgroup: str) -> None:
-    """Kill what an ended shim has left. Raises OSError."""
-    place = f"{cgroup}/shim" if cgroup else ""
-    if not kill_cgroup(place):  # before Linux 5.14
-        for process in read_cgroup_processes(place):
-            process.send(signal.SIGKILL)
-
-
-def open_pipes(pids: Sequence[int]) -> list[int]:
+def open_pipes(holders: Sequence[ProcessId]) -> list[int]:
     """Open the pipes that processes have as stdout and stderr. What is in them stays there. Raises OSError."""
     with contextlib.ExitStack() as stack:
         found = []
-        for path in (f"/proc/{pid}/fd/{number}" for pid in pids for number in (1, 2)):
+        for path in (f"/proc/{holder.pid}/fd/{number}" for holder in holders for number in (1, 2)):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if stat.S_ISFIFO(os.stat(path).st_mode):
                     found.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -55,9 +48,8 @@ def is_unread(pipe: int) -> bool:
     return any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))  # an int
 
 
-def have_unread(cgroup: str) -> bool:
+def have_unread(holders: Sequence[ProcessId]) -> bool:
     """Whether an ended task's pipes hold something that nobody has read. Raises OSError."""
-    holders = find_holders(cgroup)
     if len(holders) > 1:
         return True  # the filter has not written everything yet
     pipes = open_pipes(holders)
@@ -69,12 +61,16 @@ def have_unread(cgroup: str) -> bool:
 
 
 async def hold_until_read(cgroup: str) -> None:
-    """Wait until an ended task's pipes are empty, then let their reader see the end. Most are empty at once."""
-    pause = FIRST_PAUSE
+    """Wait until an ended task's pipes are empty, then let their reader see the end. Most are empty at once.
+
+    The holders are found once: a later start of the task has the same cgroup, perhaps under another plugin."""
+    pause, holders = FIRST_PAUSE, None
     while True:
         with contextlib.suppress(OSError):  # the host cannot tell: look again later
-            if not have_unread(cgroup):
-                end_holders(cgroup)
+            holders = find_holders(cgroup) if holders is None else [one for one in holders if one.is_alive]
+            if not have_unread(holders):
+                for holder in holders:
+                    holder.send(signal.SIGKILL)
                 return
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, LAST_PAUSE)

@@ -30,7 +30,7 @@ from nspawn.files import remove_tree
 from nspawn.host import CgroupMode, read_boot_id, read_cgroup_mode
 from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_id_prefix, state_directory
 from nspawn.linux import LOCK_FORMAT
-from nspawn.logs import end_holders, find_holders
+from nspawn.logs import find_holders
 from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
 from nspawn.process import NO_PROCESS, ProcessId, find_children, read_stat, read_status, run_in_thread, run_tool
@@ -247,7 +247,8 @@ async def kill_processes(state: State) -> State:
     """
     state = await add_locks(state)
     if not kill_cgroup(state.cgroup):
-        end_holders(state.cgroup)
+        for holder in find_holders(state.cgroup):
+            holder.send(signal.SIGKILL)
     if state.shim.is_alive:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(state.shim.pid, signal.SIGKILL)
@@ -260,7 +261,7 @@ async def wait_processes(state: State) -> None:
     """Wait until no process of a task is left. Raises OSError."""
     await state.shim.wait()
     await wait_container(state)
-    await wait_cgroup(lambda: find_holders(state.cgroup))
+    await wait_cgroup(lambda: [holder.pid for holder in find_holders(state.cgroup)])
 
 
 async def wait_container(state: State) -> None:
