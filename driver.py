@@ -221,9 +221,11 @@ from nspawn.plan import (
 )
 from nspawn.process import (
     NO_PROCESS,
+    Handling,
     ProcessId,
     find_children,
     finish,
+    read_handling,
     read_inner_pid,
     run,
     run_in_thread,
@@ -1014,7 +1016,7 @@ class Task:
             self.note(is_orphaned=True)
             state.leader.send(signal.SIGKILL)
         await wait_container(state)  # if the shim was killed, nspawn may still be cleaning up
-        return find_exit(state.directory, state.mode)
+        return find_exit(state.directory, state.mode, state.machine)
 
     def note(self, **notes: Any) -> None:
         """Write down what is about to be done to the task. What the host cannot write changes at most the words
@@ -1060,9 +1062,10 @@ class Task:
         children = [(read_inner_pid(process.pid), process) for process in find_children(leader)]
         return min(children, key=lambda child: child[0])[1] if children else None
 
-    async def send(self, number: int) -> None:
+    async def send(self, number: int, *, is_stop: bool = False) -> None:
         """Send a signal to the payload. Waits for it up to a second, because the stub forks it just after READY;
-        then sends nothing."""
+        then sends nothing. It is noted only if it may end the payload. With `is_stop`, a handler may do that too:
+        many programs clean up and then end by the same signal."""
         for _ in range(100):
             payload = self.find_payload()
             if payload is not None or self.ended.is_set():
@@ -1070,7 +1073,9 @@ class Task:
             await asyncio.sleep(0.01)
         if payload is None or self.ended.is_set():
             return
-        self.note(sent=number)
+        handling = read_handling(payload.pid, number)
+        if handling is Handling.DEADLY or (is_stop and handling is Handling.HANDLED):
+            self.note(sent=number)
         if payload.send(number):
             self.log.debug("signal sent", signal=render_signal(number), pid=payload.pid)
 
@@ -1097,7 +1102,7 @@ class Task:
     async def ask(self, number: int, timeout: float, helper: Helper) -> str:
         """Ask the task to end, and wait until it has ended or the time is up. Return how it was asked."""
         if self.state.mode is not Mode.BOOT or number not in (HALT, POWER_OFF):
-            await self.send(number)
+            await self.send(number, is_stop=True)
             await self.wait(timeout)
             return render_signal(number)
         ways: list[str] = []

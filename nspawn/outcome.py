@@ -127,6 +127,7 @@ class Ending:
     lines: Sequence[str] = ()  # nspawn's messages
     reason: str = ""  # why the driver killed it, if it noted that
     sent: int = 0  # the last signal sent on Nomad's behalf
+    is_cut_short: bool = False  # nspawn has not cleaned up to the end
 
 
 def explain_exit(end: Ending) -> Exit:
@@ -180,6 +181,9 @@ def explain_status(end: Ending, record: Record) -> Exit:
             with contextlib.suppress(ConfigError):  # a name that parse_signal does not know
                 number = parse_signal(match[1])
                 return Exit(128 + number, number, "", end.at)
+    if record.status > 128 and end.is_cut_short:  # and no exit code of the payload's
+        why = f"systemd-nspawn itself was killed (status {record.status}) when the container had ended"
+        return Exit(128 + signal.SIGKILL, signal.SIGKILL, f"{why}: its exit code is not known", end.at)
     if record.status == 255 and end.mode is Mode.PROCESS_TWO:
         if end.sent:
             return Exit(128 + end.sent, end.sent, "", end.at)

@@ -18,6 +18,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,6 +144,29 @@ def read_status(pid: int) -> dict[str, str]:
         return parse_status(Path(f"/proc/{pid}/status").read_bytes())
     except (FileNotFoundError, ProcessLookupError):
         return {}
+
+
+class Handling(Enum):
+    """What a signal does to a process."""
+
+    NOTHING = "nothing"
+    HANDLED = "handled"
+    DEADLY = "deadly"
+
+
+HARMLESS = {
+    signal.SIGCHLD, signal.SIGCONT, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGURG,
+    signal.SIGWINCH,
+}  # fmt: skip # by default they end no process
+
+
+def read_handling(pid: int, number: int) -> Handling:
+    """Return what a signal would do to a process now, DEADLY if the process is gone. Raises OSError."""
+    status = read_status(pid)
+    for field, handling in (("SigIgn", Handling.NOTHING), ("SigCgt", Handling.HANDLED)):
+        if int(status.get(field, "0"), 16) >> (number - 1) & 1:
+            return handling
+    return Handling.NOTHING if number in HARMLESS else Handling.DEADLY
 
 
 async def wait_readable(fd: int) -> None:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nspawn.cgroup import parse_counters
+from nspawn.common import SETTINGS_ROOT
 from nspawn.files import read_text
 from nspawn.job import Mode
 from nspawn.outcome import Ending, Exit, Record, Shortage, explain_exit, parse_nspawn_log
@@ -101,7 +102,7 @@ def read_messages(directory: Path) -> list[str]:
     return parse_nspawn_log(read_text(directory / MESSAGES))
 
 
-def find_exit(directory: Path, mode: Mode) -> Exit:
+def find_exit(directory: Path, mode: Mode, machine: str) -> Exit:
     """Return how a task ended of which no process is left, from what is on disk alone.
     Does not yield to the event loop: nothing can be noted meanwhile. Raises OSError when the host cannot tell."""
     record, notes = read_record(directory), read_notes(directory)
@@ -114,5 +115,6 @@ def find_exit(directory: Path, mode: Mode) -> Exit:
             lines=read_messages(directory),
             reason=notes.reason,
             sent=notes.sent,
+            is_cut_short=(SETTINGS_ROOT / "propagate" / machine).is_dir(),  # nspawn removes it last
         )
     )

@@ -18,13 +18,26 @@ import pytest
 
 from nspawn.common import STATE_ROOT
 from tests.agent import AgentError, DriverError, Plugin, Task, launch_like_agent
-from tests.containers import Tasks
+from tests.containers import Tasks, eventually, is_alive, kill, leader, nspawn
 
 pytestmark = pytest.mark.root
 
 RACES = int(os.environ.get("NSPAWN_TEST_RACES", "4"))
 PATIENCE = 20.0
 FOREVER = "while :; do sleep 0.05; done"
+
+
+def test_exit_code_that_nspawn_took_along_is_not_made_up(tasks: Tasks) -> None:
+    """nspawn's own end by SIGKILL looks to the shim as a payload's exit code of 137."""
+    task = tasks.start("until [ -e /local/go ]; do sleep 0.05; done; exit 3")
+    outer = nspawn(task)
+    os.kill(outer, signal.SIGSTOP)
+    (task.dir / "local/go").touch()
+    eventually(lambda: not is_alive(leader(task)))
+    kill(outer)
+    result = task.wait(PATIENCE)
+    assert (result.exit_code, result.signal) == (137, 9)
+    assert "exit code is not known" in result.err
 
 
 # -- a full /run ---------------------------------------------------------------------------------------------

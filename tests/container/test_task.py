@@ -230,6 +230,19 @@ def test_signal_ends_process_two(tasks: Tasks) -> None:
     assert (result.exit_code, result.signal) == (129, 1)
 
 
+@pytest.mark.parametrize("trap", ["''", "'echo got it'"])
+def test_signal_that_a_command_survives_is_not_what_ended_it(tasks: Tasks, trap: str) -> None:
+    """nspawn does not tell by which signal a command ended under the stub."""
+    script = f"trap {trap} HUP; echo ready; until [ -e /local/go ]; do sleep 0.05; done; kill -KILL $$"
+    task = tasks.start(script, process_two=True)
+    task.logmon.wait_for("ready\n")
+    task.signal("SIGHUP")
+    (task.dir / "local/go").touch()
+    result = task.wait(10)
+    assert (result.exit_code, result.signal) == (255, 0)
+    assert "ended by a signal" in result.err
+
+
 @pytest.mark.parametrize("name", ["SIGNONSENSE", "", "SIG", "0", "999", "SIGRTMIN+99"])
 def test_unknown_signal_is_refused_with_a_sentence(tasks: Tasks, name: str) -> None:
     task = tasks.start(FOREVER)

@@ -73,9 +73,9 @@ def test_notes_add_up(directory: Path) -> None:
 def test_note_after_the_end_changes_nothing(directory: Path) -> None:
     add_note(directory, sent=15)
     overwrite(directory, "255 0\nend\n")
-    before = find_exit(directory, Mode.PROCESS_TWO)
+    before = find_exit(directory, Mode.PROCESS_TWO, "task-x")
     add_note(directory, sent=9, reason="killed: it took too long")
-    assert find_exit(directory, Mode.PROCESS_TWO) == before
+    assert find_exit(directory, Mode.PROCESS_TWO, "task-x") == before
     assert (before.code, before.signal) == (143, 15)
 
 
@@ -88,13 +88,13 @@ def test_noted_kill_of_a_task_that_ended_by_itself(directory: Path) -> None:
     """It was faster, or the plugin crashed between note and kill."""
     add_note(directory, sent=9, reason="killed: it took too long")
     overwrite(directory, "4 0\nend\n")
-    found = find_exit(directory, Mode.COMMAND)
+    found = find_exit(directory, Mode.COMMAND, "task-x")
     assert (found.code, found.signal, found.error) == (4, 0, "")
 
 
 def test_noted_kill_that_took_the_shim_along(directory: Path) -> None:
     add_note(directory, sent=9, reason="killed: it took too long")
-    found = find_exit(directory, Mode.COMMAND)
+    found = find_exit(directory, Mode.COMMAND, "task-x")
     assert found == Exit(137, 9, "killed: it took too long", found.at)
 
 
