@@ -21,6 +21,7 @@ usage: sh build.sh [command]
   test [pytest args]  build and run the tests; root, installs what is missing with apt
   demo                build and start a Nomad agent with the driver; root, the same
   bench               build and measure; root, the same
+  chaos [N] [SEED]    build and do N random rounds of accidents; root, the same; see \`chaos --help\`
   release             make dist/: the file for each architecture, Debian packages, SHA256SUMS
   protos              generate the Python code in nomad_pb/ anew
   reference           write docs/options.md, the reference of all options, anew
@@ -178,6 +179,14 @@ bench() {
 	NSPAWN_TEST_IMAGE=$image $python tests/bench.py "$@"
 }
 
+chaos() {
+	# shellcheck disable=SC2086 # a list of words
+	prepare_host $container_needs
+	build
+	make_image
+	NSPAWN_TEST_IMAGE=$image $python -m tests.chaos "$@"
+}
+
 protos() {
 	make_tools
 	# The plugins of protoc are found on PATH. Files without a service would get empty _pb2_grpc files.
@@ -286,7 +295,7 @@ make_libraries() {
 
 [ $# -gt 0 ] || set -- build
 case $1 in
-build | release | demo | bench | protos | reference | clean) "$@" ;;
+build | release | demo | bench | chaos | protos | reference | clean) "$@" ;;
 --arch) build "$@" ;;
 test)
 	shift
