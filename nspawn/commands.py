@@ -432,7 +432,7 @@ def plan_pull(given: argparse.Namespace) -> dict[str, object]:
         raise ConfigError("IMAGE", given.image, rule, "an image of this machine need not be fetched")
     if set(said) - {"platform"}:
         raise ConfigError(
-            "IMAGE", given.image, f"--{min(set(said) - {'platform'})} is for http(s) addresses alone"
+            "IMAGE", given.image, f"--{min(set(said) - {'platform'})} only works with http(s) addresses"
         )
     address = given.image.removeprefix(DOCKER)
     return {"image": "pulled", "image_download": {"url": address, "type": "docker", "force": True, **said}}

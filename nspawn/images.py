@@ -622,7 +622,7 @@ def find_group(wanted: str, group: str, groups: Sequence[Sequence[str]]) -> int 
 def is_number(wanted: str, text: str) -> bool:
     """Whether a name is a number. Raises ConfigError for a number that no user can have."""
     if text.isascii() and text.isdigit() and not is_id(text):
-        raise ConfigError("user", wanted, "numbers of users go up to 999999999, and 65535 is none", "give another")
+        raise ConfigError("user", wanted, "user numbers go up to 999999999, without 65535", "give another")
     return is_id(text)
 
 

@@ -207,7 +207,7 @@ def plan_journal(task: TaskConfig, options: JobOptions, found: HostInputs, root:
     if kind == "guest" and (root.private or options.ephemeral or not found.image.is_directory):
         obstacle = "the container's files are not in a directory of the host"
     if obstacle and not asked.startswith("try-"):
-        raise ConfigError("link_journal", asked, f"cannot be had: {obstacle}", "leave it out")
+        raise ConfigError("link_journal", asked, f"is not possible: {obstacle}", "leave it out")
     if obstacle:
         return Journal(notes=(f"link_journal has no effect: {obstacle}.",))
     place = name_journal(task.alloc_id)
@@ -369,7 +369,7 @@ def plan_program(options: JobOptions, machine: str) -> tuple[str, ...]:
 
 def check_image_rules(options: JobOptions, image: Image, group: GroupNetwork) -> None:
     if group.namespace and options.user_namespacing and not image.is_directory:
-        rule = "cannot be had by a task with a disk image in a group's network"
+        rule = "is not possible for a disk image in a group's network"
         raise ConfigError("user_namespacing", True, rule, "set it to false, or use an image that is a directory")
     for option in ("image_policy", "root_hash"):
         if getattr(options, option) and image.is_directory:

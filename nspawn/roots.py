@@ -116,7 +116,7 @@ def plan_root(image: Image, options: JobOptions, host: Host, mounts: Mounts, pla
     if image.layers:
         raise ConfigError("image", str(image.path), f"cannot be used on this machine: {obstacle}")
     if image.is_shared and image.is_directory and options.volatile in ("yes", "state"):
-        rule = f"cannot be had without {Permission.IMAGE_WRITE.value}, because {obstacle}"
+        rule = f"needs the permission {Permission.IMAGE_WRITE.value}, because {obstacle}"
         raise ConfigError("volatile", options.volatile, rule, "set it to overlay")
     if is_old:
         rule = f"needs systemd 257 or newer together with user namespaces, because {obstacle}"

@@ -609,7 +609,7 @@ def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -
         (":staff", ("root", 0, 50, (), "/root")), ("ü", ("ü", 11, 12, (), "/")), ("13", ("13", 13, 14, (), "/")),
         ("bad", "no such user"), ("www:unknown", "no group unknown"), ("x", "no such user"),
         ("-x", "must be the name"), ("a b", "must be the name"), ("99999999999", "up to 999999999"),
-        ("65535", "65535 is none"), ("33:65535", "65535 is none"), ("last", "no such user"),
+        ("65535", "without 65535"), ("33:65535", "without 65535"), ("last", "no such user"),
     ],
 )  # fmt: skip
 def test_account(tmp_path: Path, user: str, found: tuple[object, ...] | str) -> None:

@@ -340,7 +340,7 @@ def test_journal(options: dict[str, object], argv: tuple[str, ...], target: str)
     ],
 )
 def test_journal_that_cannot_be_had(kind: str, options: dict[str, object], why: str) -> None:
-    with pytest.raises(ConfigError, match=f'^link_journal = "{kind}": cannot be had: {why}; leave it out$'):
+    with pytest.raises(ConfigError, match=f'^link_journal = "{kind}": is not possible: {why}; leave it out$'):
         plan({"link_journal": kind, **options})
     found = plan({"link_journal": f"try-{kind}", **options})
     assert found.journal.place == ""
@@ -386,7 +386,7 @@ def test_image_file() -> None:
     task = replace(TASK, network=GroupNetwork(namespace="/var/run/netns/a"))
     found = plan({"user_namespacing": False}, task, image=image)
     assert "--network-namespace-path=/var/run/netns/a" in found.argv and not found.network.entry
-    with pytest.raises(ConfigError, match=r"^user_namespacing = true: cannot be had .* in a group's network"):
+    with pytest.raises(ConfigError, match=r"^user_namespacing = true: is not possible .* in a group's network"):
         plan({}, task, image=image)
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 import driver
 from nspawn.common import PLUGIN_NAME
-from tests.agent import parse_job
+from tests.agent import parse_hcl, parse_job
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -59,3 +61,27 @@ def test_example_jobs_use_this_driver() -> None:
         if path.name not in ("config.hcl", "hardened.hcl", "package.hcl"):
             parse_job(path)
             assert f'driver = "{PLUGIN_NAME}"' in path.read_text()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Return the fenced blocks of a language in a Markdown file."""
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_hcl_can_be_read(path: Path) -> None:
+    for block in blocks(path, "hcl"):
+        parse_hcl(block)
+
+
+def test_image_of_the_readme_is_that_of_the_examples() -> None:
+    """Whoever has made one has made the other."""
+    commands = next(block for block in blocks(ROOT / "README.md", "shell") if "mmdebstrap" in block)
+    assert commands in (ROOT / "docs/images.md").read_text()
+    comment = (ROOT / "example/debian.hcl").read_text().replace("\n# ", "\n").replace("\\\n", "")
+    assert set(commands.split()) <= set(comment.split())
+
+
+def test_readme_names_every_example() -> None:
+    for path in (ROOT / "example").iterdir():
+        assert f"example/{path.name}" in README, path.name
