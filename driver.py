@@ -137,7 +137,7 @@ from nspawn.common import (
 )
 from nspawn.devices import can_restrict_devices, restrict_devices
 from nspawn.exec import Exec, Helper, is_confined, settle
-from nspawn.files import read_text, remove_tree, write_file
+from nspawn.files import read_text, remove_tree, write_file, write_new_file
 from nspawn.host import (
     FINGERPRINT_PERIOD,
     Host,
@@ -220,13 +220,16 @@ from nspawn.plan import (
     plan_task,
 )
 from nspawn.process import (
+    DESCRIPTORS,
     NO_PROCESS,
+    SPARE,
     Handling,
     ProcessId,
     find_children,
     finish,
     read_handling,
     read_inner_pid,
+    reap_children,
     run,
     run_in_thread,
     start_process,
@@ -286,7 +289,6 @@ from nspawn.state import (
     read_state,
     read_states,
     remove_leftovers,
-    remove_network,
     remove_place,
     split_id,
     wait_container,
@@ -971,6 +973,8 @@ class Task:
         self.events = events
         self.exit: Exit | None = None
         self.ended = asyncio.Event()
+        self.trouble: OSError | None = None  # what keeps this machine from watching the task
+        self.troubled = asyncio.Event()
         self.log = log.bind(task=state.task_id, machine=state.machine)
         self.watcher = asyncio.create_task(self.watch())
         self.teller: asyncio.Task[None] | None = None
@@ -993,7 +997,10 @@ class Task:
                 try:
                     self.exit = await self.wait_end()
                 except OSError as error:  # no descriptors, no memory: this says nothing about the task
-                    self.log.warn("this machine keeps the task from being watched", error=error.strerror)
+                    if self.trouble is None:
+                        self.log.warn("this machine keeps the task from being watched", error=error.strerror)
+                    self.trouble = error
+                    self.troubled.set()
                     await asyncio.sleep(HOST_PATIENCE)
         except Exception as error:  # callers that wait for the task must not wait for ever
             self.log.error("the task cannot be watched", error=repr(error))
@@ -1036,6 +1043,8 @@ class Task:
             fd = os.open(f"{self.state.cgroup}/memory.events", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, fd)
             alarm = stack.enter_context(select.epoll())
+            if DESCRIPTORS.is_among_last(alarm.fileno()):  # ending tasks is more important
+                return
             alarm.register(fd, select.EPOLLPRI)
             before = self.read_shortage(fd).kills
             while not before:
@@ -1144,17 +1153,31 @@ class Task:
             self.events.emit(self.state, f"{error}. {render_signal(number)} is sent instead.")
             return number
 
+    async def wait_killed(self) -> bool:
+        """Return whether a killed task ends within END_LIMIT seconds. Raises TransientError if this machine keeps
+        the plugin from seeing that."""
+        self.troubled.clear()
+        waits = [asyncio.create_task(event.wait()) for event in (self.ended, self.troubled)]
+        try:
+            await asyncio.wait(waits, timeout=END_LIMIT, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await settle(waits)
+        if self.trouble and self.troubled.is_set() and not self.ended.is_set():
+            raise TransientError(f"the task was killed, but its end cannot be seen: {explain_host(self.trouble)}")
+        return self.ended.is_set()
+
     async def kill(self, reason: str = "") -> None:
-        """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if the task survives."""
+        """Kill the payload, let nspawn clean up, then kill what is left. Raises HostError if the task survives,
+        TransientError or OSError if the host lacks what this takes."""
         state = self.state
         self.note(sent=signal.SIGKILL, reason=reason)
         if not kill_cgroup(f"{state.cgroup}/payload" if state.cgroup else "") and state.leader:
             state.leader.send(signal.SIGKILL)
-        if state.leader and await self.wait(END_LIMIT):
+        if state.leader and await self.wait_killed():
             return
         self.log.warn("killing systemd-nspawn and the shim too: they did not end with the payload")
         self.state = await finish(kill_processes(state))
-        if not await self.wait(END_LIMIT):
+        if not await self.wait_killed():
             raise HostError(f"the container {state.machine} cannot be killed: a process of it hangs in the kernel")
 
     async def destroy(self) -> None:
@@ -1164,7 +1187,6 @@ class Task:
         self.release_logs()
         self.state = await kill_processes(self.state)
         await wait_processes(self.state)
-        await remove_network(self.state)
         await remove_leftovers(self.state)
 
     def release_logs(self) -> None:
@@ -1184,9 +1206,10 @@ class Task:
         """
         deadline, pause = time.monotonic() + limit, 0.02
         while self.state.leader and not self.ended.is_set():
-            addresses = read_addresses(self.state.leader.pid)
-            if addresses and self.state.leader.is_alive:
-                return addresses[0]
+            with contextlib.suppress(OSError):  # the machine cannot tell now
+                addresses = read_addresses(self.state.leader.pid)
+                if addresses and self.state.leader.is_alive:
+                    return addresses[0]
             if time.monotonic() + pause > deadline:
                 break
             await self.wait(pause)
@@ -1270,6 +1293,7 @@ class Start:
         self.locks: list[int] = []  # for the shim
         self.events = events
         self.task = task
+        self.is_left = False  # something of a failed start
         self.state = State(
             task_id=plan.task_id,
             machine=plan.machine,
@@ -1314,7 +1338,7 @@ class Start:
 
     async def start_shim(self, go: int) -> None:
         stdio = [go, *self.logs]
-        shim = await run_in_thread(lambda: start_shim(self.plan, self.directory, stdio, self.locks))
+        shim = await run_in_thread(lambda: start_shim(self.plan, self.directory, stdio, self.locks), is_own=True)
         self.state = replace(self.state, shim=shim)  # first: if the next line fails, `abandon` needs it
         self.save(locks=find_locks(shim, self.state.image))
 
@@ -1440,12 +1464,19 @@ class Start:
         self.events.emit(self.task, f"Still starting after {SLOW_START:g} s: systemd-nspawn is {what}.")
 
     async def abandon(self) -> None:
-        """Kill and remove what a failed start has left."""
-        self.state = await kill_processes(self.state)
-        await wait_processes(self.state)
-        await remove_network(self.state)
-        await remove_leftovers(self.state)
-        close_all(self.locks)
+        """Kill and remove what a failed start has left. `is_left` tells if the host does not allow it now."""
+        self.is_left = True
+        try:
+            self.state = await kill_processes(self.state)
+            await wait_processes(self.state)
+            await remove_leftovers(self.state)
+            self.is_left = False
+        except (OSError, DriverError) as error:  # the caller gets the error of the start itself
+            log.warn(
+                "a failed start is not removed yet", task=self.state.task_id, error=str(as_driver_error(error))
+            )
+        finally:
+            close_all(self.locks)
 
 
 def make_place(path: Path, is_directory: bool) -> None:
@@ -1477,9 +1508,7 @@ def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
 
 def write_secret(path: Path, content: bytes) -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(content)
+    write_new_file(path, content)
 
 
 def read_notifications(notify: socket.socket) -> Iterator[tuple[int, bytes]]:
@@ -1531,6 +1560,8 @@ class Tasks:
         self.lost: dict[str, State] = {}  # tasks of an earlier boot, until they are destroyed
         self.reaped: dict[str, asyncio.Task[None]] = {}  # strays that are being ended
         self.alloc_dirs: set[str] = set()  # where the agent has allocations, as far as it has said so
+        self.doomed: set[str] = set()  # tasks whose removal this machine has not let finish yet
+        self.finishing: asyncio.Task[None] | None = None
 
     def get(self, task_id: str) -> Task:
         task = self.known.get(task_id)
@@ -1542,7 +1573,14 @@ class Tasks:
         # The logs first: Nomad's reader stops when the last writer closes, and `clear` may end a writer.
         with open_logs(plan, directories) as logs:
             await self.clear(plan)
-            task = await Start(plan, self.events, config, logs).run()
+            start = Start(plan, self.events, config, logs)
+            try:
+                task = await start.run()
+            except BaseException:
+                if start.is_left:
+                    self.known[plan.task_id] = Task(start.state, self.events)
+                    self.doomed.add(plan.task_id)
+                raise
         self.adopt(task)
         return task
 
@@ -1624,21 +1662,44 @@ class Tasks:
         await asyncio.shield(self.reaped[state.task_id])
 
     async def destroy(self, task_id: str) -> None:
-        """Kill and remove a task: the id is enough, and may be unknown. Raises HostError if the task survives."""
+        """Kill and remove a task: the id is enough, and may be unknown. Raises DriverError or OSError if something
+        of it is left; each fingerprint tries it again."""
         if task_id in self.reaped:
             await asyncio.wait([self.reaped[task_id]])
-        task, lost = self.known.get(task_id), self.lost.pop(task_id, None)
-        if task is None:
-            directory = state_directory(task_id)
-            state = read_state(directory) or await run_in_thread(lambda: find_marked(task_id))
-            if state is None and not directory.exists():
-                if lost:
+        task, lost = self.known.get(task_id), self.lost.get(task_id)
+        try:
+            if task is None:
+                directory = state_directory(task_id)
+                state = read_state(directory) or await run_in_thread(lambda: find_marked(task_id))
+                if state or os.path.lexists(directory):
+                    task = Task(state or guess_state(task_id), self.events)
+                elif lost:
                     await remove_leftovers(lost)  # from the disks; the reboot removed the rest
-                return
-            task = Task(state or guess_state(task_id), self.events)
-        await task.destroy()
-        task.release()
+            if task:
+                await task.destroy()
+        except (OSError, DriverError) as error:
+            if task_id not in self.doomed:
+                log.warn("a task is not removed yet", task=task_id, error=str(as_driver_error(error)))
+            if task:
+                self.known[task_id] = task
+            self.doomed.add(task_id)
+            raise
+        if task:
+            task.release()
         self.known.pop(task_id, None)
+        self.lost.pop(task_id, None)
+        self.doomed.discard(task_id)
+
+    def finish_removals(self) -> None:
+        """Try again, in the background, to remove what could not be removed."""
+        if self.doomed and (self.finishing is None or self.finishing.done()):
+            self.finishing = asyncio.create_task(self.remove_doomed())
+
+    async def remove_doomed(self) -> None:
+        for task_id in [*self.doomed]:
+            with contextlib.suppress(OSError, DriverError):  # was said
+                await self.destroy(task_id)
+                log.info("a task is removed now", task=task_id)
 
 
 # =====================================================================================================
@@ -1852,6 +1913,7 @@ def read_cpu_mhz() -> float:
     return sum(map(float, speeds)) / len(speeds) if speeds else 1000.0
 
 
+START_DESCRIPTORS = 32  # that a start has open at a time; afterwards a task has three
 COLLECTION_DELAY = 86400.0  # seconds
 REAP_AFTER = 900.0  # seconds
 FIRST_SAMPLE = 0.2  # seconds for the first measurement of CPU use
@@ -1911,14 +1973,12 @@ class DriverService:
         reaping = asyncio.create_task(self.reaper.run())
         try:
             while True:
-                self.tasks.restore_directories()
-                current = self.render_fingerprint(
-                    replace(read_host(), open_directories=self.find_open_directories())
-                )
+                current = self.look_at_host(last)
+                self.tasks.remind_machined()
+                self.tasks.finish_removals()
                 if current != last:
                     yield current
                     last = current
-                self.tasks.remind_machined()
                 await asyncio.sleep(FINGERPRINT_PERIOD)
                 self.collect_images()
         finally:
@@ -1938,6 +1998,18 @@ class DriverService:
             cgroups=frozenset(task.state.cgroup for task in known.values()),
             alloc_dirs=frozenset(self.tasks.alloc_dirs),
         )
+
+    def look_at_host(self, last: driver_pb2.FingerprintResponse | None) -> driver_pb2.FingerprintResponse:
+        """Return the fingerprint. If the machine lacks what looking takes, it is the last one, but unhealthy."""
+        try:
+            self.tasks.restore_directories()
+            return self.render_fingerprint(replace(read_host(), open_directories=self.find_open_directories()))
+        except (OSError, MemoryError) as error:
+            response = driver_pb2.FingerprintResponse()
+            response.CopyFrom(last or response)
+            response.health = driver_pb2.FingerprintResponse.UNHEALTHY
+            response.health_description = str(as_driver_error(error))
+            return response
 
     def find_open_directories(self) -> tuple[str, ...]:
         """Return which of `image_dir` and the client's alloc_dir other users of this machine can reach: tasks may
@@ -2052,6 +2124,7 @@ class DriverService:
                 del self.starts[task_id]
 
     async def start_task(self, config: TaskConfig, host: Host) -> tuple[Task, NetworkPlan]:
+        DESCRIPTORS.check(START_DESCRIPTORS, "the task cannot be started")
         is_in_group = bool(config.network.namespace)
         options = decode_job(TASK_OPTIONS, config.options, self.config, is_in_group=is_in_group)
         check_permissions(TASK_OPTIONS, options, self.config, is_in_group=is_in_group)
@@ -2077,7 +2150,7 @@ class DriverService:
                 devices=devices,
                 device_rules=tuple(find_device_rules(config, options, sources, volumes, devices)),
                 directories={**directories, **volumes},
-                names=read_names(config.network, image, options),
+                names=await run_in_thread(lambda: read_names(config.network, image, options), is_own=True),
                 ephemeral_dir=self.config.ephemeral_dir or "",
                 account=account,
                 journal_obstacle=find_journal_obstacle(config),
@@ -2085,7 +2158,8 @@ class DriverService:
             plan = plan_task(TASK_OPTIONS, config, options, host, found)
             for note in (f"Starting the container {plan.machine} from {image.label or image.path}.", *plan.notes):
                 self.events.emit(config, note)
-            return await self.tasks.start(plan, config, directories), plan.network
+            with DESCRIPTORS.reserve(START_DESCRIPTORS, "the task cannot be started"):
+                return await self.tasks.start(plan, config, directories), plan.network
 
     async def find_image(
         self, config: TaskConfig, options: JobOptions, own: Mapping[str, Source], stack: contextlib.ExitStack
@@ -2268,7 +2342,8 @@ class DriverService:
         except Exception as error:
             failure = as_driver_error(error)
         # A client that finds "closed" in an error takes the error for its own end and shows nothing.
-        await abort(context, DriverError(re.sub("(?i)closed", "clos-ed", str(failure))))
+        kind = TransientError if failure.recoverable else DriverError
+        await abort(context, kind(re.sub("(?i)closed", "clos-ed", str(failure))))
 
     @answers
     async def CreateNetwork(self, request: Any) -> driver_pb2.CreateNetworkResponse:
@@ -2445,9 +2520,14 @@ def remove_dead_sockets() -> None:
 async def serve() -> None:
     """Be a plugin until the agent calls Shutdown, SIGTERM comes, or the agent has been dead for long enough."""
     logging.getLogger().addHandler(LibraryLog())
+    # A thread that has no memory to begin says so in lines that are no JSON. A function of ours would need some.
+    sys.unraisablehook = bool
     driver, stop = DriverService(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGCHLD, reap_children)
+    with contextlib.suppress(OSError):
+        SPARE.start()
     for ignored in (signal.SIGINT, signal.SIGHUP):  # meant for the agent; only calls end tasks
         loop.add_signal_handler(ignored, lambda: None)  # children would inherit SIG_IGN
     server = grpc.aio.server(
@@ -2510,6 +2590,7 @@ def run_plugin() -> int:
     """Be a plugin until the process ends. Returns only if it cannot be one: its exit status."""
 
     async def main() -> None:
+        DESCRIPTORS.raise_limit()
         loop = asyncio.get_running_loop()
         for later in (gc.collect, gc.freeze, gc.enable):
             loop.call_later(1, later)

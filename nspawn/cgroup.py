@@ -308,12 +308,13 @@ def find_mirrors(cgroup: str) -> list[str]:
 
 
 def remove_cgroup(cgroup: str) -> None:
-    """Remove a cgroup with all below it, and its mirror. Any with processes stay. May be slow. Raises OSError."""
-    for root in find_mirrors(cgroup):
+    """Remove a cgroup, if one is named, with all below it, and its mirror. May be slow. Raises OSError if one
+    stays, such as one with processes."""
+    for root in find_mirrors(cgroup) if cgroup else ():
         for parent, name in walk_cgroup(root):
             with contextlib.suppress(OSError):
                 os.rmdir(name, dir_fd=parent)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             os.rmdir(root)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nspawn.common import MACHINES_ROOT, SAFE_PATH, ConfigError, DriverError
+from nspawn.common import MACHINES_ROOT, ConfigError, DriverError
 from nspawn.host import CgroupMode, explain_open_directory, is_open_to_others, read_host
 from nspawn.images import DOCKER, choose_image_dir, plan_origin
 from nspawn.options import Option, decode_options, list_notes
@@ -287,8 +287,6 @@ def check_host() -> int:
           f"cgroups {host.cgroups.value}")  # fmt: skip
     for problem in host.problems:
         print(f"missing: {problem}")
-    if not shutil.which("ip", path=SAFE_PATH):
-        print("note: ip is not installed: a link of a systemd-nspawn that is killed stays; install iproute2.")
     if host.cgroups is not CgroupMode.V2:
         print("note: without cgroup v2 tasks run without resource limits.")
     with contextlib.suppress(PermissionError):  # only root can read the states

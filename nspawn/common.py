@@ -133,6 +133,9 @@ SHORTAGES: Mapping[int, str] = {
 }
 
 
+NOT_OF_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+
+
 def is_shortage(error: OSError) -> bool:
     """Whether an error is about the machine, and says nothing about the file or process in question."""
     return error.errno in SHORTAGES
@@ -141,7 +144,8 @@ def is_shortage(error: OSError) -> bool:
 def explain_host(error: OSError) -> DriverError:
     """Return the sentence for an error of the machine. It is recoverable if the machine lacks something: then
     another client, or this one later, can do what was asked."""
-    where = f" ({quote(os.fsdecode(error.filename))})" if isinstance(error.filename, (str, bytes)) else ""
+    is_file = isinstance(error.filename, (str, bytes)) and error.errno not in NOT_OF_FILES
+    where = f" ({quote(os.fsdecode(error.filename))})" if is_file else ""
     if error.errno and error.errno in SHORTAGES:
         return TransientError(f"{SHORTAGES[error.errno]}{where}")
     return HostError(f"this machine does not let the plugin do its work: {error.strerror or error}{where}")

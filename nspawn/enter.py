@@ -90,9 +90,11 @@ class Entry:
         server, parent = socket.socket(fileno=0), os.getpid()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps entries
         while True:
-            _, descriptors, _, _ = socket.recv_fds(server, 1, 1)
-            if not descriptors:
+            data, descriptors, _, _ = socket.recv_fds(server, 1, 1)
+            if not data:
                 return
+            if not descriptors:  # too many are open: the kernel has closed it, and the plugin sees that
+                continue
             with socket.socket(fileno=descriptors[0]) as control:
                 try:
                     pid = os.fork()
@@ -125,6 +127,8 @@ class Entry:
             user = self.find_user(self.plan["user"].encode(errors="surrogateescape"))
             self.become(user)
             self.open_stdio(control)
+            self.words = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self.limit()  # before the filters, which may forbid it
             self.confine(user[0], filters)
             self.die_with(parent)
             end = self.run(user)
@@ -135,8 +139,8 @@ class Entry:
         os.write(self.report, end[:2000].encode(errors="replace"))
 
     def join(self) -> None:
-        """Take the OOM score adjustment and limits of the container's first process, and its cgroups: in the v2
-        hierarchy one of the command's own below it, unless the container has used up all that it may have."""
+        """Take the OOM score adjustment and the upper limits of the container's first process, and its cgroups: in
+        the v2 hierarchy one of the command's own below it, unless the container has used up all it may have."""
         own, *others = self.plan["cgroups"] or [""]
         if own:
             leaf = f"{own}/{self.plan['leaf']}{os.getpid()}"
@@ -149,6 +153,12 @@ class Entry:
             self.join_cgroup(place)
         with open("/proc/self/oom_score_adj", "w") as adjustment:
             adjustment.write(self.plan["oom_score_adj"])
+        for number, (_, hard) in enumerate(self.plan["limits"]):
+            most = max(hard, resource.getrlimit(number)[1], key=lambda limit: limit % (1 << 64))  # -1: no limit
+            resource.setrlimit(number, (most, most))  # see `limit`
+
+    def limit(self) -> None:
+        """Take the exact limits. With few files or little memory the steps before could not be done."""
         for number, limits in enumerate(self.plan["limits"]):
             resource.setrlimit(number, limits)
 
@@ -161,7 +171,7 @@ class Entry:
 
     def run(self, user: tuple[int, int, list[int], bytes]) -> str:
         """Fork the command, wait, and return its end: the status, and a shell's words if it cannot be executed."""
-        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        reader, writer = self.words
         pid = os.fork()
         if pid == 0:
             os.close(self.report)
@@ -391,5 +401,5 @@ class Entry:
 
 
 if __name__ == "__main__":
-    os.closerange(3, 1024)  # the file that this program was read from
+    os.closerange(3, 1 << 16)  # the file that this program was read from
     Entry().serve()

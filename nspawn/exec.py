@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import functools
 import importlib.util
@@ -33,7 +34,17 @@ from nspawn.cgroup import (
     read_descendants,
     write_control,
 )
-from nspawn.common import SAFE_PATH, ConfigError, DriverError, HostError, render_line, tuples
+from nspawn.common import (
+    SAFE_PATH,
+    ConfigError,
+    DriverError,
+    HostError,
+    check_shortage,
+    is_shortage,
+    quote,
+    render_line,
+    tuples,
+)
 from nspawn.files import read_text
 from nspawn.host import Mounts, read_mounts
 from nspawn.images import Account
@@ -41,6 +52,7 @@ from nspawn.job import Mode
 from nspawn.linux import enter_namespace, make_read_only
 from nspawn.plan import Inside
 from nspawn.process import (
+    DESCRIPTORS,
     NO_PROCESS,
     ProcessId,
     find_children,
@@ -66,6 +78,7 @@ def read_program() -> bytes:
 
 # Read when the plugin starts: later the directory with the plugin's code may have been removed.
 ENTER = read_program()
+EXEC_DESCRIPTORS = 12  # that the start of a command has open at a time; afterwards it has up to six
 HELPER_PATIENCE = 30.0  # seconds without a command after which the helper ends
 
 
@@ -132,20 +145,26 @@ class Helper:
     async def request(self, connection: int) -> None:
         if self.starting is None:
             self.starting = self.run(self.start())
-        requests = await asyncio.shield(self.starting)
+        starting = self.starting
+        try:
+            requests = await asyncio.shield(starting)
+        except Exception:
+            if self.starting is starting:  # the next command tries again
+                self.starting = None
+            raise
         await send_fds(requests, b"+", [connection])
 
     async def start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        self.errors = os.memfd_create("errors")
         try:
             with theirs:
-                self.process = await run_in_thread(lambda: start_helper(theirs, self.errors))
+                self.errors = os.memfd_create("errors")
+                self.process = await run_in_thread(lambda: start_helper(theirs, self.errors), is_own=True)
         except BaseException:
+            ours.close()
             self.close()
             raise
-        self.run(self.process.wait())
         self.socket = ours
         return ours
 
@@ -201,12 +220,17 @@ async def send_fds(connection: socket.socket, data: bytes, descriptors: Sequence
 
 
 async def receive_fds(connection: socket.socket, count: int = 0) -> tuple[bytes, list[int]]:
-    """Wait for a message. Return it with its descriptors, at most `count`; b"" is the end."""
+    """Wait for a message. Return it with its descriptors, at most `count`; b"" is the end. Raises OSError."""
     await wait_readable(connection.fileno())
     try:
-        return socket.recv_fds(connection, 100, count, socket.MSG_CMSG_CLOEXEC)[:2]
+        data, descriptors, flags, _ = socket.recv_fds(connection, 100, count, socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
         return b"", []
+    if flags & socket.MSG_CTRUNC:  # the kernel gives no error for this
+        for fd in descriptors:
+            os.close(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return data, descriptors
 
 
 NAMESPACES = {
@@ -353,16 +377,17 @@ class Exec:
 
     async def start(self) -> None:
         """Return when the command has been forked. Raises DriverError or OSError."""
-        leader = self.state.leader
-        process = leader.open() if leader else None
-        if leader is None or process is None or self.ended.is_set():
-            raise DriverError(f"task {self.state.task_id} has ended: nothing can be executed in it")
-        try:
-            await self.wait_confined(leader)
-            with await self.helper.connect() as control:
-                await self.enter(control, leader.pid, process)
-        finally:
-            os.close(process)
+        with DESCRIPTORS.reserve(EXEC_DESCRIPTORS, "the command cannot be started"):
+            leader = self.state.leader
+            process = leader.open() if leader else None
+            if leader is None or process is None or self.ended.is_set():
+                raise DriverError(f"task {quote(self.state.task_id)} has ended: nothing can be executed in it")
+            try:
+                await self.wait_confined(leader)
+                with await self.helper.connect() as control:
+                    await self.enter(control, leader.pid, process)
+            finally:
+                os.close(process)
         await self.wait_output(self.report)
         if not self.read_report().startswith(b"+"):
             raise self.explain_silence()
@@ -383,6 +408,8 @@ class Exec:
             inside = self.inside or read_inside(self.state.directory)
             plan = plan_entry(leader, self.state.cgroup, inside, self.command)
         except (HostError, OSError, KeyError, ValueError) as error:  # most likely the task has ended
+            if isinstance(error, OSError):
+                check_shortage(error)
             raise self.explain_silence(str(error)) from None
         if plan["cgroups"]:
             self.leaf = f"{plan['cgroups'][0]}/{LEAF}{number.decode()}"
@@ -408,7 +435,7 @@ class Exec:
             if await run_in_thread(lambda: is_confined(leader.pid, self.state.mode)):
                 return
             if not leader.is_alive:
-                raise DriverError(f"task {self.state.task_id} has ended")
+                raise DriverError(f"task {quote(self.state.task_id)} has ended")
             await asyncio.sleep(0.01)
         raise self.explain_silence("the container is still being set up")
 
@@ -418,7 +445,7 @@ class Exec:
         if self.failure:
             return DriverError(self.failure)
         if self.ended.is_set():
-            return DriverError(f"task {self.state.task_id} has ended")
+            return DriverError(f"task {quote(self.state.task_id)} has ended")
         why = why or f"its helper has ended {self.helper.read_errors()}".strip()
         return HostError(f"the command could not be started: {why}")
 
@@ -534,7 +561,17 @@ class Exec:
 
     async def kill(self) -> None:
         """End the command and all that it has started: SIGHUP for its session and their descendants, and soon
-        after SIGKILL for all in its cgroup."""
+        after SIGKILL for all in its cgroup. Tries it until the host has what that takes."""
+        while True:
+            try:
+                await self.try_to_kill()
+                return
+            except OSError as error:
+                if not is_shortage(error) or self.over.is_set():
+                    raise
+                await asyncio.sleep(HANG_UP)
+
+    async def try_to_kill(self) -> None:
         if self.entry is None:
             return
         command = next(iter(find_children(self.entry)), NO_PROCESS)

@@ -34,19 +34,34 @@ def write_file(path: Path, text: str, mode: int = 0o600) -> None:
     temporary = path.with_name(f".{path.name}.new")
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with open(fd, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    write_new_file(temporary, text.encode(), mode)
     temporary.rename(path)
+
+
+def write_new_file(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a file that is not there yet. If that fails, there is none. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def remove_tree(path: Path) -> None:
     """Remove a file, or a directory with its content. Never follows a link below `path.parent` and never enters
     another mount. What cannot be removed is logged and stays. It blocks, perhaps for minutes: call it in the
     event loop only for files that no job made."""
+    errors = empty_tree(path)
+    if errors:
+        shown = "; ".join(map(str, errors[:5]))
+        log.warn("cannot remove all of a tree", path=str(path), errors=len(errors), first=shown)
+
+
+def empty_tree(path: Path) -> list[OSError]:
+    """As remove_tree, but return why something stays."""
     remover = TreeRemover()
     try:
         remover.run(path)
@@ -54,9 +69,7 @@ def remove_tree(path: Path) -> None:
         remover.errors.append(error)
     finally:
         remover.close()
-    if remover.errors:
-        shown = "; ".join(map(str, remover.errors[:5]))
-        log.warn("cannot remove all of a tree", path=str(path), errors=len(remover.errors), first=shown)
+    return remover.errors
 
 
 @dataclass

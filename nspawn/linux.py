@@ -8,6 +8,7 @@ import errno
 import fcntl
 import functools
 import os
+import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,24 @@ def map_ids(tree: int, users_fd: int) -> None:
     """Id-map a detached mount by a user namespace. Raises OSError."""
     attributes = struct.pack("QQQQ", MOUNT_ATTR_IDMAP, 0, 0, users_fd)
     call_libc("syscall", MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, len(attributes))
+
+
+RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 17, 1, 4
+
+
+def delete_link(name: str) -> None:
+    """Delete a network interface; does nothing if there is none. The kernel may let the caller wait for others who
+    change interfaces. Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
+        try:
+            index = socket.if_nametoindex(name)
+        except OSError:  # without errno: there is none
+            return
+        link = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0)
+        netlink.send(struct.pack("=IHHII", 16 + len(link), RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, 1, 0) + link)
+        number = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
+        if number not in (0, errno.ENODEV):
+            raise OSError(number, os.strerror(number), name)
 
 
 LOCK_FORMAT = "hhqqi"  # struct flock

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ async def unregister(state: State) -> None:
 
 async def call(method: str, *words: object) -> None:
     manager = ("org.freedesktop.machine1", "/org/freedesktop/machine1", "org.freedesktop.machine1.Manager")
-    await run_tool(["busctl", "--quiet", f"--timeout={CALL_LIMIT}", "call", *manager, method, *map(str, words)])
+    with contextlib.suppress(OSError):  # the next fingerprint tries again
+        await run_tool(
+            ["busctl", "--quiet", f"--timeout={CALL_LIMIT}", "call", *manager, method, *map(str, words)]
+        )
 
 
 def render_machine_id(state: State) -> list[object]:

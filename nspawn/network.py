@@ -27,8 +27,7 @@ from nspawn.common import ConfigError, HostError, check_shortage, shorten
 from nspawn.files import read_text
 from nspawn.images import Image, open_directory, read_in_image
 from nspawn.job import Dns, GroupNetwork, JobOptions, Port
-from nspawn.linux import CLONE_NEWNET
-from nspawn.process import run
+from nspawn.linux import CLONE_NEWNET, call_libc
 
 
 @dataclass(frozen=True)
@@ -320,16 +319,17 @@ def read_addresses(pid: int) -> tuple[str, ...]:
 
 
 def read_group_addresses(namespace: str) -> tuple[str, ...]:
-    """Return the addresses of a group's namespace, () if that fails. It takes a process, because /proc/net shows
-    the reader's own namespace. It blocks, for up to 10 s."""
-    command = ["nsenter", f"--net={namespace}", "--", "cat", "/proc/net/fib_trie", "/proc/net/if_inet6"]
-    text = run(command, timeout=10)
-    inet6 = [line for line in text.split("\n") if re.match(r"[0-9a-f]{32} ", line)]
-    return parse_addresses(text, "\n".join(inet6))
+    """Return the addresses of a group's namespace. Leaves its thread there, see read_names. Raises OSError."""
+    with open(namespace, "rb") as file:
+        call_libc("setns", file.fileno(), CLONE_NEWNET)
+    return parse_addresses(
+        *(read_text(Path(f"/proc/thread-self/net/{name}")) for name in ("fib_trie", "if_inet6"))
+    )
 
 
 def read_names(group: GroupNetwork, image: Image, options: JobOptions) -> Names:
-    """Read what the container's name files are made from, nothing if the driver makes none. It blocks."""
+    """Read what the container's name files are made from, nothing if the driver makes none. Leaves its thread in
+    the group's network: for `run_in_thread`. Raises OSError."""
     if not group.namespace and group.dns.is_empty and not options.extra_hosts:
         return Names()
     return Names(

@@ -3,26 +3,30 @@
 
 Every process gets an explicit environment and explicit stdio. A child must never hold the plugin's stdin, stdout
 or stderr: the agent waits until these are closed, and would hang. The end of a process is seen by its pidfd,
-because asyncio needs a thread per child for that on Python 3.10 and 3.11. preexec_fn, user= and group= are
+because asyncio needs a thread per child for that on Python 3.10 and 3.11. A child is reaped when the plugin gets
+SIGCHLD, so none stays a zombie because nobody waits for it any more. preexec_fn, user= and group= are
 forbidden: they make subprocess fork, and forked children of a process that runs gRPC crash (grpc#41768).
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
-import functools
+import errno
 import os
+import queue
+import resource
 import signal
 import subprocess
-import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from nspawn.common import SAFE_PATH, HostError
+from nspawn.common import SAFE_PATH, HostError, TransientError, is_shortage
 from nspawn.files import read_text
 
 T = TypeVar("T")
@@ -83,20 +87,112 @@ class ProcessId:
         return True
 
     async def wait(self) -> None:
-        """Wait until the process has ended, and reap it if it is our child. Raises OSError."""
-        fd = self.open()
-        if fd is not None:
+        """Wait until the process has ended. This takes a descriptor; when the plugin has few left it looks from
+        time to time instead, so that there are some for ending tasks. Raises OSError."""
+        pause = 0.02
+        while True:
             try:
-                await wait_readable(fd)
-            finally:
-                os.close(fd)
-        fields = read_stat(self.pid)
-        if fields and int(fields[19]) == self.started:  # a zombie: its pid is still taken
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.pid, os.WNOHANG)
+                fd = self.open()
+            except OSError as error:
+                if not is_shortage(error):
+                    raise
+                fd = -1
+            if fd is None:
+                break
+            if fd >= 0:
+                try:
+                    if not DESCRIPTORS.is_among_last(fd):
+                        await wait_readable(fd)
+                        break
+                finally:
+                    os.close(fd)
+            reap_children()
+            if not self.exists:
+                break
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        reap_children()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a process with this pid, perhaps a later one. Takes no descriptor."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
 
 
 NO_PROCESS = ProcessId(0, 0)
+
+
+class Descriptors:
+    """How many files the plugin can have open. It raises its own soft limit; its children get the one back that it
+    was started with. The last ones are kept for ending tasks."""
+
+    LAST = 12
+
+    def __init__(self) -> None:
+        self.reserved = 0  # by starts and commands under way
+        self.inherited: tuple[int, int] | None = None
+
+    def raise_limit(self) -> None:
+        self.inherited = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    def give_back_limit(self, child: int) -> None:
+        if self.inherited:
+            with contextlib.suppress(OSError):  # ended, or another user by now
+                resource.prlimit(child, resource.RLIMIT_NOFILE, self.inherited)
+
+    def is_among_last(self, fd: int) -> bool:
+        """Whether an open descriptor is one of those kept for ending tasks: the kernel gives the lowest one."""
+        return fd >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.LAST
+
+    def count_free(self) -> int:
+        try:
+            used = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
+        except OSError:
+            return 0
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - used - self.reserved
+
+    def check(self, number: int, what: str) -> None:
+        """Refuse what needs more descriptors than there are, before it has begun. Raises TransientError."""
+        free = self.count_free()
+        if free < number + self.LAST:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise TransientError(
+                f"{what}: the plugin may open {limit} files and has {max(free, 0)} left, which is too few; raise "
+                "LimitNOFILE= of the Nomad agent's unit"
+            )
+
+    @contextlib.contextmanager
+    def reserve(self, number: int, what: str) -> Iterator[None]:
+        """As `check`, and keep them for this. What is open of them counts twice, to be on the safe side."""
+        self.check(number, what)
+        self.reserved += number
+        try:
+            yield
+        finally:
+            self.reserved -= number
+
+
+DESCRIPTORS = Descriptors()
+CHILDREN: dict[int, ProcessId] = {}  # started by start_process, and not reaped yet
+
+
+def reap_children() -> None:
+    """Reap the children that have ended. Needs no descriptor."""
+    for pid in [*CHILDREN]:
+        try:
+            is_reaped = os.waitpid(pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:
+            is_reaped = True
+        if is_reaped:
+            CHILDREN.pop(pid, None)
 
 
 def read_stat(pid: int | str) -> list[str] | None:
@@ -200,7 +296,7 @@ def start_process(
     stderr: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
 ) -> ProcessId:
-    """Start a process in its own session; ProcessId.wait reaps it. Raises OSError."""
+    """Start a process in its own session. Raises OSError; then there is none."""
     process = subprocess.Popen(
         argv,
         env=dict(environ),
@@ -212,11 +308,21 @@ def start_process(
         start_new_session=True,
     )
     process.returncode = 0  # otherwise subprocess would reap it
-    return ProcessId.of_child(process.pid)
+    DESCRIPTORS.give_back_limit(process.pid)
+    CHILDREN[process.pid] = NO_PROCESS
+    try:
+        started = CHILDREN[process.pid] = ProcessId.of_child(process.pid)
+    except OSError:  # nobody could tell it from a later process
+        os.kill(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        reap_children()  # it may have ended before it was among them
+    return started
 
 
 def run(argv: Sequence[str], *, timeout: float) -> str:
-    """Run a tool and return its output, "" if it is missing or takes longer than `timeout` seconds. It blocks."""
+    """Run a tool and return its output, "" if it is missing or takes longer than `timeout` seconds. It blocks.
+    Raises OSError if the host cannot start it now."""
     try:
         done = subprocess.run(
             argv,
@@ -227,30 +333,118 @@ def run(argv: Sequence[str], *, timeout: float) -> str:
             timeout=timeout,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired:
+        return ""
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return ""
     return done.stdout.decode(errors="replace")
 
 
-async def run_in_thread(work: Callable[[], T]) -> T:
-    """Run `work` in a new thread and return its result. It may leave that thread in another namespace."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
+class SpareThread:
+    """A thread that waits for work. It is started with the plugin, for the time when no thread can be started:
+    then the removal of a task still works. It does one thing after the other."""
 
-    def finish(action: Callable[[], None]) -> None:
-        if not done.cancelled():  # the caller was cancelled
-            action()
+    def __init__(self) -> None:
+        self.work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.is_there = False
 
-    def run() -> None:
+    def start(self) -> None:
+        """Raises OSError."""
+        start_thread(self.run)
+        self.is_there = True
+
+    def run(self) -> None:
+        while True:
+            with contextlib.suppress(MemoryError):  # Job.check puts it here again
+                self.work.get()()
+
+
+SPARE = SpareThread()
+
+
+def start_thread(work: Callable[[], None]) -> None:
+    """Start a thread. threading.Thread would wait for its first step, which never comes when there is no memory
+    for it. Raises OSError."""
+    try:
+        _thread.start_new_thread(work, ())
+    except RuntimeError:  # "can't start new thread"
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+
+
+class Job(Generic[T]):
+    """Work for a thread, done once: by the first that takes it."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.work = work
+        self.loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[T] = self.loop.create_future()
+        self.turns = [None]
+
+    def take(self) -> bool:
         try:
-            action = functools.partial(done.set_result, work())
-        except BaseException as error:
-            action = functools.partial(done.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: the plugin ends
-            loop.call_soon_threadsafe(finish, action)
+            self.turns.pop()  # is atomic
+        except IndexError:
+            return False
+        return True
 
-    threading.Thread(target=run, daemon=True).start()
-    return await done
+    def run(self) -> None:
+        """Take it and do it, in a thread."""
+        if not self.take():
+            return
+        result: T | None = None
+        failure: BaseException | None = None
+        try:
+            result = self.work()
+        except BaseException as error:
+            failure = error
+        while True:
+            try:
+                self.loop.call_soon_threadsafe(self.finish, result, failure)
+                return
+            except MemoryError:  # somebody waits for it
+                time.sleep(0.1)
+            except RuntimeError:  # the loop is closed: the plugin ends
+                return
+
+    def finish(self, result: Any, failure: BaseException | None) -> None:
+        if self.done.cancelled():  # the caller was cancelled
+            return
+        if failure:
+            self.done.set_exception(failure)
+        else:
+            self.done.set_result(result)
+
+    def check(self, is_own: bool) -> None:
+        """See that it has begun. The kernel can start a thread for which Python then has no memory. Nobody is
+        told: the thread just ends."""
+        if not self.turns:
+            return
+        if SPARE.is_there and not is_own:
+            SPARE.work.put(self.run)
+        elif self.take():
+            self.finish(None, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+
+
+THREAD_PATIENCE = (0.1, 2.0)  # seconds for a thread to begin: if another one can do its work, and if none can
+
+
+async def run_in_thread(work: Callable[[], T], *, is_own: bool = False) -> T:
+    """Run `work` in a new thread and return its result, or in the spare one if no thread can be started. `is_own`:
+    only in a new one, because `work` leaves it in another namespace. Raises OSError, and what `work` raises."""
+    job = Job(work)
+    try:
+        start_thread(job.run)
+    except OSError:
+        if is_own or not SPARE.is_there:
+            raise
+        SPARE.work.put(job.run)
+    check = job.loop.call_later(THREAD_PATIENCE[is_own], job.check, is_own)
+    try:
+        return await job.done
+    finally:
+        check.cancel()
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:
@@ -286,10 +480,10 @@ def open_user_namespace(base: int, count: int) -> int:
 
 
 async def run_tool(argv: Sequence[str]) -> str:
-    """Run a tool without blocking and return its output, "" if it cannot be started."""
+    """Run a tool without blocking and return its output, "" if it is missing. Raises OSError."""
     environ = {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}
     with open(os.memfd_create(argv[0]), "w+b") as output:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             await start_process(argv, environ=environ, stdout=output.fileno()).wait()
         output.seek(0)
         return output.read().decode(errors="replace")

@@ -19,17 +19,27 @@ import stat
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO
 
 from nspawn.cgroup import kill_cgroup, plan_cgroup, read_cgroup_pids, read_members, remove_cgroup
-from nspawn.common import SETTINGS_ROOT, STATE_ROOT, log, render_line
-from nspawn.files import remove_tree
+from nspawn.common import (
+    SETTINGS_ROOT,
+    STATE_ROOT,
+    HostError,
+    TransientError,
+    explain_host,
+    is_shortage,
+    log,
+    quote,
+    render_line,
+)
+from nspawn.files import empty_tree, remove_tree
 from nspawn.host import CgroupMode, read_boot_id, read_cgroup_mode
 from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_id_prefix, state_directory
-from nspawn.linux import LOCK_FORMAT
+from nspawn.linux import LOCK_FORMAT, delete_link
 from nspawn.logs import find_holders
 from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
@@ -293,12 +303,12 @@ async def remove_network(state: State) -> None:
     """Remove what a killed nspawn has left of its network; an nspawn that ended by itself leaves nothing.
 
     The kernel removes a link with the container's namespace, but asynchronously, and not while a process from
-    outside is in the namespace.
+    outside is in the namespace. Raises OSError.
     """
     if state.link:
-        await run_tool(["ip", "link", "delete", "dev", state.link])
+        await run_in_thread(lambda: delete_link(state.link))
     if state.zone and is_empty_bridge(f"vz-{state.zone}"):
-        await run_tool(["ip", "link", "delete", "dev", f"vz-{state.zone}"])
+        await run_in_thread(lambda: delete_link(f"vz-{state.zone}"))
     if state.ports:
         others = {port for other in read_states() if other.task_id != state.task_id for port in other.ports}
         if ports := [port for port in state.ports if port not in others]:
@@ -323,25 +333,51 @@ async def remove_port_maps(ports: Sequence[tuple[int, int]]) -> None:
 
 
 async def remove_leftovers(state: State) -> None:
-    """Remove the files and the cgroup of a dead task, even if its start was interrupted."""
-    await remove_place(state.place)
-    await remove_place(state.journal)
-    for place in (f"propagate/{state.machine}", f"unix-export/{state.machine}", f"{state.machine}/unix-export",
-                  state.machine):  # fmt: skip
-        with contextlib.suppress(OSError):
+    """Remove all that a dead task has left, even if its start was interrupted. An error of one step does not keep
+    the others from being done. The state directory goes last: as long as it is there, the task's id alone leads to
+    the rest. Raises DriverError if something is left; repeat it later."""
+    steps: list[Callable[[], Awaitable[None]]] = [
+        lambda: remove_network(state),
+        lambda: remove_place(state.place),
+        lambda: remove_place(state.journal),
+        lambda: run_in_thread(lambda: remove_mount_points(state.machine)),
+        lambda: run_in_thread(lambda: remove_locks(state.locks)),  # and nspawn's copy of the image
+        lambda: run_in_thread(lambda: remove_cgroup(state.cgroup)),
+        lambda: remove_place(str(state.directory / "tmp")),  # what a killed nspawn leaves of overlays
+    ]
+    errors = []
+    for step in steps:
+        try:
+            await step()
+        except OSError as error:
+            errors.append(error)
+    if not errors:
+        try:
+            await remove_place(str(state.directory))
+            Store().release(state.directory.name)
+            return
+        except OSError as error:
+            errors.append(error)
+    what = "; ".join({str(explain_host(error)): None for error in errors})
+    kind = TransientError if any(map(is_shortage, errors)) else HostError
+    raise kind(f"not all of the task {quote(state.task_id)} can be removed: {what}")
+
+
+def remove_mount_points(machine: str) -> None:
+    """Remove the directories that nspawn leaves in /run/systemd/nspawn. Raises OSError."""
+    for place in (f"propagate/{machine}", f"unix-export/{machine}", f"{machine}/unix-export", machine):
+        try:
             (SETTINGS_ROOT / place).rmdir()
-    await run_in_thread(lambda: remove_locks(state.locks))  # and nspawn's copy of the image
-    if state.cgroup:
-        await run_in_thread(lambda: remove_cgroup(state.cgroup))
-    await remove_place(str(state.directory / "tmp"))  # what a killed nspawn leaves of overlays
-    await remove_place(str(state.directory))
-    Store().release(state.directory.name)
+        except OSError as error:  # one that is not empty is in use
+            if is_shortage(error) and (SETTINGS_ROOT / place).is_dir():
+                raise
 
 
 async def remove_place(place: str) -> None:
-    """Remove a tree, if one is named, in a thread: a task can make its trees as large as it likes."""
-    if place:
-        await run_in_thread(lambda: remove_tree(Path(place)))
+    """Remove a tree, if one is named, in a thread: a task can make its trees as large as it likes. Raises OSError
+    if something of it stays."""
+    if place and (errors := await run_in_thread(lambda: empty_tree(Path(place)))):
+        raise OSError(errors[0].errno, errors[0].strerror, place)
 
 
 WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -385,13 +421,20 @@ async def add_locks(state: State) -> State:
 
 def remove_locks(locks: Iterable[str]) -> None:
     """Remove a task's lock files that nobody holds any more, and with the lock of an image's copy the copy: a
-    killed nspawn leaves both. Whoever takes a lock checks that its file still exists."""
+    killed nspawn leaves both. Whoever takes a lock checks that its file still exists. Raises OSError if the host
+    lacks what it takes."""
     for path in map(Path, locks):
-        with contextlib.suppress(OSError), open_lock(path) as file:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock; BlockingIOError if held
-            if path.name.startswith(".#.#"):
-                remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
-            path.unlink()
+        try:
+            with open_lock(path) as file:
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock
+                if path.name.startswith(".#.#"):
+                    remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
+                path.unlink()
+        except BlockingIOError:  # somebody holds it
+            continue
+        except OSError as error:
+            if is_shortage(error):
+                raise
 
 
 def open_lock(path: Path) -> IO[bytes]:

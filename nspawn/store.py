@@ -33,7 +33,7 @@ from nspawn.common import MAX_LINE, SAFE_PATH, STATE_ROOT, DriverError, HostErro
 from nspawn.files import remove_tree, write_file
 from nspawn.images import Image, ImageConfig, Origin
 from nspawn.permissions import PluginOptions, RegistryAuth
-from nspawn.process import NO_PROCESS, start_process, wait_readable
+from nspawn.process import CHILDREN, NO_PROCESS, start_process, wait_readable
 
 STORE_ROOT = Path("/var/lib/nomad-driver-nspawn")
 
@@ -296,6 +296,7 @@ def read_use(path: Path) -> Use | None:
 
 
 FETCH = "import sys; sys.path.insert(0, sys.argv[1]); from nspawn import fetch; fetch.main()"
+FETCHES_AT_ONCE = 16  # each may take a processor and a gigabyte of memory; a slow server holds up one
 SILENCE_LIMIT = 60.0  # seconds beyond the limit on stalls; the process usually writes a line every second
 PROGRESS_PERIOD = 15.0  # seconds between two events
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "ssl_cert_file", "ssl_cert_dir")
@@ -326,15 +327,22 @@ def plan_fetching(config: PluginOptions) -> FetchSettings:
 class Fetching:
     """One image that is being fetched."""
 
-    def __init__(self, request: Mapping[str, object], silence: float) -> None:
-        self.request, self.silence = request, silence
+    def __init__(self, request: Mapping[str, object], silence: float, turns: asyncio.Semaphore) -> None:
+        self.request, self.silence, self.turns = request, silence, turns
         self.listeners: list[Callable[[str], None]] = []  # of the tasks that wait for it
         self.name = str(request["name"])
         self.last_told = time.monotonic()
         self.task = asyncio.create_task(self.run())
 
     async def run(self) -> None:
-        """Return when the image is in the store. Raises DriverError or OSError."""
+        """Wait for a turn; return when the image is in the store. Raises DriverError or OSError."""
+        if self.turns.locked():
+            await asyncio.sleep(0)  # then there is a listener
+            self.tell(f"The image {self.name} waits until other images have been fetched.")
+        async with self.turns:
+            await self.fetch()
+
+    async def fetch(self) -> None:
         begun = time.monotonic()
         self.tell(f"Fetching the image {self.name}.")
         async with contextlib.aclosing(talk_to_fetcher(self.request, self.silence)) as lines:
@@ -404,7 +412,7 @@ async def talk_to_fetcher(request: Mapping[str, object], silence: float) -> Asyn
             if fd >= 0:
                 os.close(fd)
         with contextlib.suppress(ProcessLookupError):
-            if process.pid:
+            if CHILDREN.get(process.pid) == process:  # not reaped: the pid is no other process's
                 os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
 
@@ -431,6 +439,7 @@ class Fetches:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.running: dict[str, Fetching] = {}
+        self.turns = asyncio.Semaphore(FETCHES_AT_ONCE)
         self.collecting: asyncio.Task[None] | None = None
 
     async def provide(
@@ -459,7 +468,7 @@ class Fetches:
         fetching = self.running.get(key)
         if fetching is None:
             request = self.render_request(origin, settings, asked_at)
-            fetching = self.running[key] = Fetching(request, settings.stall + SILENCE_LIMIT)
+            fetching = self.running[key] = Fetching(request, settings.stall + SILENCE_LIMIT, self.turns)
         else:
             tell(f"Waiting for the image {origin.name}, which another task fetches.")
         fetching.listeners.append(tell)
@@ -499,7 +508,7 @@ class Fetches:
                 async for line in lines:
                     if "collected" in (message := parse_message(line)):
                         log.info("images collected", count=message["collected"])
-        except DriverError as error:
+        except (DriverError, OSError) as error:
             log.warn("images cannot be collected", error=str(error))
 
 

@@ -537,7 +537,7 @@ def test_calls_end_with_their_client(shared: Plugin, running: Task) -> None:
         round_of_calls(False)
         round_of_calls(True)
     eventually(lambda: count_fds(shared.pid) <= fds)
-    assert count_threads(shared.pid) <= threads
+    eventually(lambda: count_threads(shared.pid) <= threads)  # a stat of the last call may just end
     assert read_status(shared.pid, "VmRSS") - memory < 8 << 10  # KiB; 1500 calls that stay would be more
     assert plugin_info_seconds(shared) < AT_ONCE
 

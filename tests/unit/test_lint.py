@@ -252,7 +252,7 @@ def test_nothing_that_forks() -> None:
 
 def test_threads_are_started_by_one_room_of_the_plugin() -> None:
     """Everything is done in one thread, but for what must leave its namespace."""
-    assert importers("threading") & {*PLUGIN} == {"process"}
+    assert importers("threading", "_thread") & {*PLUGIN} == {"process"}
 
 
 def test_no_asyncio_processes_and_threads() -> None:
