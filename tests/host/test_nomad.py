@@ -23,7 +23,7 @@ import pytest
 
 from tests.agent import AgentError, NomadAgent
 from tests.container.test_examples import JOBS
-from tests.container.test_reach import SERVER, make_dhcp_image
+from tests.container.test_reach import SERVER
 from tests.containers import escape, eventually, make_small_image
 from tests.hosts import make_nginx_image
 from tests.leftovers import leftovers
@@ -180,6 +180,7 @@ SERVICES = {
     "nginx/nginx.hcl": ("nginx", ""),
     "shared.hcl": ("writer", ""),
     "system.hcl": ("watch", "log files: "),
+    "writable.hcl": ("pet", "20"),  # the year of its start
     "unit.hcl": ("clock", "The time by unit.unit[0]: "),
     "zone.hcl": ("right", "Reached target multi-user.target"),
 }
@@ -192,7 +193,7 @@ def examples(image: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.copytree(ROOT / "example", tmp_path / "example")
     images = tmp_path / "example/images"
     images.mkdir()
-    make_dhcp_image(image, images / "debian-net")
+    make_small_image(image, images / "pet", ("dash", "date", "cat", "sleep"))
     (images / "debian").symlink_to(image)
     (images / "nginx").symlink_to(make_nginx_image())
     make_small_image(image, tmp_path / "small", ("dash", "ls", "touch", "sleep"))
@@ -257,6 +258,10 @@ def test_examples_live_and_drain(driver_file: Path, examples: Path, tmp_path: Pa
             agent.wait_status(alloc, "complete")
             assert text in agent.logs(alloc, task)
 
+        alloc = agent.run_job(examples / "nightly.hcl")
+        agent.wait_status(alloc, "failed")
+        assert any("Exit Code: 7" in event for event in agent.task_events(alloc, "nightly"))
+
         running = {name: agent.run_job(examples / name) for name in SERVICES}
         for name, (task, text) in SERVICES.items():
             agent.wait_status(running[name], "running", timeout=120)
@@ -283,7 +288,7 @@ def test_examples_live_and_drain(driver_file: Path, examples: Path, tmp_path: Pa
         agent.wait_status(running["debian.hcl"], "complete")
         agent.drain()
         for alloc in json.loads(agent.run("alloc", "status", "-json")):
-            assert alloc["ClientStatus"] == "complete"
+            assert alloc["ClientStatus"] == ("failed" if alloc["JobID"] == "nightly" else "complete")
             eventually(lambda alloc=alloc: not leftovers(alloc["ID"]))  # type: ignore[misc]
 
 
