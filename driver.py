@@ -30,7 +30,6 @@ import select
 import signal
 import socket
 import stat
-import struct
 import sys
 import time
 import traceback
@@ -177,7 +176,7 @@ from nspawn.job import (
     state_directory,
 )
 from nspawn.linux import attach_tree, bind_mount, enter_namespace
-from nspawn.logs import find_holders, hold_for_a_moment, hold_until_read, open_pipes
+from nspawn.logs import find_holders, give_logs, hold_for_a_moment, hold_until_read, open_logs, open_pipes
 from nspawn.machined import Machined
 from nspawn.network import (
     NO_ADDRESS,
@@ -190,6 +189,7 @@ from nspawn.network import (
     read_addresses,
     read_names,
 )
+from nspawn.notify import Claim, parse_claim, read_notifications
 from nspawn.options import (
     Kind,
     Option,
@@ -853,42 +853,6 @@ def explain_mount(plan: Plan, error: OSError) -> DriverError:
 SHIM = (Path(__file__).parent / "nspawn/shim.sh").read_text()
 
 
-def open_log(path: str, folder: Source | None = None) -> int:
-    """Open one of the task's log FIFOs for its whole life; /dev/null when nobody collects logs. Raises HostError.
-
-    It is opened read-write: then opening never waits for a reader, and when the reader goes away and comes back
-    (logmon, with every agent restart), the payload gets no SIGPIPE and no line is lost. A symbolic link is never
-    followed: other tasks of the allocation can write to the directory (CVE-2026-8052). That is `folder`, if given.
-    """
-    if not path:
-        path = "/dev/null"
-    name, place = (os.path.basename(path), folder.fd) if folder else (path, None)
-    try:
-        found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
-    except FileNotFoundError:
-        return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # disable_log_collection: nobody makes the FIFOs
-    except OSError as error:
-        check_shortage(error)
-        raise HostError(f"the log path {path} cannot be opened: {error.strerror}") from None
-    try:
-        if not (stat.S_ISFIFO(os.fstat(found).st_mode) or path == "/dev/null"):
-            raise HostError(f"the log path {path} is neither a FIFO nor /dev/null; the task is not started")
-        return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
-    finally:
-        os.close(found)
-
-
-@contextlib.contextmanager
-def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[int]]:
-    """Yield stdout and stderr for a task; close them at the end, when the shim has its own copies."""
-    with contextlib.ExitStack() as stack:
-        logs = []
-        for path in plan.log_paths:
-            logs.append(open_log(path, directories.get(os.path.dirname(path))))
-            stack.callback(os.close, logs[-1])
-        yield logs
-
-
 def start_shim(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[int]) -> ProcessId:
     """Start the shim in a mount namespace of its own, which holds the task's private root. Blocks, and leaves its
     thread in that namespace: for `run_in_thread`. The shim inherits `locks`; our copies are closed. Raises
@@ -1509,45 +1473,6 @@ def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
 def write_secret(path: Path, content: bytes) -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     write_new_file(path, content)
-
-
-def read_notifications(notify: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines waiting in a notify socket, each with its sender's pid as the kernel gives it (0: none)."""
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            data, ancillary, _, _ = notify.recvmsg(65536, socket.CMSG_SPACE(CREDENTIALS.size))
-            senders = [packed for _, kind, packed in ancillary if kind == socket.SCM_CREDENTIALS]
-            sender = CREDENTIALS.unpack(senders[0])[0] if senders else 0
-            yield from ((sender, line) for line in split_notification(data))
-
-
-CREDENTIALS = struct.Struct("iii")  # pid, uid and gid
-
-
-def split_notification(data: bytes) -> list[bytes]:
-    """Return the lines of a datagram, which end at \\n alone: nspawn passes on its payload's STATUS, which may
-    hold the other characters at which splitlines() splits."""
-    return data.split(b"\n")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The leader as a message names it. Do not trust it before check_leader."""
-
-    sender: int
-    leader: int
-
-
-def parse_claim(sender: int, line: bytes) -> Claim | None:
-    match = re.fullmatch(rb"X_NSPAWN_LEADER_PID=([0-9]{1,9})", line)
-    return Claim(sender, int(match[1])) if match else None
-
-
-def give_logs(logs: Sequence[int], users: Sequence[tuple[int, int]]) -> None:
-    """Make the container's root the owner of its log FIFOs, so that programs can reopen /dev/stdout."""
-    for fd in logs:
-        if users and users[0][0] and stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.fchown(fd, users[0][0], -1)
 
 
 class Tasks:

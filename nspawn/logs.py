@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""A task's log pipes after its end: they are held until what is in them has been read.
+"""A task's log pipes: they are opened for its whole life, and held after its end until what is in them was read.
 
 The kernel drops what is in a pipe with the last process that has it open, and Nomad's collector may be away: while
 the agent restarts, or starts to read only when the task has ended. So the shim leaves a process that holds both
@@ -16,10 +16,13 @@ import os
 import signal
 import stat
 import termios
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from nspawn.cgroup import read_cgroup_processes
+from nspawn.common import HostError, check_shortage
+from nspawn.plan import Plan
 from nspawn.process import ProcessId
+from nspawn.sources import Source
 
 FIRST_PAUSE, LAST_PAUSE = 0.002, 1.0  # seconds between two looks at pipes that are not empty
 LAST_CHANCE = 5.0  # seconds that the plugin holds the pipes of a destroyed task
@@ -86,3 +89,46 @@ async def hold_for_a_moment(pipes: Sequence[int]) -> None:
     finally:
         for pipe in pipes:
             os.close(pipe)
+
+
+def open_log(path: str, folder: Source | None = None) -> int:
+    """Open one of the task's log FIFOs for its whole life; /dev/null when nobody collects logs. Raises HostError.
+
+    It is opened read-write: then opening never waits for a reader, and when the reader goes away and comes back
+    (logmon, with every agent restart), the payload gets no SIGPIPE and no line is lost. A symbolic link is never
+    followed: other tasks of the allocation can write to the directory (CVE-2026-8052). That is `folder`, if given.
+    """
+    if not path:
+        path = "/dev/null"
+    name, place = (os.path.basename(path), folder.fd) if folder else (path, None)
+    try:
+        found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+    except FileNotFoundError:
+        return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # disable_log_collection: nobody makes the FIFOs
+    except OSError as error:
+        check_shortage(error)
+        raise HostError(f"the log path {path} cannot be opened: {error.strerror}") from None
+    try:
+        if not (stat.S_ISFIFO(os.fstat(found).st_mode) or path == "/dev/null"):
+            raise HostError(f"the log path {path} is neither a FIFO nor /dev/null; the task is not started")
+        return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
+    finally:
+        os.close(found)
+
+
+@contextlib.contextmanager
+def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[int]]:
+    """Yield stdout and stderr for a task; close them at the end, when the shim has its own copies."""
+    with contextlib.ExitStack() as stack:
+        logs = []
+        for path in plan.log_paths:
+            logs.append(open_log(path, directories.get(os.path.dirname(path))))
+            stack.callback(os.close, logs[-1])
+        yield logs
+
+
+def give_logs(logs: Sequence[int], users: Sequence[tuple[int, int]]) -> None:
+    """Make the container's root the owner of its log FIFOs, so that programs can reopen /dev/stdout."""
+    for fd in logs:
+        if users and users[0][0] and stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, users[0][0], -1)

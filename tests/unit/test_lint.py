@@ -21,9 +21,10 @@ TOP = Path(__file__).resolve().parents[2]
 BUILT = "nomad-driver-nspawn"
 # The rooms of the house, the lowest first: a room imports only what stands before it.
 ROOMS = (
-    "common", "linux", "files", "process", "permissions", "options", "checks", "job", "devices", "host", "cgroup",
-    "images", "sources", "network", "roots", "rules", "plan", "outcome", "record", "logs", "store", "state",
-    "machined", "running", "reaper", "exec", "inits", "download", "unpack", "registry", "fetch", "commands",
+    "common", "notify", "linux", "files", "process", "permissions", "options", "checks", "job", "devices", "host",
+    "cgroup", "images", "sources", "network", "roots", "rules", "plan", "outcome", "record", "logs", "store",
+    "state", "machined", "running", "reaper", "exec", "inits", "download", "unpack", "registry", "fetch",
+    "commands",
 )  # fmt: skip
 APART = ("enter", "bootstrap", "pack")  # programs of their own, which import nothing of ours
 FETCHING = ("download", "unpack", "registry", "fetch")  # a process without gRPC

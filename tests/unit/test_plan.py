@@ -18,7 +18,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import driver
 from driver import TASK_OPTIONS
 from nspawn import checks
 from nspawn.cgroup import plan_cgroup
@@ -38,7 +37,9 @@ from nspawn.job import (
     render_signal,
     state_directory,
 )
+from nspawn.logs import open_log
 from nspawn.network import Names
+from nspawn.notify import Claim, parse_claim, split_notification
 from nspawn.outcome import (
     MESSAGES,
     Ending,
@@ -1535,9 +1536,9 @@ texts = st.binary(max_size=200).map(lambda text: text.replace(b"\n", b""))
 @example("hello\u2028X_NSPAWN_LEADER_PID=1\x85READY=1".encode())
 @example(b"\rX_NSPAWN_LEADER_PID=1\r\0READY=1\0")
 def test_status_of_a_payload_is_one_line(text: bytes) -> None:
-    lines = driver.split_notification(b"STATUS=Container running: " + text)
+    lines = split_notification(b"STATUS=Container running: " + text)
     assert len(lines) == 1
-    assert driver.parse_claim(5, lines[0]) is None
+    assert parse_claim(5, lines[0]) is None
 
 
 @given(st.binary(max_size=300) | st.from_regex(rb"(X_NSPAWN_LEADER_PID=.*\n?)*"))
@@ -1545,13 +1546,13 @@ def test_status_of_a_payload_is_one_line(text: bytes) -> None:
 @example("X_NSPAWN_LEADER_PID=\u0661".encode())
 @example(b"X_NSPAWN_LEADER_PID=" + b"9" * 5000)
 def test_any_datagram_can_be_read(data: bytes) -> None:
-    for claim in (driver.parse_claim(5, line) for line in driver.split_notification(data)):
+    for claim in (parse_claim(5, line) for line in split_notification(data)):
         assert claim is None or (claim.sender == 5 and 0 <= claim.leader < 10**9)
 
 
 def test_leader_is_in_nspawns_own_message() -> None:
-    lines = driver.split_notification(b"STATUS=Container running.\nX_NSPAWN_LEADER_PID=4711")
-    assert [driver.parse_claim(5, line) for line in lines] == [None, driver.Claim(5, 4711)]
+    lines = split_notification(b"STATUS=Container running.\nX_NSPAWN_LEADER_PID=4711")
+    assert [parse_claim(5, line) for line in lines] == [None, Claim(5, 4711)]
 
 
 # --- directories ---
@@ -1585,7 +1586,7 @@ def test_data_directory_may_lie_behind_a_link(tmp_path: Path) -> None:
     enter_directories(replace(TASK, alloc_dir=str(tmp_path / "data/a")))
     fifo = tmp_path / "data/a/alloc/logs/.web.stdout.fifo"
     os.mkfifo(fifo)
-    os.close(driver.open_log(str(fifo)))
+    os.close(open_log(str(fifo)))
 
 
 @pytest.mark.parametrize(
