@@ -124,18 +124,16 @@ def map_ids(tree: int, users_fd: int) -> None:
     call_libc("syscall", MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, len(attributes))
 
 
-RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 17, 1, 4
+RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK, IFLA_ALT_IFNAME = 17, 1, 4, 53
 
 
 def delete_link(name: str) -> None:
-    """Delete a network interface; does nothing if there is none. The kernel may let the caller wait for others who
-    change interfaces. Raises OSError."""
+    """Delete a network interface by its name or an alternative one; does nothing if there is none. The kernel may
+    let the caller wait for others who change interfaces. Raises OSError."""
+    text = name.encode() + b"\0"
+    link = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0)
+    link += struct.pack("=HH", 4 + len(text), IFLA_ALT_IFNAME) + text + bytes(-len(text) % 4)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
-        try:
-            index = socket.if_nametoindex(name)
-        except OSError:  # without errno: there is none
-            return
-        link = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, 0, 0)
         netlink.send(struct.pack("=IHHII", 16 + len(link), RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, 1, 0) + link)
         number = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
         if number not in (0, errno.ENODEV):
