@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import driver
-from nspawn.common import PLUGIN_NAME
-from tests.agent import parse_hcl, parse_job
+from tests.agent import parse_hcl
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -47,20 +46,6 @@ def test_documents_name_files_that_exist() -> None:
     for path in DOCUMENTS:
         for name in re.findall(r"\b(?:example|tests)/[\w./-]*\w", path.read_text()):
             assert (ROOT / name).exists(), f"{path.name}: {name}"
-
-
-def test_every_option_has_a_sentence() -> None:
-    for option in (*driver.TASK_OPTIONS, *driver.PLUGIN_OPTIONS):
-        assert option.doc.endswith("."), option.name
-
-
-def test_example_jobs_use_this_driver() -> None:
-    jobs = sorted((ROOT / "example").rglob("*.hcl"))
-    assert len(jobs) >= 4
-    for path in jobs:
-        if path.name not in ("config.hcl", "hardened.hcl", "package.hcl"):
-            parse_job(path)
-            assert f'driver = "{PLUGIN_NAME}"' in path.read_text()
 
 
 def blocks(path: Path, language: str) -> list[str]:
