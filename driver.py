@@ -63,7 +63,6 @@ from nspawn.cgroup import (
     parse_counters,
     read_cgroup_pids,
     read_cgroup_usage,
-    read_descendants,
     read_number,
     read_process_usage,
 )
@@ -946,7 +945,7 @@ class Task:
         self.held: int | None = None  # see hold_cgroup
 
     def hold(self) -> None:
-        if self.held is None and self.state.cgroup:
+        if self.held is None:
             self.held = hold_cgroup(self.state.cgroup)
 
     def release(self) -> None:
@@ -1135,7 +1134,7 @@ class Task:
         TransientError or OSError if the host lacks what this takes."""
         state = self.state
         self.note(sent=signal.SIGKILL, reason=reason)
-        if not kill_cgroup(f"{state.cgroup}/payload" if state.cgroup else "") and state.leader:
+        if not kill_cgroup(f"{state.cgroup}/payload") and state.leader:
             state.leader.send(signal.SIGKILL)
         if state.leader and await self.wait_killed():
             return
@@ -1194,14 +1193,8 @@ class Task:
         return await run_in_thread(self.read_usage)
 
     def read_usage(self) -> Usage:
-        usage = read_cgroup_usage(self.state.cgroup) if self.state.cgroup else None
-        if usage is None:
-            leader = self.state.leader.pid if self.state.leader else 0
-            pids = (
-                read_cgroup_pids(f"{self.state.cgroup}/payload") if self.state.cgroup else read_descendants(leader)
-            )
-            usage = read_process_usage(pids)
-        return usage
+        usage = read_cgroup_usage(self.state.cgroup)
+        return usage or read_process_usage(read_cgroup_pids(f"{self.state.cgroup}/payload"))
 
 
 async def stop_task(state: State, timeout: float) -> str:
@@ -1320,10 +1313,9 @@ class Start:
         if self.plan.options.is_terminal:
             os.mkfifo(self.directory / "console", 0o600)
         Store().use(self.directory.name, self.plan.task_id, self.plan.image)
-        if self.plan.cgroup:
-            self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
-            write_mark(self.state)
-            self.restrict_devices()
+        self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
+        write_mark(self.state)
+        self.restrict_devices()
         if self.plan.journal.place:
             make_journal(self.plan.journal)
             self.save(journal=self.plan.journal.place)
@@ -1961,7 +1953,7 @@ class DriverService:
             "": True,
             ".version": str(host.systemd),  # as the Go driver has it, whose jobs have constraints on it
             ".driver_version": __version__,
-            ".cgroups": host.cgroups.value,
+            ".cgroups": host.cgroups.value if host.cgroups else "v1",
             ".limits": ",".join(host.limits),
             ".user_namespaces": read_number("/proc/sys/user/max_user_namespaces") > 0,
             ".idmap": can_share_images(image_dir, host.kernel),

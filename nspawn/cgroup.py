@@ -23,18 +23,18 @@ from pathlib import Path
 
 from nspawn.common import HostError, check_shortage, is_below, is_shortage
 from nspawn.files import read_text
-from nspawn.host import CONTROLLERS, CgroupMode, read_cgroup_mode
+from nspawn.host import CONTROLLERS, NO_CGROUPS, CgroupMode, read_cgroup_mode
 from nspawn.job import JobOptions, Resources
 from nspawn.process import ProcessId, read_children, read_stat
 
 
-def plan_cgroup(mode: CgroupMode, given: str, alloc_id: str, task_name: str) -> str:
-    """Return the path of the task's cgroup, "" if the host has no v2 hierarchy.
+def plan_cgroup(mode: CgroupMode | None, given: str, alloc_id: str, task_name: str) -> str:
+    """Return the path of the task's cgroup. Raises HostError if the host has no v2 hierarchy.
 
     `given` is the path that Nomad sends since 1.3. With v1 controllers it names a cpuset, and is not used.
     """
-    if mode.root is None:
-        return ""
+    if mode is None:
+        raise HostError(NO_CGROUPS)
     given = os.path.normpath(given)
     if given.startswith(f"{mode.root}/"):
         return given
@@ -175,10 +175,8 @@ def list_cgroups(directory: int) -> list[str]:
 
 
 def read_cgroup_pids(cgroup: str) -> list[int]:
-    """Return the pids in a cgroup and below it, [] for the cgroup "". Slow if the container has many cgroups or
+    """Return the pids in a cgroup and below it. Slow if the container has many cgroups or
     processes: use `run_in_thread`. Raises OSError."""
-    if not cgroup:
-        return []
     places = (f"/proc/self/fd/{parent}/{name}" for parent, name in walk_cgroup(cgroup))
     return [pid for place in itertools.chain([cgroup], places) for pid in read_members(place)]
 
@@ -286,8 +284,6 @@ def read_descendants(pid: int) -> list[int]:
 def kill_cgroup(cgroup: str) -> bool:
     """Kill all processes in a cgroup and below it. False if it is gone, or if the kernel is older than 5.14.
     Raises OSError if the host cannot do it now."""
-    if not cgroup:
-        return False
     try:
         write_control(Path(cgroup, "cgroup.kill"), "1")
     except OSError as error:
@@ -335,18 +331,25 @@ def read_cgroups(pid: int) -> dict[str, str]:
 
 def find_own_cgroups() -> list[str]:
     """Return this process's cgroup in the v2 hierarchy, and the one in systemd's v1 hierarchy if it has one."""
-    roots = {"": str(read_cgroup_mode().root), "name=systemd": SYSTEMD_HIERARCHY}
     paths = read_cgroups(os.getpid())
-    return [f"{root}{paths[controllers]}" for controllers, root in roots.items() if controllers in paths]
+    return [f"{root}{paths[controllers]}" for controllers, root in read_roots().items() if controllers in paths]
+
+
+def read_roots() -> dict[str, str]:
+    """Return the mount points of the v2 hierarchy and of systemd's v1 one, by their names in /proc/PID/cgroup.
+    Raises HostError."""
+    mode = read_cgroup_mode()
+    if mode is None:
+        raise HostError(NO_CGROUPS)
+    return {"": str(mode.root), "name=systemd": SYSTEMD_HIERARCHY}
 
 
 def find_cgroups(pid: int, cgroup: str) -> list[str]:
     """Return the cgroups of a process at or below a cgroup and its mirror; [] if it is elsewhere or gone. A booted
     systemd is below payload/, in init.scope: cgroups with others below them may have no processes."""
-    roots = {"": str(read_cgroup_mode().root), "name=systemd": SYSTEMD_HIERARCHY}
     paths = read_cgroups(pid)
     found = []
-    for place, (controllers, root) in zip(find_mirrors(cgroup) if cgroup else (), roots.items(), strict=False):
+    for place, (controllers, root) in zip(find_mirrors(cgroup), read_roots().items(), strict=False):
         path = f"{root}{paths.get(controllers, '')}"
         if is_below(path, place) and ".." not in path.split("/"):  # "..": outside our cgroup namespace
             found.append(path)

@@ -284,10 +284,10 @@ def check_host() -> int:
     """Print what the fingerprint would say, and what jobs may do. Return 0 if tasks can run here, else 1."""
     host = read_host()
     print(f"systemd-nspawn {host.systemd or 'not found'}, Linux {host.kernel[0]}.{host.kernel[1]}, "
-          f"cgroups {host.cgroups.value}")  # fmt: skip
+          f"cgroups {host.cgroups.value if host.cgroups else 'v1'}")  # fmt: skip
     for problem in host.problems:
         print(f"missing: {problem}")
-    if host.cgroups is not CgroupMode.V2:
+    if host.cgroups is CgroupMode.HYBRID:
         print("note: without cgroup v2 tasks run without resource limits.")
     with contextlib.suppress(PermissionError):  # only root can read the states
         for place in sorted({str(MACHINES_ROOT), *USUAL_ALLOC_DIRS, *find_alloc_dirs(read_states())}):
@@ -366,7 +366,7 @@ def describe_task(state: State) -> dict[str, Any]:
         "leader": pid(state.leader),
         "cgroup": state.cgroup,
         "directory": str(state.directory),
-        "has_agent": bool(state.cgroup) and is_held(state.cgroup),
+        "has_agent": is_held(state.cgroup),
     }
 
 

@@ -266,7 +266,7 @@ def plan_entry(leader: int, cgroup: str, inside: Inside, command: Sequence[str])
     HostError if that process is not in the task's cgroup, where a command must run to have its limits. If the
     process has ended, raises HostError, OSError, KeyError or ValueError."""
     status = read_status(leader)
-    cgroups = find_cgroups(leader, f"{cgroup}/payload" if cgroup else "")
+    cgroups = find_cgroups(leader, f"{cgroup}/payload")
     if cgroup and not cgroups:
         raise HostError(f"the container's first process is not in {cgroup}/payload, where a command has to be")
     return {
@@ -392,7 +392,7 @@ class Exec:
         if not self.read_report().startswith(b"+"):
             raise self.explain_silence()
         self.started.set()
-        if self.entry and self.state.cgroup:
+        if self.entry:
             self.helper.run(run_in_thread(functools.partial(leave_cgroup, self.entry.pid)))
 
     async def enter(self, control: socket.socket, leader: int, process: int) -> None:
@@ -598,8 +598,7 @@ class Exec:
     def send(self, root: int, number: int) -> bool:
         """Signal the command, its session and their descendants. Return False if there are none. Blocks."""
         state = self.state
-        leader = state.leader.pid if state.leader else 0
-        found = read_cgroup_pids(f"{state.cgroup}/payload") if state.cgroup else read_descendants(leader)
+        found = read_cgroup_pids(f"{state.cgroup}/payload")
         if not self.over.is_set():
             found += read_descendants(root)
         return any([process.send(number) for process in find_session(root, found)])

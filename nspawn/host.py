@@ -30,13 +30,11 @@ class CgroupMode(enum.Enum):
 
     V2 = "v2"
     HYBRID = "hybrid"  # v1 controllers, and a v2 hierarchy without controllers
-    V1 = "v1"
 
     @property
-    def root(self) -> Path | None:
-        """The mount point of the v2 hierarchy, None without one."""
-        paths = {CgroupMode.V2: Path("/sys/fs/cgroup"), CgroupMode.HYBRID: Path("/sys/fs/cgroup/unified")}
-        return paths.get(self)
+    def root(self) -> Path:
+        """The mount point of the v2 hierarchy."""
+        return Path("/sys/fs/cgroup" if self is CgroupMode.V2 else "/sys/fs/cgroup/unified")
 
 
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
@@ -48,7 +46,7 @@ class Host:
 
     systemd: int  # major version of systemd-nspawn, 0 if it is not installed
     kernel: tuple[int, int]
-    cgroups: CgroupMode
+    cgroups: CgroupMode | None  # None: there is no v2 hierarchy
     problems: tuple[str, ...]
     cpus: int = 1
     controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
@@ -124,10 +122,16 @@ OVERLAY_IDMAP = (5, 19)  # the first one whose overlay takes id-mapped layers
 FIRST_CONTAINER_ID = 0x80000  # of the ids that systemd keeps for containers
 
 
-def read_cgroup_mode(root: Path = Path("/sys/fs/cgroup")) -> CgroupMode:
+NO_CGROUPS = (
+    "There is no cgroup v2 hierarchy on this machine: boot it with systemd.unified_cgroup_hierarchy=1, or run "
+    "mount -t cgroup2 none /sys/fs/cgroup/unified."
+)
+
+
+def read_cgroup_mode(root: Path = Path("/sys/fs/cgroup")) -> CgroupMode | None:
     if (root / "cgroup.controllers").exists():
         return CgroupMode.V2
-    return CgroupMode.HYBRID if (root / "unified/cgroup.procs").exists() else CgroupMode.V1
+    return CgroupMode.HYBRID if (root / "unified/cgroup.procs").exists() else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -144,6 +148,8 @@ def find_problems(systemd: int, kernel: tuple[int, int]) -> Iterator[str]:
     for tool, package in TOOLS.items():
         if not shutil.which(tool, path=SAFE_PATH):
             yield f"{tool} is not installed: install the package {package}."
+    if not read_cgroup_mode():
+        yield NO_CGROUPS
     if 0 < systemd < MINIMUM_SYSTEMD:
         yield f"systemd-nspawn is version {systemd}; {MINIMUM_SYSTEMD} or newer is needed."
     if kernel < MINIMUM_KERNEL:
@@ -187,8 +193,8 @@ def read_host() -> Host:
         cgroups=(mode := read_cgroup_mode()),
         problems=tuple(find_problems(systemd, kernel)),
         cpus=os.cpu_count() or 1,
-        controllers=frozenset(read_text(mode.root / "cgroup.controllers").split()) if mode.root else frozenset(),
-        has_device_policy=mode.root is not None and can_restrict_devices(),
+        controllers=frozenset(read_text(mode.root / "cgroup.controllers").split()) if mode else frozenset(),
+        has_device_policy=mode is not None and can_restrict_devices(),
         is_filtered=read_status(os.getpid()).get("Seccomp") not in (None, "0"),
     )
 

@@ -31,7 +31,7 @@ LAST_CHANCE = 5.0  # seconds that the plugin holds the pipes of a destroyed task
 def find_holders(cgroup: str) -> list[ProcessId]:
     """Return what an ended shim has left: the holder, and until it has written everything the console's filter.
     Raises OSError."""
-    return read_cgroup_processes(f"{cgroup}/shim") if cgroup else []
+    return read_cgroup_processes(f"{cgroup}/shim")
 
 
 def open_pipes(holders: Sequence[ProcessId]) -> list[int]:

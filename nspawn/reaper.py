@@ -56,7 +56,7 @@ def find_strays(own: Own) -> list[Stray]:
     """Return the tasks that no agent has and that may be ended if that stays so. Raises OSError."""
     strays = []
     for state in find_states():
-        if state.task_id in own.tasks or state.cgroup in own.cgroups or not state.cgroup or is_held(state.cgroup):
+        if state.task_id in own.tasks or state.cgroup in own.cgroups or is_held(state.cgroup):
             continue
         is_gone = is_allocation_gone(state)
         if (is_gone or os.path.dirname(state.alloc_dir) in own.alloc_dirs) and is_certain(state):

@@ -55,8 +55,8 @@ def read_mark(cgroup: str) -> State | None:
 def list_scopes() -> list[str]:
     """Return the cgroups that tasks can be in: in the slice that the agent's `cgroup_parent` names, or in a slice
     in that. Raises OSError."""
-    root = read_cgroup_mode().root
-    slices = list_named(str(root), ".slice") if root else []
+    mode = read_cgroup_mode()
+    slices = list_named(str(mode.root), ".slice") if mode else []
     inner = [place for outer in slices for place in list_named(outer, ".slice")]
     return [scope for place in (*slices, *inner) for scope in list_named(place, ".scope")]
 
@@ -161,7 +161,7 @@ def find_objection(leader: ProcessId, state: State, has_other_users: bool, nspaw
     status = read_status(leader.pid)
     if nspawn and (status.get("PPid") != str(nspawn) or not has_ancestor(nspawn, state.shim)):
         return "it is no child of the task's systemd-nspawn"
-    if state.cgroup and not find_cgroups(leader.pid, f"{state.cgroup}/payload"):
+    if not find_cgroups(leader.pid, f"{state.cgroup}/payload"):
         return f"it is not in {state.cgroup}/payload"
     if status.get("NSpid", "").split()[1:] != ["1"]:
         return "it is not the first of a process namespace"
@@ -186,5 +186,5 @@ def has_ancestor(pid: int, ancestor: ProcessId, most: int = 4) -> bool:
 def check_shim(state: State) -> None:
     """Raise HostError if the shim of a stored state lives but is not in the task's cgroup."""
     path = f"{state.cgroup}/shim"
-    if state.cgroup and not find_cgroups(state.shim.pid, path) and state.shim.is_alive:
+    if not find_cgroups(state.shim.pid, path) and state.shim.is_alive:
         raise HostError(f"process {state.shim.pid} is not the shim of {state.machine}: it is not in {path}")

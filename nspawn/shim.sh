@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: MPL-2.0
 # The shim of a task. It outlives the plugin, waits for nspawn and leaves the exit record. Run by `sh -c`.
 #
-# Arguments: state directory, cgroup ("" for none), "filter" or "", then nspawn and its arguments. nspawn starts
-# when a line comes on stdin: if the plugin dies before the shim's pid is on disk, nothing has happened. Until then
-# everything is made ready. The shim's end tells the plugin that the record is complete.
+# Arguments: state directory, cgroup, "filter" or "", then nspawn and its arguments. nspawn starts when a line comes on
+# stdin: if the plugin dies before the shim's pid is on disk, nothing has happened. Until then everything is made
+# ready. The shim's end tells the plugin that the record is complete.
 shim_state=$1 shim_cgroup=$2 shim_filter=$3
 shift 3
-enter() { [ -z "$shim_cgroup" ] || echo 0 >"$shim_cgroup$1/cgroup.procs"; }
+enter() { echo 0 >"$shim_cgroup$1/cgroup.procs"; }
 
 exec 3>&2 4>&1 2>/dev/null # 3 and 4: the task's stderr and stdout
 enter /shim
@@ -22,10 +22,8 @@ fi
 )
 shim_status=$? shim_left=0
 exec >/dev/null # the end of what the filter reads
-if [ -n "$shim_cgroup" ]; then
-	read -r _ shim_left <"$shim_cgroup/payload/cgroup.events"
-	[ "$shim_left" = 0 ] || echo 1 >"$shim_cgroup/payload/cgroup.kill"
-fi
+read -r _ shim_left <"$shim_cgroup/payload/cgroup.events"
+[ "$shim_left" = 0 ] || echo 1 >"$shim_cgroup/payload/cgroup.kill"
 # "<>" overwrites the file in place: a full disk has no room for a new one.
 {
 	echo "$shim_status $shim_left"

@@ -127,7 +127,7 @@ class State:
             and type(self.started_at) in (int, float)
             and re.fullmatch(r"[A-Za-z0-9-]{1,64}", self.machine)
             and all(path.startswith("/") and ".." not in path.split("/") for path in removed)
-            and (not self.cgroup or self.cgroup.startswith("/sys/fs/cgroup/"))
+            and self.cgroup.startswith("/sys/fs/cgroup/")
             and self.cgroup != str(CgroupMode.HYBRID.root)
             and (not self.place or self.place.endswith(PLACE_NAME))
             and (not self.journal or re.fullmatch(rf"{JOURNALS}/[^/]+", self.journal))
@@ -278,8 +278,7 @@ async def wait_container(state: State) -> None:
     """Wait until no process of a task is left but the shim and what it leaves. Raises OSError."""
     if state.leader:
         await state.leader.wait()
-    if state.cgroup:
-        await wait_cgroup(lambda: read_container_pids(state.cgroup))
+    await wait_cgroup(lambda: read_container_pids(state.cgroup))
 
 
 def read_container_pids(cgroup: str) -> list[int]:

@@ -31,9 +31,8 @@ import pytest
 import nspawn.registry
 from nomad_pb import driver_pb2
 from nspawn import common
-from nspawn.cgroup import read_cgroup_pids
+from nspawn.cgroup import read_cgroup_pids, read_roots
 from nspawn.download import Client, check_address
-from nspawn.host import read_cgroup_mode
 from nspawn.images import Origin
 from nspawn.job import plan_machine, state_directory
 from nspawn.linux import AT_FDCWD, call_libc
@@ -168,8 +167,7 @@ def test_no_name_of_a_cgroup_leads_a_command_out(prisoners: Tasks, end: str) -> 
         open(my $procs, ">", "$place/cgroup.procs"); print $procs "1"; close $procs or die $!;
         print "moved\\n"; sleep 1 while 1;
     """
-    root = read_cgroup_mode().root
-    assert root
+    root = Path(read_roots()[""])
     target = root / f"target-{os.getpid()}"
     target.mkdir()
     try:

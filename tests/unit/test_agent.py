@@ -471,16 +471,16 @@ def test_handshake_is_refused(fake: Path, tmp_path: Path, fault: str, text: str)
         ("", ""),
         ("log", "log line is not a JSON object: plain text"),
         ("child", "a child holds the plugin's stdout or stderr"),
-        ("stubborn", "failed to exit within 0.3 s"),
+        ("stubborn", "failed to exit within 2.0 s"),
     ],
 )
 def test_violations_of_a_process(
     fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, violation: str
 ) -> None:
-    monkeypatch.setattr("tests.agent.plugin.EXIT_TIME", 0.3)
+    monkeypatch.setattr("tests.agent.plugin.EXIT_TIME", 2.0)
     with Plugin(fake, env=environment(fault, tmp_path)) as plugin:
         plugin.wait_for(lambda: plugin.log or fault != "log")
-        plugin.kill(eof_timeout=0.3)
+        plugin.kill(eof_timeout=2.0)
     assert len(plugin.violations) == (2 if fault == "child" else bool(fault))  # one for each pipe
     assert all(violation in text for text in plugin.violations)
     assert plugin.exited()

@@ -41,9 +41,9 @@ from nspawn.process import ProcessId, parse_stat, parse_status, read_stat, run_i
     [
         (["cgroup.controllers", "cgroup.procs"], CgroupMode.V2),
         (["unified/cgroup.procs", "unified/cgroup.controllers", "cpu/tasks", "systemd/tasks"], CgroupMode.HYBRID),
-        (["cpu/tasks", "memory/tasks"], CgroupMode.V1),
-        (["unified/other"], CgroupMode.V1),
-        ([], CgroupMode.V1),
+        (["cpu/tasks", "memory/tasks"], None),
+        (["unified/other"], None),
+        ([], None),
     ],
 )
 def test_cgroup_mode(tmp_path: Path, files: list[str], mode: CgroupMode) -> None:
@@ -54,14 +54,13 @@ def test_cgroup_mode(tmp_path: Path, files: list[str], mode: CgroupMode) -> None
 
 
 def test_cgroup_mode_without_cgroups(tmp_path: Path) -> None:
-    assert read_cgroup_mode(tmp_path / "nothing") is CgroupMode.V1
+    assert read_cgroup_mode(tmp_path / "nothing") is None
 
 
 def test_place_of_the_second_hierarchy() -> None:
     assert {mode: str(mode.root) for mode in CgroupMode} == {
         CgroupMode.V2: "/sys/fs/cgroup",
         CgroupMode.HYBRID: "/sys/fs/cgroup/unified",
-        CgroupMode.V1: "None",
     }
 
 
@@ -345,7 +344,6 @@ def test_healthy() -> None:
 @pytest.mark.parametrize(
     ("mode", "controllers", "sentence"),
     [
-        (CgroupMode.V1, "", "Healthy (tasks run without resource limits: they need cgroup v2)"),
         (CgroupMode.HYBRID, "hugetlb", "Healthy (tasks run without resource limits: they need cgroup v2)"),
         (
             CgroupMode.V2,

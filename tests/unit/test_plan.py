@@ -437,7 +437,6 @@ def test_rules_are_checked() -> None:
 def test_hybrid_cgroups_need_a_switch() -> None:
     switch = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
     assert plan({}, host=replace(HOST, cgroups=CgroupMode.HYBRID)).environ == switch
-    assert plan({}, host=replace(HOST, cgroups=CgroupMode.V1)).environ == {}
     assert plan({}).environ == {}
 
 
@@ -878,12 +877,15 @@ OWN = f"nomad.slice/share.slice/{ALLOC}.web.scope"
         (CgroupMode.V2, "relative", f"/sys/fs/cgroup/{OWN}"),
         (CgroupMode.HYBRID, "/sys/fs/cgroup/cpuset/nomad/share", f"/sys/fs/cgroup/unified/{OWN}"),
         (CgroupMode.HYBRID, "", f"/sys/fs/cgroup/unified/{OWN}"),
-        (CgroupMode.V1, "/sys/fs/cgroup/cpuset/nomad/share", ""),
-        (CgroupMode.V1, "", ""),
     ],
 )
 def test_cgroup(mode: CgroupMode, given_path: str, expected: str) -> None:
     assert plan_cgroup(mode, given_path, ALLOC, "web") == expected
+
+
+def test_no_task_without_the_second_hierarchy() -> None:
+    with pytest.raises(HostError, match="no cgroup v2 hierarchy on this machine: boot it with"):
+        plan_cgroup(None, "", ALLOC, "web")
 
 
 @pytest.mark.parametrize(
@@ -1377,7 +1379,7 @@ states = st.builds(
     task_id=st.text(),
     machine=st.from_regex(r"[A-Za-z0-9-]{1,64}", fullmatch=True),
     mode=st.sampled_from(Mode),
-    cgroup=st.just("") | words.map("/sys/fs/cgroup/x.slice/{}".format),
+    cgroup=words.map("/sys/fs/cgroup/x.slice/{}".format),
     boot_id=st.text(),
     shim=processes,
     leader=st.none() | processes,
