@@ -111,7 +111,9 @@ class Record:
     """The exit record that the shim leaves."""
 
     status: int  # of nspawn, as sh reports it
-    is_orphaned: bool  # the payload was there when nspawn was gone
+    is_orphaned: (
+        bool  # something was in the payload's cgroup when nspawn was gone: the payload, or an exec's entry
+    )
     at: float  # Unix time
     shortage: Shortage = Shortage()
 
@@ -127,7 +129,7 @@ class Ending:
     lines: Sequence[str] = ()  # nspawn's messages
     reason: str = ""  # why the driver killed it, if it noted that
     sent: int = 0  # the last signal sent on Nomad's behalf
-    is_cut_short: bool = False  # nspawn has not cleaned up to the end
+    is_cut_short: bool = False  # nspawn has left what it removes last
 
 
 def explain_exit(end: Ending) -> Exit:
@@ -172,7 +174,8 @@ def explain_lost_shim(end: Ending) -> Exit:
 
 def explain_status(end: Ending, record: Record) -> Exit:
     """Return how the payload ended, as far as nspawn tells (measured: the same on 252, 257 and 262)."""
-    if record.is_orphaned:
+    is_killed = record.status > 128 and end.is_cut_short  # else status is an exit code
+    if is_killed and record.is_orphaned:
         why = f"systemd-nspawn itself was killed (status {record.status}); the container was ended with it"
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
     for line in end.lines:
@@ -181,7 +184,7 @@ def explain_status(end: Ending, record: Record) -> Exit:
             with contextlib.suppress(ConfigError):  # a name that parse_signal does not know
                 number = parse_signal(match[1])
                 return Exit(128 + number, number, "", end.at)
-    if record.status > 128 and end.is_cut_short:  # and no exit code of the payload's
+    if is_killed:
         why = f"systemd-nspawn itself was killed (status {record.status}) when the container had ended"
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, f"{why}: its exit code is not known", end.at)
     if record.status == 255 and end.mode is Mode.PROCESS_TWO:

@@ -18,7 +18,7 @@ import pytest
 
 from nspawn.common import STATE_ROOT
 from tests.agent import AgentError, DriverError, Plugin, Task, launch_like_agent
-from tests.containers import Tasks, eventually, is_alive, kill, leader, nspawn
+from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, nspawn
 
 pytestmark = pytest.mark.root
 
@@ -38,6 +38,17 @@ def test_exit_code_that_nspawn_took_along_is_not_made_up(tasks: Tasks) -> None:
     result = task.wait(PATIENCE)
     assert (result.exit_code, result.signal) == (137, 9)
     assert "exit code is not known" in result.err
+
+
+def test_process_from_outside_costs_no_exit_code(tasks: Tasks) -> None:
+    """The entry of an exec is in the payload's cgroup for a moment, and the container may end just then."""
+    task = tasks.start("until [ -e /local/go ]; do sleep 0.05; done; exit 3")
+    with subprocess.Popen(["sleep", "60"]) as entry:
+        Path(str(driver_state(task)["cgroup"]), "payload/cgroup.procs").write_text(str(entry.pid))
+        (task.dir / "local/go").touch()
+        result = task.wait(PATIENCE)
+        assert (result.exit_code, result.signal, result.err) == (3, 0, "")
+        assert entry.wait(PATIENCE) == -signal.SIGKILL
 
 
 # -- a full /run ---------------------------------------------------------------------------------------------

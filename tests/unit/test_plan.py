@@ -1299,9 +1299,13 @@ def test_exit(mode: Mode, status: int, lines: list[str], sent: int, code: int, n
 
 @pytest.mark.parametrize("mode", Mode)
 def test_exit_of_a_killed_nspawn(mode: Mode) -> None:
-    found = explain_exit(Ending(mode, 5.0, Record(137, True, 5.0)))
+    found = explain_exit(Ending(mode, 5.0, Record(137, True, 5.0), is_cut_short=True))
     why = "systemd-nspawn itself was killed (status 137); the container was ended with it"
     assert found == Exit(137, 9, why, 5.0)
+    found = explain_exit(Ending(mode, 5.0, Record(137, False, 5.0), is_cut_short=True))
+    why = "systemd-nspawn itself was killed (status 137) when the container had ended: its exit code is not known"
+    assert found == Exit(137, 9, why, 5.0)
+    assert explain_exit(Ending(mode, 5.0, Record(137, True, 5.0))) == Exit(137, 0, "", 5.0)
 
 
 @pytest.mark.parametrize("mode", Mode)
