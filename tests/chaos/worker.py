@@ -40,7 +40,11 @@ class Worker:
     def launch(self) -> Plugin:
         self.plugin = launch_like_agent(DRIVER, 'allow = ["all"]')
         self.pidfd = os.pidfd_open(self.plugin.pid)
+        self.descriptors = self.count_descriptors()
         return self.plugin
+
+    def count_descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.plugin.pid}/fd"))
 
     def stop(self, *, hard: bool) -> list[str]:
         """End the plugin in order, or as a crash; return what an agent would not stand of it."""

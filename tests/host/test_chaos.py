@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.root
 
 ROUNDS = 100
-WITHOUT = ("remove_state", "few_descriptors", "lock_nspawn", "cancelled first")  # what is known to fail
+WITHOUT = ("remove_state",)  # what is known to fail
 
 
 def test_random_rounds(driver_file: Path, image: Path) -> None:
