@@ -2458,7 +2458,10 @@ async def serve() -> None:
     directory = make_socket_directory()
     address = f"{directory}/s"
     try:
-        server.add_insecure_port(f"unix:{address}")
+        try:
+            server.add_insecure_port(f"unix:{address}")
+        except RuntimeError:  # gRPC does not say what is wrong
+            raise HostError(f"the plugin cannot listen at {address}: is this a place for sockets?") from None
         os.chmod(address, 0o600)
         await server.start()
         write_handshake(address)
@@ -2517,8 +2520,8 @@ def run_plugin() -> int:
 
     try:
         asyncio.run(main())
-    except DriverError as error:
-        return fail(str(error))
+    except Exception as error:
+        return fail(render_line(str(as_driver_error(error))))
     raise AssertionError
 
 

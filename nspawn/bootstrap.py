@@ -13,26 +13,46 @@ and unpacks what is missing or has another size. That also completes an interrup
 holds a shared lock on its tree; trees of other builds that nobody holds are removed.
 """
 
-import fcntl
-import gc
-import os
-import shutil
 import sys
-import zipfile
-from importlib.machinery import EXTENSION_SUFFIXES
 
 NAME = "nomad-driver-nspawn"
-FILE = os.path.realpath(sys.argv[0])
-STEM = os.path.basename(FILE) + "_"
-TREE = STEM + "@BUILD_ID@"
-SUFFIX = EXTENSION_SUFFIXES[0]  # .cpython-311-x86_64-linux-gnu.so
 
 
 def fail(text: str) -> None:
     """Nomad shows the first line of stdout in its error and logs lines of stderr that begin with [ERROR]."""
+    text = " ".join(text.split())
     print("[ERROR] %s: %s" % (NAME, text), file=sys.stderr)
     print("%s: %s" % (NAME, text))
     sys.exit(1)
+
+
+def explain_import(error: ImportError) -> str:
+    """Returns what to install for a module that cannot be imported: a minimal system lacks some."""
+    name = error.name or ""
+    if "libstdc++" in str(error):
+        return "needs libstdc++.so.6 (%s): install libstdc++6 (Debian, Ubuntu) or libstdc++ (Fedora, RHEL)" % error
+    if name.partition(".")[0] in getattr(sys, "stdlib_module_names", ()):  # since 3.10
+        return (
+            "%s is not complete, it lacks the module %s: install the package python3 (not just python3-minimal), "
+            "or set NOMAD_DRIVER_NSPAWN_PYTHON to the path of another Python" % (sys.executable, name)
+        )
+    return "its libraries cannot be loaded by %s: %s" % (sys.executable, error)
+
+
+try:
+    import fcntl
+    import gc
+    import os
+    import shutil
+    import zipfile
+    from importlib.machinery import EXTENSION_SUFFIXES
+except ImportError as error:
+    fail(explain_import(error))
+
+FILE = os.path.realpath(sys.argv[0])
+STEM = os.path.basename(FILE) + "_"
+TREE = STEM + "@BUILD_ID@"
+SUFFIX = EXTENSION_SUFFIXES[0]  # .cpython-311-x86_64-linux-gnu.so
 
 
 def needed(archive: zipfile.ZipFile) -> "list[zipfile.ZipInfo]":
@@ -187,6 +207,9 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # its fork handlers crash the chil
 os.environ["GRPC_VERBOSITY"] = "NONE"  # its C core writes to stderr by itself
 sys.modules["ssl"] = None  # type: ignore[assignment]  # asyncio does without: 12 ms and 4 MB less
 gc.disable()  # imports make no garbage: this saves 10 ms; driver.py enables it again
-from _bootstrap import bootstrap  # noqa: E402 # shiv's, which reads the environment set above
+try:
+    from _bootstrap import bootstrap  # shiv's, which reads the environment set above
 
-bootstrap()
+    bootstrap()
+except ImportError as error:
+    fail(explain_import(error))

@@ -42,4 +42,9 @@ size=@FILE_SIZE@
 # A broken download has no zip directory, so Python would read it as a script. Once unpacked it was whole.
 [ -d "/var/cache/nomad-driver-nspawn/${0##*/}_@BUILD_ID@" ] || [ "$(wc -c <"$0")" -eq "$size" ] ||
 	fail "$0 is damaged: it must have $size bytes; download or build it again"
+# A failing exec ends dash at once, after the trap. bash would not run the trap, so it must go on to the next line.
+# shellcheck disable=SC3044
+shopt -s execfail 2>/dev/null || :
+trap 'fail "cannot execute $python: is it for this machine? Set NOMAD_DRIVER_NSPAWN_PYTHON to the path of a Python"' EXIT
 exec "$python" -IS "$0" "$@"
+exit 1

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pytest
 
+from nspawn.host import read_cgroup_mode
 from tests.agent import Allocation, Task, launch_like_agent
 from tests.built import find_changed
 
@@ -374,6 +375,70 @@ def test_stand_in_for_an_old_python(version: str, driver_file: Path, tmp_path: P
     fake.chmod(0o755)
     result = run(driver_file, SHIV_ROOT=str(tmp_path / "cache"), NOMAD_DRIVER_NSPAWN_PYTHON=str(fake))
     check_refusal(result, "CPython 3.10 to 3.14", f"{fake} is Python {version}", "NOMAD_DRIVER_NSPAWN_PYTHON")
+
+
+LACK = """
+mkdir /mnt/upper /mnt/work
+mount -t overlay -o lowerdir="$folder",upperdir=/mnt/upper,workdir=/mnt/work none "$folder"
+rm -r "$folder"/$lacking
+exec "$file"
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "lacking", "parts"),
+    [
+        (
+            f"/usr/lib/{platform.machine()}-linux-gnu",
+            "libstdc++.so.6*",
+            ("libstdc++.so.6", "libstdc++6", "Fedora"),
+        ),
+        (os.path.dirname(os.__file__), "shutil.py", ("shutil", "python3-minimal", "NOMAD_DRIVER_NSPAWN_PYTHON")),
+        (os.path.dirname(os.__file__), "asyncio", ("asyncio", "python3-minimal", "NOMAD_DRIVER_NSPAWN_PYTHON")),
+    ],
+    ids=["libstdc++", "shutil", "asyncio"],
+)
+def test_minimal_system(driver_file: Path, folder: str, lacking: str, parts: tuple[str, ...]) -> None:
+    """The agent refuses to start with a plugin that does not, so its error must say what to install."""
+    python = os.path.realpath(sys.executable)
+    environment = COOKIE | {"SHIV_ROOT": "/mnt/cache", "NOMAD_DRIVER_NSPAWN_PYTHON": python}
+    result = in_namespace(driver_file, f"folder={folder} lacking={lacking}\n{LACK}", **environment)
+    check_refusal(result, *parts)
+
+
+def test_python_of_another_machine(driver_file: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "python3.11"
+    fake.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xff\x00" + bytes(100))
+    fake.chmod(0o755)
+    for shell in ("dash", "bash"):
+        said = subprocess.run(
+            [shell, driver_file], env={"PATH": SYSTEM_PATH, "NOMAD_DRIVER_NSPAWN_PYTHON": str(fake)},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert said.returncode == 1 and f"[ERROR] {said.stdout}" in said.stderr
+        assert said.stdout.startswith(f"{NAME}: cannot execute {fake}: is it for this machine?")
+
+
+def test_no_place_for_the_socket(driver_file: Path) -> None:
+    result = in_namespace(
+        driver_file, 'hide /run ro; hide /tmp ro; exec "$file"', SHIV_ROOT="/mnt/cache", **COOKIE
+    )
+    check_refusal(result, "no directory for the plugin's socket", "PLUGIN_UNIX_SOCKET_DIR", "/tmp")
+
+
+def test_place_that_takes_no_sockets(driver_file: Path, tmp_path: Path) -> None:
+    # A directory that takes directories, and nothing else.
+    mode = read_cgroup_mode()
+    assert mode
+    cgroup = mode.root / f"sockets-{os.getpid()}"
+    cgroup.mkdir()
+    try:
+        with plugin(driver_file, SHIV_ROOT=str(tmp_path / "cache"), PLUGIN_UNIX_SOCKET_DIR=str(cgroup)) as process:
+            assert first_line(process).startswith(f"{NAME}: the plugin cannot listen at {cgroup}/")
+            assert process.wait(10) == 1
+    finally:
+        for path in (*cgroup.glob("plugin-*"), cgroup):
+            path.rmdir()
 
 
 def test_version_needs_no_home_and_no_room(driver_file: Path, tmp_path: Path) -> None:
