@@ -58,6 +58,8 @@ from nomad_pb import (
 from nspawn.cgroup import (
     Usage,
     find_mirrors,
+    freeze_cgroup,
+    is_frozen,
     kill_cgroup,
     make_cgroup,
     parse_counters,
@@ -1057,11 +1059,23 @@ class Task:
             await asyncio.wait_for(self.ended.wait(), timeout)
         return self.exit
 
+    def pause(self, is_paused: bool) -> None:
+        """Freeze the payload as a whole, or let it go on: SIGSTOP would stop one process of a booted system."""
+        freeze_cgroup(f"{self.state.cgroup}/payload", is_paused)
+        what = "The task is paused. SIGCONT lets it go on." if is_paused else "The task goes on."
+        self.events.emit(self.state, what)
+
+    def check_running(self) -> None:
+        """Raise DriverError if the task is paused: a command in it would not run either."""
+        if is_frozen(f"{self.state.cgroup}/payload"):
+            raise TransientError("the task is paused; `nomad alloc signal -s SIGCONT` lets it go on")
+
     async def stop(self, kill_signal: str, timeout: float, helper: Helper) -> None:
         """End the task: its signal, `timeout` seconds, then SIGKILL; 0 means SIGKILL at once. Returns when it is
         dead; raises HostError if it cannot be killed. `helper` starts a command if an init needs one."""
         way = ""
         if timeout > 0 and not self.ended.is_set():
+            freeze_cgroup(f"{self.state.cgroup}/payload", is_frozen=False)  # a paused task hears no signal
             way = await self.ask(self.find_stop_signal(kill_signal), timeout, helper)
         if self.ended.is_set():
             return
@@ -2217,13 +2231,17 @@ class DriverService:
         task = self.tasks.get(request.task_id)
         if task.ended.is_set():
             raise DriverError(f"task {quote(request.task_id)} has ended, there is nothing to signal")
-        await task.send(number)
+        if number in (signal.SIGSTOP, signal.SIGCONT):
+            task.pause(number == signal.SIGSTOP)
+        else:
+            await task.send(number)
         return driver_pb2.SignalTaskResponse()
 
     @answers
     async def ExecTask(self, request: driver_pb2.ExecTaskRequest) -> driver_pb2.ExecTaskResponse:
         """For script checks. They read stdout only, so stderr goes there too; only the end of it is kept."""
         task = self.tasks.get(request.task_id)
+        task.check_running()
         run = Exec(self.helper, task.state, task.ended, request.command, merge=True)
         timeout = request.timeout.ToNanoseconds() / 1e9
         output, status = bytearray(), -int(signal.SIGKILL)
@@ -2253,6 +2271,7 @@ class DriverService:
             if first is None or not first.HasField("setup"):
                 raise DriverError("the first message of an exec must be its setup")
             setup, task = first.setup, self.tasks.get(first.setup.task_id)
+            task.check_running()
             run = Exec(self.helper, task.state, task.ended, setup.command, tty=setup.tty)
             await stream_exec(run, requests, context)
             return

@@ -293,6 +293,18 @@ def kill_cgroup(cgroup: str) -> bool:
     return True
 
 
+def freeze_cgroup(cgroup: str, is_frozen: bool) -> None:
+    """Freeze or thaw all processes in a cgroup and below it. A container cannot thaw what is frozen above it. Does
+    nothing if the cgroup is gone. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        write_control(Path(cgroup, "cgroup.freeze"), str(int(is_frozen)))
+
+
+def is_frozen(cgroup: str) -> bool:
+    """Whether somebody has asked to freeze a cgroup. Raises OSError."""
+    return read_number(f"{cgroup}/cgroup.freeze") == 1
+
+
 SYSTEMD_HIERARCHY = "/sys/fs/cgroup/systemd"
 
 

@@ -31,6 +31,7 @@ from tests.agent import Allocation, DriverError, Task, Template, call, launch_li
 from tests.containers import (
     Tasks,
     cpu_seconds,
+    driver_state,
     escape,
     eventually,
     is_alive,
@@ -259,6 +260,28 @@ def test_unknown_kill_signal_gives_way_to_the_usual_one(tasks: Tasks) -> None:
     task.stop(timeout=30, kill_signal="SIGNONSENSE")
     assert task.wait(1).exit_code == 5
     task.plugin.wait_for(lambda: any('"SIGNONSENSE"' in event.message for event in task.events))
+
+
+@pytest.mark.parametrize("boot", [False, True], ids=["command", "booted"])
+def test_paused_task(tasks: Tasks, boot: bool) -> None:
+    """As a whole, with what it has started; and it can be stopped as ever."""
+    script = "trap 'exit 3' TERM; while :; do sleep 0.05; done & while :; do sleep 0.1; done"
+    task = tasks.boot(volatile=None, read_only=True) if boot else tasks.start(script)
+    if boot:
+        task.logmon.wait_for(BOOTED, timeout=30)
+    events = Path(driver_state(task)["cgroup"], "payload/cgroup.events")
+    task.signal("SIGSTOP")
+    eventually(lambda: "frozen 1" in events.read_text())
+    with pytest.raises(DriverError, match=r"is paused.*SIGCONT"):
+        task.exec(["true"])
+    task.signal("SIGCONT")
+    eventually(lambda: "frozen 0" in events.read_text())
+    assert task.exec(["true"])[1].successful
+    task.signal("SIGSTOP")
+    task.stop(30)
+    assert task.wait(30).exit_code == (0 if boot else 3)
+    said = [event.message for event in task.events]
+    assert "The task is paused. SIGCONT lets it go on." in said and "The task goes on." in said
 
 
 def test_signal_to_an_ended_or_unknown_task_is_an_error(tasks: Tasks) -> None:
