@@ -199,7 +199,8 @@ protos() {
 
 reference() {
 	make_tools
-	$python -c 'import driver; print(driver.render_reference(), end="")' >build/options.md
+	$python -c 'import driver, nspawn.options as options
+print(options.render_reference(driver.TASK_GROUPS, driver.PLUGIN_OPTIONS), end="")' >build/options.md
 	mv build/options.md docs/options.md
 }
 

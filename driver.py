@@ -17,11 +17,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import functools
 import gc
 import itertools
-import json
 import logging
 import math
 import os
@@ -34,7 +32,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +61,8 @@ from nspawn.cgroup import (
     kill_cgroup,
     make_cgroup,
     parse_counters,
-    read_cgroup_pids,
-    read_cgroup_usage,
     read_number,
-    read_process_usage,
+    read_usage,
 )
 from nspawn.checks import (
     ACCOUNT,
@@ -137,7 +133,7 @@ from nspawn.common import (
 )
 from nspawn.devices import can_restrict_devices, restrict_devices
 from nspawn.exec import Exec, Helper, is_confined, settle
-from nspawn.files import read_text, remove_tree, write_file, write_new_file
+from nspawn.files import close_all, remove_tree, write_file
 from nspawn.host import (
     FINGERPRINT_PERIOD,
     Host,
@@ -145,16 +141,15 @@ from nspawn.host import (
     have_machined,
     is_open_to_others,
     read_boot_id,
+    read_cpu_mhz,
     read_host,
     read_mounts,
 )
 from nspawn.images import (
     Image,
-    View,
     apply_image,
     check_tree,
     choose_image_dir,
-    explain_command,
     find_account,
     find_archive,
     find_image,
@@ -176,7 +171,6 @@ from nspawn.job import (
     render_signal,
     state_directory,
 )
-from nspawn.linux import attach_tree, bind_mount, enter_namespace
 from nspawn.logs import find_holders, give_logs, hold_for_a_moment, hold_until_read, open_logs, open_pipes
 from nspawn.machined import Machined
 from nspawn.network import (
@@ -196,7 +190,6 @@ from nspawn.options import (
     Option,
     decode_options,
     never,
-    render_group,
 )
 from nspawn.outcome import (
     Exit,
@@ -209,15 +202,11 @@ from nspawn.permissions import (
     PluginOptions,
     RegistryAuth,
     check_permission,
-    render_permission_table,
 )
 from nspawn.plan import (
     BUNDLE_PLACE,
-    DEVICES_PLACE,
     HostInputs,
-    Journal,
     Plan,
-    check_init,
     plan_task,
 )
 from nspawn.process import (
@@ -237,19 +226,7 @@ from nspawn.process import (
     wait_readable,
 )
 from nspawn.reaper import Own, Reaper, Reaping
-from nspawn.record import MESSAGES, add_note, find_exit, read_messages, read_record, reserve_room
-from nspawn.roots import (
-    PLACE_NAME,
-    check_mount_points,
-    complete_root,
-    cover_nosuid,
-    lock_image,
-    make_mount_file,
-    make_mount_points,
-    make_working_directory,
-    mount_root,
-    pick_users,
-)
+from nspawn.record import add_note, find_exit, read_messages, read_record, reserve_room
 from nspawn.rules import check_permissions, check_rules, check_targets, decode_job
 from nspawn.running import (
     check_leader,
@@ -263,14 +240,13 @@ from nspawn.running import (
     restore_directory,
     write_mark,
 )
+from nspawn.setup import make_files, make_journal, make_mounts, make_upper_place
 from nspawn.sources import (
     Source,
     check_image_name,
     check_image_write,
     check_verity,
-    clone_source,
     find_device_rules,
-    make_nodes,
     open_devices,
     open_directories,
     open_image,
@@ -290,7 +266,6 @@ from nspawn.state import (
     read_state,
     read_states,
     remove_leftovers,
-    remove_place,
     split_id,
     wait_container,
     wait_processes,
@@ -731,37 +706,6 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
 )  # fmt: skip
 
 
-REFERENCE_HEAD = """\
-<!-- `sh build.sh reference` writes this file. The text is in driver.py. -->
-
-# Options
-
-The options of a task go into its `config` block. Names and meanings are systemd-nspawn's. A map may be written as
-a block or with `=`. If two blocks of a map share a key, the later wins.
-
-Each option is checked before the image is fetched, and all together before the container starts. A refusal is one
-sentence that names the option, the value and the rule.
-
-`nomad-driver-nspawn options` prints this reference for the version that is installed, and `options NAME` one
-option.
-"""
-
-REFERENCE_PERMISSIONS = """\
-A job may use an option with a permission only if the operator gives it. The permissions are words of
-[`allow`](#plugin-allow), or what [`allow_caps`](#plugin-allow_caps) and [`allow_paths`](#plugin-allow_paths)
-hold. "The host" means that a job with it can become root of the host.
-"""
-
-
-def render_reference() -> str:
-    """Return the manual of all options in Markdown: docs/options.md."""
-    parts = [REFERENCE_HEAD]
-    parts += [render_group(title, options) for title, options in TASK_GROUPS.items()]
-    parts.append(render_group("The plugin's block", PLUGIN_OPTIONS, "plugin "))
-    parts.append(f"## Permissions\n\n{REFERENCE_PERMISSIONS}\n{render_permission_table()}")
-    return "\n".join(parts)
-
-
 def render_spec(options: Sequence[Option]) -> hcl_spec_pb2.Spec:
     """Return the options as the schema Nomad checks jobs against.
 
@@ -797,60 +741,6 @@ def render_spec(options: Sequence[Option]) -> hcl_spec_pb2.Spec:
 # =====================================================================================================
 
 
-def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
-    """Make a task's private root; return nspawn's arguments for it. Adds to `locks` the descriptors of the locks
-    to hold as long as the task lives. Raises DriverError."""
-    assert plan.private
-    if (lock := lock_image(plan.image)) is not None:
-        locks.append(lock)
-    arguments, base = [f"--directory={directory}/root"], 0
-    users = plan.private.users
-    if users:
-        if users.base is None:
-            base, lock = pick_users(plan.machine)
-            locks.append(lock)
-        else:
-            base = users.base
-        arguments += [f"--private-users={base}:{users.count}", "--private-users-ownership=off"]
-    try:
-        mount_root(plan.private, base, directory)
-    except OSError as error:
-        raise explain_mount(plan, error) from None
-    if plan.image.key:
-        complete_root(directory / "root")
-    return arguments
-
-
-def prepare_root(plan: Plan, root: Path) -> None:
-    """Make what the container's root needs: the command's directory, and mount points if it is read-only. Raises
-    DriverError if that is not possible, if the command cannot be executed, or if there is no init to boot."""
-    is_read_only = plan.options.has_read_only_root
-    if is_read_only and plan.image.is_protected and not plan.private:
-        check_mount_points(root, plan.network.mount_files)
-    elif is_read_only:
-        make_mount_points(root)
-        for path in plan.network.mount_files:
-            make_mount_file(root, path, is_private=bool(plan.private))
-    view = View(root, plan.mount_table, plan.options.root or "/")
-    if plan.options.boot:
-        check_init(plan, view)
-        return
-    directory = plan.options.directory
-    if (
-        why := explain_command(plan.options.command[0], plan.search_path, view, directory)
-        if plan.options.command
-        else ""
-    ):
-        raise DriverError(why)
-    make_working_directory(view, directory, plan.explain_fixed_root())
-
-
-def explain_mount(plan: Plan, error: OSError) -> DriverError:
-    check_shortage(error)
-    why = "the kernel has no overlay file system" if error.errno == errno.ENODEV else error.strerror
-    return HostError(f"ephemeral: no root can be laid over the image {plan.image.path}: {why}")
-
-
 SHIM = (Path(__file__).parent / "nspawn/shim.sh").read_text()
 
 
@@ -858,41 +748,11 @@ def start_shim(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[in
     """Start the shim in a mount namespace of its own, which holds the task's private root. Blocks, and leaves its
     thread in that namespace: for `run_in_thread`. The shim inherits `locks`; our copies are closed. Raises
     DriverError or OSError."""
-    with contextlib.ExitStack() as stack:  # from here on the shim holds the locks, and its namespace the mounts
-        trees = []
-        for pin in plan.pins:
-            if not pin.is_node:
-                trees.append((clone_source(pin.source), pin.place))
-                stack.callback(os.close, trees[-1][0])
-        enter_namespace()
-        make_nodes([pin for pin in plan.pins if pin.is_node], state_dir / DEVICES_PLACE)
-        for tree, place in trees:
-            attach_tree(tree, place)
-        for path in plan.nosuid:
-            cover_nosuid(path)
-        stack.callback(close_all, locks)
-        environ = cover_places(plan, state_dir)
-        arguments = make_root(plan, state_dir, locks) if plan.private else []
-        root = plan.find_root(state_dir)
-        if root:
-            prepare_root(plan, root)
-        return start_shell(plan, state_dir, stdio, arguments, locks, environ)
-
-
-def close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())
-
-
-def cover_places(plan: Plan, state_dir: Path) -> dict[str, str]:
-    """Mount what nspawn must have in other places, in this thread's namespace. Return variables for it."""
-    if plan.options.overlay:  # nspawn keeps their changes in /var/tmp, and leaves them there if it is killed
-        bind_mount(f"{state_dir}/tmp", "/var/tmp")
     try:
-        bind_mount(str(state_dir / MESSAGES), "/dev/kmsg")
-    except OSError:  # there is no /dev/kmsg: the messages go to the task's stderr
-        return {}
-    return {"SYSTEMD_LOG_TARGET": "kmsg"}
+        arguments, environ = make_mounts(plan, state_dir, locks)
+        return start_shell(plan, state_dir, stdio, arguments, locks, environ)
+    finally:
+        close_all(locks)
 
 
 def start_shell(
@@ -1204,11 +1064,7 @@ class Task:
 
     async def find_usage(self) -> Usage:
         """Return what the task uses. In a thread: without numbers in the cgroup, every process must be read."""
-        return await run_in_thread(self.read_usage)
-
-    def read_usage(self) -> Usage:
-        usage = read_cgroup_usage(self.state.cgroup)
-        return usage or read_process_usage(read_cgroup_pids(f"{self.state.cgroup}/payload"))
+        return await run_in_thread(lambda: read_usage(self.state.cgroup))
 
 
 async def stop_task(state: State, timeout: float) -> str:
@@ -1226,33 +1082,6 @@ async def stop_task(state: State, timeout: float) -> str:
 
 START_LIMIT = 300.0  # seconds: an ephemeral copy of a large image, or a chown of it, takes minutes
 SLOW_START = 10.0  # seconds after which an event says what is going on
-
-
-async def make_upper_place(place: Path) -> int:
-    """Make the directory for what a task changes; return the lock that marks it as in use. Raises OSError."""
-    # A start before a reboot may have left one, or an artifact may have put anything there.
-    await remove_place(str(place))
-    if place.name != PLACE_NAME:  # in `ephemeral_dir`: nobody else removes what a crash of the machine left there
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for other in place.parent.glob(f"*{PLACE_NAME}"):
-            with contextlib.suppress(OSError):
-                fd = lock_directory(other)  # BlockingIOError when it is in use
-                # Rename it first: the same task may start again while this is being removed.
-                doomed = other.rename(other.with_name(f"{os.urandom(8).hex()}{PLACE_NAME}"))
-                os.close(fd)
-                await remove_place(str(doomed))
-    place.mkdir(mode=0o700)
-    return lock_directory(place)
-
-
-def lock_directory(path: Path) -> int:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
 
 
 class Start:
@@ -1322,10 +1151,7 @@ class Start:
         STATE_ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory.mkdir(mode=0o700)
         self.save()  # before the first process: if we die from here on, the task id alone leads to the cgroup
-        write_file(self.directory / "inside.json", json.dumps(asdict(self.plan.inside)))
         reserve_room(self.directory)
-        if self.plan.options.is_terminal:
-            os.mkfifo(self.directory / "console", 0o600)
         Store().use(self.directory.name, self.plan.task_id, self.plan.image)
         self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
         write_mark(self.state)
@@ -1335,19 +1161,7 @@ class Start:
             self.save(journal=self.plan.journal.place)
         if self.plan.private and self.plan.private.place:
             self.locks.append(await make_upper_place(Path(self.plan.private.place)))
-        for path, text in self.plan.network.files.items():
-            file = Path(f"{self.directory}{path}")
-            file.parent.mkdir(mode=0o700, exist_ok=True)
-            write_file(file, text, 0o644)
-        for pin in self.plan.pins:
-            make_place(Path(pin.place), pin.source.is_directory)
-        for place, content in self.plan.credentials.items():
-            write_secret(Path(place), content)
-        if self.plan.options.inaccessible:
-            make_inaccessible()
-        if self.plan.options.overlay:
-            (self.directory / "tmp").mkdir()
-        write_secret(self.directory / BUNDLE_PLACE / "config.json", self.plan.bundle.encode())
+        make_files(self.plan, self.directory)
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[socket.socket]:
@@ -1447,38 +1261,6 @@ class Start:
             )
         finally:
             close_all(self.locks)
-
-
-def make_place(path: Path, is_directory: bool) -> None:
-    """Make the directory or file to mount a source on. Raises OSError."""
-    path.parent.mkdir(exist_ok=True)
-    if is_directory:
-        path.mkdir()
-    else:
-        path.touch()
-
-
-def make_journal(journal: Journal) -> None:
-    try:
-        if journal.target:
-            os.symlink(journal.target, journal.place)
-        else:
-            os.mkdir(journal.place, 0o755)
-    except OSError as error:
-        check_shortage(error)
-        raise HostError(f"link_journal: {journal.place} cannot be made: {error.strerror}") from None
-
-
-def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
-    """Make the nodes that nspawn mounts over hidden paths, where no systemd is PID 1 to make them."""
-    if not root.is_dir():
-        (root / "dir").mkdir(mode=0o000, parents=True)
-        (root / "reg").touch(mode=0o000)
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    write_new_file(path, content)
 
 
 class Tasks:
@@ -1836,12 +1618,6 @@ def read_core_mhz(topology: base_pb2.ClientTopology) -> float:
         core.base_speed or core.max_speed or core.guess_speed for core in topology.cores
     )
     return total / len(topology.cores)
-
-
-def read_cpu_mhz() -> float:
-    """Return the kernel's mean speed of a core in MHz, 1000 if it has none; for agents before 1.7."""
-    speeds = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
-    return sum(map(float, speeds)) / len(speeds) if speeds else 1000.0
 
 
 START_DESCRIPTORS = 32  # that a start has open at a time; afterwards a task has three
@@ -2558,7 +2334,7 @@ def main() -> None:
         sys.exit(run_plugin())
     from nspawn.commands import Program, run_command  # only now: the plugin starts without argparse
 
-    program = Program(FILE_NAME, __version__, TASK_GROUPS, PLUGIN_OPTIONS, render_reference, stop_task)
+    program = Program(FILE_NAME, __version__, TASK_GROUPS, PLUGIN_OPTIONS, stop_task)
     sys.exit(run_command(program, sys.argv[1:]))
 
 

@@ -252,6 +252,11 @@ def read_cgroup_usage(cgroup: str) -> Usage | None:
     )
 
 
+def read_usage(cgroup: str) -> Usage:
+    """Return what a task uses. Without numbers in its cgroup, every process of it is read. Raises OSError."""
+    return read_cgroup_usage(cgroup) or read_process_usage(read_cgroup_pids(f"{cgroup}/payload"))
+
+
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 

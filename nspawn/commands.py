@@ -26,7 +26,7 @@ from typing import Any
 from nspawn.common import MACHINES_ROOT, ConfigError, DriverError
 from nspawn.host import CgroupMode, explain_open_directory, is_open_to_others, read_host
 from nspawn.images import DOCKER, choose_image_dir, plan_origin
-from nspawn.options import Option, decode_options, list_notes
+from nspawn.options import Option, decode_options, list_notes, render_reference
 from nspawn.permissions import PERMISSIONS, PluginOptions
 from nspawn.process import ProcessId
 from nspawn.rules import decode_job
@@ -43,7 +43,6 @@ class Program:
     version: str
     task_groups: Mapping[str, Sequence[Option]]  # by their titles
     plugin_options: Sequence[Option]
-    render_reference: Callable[[], str]
     stop_task: Callable[[State, float], Coroutine[None, None, str]]  # returns how the task ended
 
     @property
@@ -190,7 +189,7 @@ def show_help(parser: argparse.ArgumentParser, topic: str | None) -> int:
 
 def show_options(program: Program, given: argparse.Namespace) -> int:
     if given.markdown and given.name is None:
-        return show(program.render_reference())
+        return show(render_reference(program.task_groups, program.plugin_options))
     groups = {**program.task_groups, "In the plugin's block": program.plugin_options}
     if given.name is None:
         return show("\n".join(render_group(title, options) for title, options in groups.items()))

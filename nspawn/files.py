@@ -194,3 +194,8 @@ def clear_attributes(fd: int) -> None:
     number = struct.unpack("=Q", flags)[0]
     if number & PROTECTING_ATTRIBUTES:
         fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", number & ~PROTECTING_ATTRIBUTES))
+
+
+def close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

@@ -248,3 +248,9 @@ def can_share_images(image_dir: str, kernel: tuple[int, int]) -> bool:
         return kernel >= OVERLAY_IDMAP and have_idmap(image_dir)
     except (HostError, OSError):  # no user namespaces
         return False
+
+
+def read_cpu_mhz() -> float:
+    """Return the kernel's mean speed of a core in MHz, 1000 if it has none; for agents before 1.7."""
+    speeds = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return sum(map(float, speeds)) / len(speeds) if speeds else 1000.0

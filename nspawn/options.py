@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nspawn.common import ConfigError, name_entry, quote
-from nspawn.permissions import Permission
+from nspawn.permissions import Permission, render_permission_table
 
 
 class Kind(enum.Enum):
@@ -204,6 +204,37 @@ def decode_named(option: Option, raw: Mapping[str, object]) -> Any:
     if not said:
         return option.decode(None)
     return (option if said[0] == option.name else replace(option, name=said[0])).decode(raw[said[0]])
+
+
+REFERENCE_HEAD = """\
+<!-- `sh build.sh reference` writes this file. The options are in driver.py. -->
+
+# Options
+
+The options of a task go into its `config` block. Names and meanings are systemd-nspawn's. A map may be written as
+a block or with `=`. If two blocks of a map share a key, the later wins.
+
+Each option is checked before the image is fetched, and all together before the container starts. A refusal is one
+sentence that names the option, the value and the rule.
+
+`nomad-driver-nspawn options` prints this reference for the version that is installed, and `options NAME` one
+option.
+"""
+
+REFERENCE_PERMISSIONS = """\
+A job may use an option with a permission only if the operator gives it. The permissions are words of
+[`allow`](#plugin-allow), or what [`allow_caps`](#plugin-allow_caps) and [`allow_paths`](#plugin-allow_paths)
+hold. "The host" means that a job with it can become root of the host.
+"""
+
+
+def render_reference(groups: Mapping[str, Sequence[Option]], plugin: Sequence[Option]) -> str:
+    """Return the manual of all options in Markdown: docs/options.md."""
+    parts = [REFERENCE_HEAD]
+    parts += [render_group(title, options) for title, options in groups.items()]
+    parts.append(render_group("The plugin's block", plugin, "plugin "))
+    parts.append(f"## Permissions\n\n{REFERENCE_PERMISSIONS}\n{render_permission_table()}")
+    return "\n".join(parts)
 
 
 def render_group(title: str, options: Sequence[Option], prefix: str = "") -> str:

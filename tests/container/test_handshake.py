@@ -27,6 +27,7 @@ import pytest
 
 import driver
 from nomad_pb import base_pb2, driver_pb2, grpc_plugin_pb2
+from nspawn.options import render_reference
 from nspawn.permissions import PERMISSIONS
 from tests.agent import PLUGIN_ENV, Allocation, DriverError, Plugin, Task, call, launch_like_agent
 from tests.containers import eventually, on_overlay
@@ -381,7 +382,8 @@ def test_options_are_plain_text_or_markdown(driver_file: Path) -> None:
     plain = run_for_people(driver_file, "options").stdout
     assert "\nboot (bool)\n    Boot the image's init as PID 1" in plain
     assert "`" not in plain and "|" not in plain and max(map(len, plain.splitlines())) < 120
-    assert run_for_people(driver_file, "options", "--markdown").stdout == driver.render_reference()
+    reference = render_reference(driver.TASK_GROUPS, driver.PLUGIN_OPTIONS)
+    assert run_for_people(driver_file, "options", "--markdown").stdout == reference
 
 
 def test_one_option(driver_file: Path) -> None:

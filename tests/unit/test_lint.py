@@ -23,7 +23,7 @@ BUILT = "nomad-driver-nspawn"
 ROOMS = (
     "common", "notify", "linux", "files", "process", "permissions", "options", "checks", "job", "devices", "host",
     "cgroup", "images", "sources", "network", "roots", "rules", "plan", "outcome", "record", "logs", "store",
-    "state", "machined", "running", "reaper", "exec", "inits", "download", "unpack", "registry", "fetch",
+    "state", "setup", "machined", "running", "reaper", "exec", "inits", "download", "unpack", "registry", "fetch",
     "commands",
 )  # fmt: skip
 APART = ("enter", "bootstrap", "pack")  # programs of their own, which import nothing of ours
