@@ -11,13 +11,24 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from dataclasses import asdict
 from pathlib import Path
 
 from nspawn.common import DriverError, HostError, check_shortage
 from nspawn.files import write_file, write_new_file
 from nspawn.images import View, explain_command
-from nspawn.linux import attach_tree, bind_mount, enter_namespace
+from nspawn.linux import (
+    MNT_DETACH,
+    MS_BIND,
+    MS_NOSUID,
+    MS_REC,
+    attach_tree,
+    bind_mount,
+    call_libc,
+    enter_namespace,
+    mount_filesystem,
+)
 from nspawn.plan import BUNDLE_PLACE, DEVICES_PLACE, Journal, Plan, check_init
 from nspawn.record import MESSAGES
 from nspawn.roots import (
@@ -144,10 +155,55 @@ def cover_places(plan: Plan, directory: Path) -> dict[str, str]:
     if plan.options.overlay:  # nspawn keeps their changes in /var/tmp, and leaves them there if it is killed
         bind_mount(f"{directory}/tmp", "/var/tmp")
     try:
-        bind_mount(str(directory / MESSAGES), "/dev/kmsg")
-    except OSError:  # there is no /dev/kmsg: the messages go to the task's stderr
+        if not have_kernel_messages():
+            if not plan.image.is_directory:  # nspawn waits for a new loop device in the host's own /dev
+                return {}
+            cover_devices()
+        bind_mount(str(directory / MESSAGES), KERNEL_MESSAGES)
+    except OSError:  # the messages go to the task's stderr
         return {}
     return {"SYSTEMD_LOG_TARGET": "kmsg"}
+
+
+KERNEL_MESSAGES = "/dev/kmsg"
+
+
+def have_kernel_messages() -> bool:
+    """Whether /dev/kmsg is there to mount on. In a container it often is missing, or a link to another device."""
+    try:
+        return not stat.S_ISLNK(os.lstat(KERNEL_MESSAGES).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def cover_devices() -> None:
+    """Mount a tmpfs over /dev, in this thread's mount namespace, with all that is there and an empty file kmsg.
+    Devices that the host gets later do not appear in it. Raises OSError."""
+    folder = os.path.dirname(KERNEL_MESSAGES)
+    old = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mount_filesystem("tmpfs", folder, MS_NOSUID, "mode=0755")
+        try:
+            for name in {*os.listdir(old)} - {os.path.basename(KERNEL_MESSAGES)}:
+                copy_device(old, name, f"{folder}/{name}")
+            os.mknod(KERNEL_MESSAGES, 0o600)
+        except OSError:
+            call_libc("umount2", os.fsencode(folder), MNT_DETACH)
+            raise
+    finally:
+        os.close(old)
+
+
+def copy_device(folder: int, name: str, target: str) -> None:
+    """Show a link, device or directory of an open directory, with all that is mounted there, in another place."""
+    mode = os.lstat(name, dir_fd=folder).st_mode
+    if stat.S_ISLNK(mode):
+        os.symlink(os.readlink(name, dir_fd=folder), target)
+        return
+    make = os.mkdir if stat.S_ISDIR(mode) else os.mknod
+    make(target, 0o755)
+    source = f"/proc/self/fd/{folder}/{name}"
+    call_libc("mount", os.fsencode(source), os.fsencode(target), None, MS_BIND | MS_REC, None)
 
 
 def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:

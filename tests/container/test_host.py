@@ -12,7 +12,8 @@ import pytest
 
 from nspawn.cgroup import read_cgroup_pids, read_roots, remove_cgroup
 from nspawn.host import is_open_to_others
-from tests.agent import Allocation
+from tests.agent import Allocation, DriverError, launch_like_agent
+from tests.containers import Tasks, output
 
 LONG = "x" * 255
 
@@ -73,3 +74,36 @@ def test_allocation_reports_mounts(tmp_path: Path) -> None:
     allocation.close()
     assert len(allocation.violations) == 1 and f"{left} is still mounted" in allocation.violations[0]
     assert not list(tmp_path.iterdir())
+
+
+# A /dev as container managers make it; where it is a link, somebody has made it for programs that insist on it.
+CONTAINER_DEV = """#!/bin/sh
+exec unshare --mount sh -ec '
+    mount -t tmpfs -o mode=755 none /mnt
+    for name in null zero full random urandom tty; do : >/mnt/$name; mount --bind /dev/$name /mnt/$name; done
+    mkdir /mnt/pts /mnt/shm
+    mount --bind /dev/pts /mnt/pts
+    ln -s /proc/self/fd /mnt/fd
+    ln -s pts/ptmx /mnt/ptmx
+    {extra}
+    mount --move /mnt /dev
+    exec "{driver}"'
+"""
+
+
+@pytest.mark.parametrize("extra", ["", "ln -s null /mnt/kmsg"], ids=["none", "link"])
+def test_host_without_kernel_messages(driver_file: Path, image: Path, tmp_path: Path, extra: str) -> None:
+    """As in a container. nspawn's messages are not the task's, and say why a start fails."""
+    wrapper = tmp_path / driver_file.name
+    wrapper.write_text(CONTAINER_DEV.format(driver=driver_file, extra=extra))
+    wrapper.chmod(0o755)
+    with launch_like_agent(wrapper) as plugin, Tasks(plugin, image) as tasks:
+        task = tasks.make(["/bin/true"], network_bridge="no-such-br")
+        with pytest.raises(DriverError, match=r"could not start the container: .*no-such-br"):
+            task.start()
+        task, result = tasks.run("echo >/dev/null; stat -c %F /dev/null; ls /dev")
+        assert result.successful
+        kind, *names = output(task).splitlines()
+        assert kind == "character special file" and {"null", "pts", "urandom"} <= {*names}
+        assert task.logmon.stderr == b""
+    assert not plugin.violations
