@@ -474,7 +474,8 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            "the same number.",
            '["http"]', default=()),
     Option("port_map", Kind.NUMBER_MAP,
-           "Labels of ports, and the ports inside the container that they are forwarded to, for TCP and UDP.",
+           "Labels of ports, and the ports inside the container that they are forwarded to, for TCP and UDP. "
+           "Ports of the task's own network block that it does not name are forwarded to the same number.",
            "{ http = 8080 }", default={}, check=check_ports),
     Option("hostname", Kind.STRING,
            "The host name inside the container. By default the machine's name.",
@@ -1568,7 +1569,7 @@ def read_resources(resources: driver_pb2.Resources) -> Resources:
 
 def read_group_network(task: driver_pb2.TaskConfig) -> GroupNetwork:
     ports = {
-        port.label: Port(port.value, host_ip=network.ip)
+        port.label: Port(port.value, host_ip=network.ip, is_of_task=True)
         for network in task.resources.allocated_resources.networks
         for port in [*network.reserved_ports, *network.dynamic_ports]
     }

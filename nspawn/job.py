@@ -25,6 +25,7 @@ class Port:
     host: int
     to: int = 0  # the port inside the container, 0: the same
     host_ip: str = ""
+    is_of_task: bool = False  # of the task's own network block, which Nomad deprecates
 
     @property
     def inside(self) -> int:

@@ -133,7 +133,7 @@ def plan_network(
         link=plan_link(options, machine),
         files=files,
         mount_files=tuple(options.root + path for path in files if options.has_read_only_root),
-        notes=tuple(explain_dns(group, options, files)),
+        notes=(*explain_dns(group, options, files), *explain_dhcp(group, options)),
     )
     if group.namespace and is_disk:  # never with user namespaces: see check_image_rules
         return replace(network, argv=(f"--network-namespace-path={group.namespace}",))
@@ -142,6 +142,8 @@ def plan_network(
         entry = ("nsenter", f"--net={group.namespace}", "--", *set_up)
         return replace(network, entry=entry)
     ports = {label: find_port(group, "ports", label, label) for label in options.ports}
+    if options.port_map:  # as Docker's driver did it: the others have the same number inside
+        ports |= {label: port for label, port in group.ports.items() if port.is_of_task}
     for label, to in options.port_map.items():
         ports[label] = replace(find_port(group, f"port_map.{label}", label, to), to=to)
     return replace(
@@ -278,6 +280,19 @@ def explain_dns(group: GroupNetwork, options: JobOptions, files: Mapping[str, st
         yield (
             f"The host's name server {servers[0]} cannot be reached from the group's network: name one in the "
             "group's dns block."
+        )
+
+
+DHCP_CLIENT = re.compile(r"\b(dhclient|dhcpcd|udhcpc)\b")
+
+
+def explain_dhcp(group: GroupNetwork, options: JobOptions) -> Iterator[str]:
+    """Warn about a DHCP client in the group's network: it may not change the interface, and often says nothing."""
+    found = DHCP_CLIENT.search(" ".join(options.command))
+    if group.namespace and options.user_namespacing and found:
+        yield (
+            f"The command calls {found[1]}, which fails here: the group's network has its address already, and "
+            f"root inside cannot change it. Leave {found[1]} out."
         )
 
 

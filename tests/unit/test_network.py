@@ -29,7 +29,7 @@ from nspawn.network import (
 )
 from nspawn.roots import make_mount_file
 from tests.options import read_options
-from tests.unit.test_plan import ALLOC, AUTO, BOOT, BUNDLE, HEAD, TASK, USERS, VOLUMES, plan
+from tests.unit.test_plan import ALLOC, AUTO, BOOT, BUNDLE, HEAD, TASK, USERS, VOLUMES, command, plan
 
 GROUP = GroupNetwork(namespace=f"/var/run/netns/{ALLOC}")
 
@@ -60,6 +60,13 @@ def test_group_keeps_user_namespaces() -> None:
 def test_group_without_user_namespaces_is_left_as_it_is() -> None:
     found = plan({"user_namespacing": False}, task=replace(TASK, network=GROUP))
     assert found.network.entry == ("nsenter", f"--net={GROUP.namespace}", "--")
+
+
+def test_dhcp_client_in_a_group_is_told() -> None:
+    words = command("/bin/sh", "-c", "dhclient && nginx")
+    (note,) = plan(words, task=replace(TASK, network=GROUP)).notes
+    assert "The command calls dhclient, which fails here" in note
+    assert plan(words).notes == plan(command("nginx"), task=replace(TASK, network=GROUP)).notes == ()
 
 
 def test_group_maps_ports_itself() -> None:

@@ -419,6 +419,16 @@ def test_ports() -> None:
     assert argv == (*HEAD, *BOOT, *ports, *VOLUMES, *AUTO, BUNDLE)
 
 
+def test_port_map_takes_the_ports_of_the_task_along() -> None:
+    ports = {"http": Port(20080, is_of_task=True), "admin": Port(20081, is_of_task=True), "group": Port(20082)}
+    task = replace(TASK, network=GroupNetwork(ports=ports))
+    argv = plan({"port_map": [{"http": 80}]}, task=task).argv
+    assert [word for word in argv if word.startswith("--port=tcp")] == [
+        "--port=tcp:20080:80", "--port=tcp:20081:20081",
+    ]  # fmt: skip
+    assert not [word for word in plan({}, task=task).argv if word.startswith("--port")]
+
+
 @pytest.mark.parametrize(
     ("ports", "known"), [({}, "the labels are none"), ({"a": 1, "b": 2}, "the labels are a, b")]
 )
