@@ -130,6 +130,7 @@ class Ending:
     reason: str = ""  # why the driver killed it, if it noted that
     sent: int = 0  # the last signal sent on Nomad's behalf
     is_cut_short: bool = False  # nspawn has left what it removes last
+    has_lost_lines: bool = False  # nspawn's messages were removed with the state directory
 
 
 def explain_exit(end: Ending) -> Exit:
@@ -192,6 +193,13 @@ def explain_status(end: Ending, record: Record) -> Exit:
             return Exit(128 + end.sent, end.sent, "", end.at)
         why = "ended by a signal, or with exit code 255: systemd-nspawn does not tell which with process_two"
         return Exit(255, 0, why, end.at)
+    if record.status == 1 and end.has_lost_lines:  # a message would tell a signal from an exit code
+        if end.sent == signal.SIGKILL:
+            return Exit(128 + signal.SIGKILL, signal.SIGKILL, "", end.at)
+        why = (
+            "ended with exit code 1, or by a signal: systemd-nspawn's message was removed with the state directory"
+        )
+        return Exit(1, 0, why, end.at)
     if record.status == 133:
         return Exit(133, 0, "the container asked for a reboot; Nomad's restart policy decides", end.at)
     return Exit(record.status, 0, "", end.at)

@@ -35,6 +35,7 @@ class Notes:
     sent: int = 0  # the last signal sent on Nomad's behalf
     reason: str = ""  # why the task is killed, if its own exit code would not tell
     is_orphaned: bool = False  # the payload was there when shim and nspawn were gone
+    is_restored: bool = False  # the directory was removed and made anew: nspawn's messages are lost
 
 
 def reserve_room(directory: Path) -> None:
@@ -75,13 +76,24 @@ def read_notes(directory: Path) -> Notes:
     """Return the notes, none if there are none or they are damaged. Raises OSError when the host cannot tell."""
     try:
         values = json.loads((directory / NOTES).read_bytes())
-        notes = Notes(int(values["sent"]), str(values["reason"]), bool(values["is_orphaned"]))
+        flags = bool(values["is_orphaned"]), bool(values.get("is_restored"))
+        notes = Notes(int(values["sent"]), str(values["reason"]), *flags)
         return notes if 0 <= notes.sent <= 64 else Notes()
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):
         return Notes()
 
 
-def add_note(directory: Path, *, sent: int = 0, reason: str = "", is_orphaned: bool = False) -> None:
+def add_note(
+    directory: Path, *, sent: int = 0, reason: str = "", is_orphaned: bool = False, is_restored: bool = False
+) -> None:
     """Add to the notes, unless there is an exit record: what is done to a task after its end changes no result.
     Does nothing if the task was destroyed. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
@@ -93,6 +105,7 @@ def add_note(directory: Path, *, sent: int = 0, reason: str = "", is_orphaned: b
             sent=sent or notes.sent,
             reason=reason or notes.reason,
             is_orphaned=is_orphaned or notes.is_orphaned,
+            is_restored=is_restored or notes.is_restored,
         )
         overwrite(directory / NOTES, json.dumps(asdict(notes)))
 
@@ -113,6 +126,7 @@ def find_exit(directory: Path, mode: Mode, machine: str) -> Exit:
             record=record,
             is_orphaned=notes.is_orphaned,
             lines=read_messages(directory),
+            has_lost_lines=notes.is_restored,
             reason=notes.reason,
             sent=notes.sent,
             is_cut_short=(SETTINGS_ROOT / "propagate" / machine).is_dir(),  # nspawn removes it last

@@ -25,7 +25,7 @@ from nspawn.files import read_text, write_file
 from nspawn.host import read_boot_id, read_cgroup_mode
 from nspawn.linux import LOCK_FORMAT
 from nspawn.process import NO_PROCESS, ProcessId, read_stat, read_status
-from nspawn.record import reserve_room
+from nspawn.record import add_note, reserve_room
 from nspawn.state import State, read_states
 
 MARK = "trusted.nomad-driver-nspawn"  # only CAP_SYS_ADMIN over the host's users sees attributes of this kind
@@ -92,6 +92,7 @@ def restore_directory(state: State) -> None:
         STATE_ROOT.mkdir(mode=0o700, exist_ok=True)
         state.directory.mkdir(mode=0o700)
         reserve_room(state.directory)
+        add_note(state.directory, is_restored=True)
         write_file(state.directory / "state.json", state.render())
     except OSError as error:
         log.warn("the state directory of a running task cannot be made", task=state.task_id, error=str(error))

@@ -101,6 +101,23 @@ def test_task_without_its_state_directory_is_taken_up(tasks: Tasks, plugins: Plu
     assert leftovers(task.allocation.id) == []
 
 
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_kill_of_a_task_without_its_state_directory(tasks: Tasks, plugins: Plugins, is_stopped: bool) -> None:
+    """nspawn has said that it was a signal, but its message went with the directory."""
+    task = start_polite(tasks)
+    crash(tasks.plugin)
+    forget(task)
+    tasks.plugin = plugins.launch()
+    task.recover(tasks.plugin)
+    if is_stopped:
+        task.stop(timeout=0)
+    else:
+        os.kill(leader(task), signal.SIGKILL)
+    result = task.wait(10)
+    assert (result.exit_code, result.signal) == ((137, 9) if is_stopped else (1, 0))
+    assert is_stopped or "or by a signal" in result.err
+
+
 def test_state_directory_of_a_known_task_is_made_anew(tasks: Tasks) -> None:
     task = start_polite(tasks)
     forget(task)
