@@ -174,7 +174,7 @@ class Plan:
         ends = [] if timeout > 10 else [TIMED_OUT]
         if self.is_booted:
             return [*ends, End(0)]
-        if self.on_term == "exits":
-            return [*ends, TRAPPED]
+        if self.on_term == "exits":  # or it was about to kill itself, which nspawn does not tell apart
+            return [*ends, TRAPPED, *([End(143, 15)] if self.kills_itself else [])]
         is_default = self.on_term == "default" and self.kind == "process_two"  # PID 1 ignores the signal
         return [*ends, End(143, 15)] if is_default else ends

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from tests.agent import Allocation, DriverError, ExitResult, Resources, Task, ca
 from tests.chaos.plan import KILLED, ORPHANED, SCRIPT, TRAPPED, UNIT, UNKNOWN, End, Plan
 from tests.chaos.worker import FILLER, IMAGE, Worker
 from tests.containers import escape, leader, read_stat, shim, zombies
-from tests.leftovers import NSPAWN, STATE, leftovers, processes
+from tests.leftovers import NSPAWN, STATE, leftovers
 
 HANG = 60.0  # seconds after which a call counts as one that is never answered
 
@@ -226,7 +227,7 @@ class Round:
         handle.CopyFrom(self.task.handle)
         if is_new_agent:
             handle.config.ClearField("msgpack_driver_config")
-        may_refuse = self.may_be_lost or not (self.has_state or list(processes(self.allocation.id)))
+        may_refuse = self.may_be_lost or not (self.has_state or self.is_running())
         answer = self.ask("RecoverTask", handle=handle, may_refuse=may_refuse)
         if answer is None and self.reliefs:
             self.relieve()
@@ -238,6 +239,10 @@ class Round:
             self.waiting.append(self.call_beside("WaitTask", task_id=self.task.id))
 
     # --- what else happens ---
+
+    def is_running(self) -> bool:
+        fd = self.processes.get("leader")
+        return fd is not None and not select.select([fd], [], [], 0)[0]
 
     def close_reader(self) -> None:
         self.task.logmon.stop(0)
@@ -251,9 +256,7 @@ class Round:
         """StopTask, with a timeout that fits the script."""
         self.resume(list(self.paused))
         self.open_reader()  # or a full pipe would keep the script from seeing the signal
-        if self.has_allocation:
-            with contextlib.suppress(TimeoutError):  # it says something when it has set its traps
-                self.task.logmon.wait_for(f"out {self.runs} ", timeout=3)
+        self.wait_traps()
         seconds = self.plan.stop_timeout(self.has_allocation) if timeout is None else timeout
         self.is_harmed = True
         self.ends += self.plan.stop_ends(seconds)
@@ -265,6 +268,12 @@ class Round:
         else:
             self.other_calls.append(self.call_beside("StopTask", **fields))
 
+    def wait_traps(self) -> None:
+        """Until the script has set its traps: then it says something."""
+        if self.has_allocation:
+            with contextlib.suppress(TimeoutError):
+                self.task.logmon.wait_for(f"out {self.runs} ", timeout=3)
+
     def stop_and_crash(self) -> None:
         self.stop(waits=False)
         time.sleep(self.random.choice([0, 0.01, 0.05, 0.2]))
@@ -275,6 +284,10 @@ class Round:
         if name == "SIGKILL":
             self.is_harmed = True
             self.ends.append(KILLED)
+        elif self.task.logmon.running("stdout"):
+            self.wait_traps()
+        else:
+            self.ends.append(End(138, 10))
         self.ask("SignalTask", task_id=self.task.id, signal=name, may_refuse=True)
 
     def exec(self) -> None:
@@ -305,7 +318,7 @@ class Round:
         for entry in STATE.iterdir():
             if entry.is_dir():
                 subprocess.run(["rm", "-rf", "--one-file-system", str(entry)], check=False, timeout=30)
-        self.ends.append(UNKNOWN)
+        self.ends += [UNKNOWN, End(1, 0, "exit code 1, or by a signal")]
         self.has_state, self.is_harmed = False, True
 
     # --- shortages ---
@@ -416,8 +429,8 @@ class Round:
             count = max([written, *last, *(number + 1 for number in numbers)])
             if missing := set(range(count)) - set(numbers):
                 yield "lost lines", f"{stream}: {len(missing)} of {count}, from {min(missing)} on"
-            if is_own and len(last) != 1:
-                yield "lost lines", f"{stream}: {len(last)} last ones, {text[-200:]!r}"
+            if is_own and not last:  # two, if the signal comes while it ends
+                yield "lost lines", f"{stream}: the last one, after {text[-200:]!r}"
             if len(numbers) > len(set(numbers)):
                 yield "doubled lines", f"{stream}: {len(numbers) - len(set(numbers))}"
             if numbers != sorted(numbers):
