@@ -174,6 +174,7 @@ from nspawn.job import (
 from nspawn.logs import find_holders, give_logs, hold_for_a_moment, hold_until_read, open_logs, open_pipes
 from nspawn.machined import Machined
 from nspawn.network import (
+    LATE_ADDRESS,
     NO_ADDRESS,
     NetworkMode,
     NetworkPlan,
@@ -486,8 +487,10 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            "Lines to add to the image's `/etc/hosts`: `NAME:ADDRESS`.",
            '["db:192.0.2.7"]', default=(), check=parse_extra_hosts),
     Option("address_timeout", Kind.STRING,
-           "How long the start waits for the container's address, by default `0s`. Only services with "
-           '`address_mode = "driver"` need it: Nomad takes the address only when the task starts.',
+           "How long the start waits for the container's address. By default `10s` if the container boots, its "
+           "image enables systemd-networkd, and its link leads to a bridge, or the host runs systemd-networkd. "
+           'Otherwise `0s`. Only services with `address_mode = "driver"` need it: Nomad takes the address only '
+           "when the task starts.",
            '"10s"', check=parse_duration),
     Option("resolv_conf", Kind.STRING,
            "How `/etc/resolv.conf` inside the container is made.",
@@ -1054,14 +1057,14 @@ class Task:
             pause *= 1.5
         return ""
 
-    async def tell_address(self, mode: NetworkMode) -> None:
-        """Emit an event with the container's address, or with what may be missing."""
+    async def tell_address(self, mode: NetworkMode, late: str) -> None:
+        """Emit an event with the container's address, or with what may be missing, and a sentence `late`."""
         address = await self.find_address(ADDRESS_PATIENCE)
         if address:
-            self.events.emit(self.state, f"The container has the address {address}.")
+            self.events.emit(self.state, f"The container has the address {address}.{late}")
         elif not self.ended.is_set():
             why = explain_no_address(mode, self.state.mode is Mode.BOOT, have_networkd())
-            self.events.emit(self.state, NO_ADDRESS.format(limit=ADDRESS_PATIENCE) + why)
+            self.events.emit(self.state, NO_ADDRESS.format(limit=ADDRESS_PATIENCE) + why + late)
 
     async def find_usage(self) -> Usage:
         """Return what the task uses. In a thread: without numbers in the cgroup, every process must be read."""
@@ -1795,7 +1798,8 @@ class DriverService:
         if not network.mode.has_address:
             return None
         address = await task.find_address(network.address_timeout)
-        task.teller = asyncio.create_task(task.tell_address(network.mode))
+        late = "" if address else LATE_ADDRESS.format(limit=network.address_timeout)
+        task.teller = asyncio.create_task(task.tell_address(network.mode, late))
         if not address:
             return None
         return driver_pb2.NetworkOverride(

@@ -19,9 +19,10 @@ import stat
 import struct
 import sys
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from nspawn.checks import NO_TEXT, USER, IdRange, Mount, check_user
 from nspawn.common import MACHINES_ROOT, ConfigError, check_shortage, is_below, quote, render_value, shorten
@@ -172,6 +173,16 @@ MAX_TEXT = 256 << 10  # bytes of an image's /etc/hosts, passwd or group
 def read_in_image(image: Image, path: str) -> str:
     """Return the first MAX_TEXT bytes of an image's file, "" if it is not regular, cannot be read, or has symbolic
     links in its path. Always "" for a disk image."""
+    return look_up(image, path, lambda name, fd: read_head(name, MAX_TEXT, fd).decode(errors="replace")) or ""
+
+
+T = TypeVar("T")
+
+
+def look_up(image: Image, path: str, use: Callable[[str, int], T]) -> T | None:
+    """Call a function with the name of an image's file and the descriptor of its directory, and return the result.
+    None if there is no such file, if there are symbolic links in the path of its directory, or for a disk image.
+    The file itself may be anything: a link, a pipe, a whiteout."""
     folder, name = os.path.split(path)
     for directory in image.directories if image.is_directory else ():
         try:
@@ -179,7 +190,7 @@ def read_in_image(image: Image, path: str) -> str:
             if fd is not None:
                 try:
                     os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    return read_head(name, MAX_TEXT, fd).decode(errors="replace")
+                    return use(name, fd)
                 except FileNotFoundError:  # a lower layer may have it
                     pass
                 finally:
@@ -189,7 +200,26 @@ def read_in_image(image: Image, path: str) -> str:
             break
         if is_covered:
             break
-    return ""
+    return None
+
+
+UNIT_FOLDERS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+
+
+def enables_unit(image: Image, root: str, unit: str) -> bool:
+    """Whether the systemd of an image starts a unit when it boots. `root` is the directory of the image that
+    becomes the root. False for a disk image."""
+
+    def read_link(name: str, folder: int) -> str:
+        with contextlib.suppress(OSError):
+            return os.readlink(name, dir_fd=folder)
+        return ""
+
+    if look_up(image, f"{root}/etc/systemd/system/{unit}", read_link) == "/dev/null":  # masked
+        return False
+    return any(
+        look_up(image, f"{root}{folder}/multi-user.target.wants/{unit}", read_link) for folder in UNIT_FOLDERS
+    )
 
 
 def open_layer(layer: Path, folder: str) -> tuple[int | None, bool]:

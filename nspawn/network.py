@@ -25,19 +25,20 @@ from pathlib import Path
 from nspawn.checks import Mount
 from nspawn.common import ConfigError, HostError, check_shortage, shorten
 from nspawn.files import read_text
-from nspawn.images import Image, open_directory, read_in_image
+from nspawn.images import Image, enables_unit, open_directory, read_in_image
 from nspawn.job import Dns, GroupNetwork, JobOptions, Port
 from nspawn.linux import CLONE_NEWNET, call_libc
 
 
 @dataclass(frozen=True)
 class Names:
-    """What a container's /etc/resolv.conf and /etc/hosts are made from: see read_names."""
+    """What a container's /etc/resolv.conf and /etc/hosts are made from, and more of its image: see read_names."""
 
     resolv_conf: str = ""  # the host's
     hosts: str = ""  # the image's
     addresses: tuple[str, ...] = ()  # those of the group's namespace
     missing: frozenset[str] = frozenset()  # files of NAME_FILES that cannot be mounted in the image
+    expects_address: bool = False  # see is_address_expected
 
 
 NAME_FILES = ("/etc/resolv.conf", "/etc/hosts")
@@ -125,10 +126,11 @@ def plan_network(
     group: GroupNetwork, options: JobOptions, names: Names, machine: str, *, is_disk: bool = False
 ) -> NetworkPlan:
     """Return how a task gets its network. Raises ConfigError."""
+    default = ADDRESS_TIMEOUT if names.expects_address else 0.0
     files = plan_name_files(group, options, names, machine)
     network = NetworkPlan(
         mode=NetworkMode.of(group, options),
-        address_timeout=options.address_timeout or 0.0,
+        address_timeout=default if options.address_timeout is None else options.address_timeout,
         zone=options.network_zone or "",
         link=plan_link(options, machine),
         files=files,
@@ -153,6 +155,18 @@ def plan_network(
         environ=plan_port_environ(ports),
         notes=(*network.notes, *(note for label, port in ports.items() for note in explain_port(label, port))),
     )
+
+
+ADDRESS_TIMEOUT = 10.0  # seconds, if a job sets none: DHCP takes three to five of them in a system that boots
+
+
+def is_address_expected(group: GroupNetwork, options: JobOptions, image: Image) -> bool:
+    """Whether a container will ask for an address while it boots, and somebody may give it one. May block."""
+    mode = NetworkMode.of(group, options)
+    is_served = mode is NetworkMode.BRIDGE or (mode is NetworkMode.VETH and have_networkd())
+    if not is_served or not options.boot or options.volatile == "yes":  # that hides the image's /etc
+        return False
+    return enables_unit(image, options.root, "systemd-networkd.service")
 
 
 def find_port(group: GroupNetwork, option: str, label: str, shown: object) -> Port:
@@ -186,6 +200,10 @@ def explain_port(label: str, port: Port) -> Iterator[str]:
 
 
 NO_ADDRESS = "The container has no address after {limit:g} s: "
+LATE_ADDRESS = (
+    ' A service with address_mode = "driver" is registered only if the address is there within address_timeout, '
+    "here {limit:g} s."
+)
 
 
 def explain_no_address(mode: NetworkMode, is_booted: bool, have_networkd: bool) -> str:
@@ -283,13 +301,19 @@ def explain_dns(group: GroupNetwork, options: JobOptions, files: Mapping[str, st
         )
 
 
-DHCP_CLIENT = re.compile(r"\b(dhclient|dhcpcd|udhcpc)\b")
+DHCP_CLIENT = re.compile(r"(?:^|[\s;&|(/])(dhclient|udhcpc|dhcpcd)(?=$|[\s;&|)])")
+SHELLS = ("sh", "ash", "bash", "dash")
 
 
 def explain_dhcp(group: GroupNetwork, options: JobOptions) -> Iterator[str]:
     """Warn about a DHCP client in the group's network: it may not change the interface, and often says nothing."""
-    found = DHCP_CLIENT.search(" ".join(options.command))
-    if group.namespace and options.user_namespacing and found:
+    may_change = not options.user_namespacing and not {"CAP_NET_ADMIN", "all"}.isdisjoint(options.capability)
+    if not group.namespace or options.boot or not options.command or may_change:
+        return
+    program, *arguments = options.command
+    texts = [program, *(arguments if os.path.basename(program) in SHELLS else [])]
+    found = next((match for text in texts if (match := DHCP_CLIENT.search(text))), None)
+    if found:
         yield (
             f"The command calls {found[1]}, which fails here: the group's network has its address already, and "
             f"root inside cannot change it. Leave {found[1]} out."
@@ -343,11 +367,13 @@ def read_group_addresses(namespace: str) -> tuple[str, ...]:
 
 
 def read_names(group: GroupNetwork, image: Image, options: JobOptions) -> Names:
-    """Read what the container's name files are made from, nothing if the driver makes none. Leaves its thread in
-    the group's network: for `run_in_thread`. Raises OSError."""
+    """Read what the container's name files are made from, if the driver makes any. Leaves its thread in the
+    group's network: for `run_in_thread`. Raises OSError."""
+    expects_address = is_address_expected(group, options, image)
     if not group.namespace and group.dns.is_empty and not options.extra_hosts:
-        return Names()
+        return Names(expects_address=expects_address)
     return Names(
+        expects_address=expects_address,
         resolv_conf=read_resolv_conf(),
         hosts=read_in_image(image, f"{options.root}/etc/hosts"),
         addresses=read_group_addresses(group.namespace) if group.namespace else (),

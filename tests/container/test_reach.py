@@ -122,7 +122,7 @@ def group() -> Iterator[Group]:
 @pytest.fixture
 def small(image: Path, tmp_path: Path) -> Path:
     """An image of a few MB that has neither /etc/resolv.conf nor /etc/hosts."""
-    make_small_image(image, tmp_path / "small", ("dash", "cat"))
+    make_small_image(image, tmp_path / "small", ("dash", "cat", "sleep"))
     return tmp_path / "small"
 
 
@@ -447,7 +447,9 @@ def start_with_address(task: Task, address: str) -> driver_pb2.NetworkOverride |
 def find_leader(task: Task) -> int:
     """The container's PID 1 of a task whose start has not returned."""
     for pid, command in processes(task.allocation.id):
-        if command.startswith("/bin/sh -c") and "/proc" and os.path.exists(f"/proc/{pid}/root/usr/lib/os-release"):
+        if command.startswith(("/bin/sh -c", "/bin/sh /sbin/init")) and os.path.exists(
+            f"/proc/{pid}/root/usr/lib/os-release"
+        ):
             with contextlib.suppress(OSError):
                 if os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino:
                     return pid
@@ -580,6 +582,28 @@ def test_container_on_a_bridge_is_registered_under_its_own_address(tasks: Tasks,
     task = tasks.make(FOREVER, network_bridge=bridge, network_veth=None, address_timeout="60s")
     override = start_with_address(task, "198.19.255.249/30")
     assert override and (override.addr, override.auto_advertise) == ("198.19.255.249", True)
+
+
+def test_system_that_will_ask_for_its_address_is_waited_for(tasks: Tasks, small: Path, bridge: str) -> None:
+    """Its image enables a DHCP client. The init here leaves the rest to the test."""
+    (small / "usr/sbin").mkdir(exist_ok=True)
+    (small / "usr/sbin/init").write_text("#!/bin/sh\nwhile :; do sleep 0.05; done\n")
+    (small / "usr/sbin/init").chmod(0o755)
+    wants = small / "etc/systemd/system/multi-user.target.wants"
+    wants.mkdir(parents=True)
+    (wants / "systemd-networkd.service").symlink_to("/lib/systemd/system/systemd-networkd.service")
+    settings: dict[str, Any] = {
+        "image": str(small),
+        "ephemeral": True,
+        "network_bridge": bridge,
+        "network_veth": None,
+    }
+    override = start_with_address(tasks.make(boot=True, **settings), "198.19.255.245/30")
+    assert override and override.addr == "198.19.255.245"
+    task = tasks.start(boot=True, name="hasty", address_timeout="0s", **settings)
+    assert task.network_override is None
+    inside(task, "ip", "addr", "add", "198.19.255.241/30", "dev", "host0")
+    eventually(lambda: any("198.19.255.241. A service" in event.message for event in task.events), 60)
 
 
 def test_hostname_and_extra_hosts(tasks: Tasks, small: Path) -> None:

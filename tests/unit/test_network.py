@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nspawn.common import ConfigError, HostError
-from nspawn.images import Image, read_in_image
+from nspawn.images import Image, enables_unit, read_in_image
 from nspawn.job import Dns, GroupNetwork, Port, state_directory
 from nspawn.network import (
     NAME_FILES,
@@ -21,6 +21,7 @@ from nspawn.network import (
     check_namespace,
     explain_no_address,
     find_port_maps,
+    is_address_expected,
     parse_addresses,
     plan_name_files,
     plan_network,
@@ -225,6 +226,76 @@ def test_extra_host_is_a_name_and_an_address(item: str) -> None:
 )
 def test_address_timeout(text: str | None, seconds: float) -> None:
     assert plan({"address_timeout": text}).network.address_timeout == pytest.approx(seconds)
+
+
+def test_start_waits_for_an_address_that_is_expected() -> None:
+    names = Names(expects_address=True)
+    assert plan({}, names=names).network.address_timeout == 10
+    for text, seconds in (("0s", 0), ("1m", 60)):
+        assert plan({"address_timeout": text}, names=names).network.address_timeout == seconds
+
+
+UNIT = "systemd-networkd.service"
+
+
+def test_address_is_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, running = Image(tmp_path, is_directory=True), tmp_path / "running"
+    monkeypatch.setattr("nspawn.network.NETWORKD_IS_ACTIVE", str(running))
+
+    def is_expected(image: Image = image, group: GroupNetwork = TASK.network, **options: object) -> bool:
+        return is_address_expected(group, read_options(**options), image)
+
+    wants = tmp_path / "etc/systemd/system/multi-user.target.wants"
+    wants.mkdir(parents=True)
+    running.symlink_to("nowhere")
+    assert not is_expected(), "the image has no networkd enabled"
+    (wants / UNIT).symlink_to(f"/lib/systemd/system/{UNIT}")
+    assert is_expected()
+    assert is_expected(network_zone="web", network_veth=False)
+    assert not is_expected(group=GROUP)
+    assert not is_expected(boot=False, command=["/bin/true"])
+    assert not is_expected(network_veth=False)
+    assert not is_expected(volatile="yes")
+    assert not is_expected(replace(image, is_directory=False))
+    (tmp_path / "etc/systemd/system" / UNIT).symlink_to("/dev/null")
+    assert not is_expected(), "it is masked"
+    (tmp_path / "etc/systemd/system" / UNIT).unlink()
+    running.unlink()
+    assert not is_expected(), "nobody on the host gives out addresses"
+    assert is_expected(network_bridge="br0", network_veth=False), "somebody on the bridge does"
+
+
+def test_unit_of_an_image_of_layers(tmp_path: Path) -> None:
+    upper, lower = tmp_path / "upper", tmp_path / "lower"
+    for layer in (upper, lower):
+        (layer / "usr/lib/systemd/system/multi-user.target.wants").mkdir(parents=True)
+    image = Image(tmp_path, is_directory=True, layers=(upper, lower))
+    wants = f"usr/lib/systemd/system/multi-user.target.wants/{UNIT}"
+    assert not enables_unit(image, "", UNIT)
+    (lower / wants).symlink_to(f"../{UNIT}")
+    assert enables_unit(image, "", UNIT)
+    (upper / wants).mkdir()  # anything but a link hides it
+    assert not enables_unit(image, "", UNIT)
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [
+        (["dhclient", "-v"], "dhclient"),
+        (["/sbin/dhcpcd"], "dhcpcd"),
+        (["/bin/bash", "-c", "dhclient && nginx && tail -f /dev/null"], "dhclient"),
+        (["sh", "-c", "set -e; /sbin/udhcpc -i eth0\nexec web"], "udhcpc"),
+        (["sh", "-c", "echo no-dhclient; cat dhclient.conf"], ""),
+        (["/bin/web", "dhclient"], ""),
+    ],
+)
+def test_dhcp_client_in_a_group(command: list[str], program: str) -> None:
+    """Its interface belongs to Nomad."""
+    options = {"boot": False, "command": command}
+    notes = plan(options, task=replace(TASK, network=GROUP)).notes
+    told = [note for note in notes if "has its address already" in note]
+    assert len(told) == bool(program) and program in "".join(told)
+    assert not any("has its address" in note for note in plan(options).notes)
 
 
 @pytest.mark.parametrize("text", ["5", "s", "-1s", "1 s", "1d", "5s\n", "٣s"])
