@@ -132,7 +132,7 @@ from nspawn.common import (
     shorten,
 )
 from nspawn.devices import can_restrict_devices, restrict_devices
-from nspawn.exec import Exec, Helper, is_confined, settle
+from nspawn.exec import Exec, ExecServer, is_confined
 from nspawn.files import close_all, remove_tree, write_file
 from nspawn.host import (
     FINGERPRINT_PERIOD,
@@ -171,7 +171,7 @@ from nspawn.job import (
     render_signal,
     state_directory,
 )
-from nspawn.logs import find_holders, give_logs, hold_for_a_moment, hold_until_read, open_logs, open_pipes
+from nspawn.logs import chown_logs, find_holders, hold_for_a_moment, hold_until_read, open_logs, open_pipes
 from nspawn.machined import Machined
 from nspawn.network import (
     LATE_ADDRESS,
@@ -193,8 +193,8 @@ from nspawn.options import (
     never,
 )
 from nspawn.outcome import (
-    Exit,
-    Shortage,
+    ExitResult,
+    OomReport,
     explain_failure,
 )
 from nspawn.permissions import (
@@ -216,6 +216,7 @@ from nspawn.process import (
     SPARE,
     Handling,
     ProcessId,
+    cancel_and_wait,
     find_children,
     finish,
     read_handling,
@@ -241,7 +242,7 @@ from nspawn.running import (
     restore_directory,
     write_mark,
 )
-from nspawn.setup import make_files, make_journal, make_mounts, make_upper_place
+from nspawn.setup import make_files, make_journal, make_mounts, make_upper_dir
 from nspawn.sources import (
     Source,
     check_image_name,
@@ -262,12 +263,12 @@ from nspawn.state import (
     find_alloc_dirs,
     find_journal_obstacle,
     find_locks,
-    guess_state,
     kill_processes,
     read_state,
     read_states,
     remove_leftovers,
     split_id,
+    state_from_id,
     wait_container,
     wait_processes,
 )
@@ -800,13 +801,13 @@ class Task:
     def __init__(self, state: State, events: Events) -> None:
         self.state = state
         self.events = events
-        self.exit: Exit | None = None
+        self.exit: ExitResult | None = None
         self.ended = asyncio.Event()
         self.trouble: OSError | None = None  # what keeps this machine from watching the task
         self.troubled = asyncio.Event()
         self.log = log.bind(task=state.task_id, machine=state.machine)
         self.watcher = asyncio.create_task(self.watch())
-        self.teller: asyncio.Task[None] | None = None
+        self.announcing: asyncio.Task[None] | None = None
         self.holding: asyncio.Task[None] | None = None  # of the log pipes, after the end
         self.held: int | None = None  # see hold_cgroup
 
@@ -833,14 +834,14 @@ class Task:
                     await asyncio.sleep(HOST_PATIENCE)
         except Exception as error:  # callers that wait for the task must not wait for ever
             self.log.error("the task cannot be watched", error=repr(error))
-            self.exit = Exit(1, error=f"the task was lost: {error}", at=time.time())
+            self.exit = ExitResult(1, error=f"the task was lost: {error}", at=time.time())
         finally:
             memory.cancel()
         self.ended.set()
         self.holding = asyncio.create_task(hold_until_read(self.state.cgroup))
         self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
 
-    async def wait_end(self) -> Exit:
+    async def wait_end(self) -> ExitResult:
         """Wait for the end and until nothing is left running, then work out how it ended. Raises OSError."""
         state = self.state
         await state.shim.wait()
@@ -875,18 +876,18 @@ class Task:
             if DESCRIPTORS.is_among_last(alarm.fileno()):  # ending tasks is more important
                 return
             alarm.register(fd, select.EPOLLPRI)
-            before = self.read_shortage(fd).kills
+            before = self.read_oom_report(fd).kills
             while not before:
-                shortage = self.read_shortage(fd)
-                if shortage.kills and not await self.wait(0.5):
-                    self.events.emit(self.state, f"OOM: a process was killed: {shortage.reason}.")
+                oom = self.read_oom_report(fd)
+                if oom.kills and not await self.wait(0.5):
+                    self.events.emit(self.state, f"OOM: a process was killed: {oom.reason}.")
                     break
                 await wait_readable(alarm.fileno())
 
-    def read_shortage(self, events: int) -> Shortage:
+    def read_oom_report(self, events: int) -> OomReport:
         """Return what an open memory.events counts. Reading it also resets the poll."""
         limit = read_number(f"{self.state.cgroup}/memory.max")
-        return Shortage.of({**parse_counters(os.pread(events, 4096, 0).decode()), "memory.max": limit})
+        return OomReport.of({**parse_counters(os.pread(events, 4096, 0).decode()), "memory.max": limit})
 
     def find_payload(self) -> ProcessId | None:
         """Return the process that signals are for: the leader, or under the stub the command it started. None
@@ -917,7 +918,7 @@ class Task:
         if payload.send(number):
             self.log.debug("signal sent", signal=render_signal(number), pid=payload.pid)
 
-    async def wait(self, timeout: float | None = None) -> Exit | None:
+    async def wait(self, timeout: float | None = None) -> ExitResult | None:
         """Return how the task ended, None if it still runs after `timeout` seconds."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.ended.wait(), timeout)
@@ -934,13 +935,13 @@ class Task:
         if is_frozen(f"{self.state.cgroup}/payload"):
             raise TransientError("the task is paused; `nomad alloc signal -s SIGCONT` lets it go on")
 
-    async def stop(self, kill_signal: str, timeout: float, helper: Helper) -> None:
+    async def stop(self, kill_signal: str, timeout: float, exec_server: ExecServer) -> None:
         """End the task: its signal, `timeout` seconds, then SIGKILL; 0 means SIGKILL at once. Returns when it is
-        dead; raises HostError if it cannot be killed. `helper` starts a command if an init needs one."""
+        dead; raises HostError if it cannot be killed. `exec_server` starts a command if an init needs one."""
         way = ""
         if timeout > 0 and not self.ended.is_set():
             freeze_cgroup(f"{self.state.cgroup}/payload", is_frozen=False)  # a paused task hears no signal
-            way = await self.ask(self.find_stop_signal(kill_signal), timeout, helper)
+            way = await self.ask(self.find_stop_signal(kill_signal), timeout, exec_server)
         if self.ended.is_set():
             return
         reason = ""
@@ -949,21 +950,21 @@ class Task:
             self.events.emit(self.state, f"The task was {reason}.")
         await self.kill(reason)
 
-    async def ask(self, number: int, timeout: float, helper: Helper) -> str:
+    async def ask(self, number: int, timeout: float, exec_server: ExecServer) -> str:
         """Ask the task to end, and wait until it has ended or the time is up. Return how it was asked."""
         if self.state.mode is not Mode.BOOT or number not in (HALT, POWER_OFF):
             await self.send(number, is_stop=True)
             await self.wait(timeout)
             return render_signal(number)
         ways: list[str] = []
-        asking = asyncio.create_task(self.ask_init(number, helper, ways))
+        asking = asyncio.create_task(self.ask_init(number, exec_server, ways))
         try:
             await self.wait(timeout)
         finally:
-            await settle([asking])
+            await cancel_and_wait([asking])
         return " and ".join(ways) or "nothing: its init was not ready for a request"
 
-    async def ask_init(self, number: int, helper: Helper, ways: list[str]) -> None:
+    async def ask_init(self, number: int, exec_server: ExecServer, ways: list[str]) -> None:
         """Ask a booted container to shut down, in the way that its init understands. Adds to `ways` what was sent
         to it."""
         leader = self.state.leader
@@ -977,7 +978,7 @@ class Task:
         name = f"`{' '.join(request.command)}` inside"
         ways.append(name)
         while not self.ended.is_set():
-            why = await run_inside(helper, self.state, self.ended, request.command)
+            why = await run_inside(exec_server, self.state, self.ended, request.command)
             ways[0] = f"{name} ({why})" if why else name
             if why and request.number and len(ways) == 1:
                 ways.append(render_signal(request.number))
@@ -1002,7 +1003,7 @@ class Task:
         try:
             await asyncio.wait(waits, timeout=END_LIMIT, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await settle(waits)
+            await cancel_and_wait(waits)
         if self.trouble and self.troubled.is_set() and not self.ended.is_set():
             raise TransientError(f"the task was killed, but its end cannot be seen: {explain_host(self.trouble)}")
         return self.ended.is_set()
@@ -1057,7 +1058,7 @@ class Task:
             pause *= 1.5
         return ""
 
-    async def tell_address(self, mode: NetworkMode, late: str) -> None:
+    async def emit_address(self, mode: NetworkMode, late: str) -> None:
         """Emit an event with the container's address, or with what may be missing, and a sentence `late`."""
         address = await self.find_address(ADDRESS_PATIENCE)
         if address:
@@ -1075,7 +1076,7 @@ async def stop_task(state: State, timeout: float) -> str:
     """End a task for a person, and return how it ended. A plugin that has it removes what is left of it. Raises
     HostError if the task survives."""
     task, has_agent = Task(state, Events()), is_held(state.cgroup)
-    await task.stop("", timeout, Helper())
+    await task.stop("", timeout, ExecServer())
     exit = await task.wait()
     assert exit
     if not has_agent:
@@ -1088,7 +1089,7 @@ START_LIMIT = 300.0  # seconds: an ephemeral copy of a large image, or a chown o
 SLOW_START = 10.0  # seconds after which an event says what is going on
 
 
-class Start:
+class TaskStarter:
     """One start of a task, from the plan to the handle."""
 
     def __init__(self, plan: Plan, events: Events, task: TaskConfig, logs: Sequence[int]) -> None:
@@ -1107,9 +1108,9 @@ class Start:
             shim=NO_PROCESS,
             leader=None,
             started_at=time.time(),
-            image="" if plan.find_pin(plan.image.fd) else str(plan.image.path),
+            image="" if plan.find_staged(plan.image.fd) else str(plan.image.path),
             alloc_dir=task.alloc_dir,
-            place=plan.private.place if plan.private else "",
+            upper_dir=plan.private.upper_dir if plan.private else "",
             link=plan.network.link,
             zone=plan.network.zone,
             ports=tuple((port.host, port.inside) for port in plan.network.ports.values()),
@@ -1121,7 +1122,7 @@ class Start:
         """Start the container and return when it is up. If that fails, leave nothing behind."""
         try:
             await self.prepare()
-            await self.tell_copying()
+            await self.emit_copying()
             with contextlib.ExitStack() as stack:
                 notify = stack.enter_context(self.listen())
                 go, may_go = os.pipe()
@@ -1132,7 +1133,7 @@ class Start:
                 leader, users = await self.wait_ready(notify)
                 locks = {*self.state.locks, *find_locks(self.state.shim, self.state.image)}
                 self.save(leader=leader, users=users, locks=tuple(sorted(locks)))
-                give_logs(self.logs, users)
+                chown_logs(self.logs, users)
         except BaseException:
             await finish(self.abandon())
             raise
@@ -1157,14 +1158,14 @@ class Start:
         self.save()  # before the first process: if we die from here on, the task id alone leads to the cgroup
         reserve_room(self.directory)
         Store().use(self.directory.name, self.plan.task_id, self.plan.image)
-        self.tell_missing(make_cgroup(self.plan.cgroup, self.plan.limits))
+        self.emit_missing_limits(make_cgroup(self.plan.cgroup, self.plan.limits))
         write_mark(self.state)
         self.restrict_devices()
-        if self.plan.journal.place:
+        if self.plan.journal.path:
             make_journal(self.plan.journal)
-            self.save(journal=self.plan.journal.place)
-        if self.plan.private and self.plan.private.place:
-            self.locks.append(await make_upper_place(Path(self.plan.private.place)))
+            self.save(journal=self.plan.journal.path)
+        if self.plan.private and self.plan.private.upper_dir:
+            self.locks.append(await make_upper_dir(Path(self.plan.private.upper_dir)))
         make_files(self.plan, self.directory)
 
     @contextlib.contextmanager
@@ -1206,7 +1207,7 @@ class Start:
         wake, claim = asyncio.Event(), None
         loop.add_reader(notify.fileno(), wake.set)
         ended.add_done_callback(lambda _: wake.set())
-        slow = loop.call_later(SLOW_START, self.tell_slow)
+        slow = loop.call_later(SLOW_START, self.emit_slow_start)
         try:
             while True:
                 is_over = ended.done()  # before reading, so that nspawn's last words are not missed
@@ -1222,7 +1223,7 @@ class Start:
             slow.cancel()
             loop.remove_reader(notify.fileno())
 
-    def tell_missing(self, controllers: Sequence[str]) -> None:
+    def emit_missing_limits(self, controllers: Sequence[str]) -> None:
         """Emit an event about limits that the machine has but this cgroup lacks. The fingerprint reports those
         that the machine lacks."""
         here = [controller for controller in controllers if controller in read_host().controllers]
@@ -1242,12 +1243,12 @@ class Start:
             if can_restrict_devices():  # else the fingerprint reports it
                 self.events.emit(self.task, f"The task runs without a device policy: {error.strerror}.")
 
-    async def tell_copying(self) -> None:
+    async def emit_copying(self) -> None:
         if self.plan.copying:
             size = await run_in_thread(lambda: run(["du", "-sxm", "--", str(self.plan.image.path)], timeout=60))
             self.events.emit(self.task, f"{self.plan.copying} It has {size.split()[0] if size else '?'} MB.")
 
-    def tell_slow(self) -> None:
+    def emit_slow_start(self) -> None:
         what = "copying the image" if self.plan.copying else "setting up the container"
         self.events.emit(self.task, f"Still starting after {SLOW_START:g} s: systemd-nspawn is {what}.")
 
@@ -1290,7 +1291,7 @@ class Tasks:
         # The logs first: Nomad's reader stops when the last writer closes, and `clear` may end a writer.
         with open_logs(plan, directories) as logs:
             await self.clear(plan)
-            start = Start(plan, self.events, config, logs)
+            start = TaskStarter(plan, self.events, config, logs)
             try:
                 task = await start.run()
             except BaseException:
@@ -1322,8 +1323,8 @@ class Tasks:
             if not task.ended.is_set():
                 restore_directory(task.state)
 
-    def remind_machined(self) -> None:
-        self.machined.remind([task.state for task in self.known.values() if not task.ended.is_set()])
+    def reregister_tasks(self) -> None:
+        self.machined.reregister([task.state for task in self.known.values() if not task.ended.is_set()])
 
     async def clear(self, plan: Plan) -> None:
         """Kill and remove an earlier start of the same task: after a crash Nomad repeats StartTask with the same
@@ -1389,7 +1390,7 @@ class Tasks:
                 directory = state_directory(task_id)
                 state = read_state(directory) or await run_in_thread(lambda: find_marked(task_id))
                 if state or os.path.lexists(directory):
-                    task = Task(state or guess_state(task_id), self.events)
+                    task = Task(state or state_from_id(task_id), self.events)
                 elif lost:
                     await remove_leftovers(lost)  # from the disks; the reboot removed the rest
             if task:
@@ -1466,7 +1467,7 @@ def as_driver_error(error: Exception) -> DriverError:
     return DriverError(f"internal error of the driver, see the agent's log: {error}")
 
 
-def answers(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any, Any], Awaitable[Any]]:
+def unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any, Any], Awaitable[Any]]:
     """Turn a coroutine function, which takes the request alone, into a gRPC handler."""
 
     @functools.wraps(method)
@@ -1480,7 +1481,7 @@ def answers(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any,
     return handler
 
 
-def streams(
+def streaming(
     method: Callable[[Any, Any], AsyncIterator[Any]],
 ) -> Callable[[Any, Any, Any], AsyncIterator[Any]]:
     """Turn an asynchronous generator, which takes the request alone, into a gRPC handler."""
@@ -1530,7 +1531,7 @@ def check_task(task: driver_pb2.TaskConfig) -> None:
         raise DriverError(f"the task cannot be started: its share of the CPU is no number ({linux.PercentTicks})")
 
 
-def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
+def parse_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
     """Raises DriverError."""
     check_task(task)
     return TaskConfig(
@@ -1544,8 +1545,8 @@ def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
         stdout_path=task.stdout_path,
         stderr_path=task.stderr_path,
         cgroup=task.resources.linux_resources.cpuset_cgroup,
-        resources=read_resources(task.resources),
-        network=read_group_network(task),
+        resources=parse_resources(task.resources),
+        network=parse_group_network(task),
         mounts=tuple(
             Mount(mount.host_path, mount.task_path, mount.readonly, propagation=mount.propagation_mode)
             for mount in task.mounts
@@ -1557,7 +1558,7 @@ def read_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
     )
 
 
-def read_resources(resources: driver_pb2.Resources) -> Resources:
+def parse_resources(resources: driver_pb2.Resources) -> Resources:
     """Agents before 1.1 send no memory_max. -1 means no limit; some agents add the size of the secrets to it."""
     linux, memory = resources.linux_resources, resources.allocated_resources.memory
     most = None if memory.memory_max_mb < 0 else memory.memory_max_mb * MIB
@@ -1570,7 +1571,7 @@ def read_resources(resources: driver_pb2.Resources) -> Resources:
     )
 
 
-def read_group_network(task: driver_pb2.TaskConfig) -> GroupNetwork:
+def parse_group_network(task: driver_pb2.TaskConfig) -> GroupNetwork:
     ports = {
         port.label: Port(port.value, host_ip=network.ip, is_of_task=True)
         for network in task.resources.allocated_resources.networks
@@ -1589,7 +1590,7 @@ class BaseService:
     def __init__(self, driver: DriverService) -> None:
         self.driver = driver
 
-    @answers
+    @unary
     async def PluginInfo(self, request: Any) -> base_pb2.PluginInfoResponse:
         return base_pb2.PluginInfoResponse(
             type=base_pb2.DRIVER,
@@ -1598,11 +1599,11 @@ class BaseService:
             name=PLUGIN_NAME,
         )
 
-    @answers
+    @unary
     async def ConfigSchema(self, request: Any) -> base_pb2.ConfigSchemaResponse:
         return base_pb2.ConfigSchemaResponse(spec=render_spec(PLUGIN_OPTIONS))
 
-    @answers
+    @unary
     async def SetConfig(self, request: base_pb2.SetConfigRequest) -> base_pb2.SetConfigResponse:
         """Takes the plugin block. It changes nothing on the machine: the agent also calls it in short-lived
         processes, while another process looks after running tasks."""
@@ -1610,11 +1611,11 @@ class BaseService:
             **decode_options(PLUGIN_OPTIONS, unpack_options(request.msgpack_config))
         )
         if request.HasField("nomad_config") and request.nomad_config.driver.HasField("Topology"):
-            self.driver.core_mhz = read_core_mhz(request.nomad_config.driver.Topology)
+            self.driver.core_mhz = parse_core_mhz(request.nomad_config.driver.Topology)
         return base_pb2.SetConfigResponse()
 
 
-def read_core_mhz(topology: base_pb2.ClientTopology) -> float:
+def parse_core_mhz(topology: base_pb2.ClientTopology) -> float:
     """Return the mean speed of a core in MHz, 0 if the topology does not say."""
     if not topology.cores:
         return 0.0
@@ -1648,15 +1649,15 @@ class DriverService:
         self.events = Events()
         self.tasks = Tasks(self.events)
         self.starts: dict[str, PendingStart] = {}  # by the tasks' ids
-        self.helper = Helper()
+        self.exec_server = ExecServer()
         self.fetches = Fetches(Store())
         self.reaper = Reaper(self.find_reaping, self.find_own, self.tasks.reap)
 
-    @answers
+    @unary
     async def TaskConfigSchema(self, request: Any) -> driver_pb2.TaskConfigSchemaResponse:
         return driver_pb2.TaskConfigSchemaResponse(spec=render_spec(TASK_OPTIONS))
 
-    @answers
+    @unary
     async def Capabilities(self, request: Any) -> driver_pb2.CapabilitiesResponse:
         capabilities = driver_pb2.DriverCapabilities(
             send_signals=True,
@@ -1670,12 +1671,12 @@ class DriverService:
         )
         return driver_pb2.CapabilitiesResponse(capabilities=capabilities)
 
-    @answers
+    @unary
     async def Init(self, request: Any) -> driver_pb2.InitResponse:
         """Called by Nomad 2.0.4 and later before the streams, also after it has reattached to a running plugin."""
         return driver_pb2.InitResponse()
 
-    @streams
+    @streaming
     async def Fingerprint(self, request: Any) -> AsyncIterator[driver_pb2.FingerprintResponse]:
         """Never ends: the agent would reopen it at once, without any delay."""
         last = None
@@ -1685,7 +1686,7 @@ class DriverService:
         try:
             while True:
                 current = self.look_at_host(last)
-                self.tasks.remind_machined()
+                self.tasks.reregister_tasks()
                 self.tasks.finish_removals()
                 if current != last:
                     yield current
@@ -1758,18 +1759,18 @@ class DriverService:
             ".allow": ",".join(self.config.allow),
         }
 
-    @answers
+    @unary
     async def RecoverTask(self, request: driver_pb2.RecoverTaskRequest) -> driver_pb2.RecoverTaskResponse:
         """Answers at once: a starting agent calls it for one task after the other, even for tasks long gone."""
         task_id = request.task_id or request.handle.config.id  # the agent leaves task_id empty
         await self.tasks.recover(task_id, request.handle.driver_state)
         return driver_pb2.RecoverTaskResponse()
 
-    @answers
+    @unary
     async def StartTask(self, request: driver_pb2.StartTaskRequest) -> driver_pb2.StartTaskResponse:
         if not self.config.enabled:
             raise HostError("the driver is switched off on this client: its plugin block has enabled = false")
-        config = read_task_config(request.task)
+        config = parse_task_config(request.task)
         if config.id in self.tasks.known and not self.tasks.known[config.id].ended.is_set():
             raise DriverError(f"task {quote(config.id)} is running already")
         host = read_host()
@@ -1799,7 +1800,7 @@ class DriverService:
             return None
         address = await task.find_address(network.address_timeout)
         late = "" if address else LATE_ADDRESS.format(limit=network.address_timeout)
-        task.teller = asyncio.create_task(task.tell_address(network.mode, late))
+        task.announcing = asyncio.create_task(task.emit_address(network.mode, late))
         if not address:
             return None
         return driver_pb2.NetworkOverride(
@@ -1905,22 +1906,22 @@ class DriverService:
             check_tree(image.path, options)
         return image
 
-    @answers
+    @unary
     async def WaitTask(self, request: driver_pb2.WaitTaskRequest) -> driver_pb2.WaitTaskResponse:
         exit = await self.tasks.get(request.task_id).wait()
         assert exit is not None
         return driver_pb2.WaitTaskResponse(result=render_result(exit), err=render_line(exit.error))
 
-    @answers
+    @unary
     async def StopTask(self, request: driver_pb2.StopTaskRequest) -> driver_pb2.StopTaskResponse:
         """An unknown task counts as stopped: on an error, the agent would repeat the call for minutes."""
         await self.stop_start(request.task_id)
         task = self.tasks.known.get(request.task_id)
         if task:
-            await task.stop(request.signal, request.timeout.ToNanoseconds() / 1e9, self.helper)
+            await task.stop(request.signal, request.timeout.ToNanoseconds() / 1e9, self.exec_server)
         return driver_pb2.StopTaskResponse()
 
-    @answers
+    @unary
     async def DestroyTask(self, request: driver_pb2.DestroyTaskRequest) -> driver_pb2.DestroyTaskResponse:
         await self.stop_start(request.task_id)
         task = self.tasks.known.get(request.task_id)
@@ -1930,7 +1931,7 @@ class DriverService:
             )
         await self.tasks.destroy(request.task_id)
         if task:
-            await self.tasks.machined.settle(task.state.machine)
+            await self.tasks.machined.flush(task.state.machine)
         self.collect_images()
         return driver_pb2.DestroyTaskResponse()
 
@@ -1939,11 +1940,11 @@ class DriverService:
             delay = self.config.image_gc_delay
             self.fetches.collect(COLLECTION_DELAY if delay is None else delay)
 
-    @answers
+    @unary
     async def InspectTask(self, request: driver_pb2.InspectTaskRequest) -> driver_pb2.InspectTaskResponse:
         """Both times and the result are always set: Nomad's client panics without them."""
         task = self.tasks.get(request.task_id)
-        exit = task.exit or Exit(0)
+        exit = task.exit or ExitResult(0)
         status = driver_pb2.TaskStatus(
             id=task.state.task_id,
             name=task.state.machine,
@@ -1955,7 +1956,7 @@ class DriverService:
         driver = driver_pb2.TaskDriverStatus(attributes={"machine": task.state.machine})
         return driver_pb2.InspectTaskResponse(task=status, driver=driver)
 
-    @streams
+    @streaming
     async def TaskStats(self, request: driver_pb2.TaskStatsRequest) -> AsyncIterator[driver_pb2.TaskStatsResponse]:
         task = self.tasks.get(request.task_id)
         interval = max(request.collection_interval.ToNanoseconds() / 1e9, 0.1)
@@ -1993,7 +1994,7 @@ class DriverService:
             )
         return response
 
-    @streams
+    @streaming
     async def TaskEvents(self, request: Any) -> AsyncIterator[driver_pb2.DriverTaskEvent]:
         """Never ends, as Fingerprint."""
         with self.events.subscribe() as queue:
@@ -2006,7 +2007,7 @@ class DriverService:
                 response.timestamp.FromNanoseconds(int(event.at * 1e9))
                 yield response
 
-    @answers
+    @unary
     async def SignalTask(self, request: driver_pb2.SignalTaskRequest) -> driver_pb2.SignalTaskResponse:
         number = parse_signal(request.signal)
         task = self.tasks.get(request.task_id)
@@ -2018,12 +2019,12 @@ class DriverService:
             await task.send(number)
         return driver_pb2.SignalTaskResponse()
 
-    @answers
+    @unary
     async def ExecTask(self, request: driver_pb2.ExecTaskRequest) -> driver_pb2.ExecTaskResponse:
         """For script checks. They read stdout only, so stderr goes there too; only the end of it is kept."""
         task = self.tasks.get(request.task_id)
         task.check_running()
-        run = Exec(self.helper, task.state, task.ended, request.command, merge=True)
+        run = Exec(self.exec_server, task.state, task.ended, request.command, merge=True)
         timeout = request.timeout.ToNanoseconds() / 1e9
         output, status = bytearray(), -int(signal.SIGKILL)
 
@@ -2053,7 +2054,7 @@ class DriverService:
                 raise DriverError("the first message of an exec must be its setup")
             setup, task = first.setup, self.tasks.get(first.setup.task_id)
             task.check_running()
-            run = Exec(self.helper, task.state, task.ended, setup.command, tty=setup.tty)
+            run = Exec(self.exec_server, task.state, task.ended, setup.command, tty=setup.tty)
             await stream_exec(run, requests, context)
             return
         except Exception as error:
@@ -2062,21 +2063,21 @@ class DriverService:
         kind = TransientError if failure.recoverable else DriverError
         await abort(context, kind(re.sub("(?i)closed", "clos-ed", str(failure))))
 
-    @answers
+    @unary
     async def CreateNetwork(self, request: Any) -> driver_pb2.CreateNetworkResponse:
         raise Unsupported("the nspawn driver makes no networks for groups: Nomad does")
 
-    @answers
+    @unary
     async def DestroyNetwork(self, request: Any) -> driver_pb2.DestroyNetworkResponse:
         raise Unsupported("the nspawn driver makes no networks for groups: Nomad does")
 
-    @answers
+    @unary
     async def Shutdown(self, request: Any) -> driver_pb2.ShutdownResponse:
         """Called by Nomad 2.0.4 and later before the controller's Shutdown; tasks run on."""
         return driver_pb2.ShutdownResponse()
 
 
-def render_result(exit: Exit) -> driver_pb2.ExitResult:
+def render_result(exit: ExitResult) -> driver_pb2.ExitResult:
     return driver_pb2.ExitResult(exit_code=exit.code, signal=exit.signal, oom_killed=exit.oom_killed)
 
 
@@ -2103,18 +2104,18 @@ async def stream_exec(run: Exec, requests: AsyncIterator[Any], context: Any) -> 
         async for data in run.read(name):
             await send(name, data)
 
-    helpers = [asyncio.create_task(pass_input(run, requests))]
+    copying = [asyncio.create_task(pass_input(run, requests))]
     try:
         await run.start()
-        helpers += [asyncio.create_task(pass_output(name)) for name in run.outputs]
-        await asyncio.gather(*helpers[1:])
+        copying += [asyncio.create_task(pass_output(name)) for name in run.outputs]
+        await asyncio.gather(*copying[1:])
         status = await run.wait()
         if run.error:
             name, end = ("stdout", "\r\n") if run.tty else ("stderr", "\n")
             await send(name, f"{run.error}{end}".encode())
         await context.write(response(exited=True, result=render_code(status)))
     finally:
-        await settle(helpers)
+        await cancel_and_wait(copying)
         run.close()
 
 

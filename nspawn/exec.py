@@ -50,7 +50,7 @@ from nspawn.host import Mounts, read_mounts
 from nspawn.images import Account
 from nspawn.job import Mode
 from nspawn.linux import enter_namespace, make_read_only
-from nspawn.plan import Inside
+from nspawn.plan import ExecContext
 from nspawn.process import (
     DESCRIPTORS,
     NO_PROCESS,
@@ -79,7 +79,7 @@ def read_program() -> bytes:
 # Read when the plugin starts: later the directory with the plugin's code may have been removed.
 ENTER = read_program()
 EXEC_DESCRIPTORS = 12  # that the start of a command has open at a time; afterwards it has up to six
-HELPER_PATIENCE = 30.0  # seconds without a command after which the helper ends
+IDLE_LIMIT = 30.0  # seconds without a command after which the helper ends
 
 
 def find_mounts_of_python(mounts: Mounts, maps: str) -> list[str]:
@@ -90,7 +90,7 @@ def find_mounts_of_python(mounts: Mounts, maps: str) -> list[str]:
     return sorted(points & {str(parent) for path in needed for parent in Path(path).parents})
 
 
-def start_helper(requests: socket.socket, errors: int) -> ProcessId:
+def start_exec_server(requests: socket.socket, errors: int) -> ProcessId:
     """Start enter.py. For a moment a container may see the files that run it. So they are read-only in a new mount
     namespace, where the calling thread stays: for `run_in_thread`. Raises OSError."""
     enter_namespace()
@@ -108,7 +108,7 @@ def start_helper(requests: socket.socket, errors: int) -> ProcessId:
         )
 
 
-class Helper:
+class ExecServer:
     """The server that forks an entry for each command. It starts with the first command and ends when idle."""
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class Helper:
         try:
             with theirs:
                 self.errors = os.memfd_create("errors")
-                self.process = await run_in_thread(lambda: start_helper(theirs, self.errors), is_own=True)
+                self.process = await run_in_thread(lambda: start_exec_server(theirs, self.errors), is_own=True)
         except BaseException:
             ours.close()
             self.close()
@@ -172,7 +172,7 @@ class Helper:
         """Keep the server for HELPER_PATIENCE seconds, and longer while commands run: they would end with it."""
         if self.timer:
             self.timer.cancel()
-        self.timer = asyncio.get_running_loop().call_later(HELPER_PATIENCE, self.end)
+        self.timer = asyncio.get_running_loop().call_later(IDLE_LIMIT, self.end)
 
     def end(self) -> None:
         if read_children(self.process.pid):
@@ -261,7 +261,7 @@ def parse_limits(text: str) -> list[tuple[int, int]]:
     return [(soft, hard) for soft, hard in values]
 
 
-def plan_entry(leader: int, cgroup: str, inside: Inside, command: Sequence[str]) -> dict[str, Any]:
+def plan_entry(leader: int, cgroup: str, inside: ExecContext, command: Sequence[str]) -> dict[str, Any]:
     """Return the attributes of the container's first process and of the task that an entry takes over. Raises
     HostError if that process is not in the task's cgroup, where a command must run to have its limits. If the
     process has ended, raises HostError, OSError, KeyError or ValueError."""
@@ -344,14 +344,14 @@ class Exec:
 
     def __init__(
         self,
-        helper: Helper,
+        server: ExecServer,
         state: State,
         ended: asyncio.Event,
         command: Sequence[str],
         *,
         tty: bool = False,
         merge: bool = False,
-        inside: Inside | None = None,
+        inside: ExecContext | None = None,
     ) -> None:
         """`merge`: stdout and stderr are one stream. `inside`: what the command gets, by default what is the
         task's. Raises ConfigError for a bad command."""
@@ -359,7 +359,7 @@ class Exec:
             raise ConfigError("command", list(command), "must name a program")
         if any("\0" in word for word in command):
             raise ConfigError("command", list(command), "must not hold a NUL character")
-        self.helper, self.state, self.ended = helper, state, ended  # of the task
+        self.server, self.state, self.ended = server, state, ended  # of the task
         self.command, self.tty, self.merge, self.inside = command, tty, merge, inside
         self.report = -1  # the pipe from which `reported` is read
         self.reported = b""
@@ -384,33 +384,33 @@ class Exec:
                 raise DriverError(f"task {quote(self.state.task_id)} has ended: nothing can be executed in it")
             try:
                 await self.wait_confined(leader)
-                with await self.helper.connect() as control:
+                with await self.server.connect() as control:
                     await self.enter(control, leader.pid, process)
             finally:
                 os.close(process)
         await self.wait_output(self.report)
         if not self.read_report().startswith(b"+"):
-            raise self.explain_silence()
+            raise self.explain_failed_start()
         self.started.set()
         if self.entry:
-            self.helper.run(run_in_thread(functools.partial(leave_cgroup, self.entry.pid)))
+            self.server.run(run_in_thread(functools.partial(leave_cgroup, self.entry.pid)))
 
     async def enter(self, control: socket.socket, leader: int, process: int) -> None:
         """Let the entry enter and start the command. `close` knows it before it gets its plan."""
         number, _ = await receive_fds(control)
-        entry = self.helper.find_entry(int(number)) if number.isdigit() else None
+        entry = self.server.find_entry(int(number)) if number.isdigit() else None
         pidfd = entry.open() if entry else None
         if pidfd is None:
-            raise self.explain_silence(number.decode())
+            raise self.explain_failed_start(number.decode())
         self.entry = entry
-        self.helper.run(self.follow(pidfd))
+        self.server.run(self.follow(pidfd))
         try:
-            inside = self.inside or read_inside(self.state.directory)
+            inside = self.inside or read_exec_context(self.state.directory)
             plan = plan_entry(leader, self.state.cgroup, inside, self.command)
         except (HostError, OSError, KeyError, ValueError) as error:  # most likely the task has ended
             if isinstance(error, OSError):
                 check_shortage(error)
-            raise self.explain_silence(str(error)) from None
+            raise self.explain_failed_start(str(error)) from None
         if plan["cgroups"]:
             self.leaf = f"{plan['cgroups'][0]}/{LEAF}{number.decode()}"
         self.report, report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -423,7 +423,7 @@ class Exec:
             os.close(report)
         _, descriptors = await receive_fds(control, 3)
         if descriptors:
-            self.take_stdio(descriptors)
+            self.receive_stdio(descriptors)
             with contextlib.suppress(ConnectionError):  # the entry has ended: `start` finds out
                 control.send(b"+")
 
@@ -437,19 +437,19 @@ class Exec:
             if not leader.is_alive:
                 raise DriverError(f"task {quote(self.state.task_id)} has ended")
             await asyncio.sleep(0.01)
-        raise self.explain_silence("the container is still being set up")
+        raise self.explain_failed_start("the container is still being set up")
 
-    def explain_silence(self, why: str = "") -> DriverError:
+    def explain_failed_start(self, why: str = "") -> DriverError:
         """Return the error for a command that was not started, in the entry's words if it has left any."""
         self.take_end()
         if self.failure:
             return DriverError(self.failure)
         if self.ended.is_set():
             return DriverError(f"task {quote(self.state.task_id)} has ended")
-        why = why or f"its helper has ended {self.helper.read_errors()}".strip()
+        why = why or f"its helper has ended {self.server.read_errors()}".strip()
         return HostError(f"the command could not be started: {why}")
 
-    def take_stdio(self, descriptors: Sequence[int]) -> None:
+    def receive_stdio(self, descriptors: Sequence[int]) -> None:
         """Take our ends of the command's streams."""
         for fd in descriptors:
             os.set_blocking(fd, False)
@@ -552,9 +552,9 @@ class Exec:
     def close(self) -> None:
         """Close the streams. If the command has not ended, kill it in the background."""
         if self.entry and not self.over.is_set():
-            self.helper.run(self.kill())
+            self.server.run(self.kill())
         elif self.leaf:
-            self.helper.run(self.helper.remove_leaf(self.leaf))
+            self.server.run(self.server.remove_leaf(self.leaf))
         for fd in {self.report, self.stdin, *self.outputs.values()} - {-1}:
             os.close(fd)
         self.report, self.stdin, self.outputs = -1, -1, {}
@@ -586,7 +586,7 @@ class Exec:
             await asyncio.sleep(0.01)
         self.entry.send(signal.SIGKILL)
         if self.leaf:
-            await self.helper.remove_leaf(self.leaf)
+            await self.server.remove_leaf(self.leaf)
 
     def send_kill(self, root: int) -> bool:
         """Kill the command, its session, their descendants, and all in its cgroup. Return False if there are none,
@@ -607,14 +607,7 @@ class Exec:
 HANG_UP = 0.3  # seconds from SIGHUP to SIGKILL
 
 
-async def settle(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they have ended."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def read_inside(directory: Path) -> Inside:
+def read_exec_context(directory: Path) -> ExecContext:
     """Return what commands of a task get, from the state directory, which only root can read. Nomad's handle lacks
     the job's variables after a restart of the agent, and the payload can change what /proc shows of its own.
     Raises HostError, OSError or ValueError: without this nobody knows which user a command may run as."""
@@ -624,6 +617,6 @@ def read_inside(directory: Path) -> Inside:
         raise HostError(f"what it needs was removed from {directory}; restart the task") from None
     try:
         account = values.pop("account", None)
-        return Inside(**values, account=Account(**account) if account else None)
+        return ExecContext(**values, account=Account(**account) if account else None)
     except (AttributeError, TypeError):
         raise ValueError(f"{directory}/inside.json is damaged") from None

@@ -67,7 +67,7 @@ from nspawn.registry import (
     want_size,
 )
 from nspawn.store import Store, StoredImage
-from nspawn.unpack import Room, Source, Unpacker, copy_sparse, decompressed
+from nspawn.unpack import MeteredStream, Room, Unpacker, copy_sparse, decompressed
 
 MAX_MEMORY = 1 << 30  # bytes of address space: an archive's headers and dictionaries can ask for any amount
 
@@ -150,9 +150,9 @@ class Fetch:
         kind = self.values["type"]
         if kind == "docker":
             return self.fetch_docker(found)
-        path = Path(self.values["place"]) if kind == "archive" else self.download()
+        path = Path(self.values["address"]) if kind == "archive" else self.download()
         if kind == "archive":
-            path = self.pin(path)
+            path = self.hold_archive(path)
         image = self.image((self.convert(path),)) if kind == "raw" else self.load(path)
         self.discard_parts()
         return image
@@ -163,7 +163,7 @@ class Fetch:
             sizes = tuple(measure(self.store.layer(name)) for name in layers)
         return StoredImage(self.key, self.values["name"], self.values["type"], layers, sizes, now, now, **more)
 
-    def pin(self, path: Path) -> Path:
+    def hold_archive(self, path: Path) -> Path:
         """Return a path that stays the archive's. Raises DriverError if something else has taken its place."""
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # not yet for reading: it may be a device
         if os.path.realpath(f"/proc/self/fd/{fd}") != str(path) or not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -172,8 +172,8 @@ class Fetch:
 
     def download(self) -> Path:
         """Fetch what an address holds, check it, and return its file."""
-        with explaining(self.values["place"]):
-            parts = urllib.parse.urlsplit(self.values["place"])
+        with explaining(self.values["address"]):
+            parts = urllib.parse.urlsplit(self.values["address"])
         credentials = Credentials(self.values.get("username") or "", self.values.get("password") or "")
         if "@" in parts.netloc and not credentials.header:
             names = [urllib.parse.unquote(part or "") for part in (parts.username, parts.password)]
@@ -234,7 +234,7 @@ class Fetch:
         name = f"{hash_file(path, 'sha256')}.raw"
         disk = self.work / "disk.raw"
         with decompressed(path) as stream, open(disk, "wb") as target:
-            source = Source(stream, self.limit, "unpacking")
+            source = MeteredStream(stream, self.limit, "unpacking")
             copy_sparse(source, target)
         with open(disk, "rb") as file:
             head = file.read(32)
@@ -264,7 +264,7 @@ class Fetch:
                 raise
 
     def fetch_docker(self, found: StoredImage | None) -> StoredImage:
-        reference = Reference.parse(self.values["place"])
+        reference = Reference.parse(self.values["address"])
         client = Client(self.client.stall, sorted((CERTIFICATES / reference.host).glob("*.crt")))
         credentials = find_credentials(reference.host, self.values)
         registry = Registry(client, reference, credentials, reference.host in self.values["insecure"])
@@ -343,7 +343,7 @@ class Fetch:
         wanted = name.partition("-")[2]
         if self.store.layer(name).exists():
             with decompressed(path) as stream:
-                source = Source(stream, 2 * self.limit, "checking")
+                source = MeteredStream(stream, 2 * self.limit, "checking")
                 source.drain()
             check_contents(source.digest.hexdigest(), wanted)
             self.room.take(measure(self.store.layer(name)))

@@ -288,7 +288,7 @@ class Origin:
     """The source of an image that must be fetched or unpacked."""
 
     type: str  # tar, raw, docker, archive
-    place: str  # a URL, a reference, or a path
+    address: str  # a URL, a reference, or a path
     name: str  # for people, without credentials
     identity: tuple[str, ...] = ()  # what else tells it from other images
     verify: str = "no"
@@ -302,7 +302,7 @@ class Origin:
     @property
     def key(self) -> str:
         """The image's name in the store. It depends on the credentials, so no job gets what it could not fetch."""
-        parts = (self.type, self.place, *self.identity, self.verify, self.checksum, self.platform, self.username)
+        parts = (self.type, self.address, *self.identity, self.verify, self.checksum, self.platform, self.username)
         secret = hashlib.sha256(self.password.encode()).hexdigest()
         return hashlib.sha256(json.dumps([*parts, secret]).encode()).hexdigest()[:40]
 
@@ -325,12 +325,12 @@ def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:
         return None
     check_download(block)
     is_docker = block.type == "docker"
-    place = block.url.removeprefix(DOCKER)
-    is_latest = place.endswith(":latest") or not re.search(r"[:@][^/]*$", place)
+    address = block.url.removeprefix(DOCKER)
+    is_latest = address.endswith(":latest") or not re.search(r"[:@][^/]*$", address)
     return Origin(
         type=block.type,
-        place=place,
-        name=DOCKER + place if is_docker else redact(place),
+        address=address,
+        name=DOCKER + address if is_docker else redact(address),
         verify="no" if is_docker else block.verify,
         checksum=block.checksum or "",
         platform=block.platform or "",

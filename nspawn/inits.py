@@ -14,9 +14,9 @@ import signal
 from dataclasses import dataclass
 
 from nspawn.common import DriverError
-from nspawn.exec import Exec, Helper
+from nspawn.exec import Exec, ExecServer
 from nspawn.job import render_signal
-from nspawn.plan import DEFAULT_PATH, Inside
+from nspawn.plan import DEFAULT_PATH, ExecContext
 from nspawn.process import read_status, run_in_thread
 from nspawn.state import State
 
@@ -78,7 +78,7 @@ AGAIN, AGAIN_LATER = (
     5.0,
 )  # seconds to the next request: an init drops it, or fails, if it has just begun to boot
 READY_LIMIT = 5.0  # seconds for an init to come so far that it can be asked
-ROOT = Inside(variables={"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", "TERM": "dumb"})
+ROOT = ExecContext(variables={"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", "TERM": "dumb"})
 
 
 async def wait_init(pid: int, ended: asyncio.Event) -> Init:
@@ -91,9 +91,9 @@ async def wait_init(pid: int, ended: asyncio.Event) -> Init:
     return init
 
 
-async def run_inside(helper: Helper, state: State, ended: asyncio.Event, command: tuple[str, ...]) -> str:
+async def run_inside(server: ExecServer, state: State, ended: asyncio.Event, command: tuple[str, ...]) -> str:
     """Run a command as the container's root. Return "" if it succeeded, else why not."""
-    run = Exec(helper, state, ended, command, merge=True, inside=ROOT)
+    run = Exec(server, state, ended, command, merge=True, inside=ROOT)
     try:
         await run.start()
         await run.end_stdin()

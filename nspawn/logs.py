@@ -127,7 +127,7 @@ def open_logs(plan: Plan, directories: Mapping[str, Source]) -> Iterator[list[in
         yield logs
 
 
-def give_logs(logs: Sequence[int], users: Sequence[tuple[int, int]]) -> None:
+def chown_logs(logs: Sequence[int], users: Sequence[tuple[int, int]]) -> None:
     """Make the container's root the owner of its log FIFOs, so that programs can reopen /dev/stdout."""
     for fd in logs:
         if users and users[0][0] and stat.S_ISFIFO(os.fstat(fd).st_mode):

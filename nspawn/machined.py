@@ -32,7 +32,7 @@ class Machined:
     def __init__(self) -> None:
         self.calls: set[asyncio.Task[None]] = set()  # asyncio itself keeps no references
         self.leaving: dict[str, asyncio.Task[None]] = {}
-        self.reminder: asyncio.Task[None] | None = None
+        self.reregistering: asyncio.Task[None] | None = None
 
     def register(self, state: State) -> None:
         self.start(register(state))
@@ -40,12 +40,12 @@ class Machined:
     def unregister(self, state: State) -> None:
         self.leaving[state.machine] = self.start(unregister(state))
 
-    def remind(self, states: Iterable[State]) -> None:
+    def reregister(self, states: Iterable[State]) -> None:
         """Register what machined has forgotten, unless the last `remind` still does so."""
-        if not self.reminder or self.reminder.done():
-            self.reminder = self.start(register(*states))
+        if not self.reregistering or self.reregistering.done():
+            self.reregistering = self.start(register(*states))
 
-    async def settle(self, machine: str) -> None:
+    async def flush(self, machine: str) -> None:
         """Wait until the `unregister` of a machine has ended, at most SETTLE_LIMIT seconds."""
         if call := self.leaving.pop(machine, None):
             await asyncio.wait([call], timeout=SETTLE_LIMIT)

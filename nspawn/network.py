@@ -31,7 +31,7 @@ from nspawn.linux import CLONE_NEWNET, call_libc
 
 
 @dataclass(frozen=True)
-class Names:
+class NetworkInputs:
     """What a container's /etc/resolv.conf and /etc/hosts are made from, and more of its image: see read_names."""
 
     resolv_conf: str = ""  # the host's
@@ -123,7 +123,7 @@ def plan_link(options: JobOptions, machine: str) -> str:
 
 
 def plan_network(
-    group: GroupNetwork, options: JobOptions, names: Names, machine: str, *, is_disk: bool = False
+    group: GroupNetwork, options: JobOptions, names: NetworkInputs, machine: str, *, is_disk: bool = False
 ) -> NetworkPlan:
     """Return how a task gets its network. Raises ConfigError."""
     default = ADDRESS_TIMEOUT if names.expects_address else 0.0
@@ -236,7 +236,9 @@ def find_port_maps(text: str, ports: Sequence[tuple[int, int]]) -> list[str]:
     return [match[0] for match in NAT_ELEMENT.finditer(text) if (int(match[1]), int(match[2])) in ports]
 
 
-def plan_name_files(group: GroupNetwork, options: JobOptions, names: Names, machine: str) -> dict[str, str]:
+def plan_name_files(
+    group: GroupNetwork, options: JobOptions, names: NetworkInputs, machine: str
+) -> dict[str, str]:
     """Return the name files that the driver has to make: /etc/resolv.conf for a dns block, /etc/hosts for
     extra_hosts, and both for a group's network (the first only if resolv_conf is unset or auto). Leaves out what
     the job's binds cover, and what cannot be mounted, unless dns or extra_hosts asks for it."""
@@ -366,13 +368,13 @@ def read_group_addresses(namespace: str) -> tuple[str, ...]:
     )
 
 
-def read_names(group: GroupNetwork, image: Image, options: JobOptions) -> Names:
+def read_names(group: GroupNetwork, image: Image, options: JobOptions) -> NetworkInputs:
     """Read what the container's name files are made from, if the driver makes any. Leaves its thread in the
     group's network: for `run_in_thread`. Raises OSError."""
     expects_address = is_address_expected(group, options, image)
     if not group.namespace and group.dns.is_empty and not options.extra_hosts:
-        return Names(expects_address=expects_address)
-    return Names(
+        return NetworkInputs(expects_address=expects_address)
+    return NetworkInputs(
         expects_address=expects_address,
         resolv_conf=read_resolv_conf(),
         hosts=read_in_image(image, f"{options.root}/etc/hosts"),

@@ -71,7 +71,7 @@ def explain_failure(lines: Sequence[str], status: int) -> DriverError:
 
 
 @dataclass(frozen=True)
-class Exit:
+class ExitResult:
     """How a task ended."""
 
     code: int
@@ -82,7 +82,7 @@ class Exit:
 
 
 @dataclass(frozen=True)
-class Shortage:
+class OomReport:
     """A task's lack of memory, as its cgroup has counted it. Sizes are in bytes; 0 is none or unknown."""
 
     kills: int = 0  # how many of its processes the kernel has killed
@@ -91,7 +91,7 @@ class Shortage:
     peak: int = 0
 
     @classmethod
-    def of(cls, counters: Mapping[str, int]) -> Shortage:
+    def of(cls, counters: Mapping[str, int]) -> OomReport:
         """Make one from the counters of memory.events, with memory.max and memory.peak added to them."""
         is_own = counters.get("oom", 0) > 0
         numbers = counters.get("memory.max", 0), counters.get("memory.peak", 0)
@@ -107,7 +107,7 @@ class Shortage:
 
 
 @dataclass(frozen=True)
-class Record:
+class ExitRecord:
     """The exit record that the shim leaves."""
 
     status: int  # of nspawn, as sh reports it
@@ -115,7 +115,7 @@ class Record:
         bool  # something was in the payload's cgroup when nspawn was gone: the payload, or an exec's entry
     )
     at: float  # Unix time
-    shortage: Shortage = Shortage()
+    oom: OomReport = OomReport()
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Ending:
 
     mode: Mode
     at: float  # Unix time
-    record: Record | None  # None: the shim was killed before it could leave one
+    record: ExitRecord | None  # None: the shim was killed before it could leave one
     is_orphaned: bool = False  # the payload was there when nspawn was gone
     lines: Sequence[str] = ()  # nspawn's messages
     reason: str = ""  # why the driver killed it, if it noted that
@@ -133,7 +133,7 @@ class Ending:
     has_lost_lines: bool = False  # nspawn's messages were removed with the state directory
 
 
-def explain_exit(end: Ending) -> Exit:
+def explain_exit(end: Ending) -> ExitResult:
     """Return how a task ended. The first of these that fits decides:
 
     1. There is no record, because the shim was killed, perhaps with nspawn: the exit code is not known. If the
@@ -148,16 +148,16 @@ def explain_exit(end: Ending) -> Exit:
     """
     exit = explain_status(end, end.record) if end.record else explain_lost_shim(end)
     if end.reason and (end.record is None or exit.signal == signal.SIGKILL):
-        return Exit(128 + signal.SIGKILL, signal.SIGKILL, end.reason, end.at)
+        return ExitResult(128 + signal.SIGKILL, signal.SIGKILL, end.reason, end.at)
     if end.record is None:
         return exit
-    shortage = end.record.shortage
-    if shortage.kills and exit.code and end.sent != signal.SIGKILL:
+    oom = end.record.oom
+    if oom.kills and exit.code and end.sent != signal.SIGKILL:
         is_silent = end.mode is Mode.PROCESS_TWO and exit.code == 255
         if exit.code == 128 + signal.SIGKILL or is_silent:
-            why = f"OOM killed: {shortage.reason}"
-            return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at, oom_killed=True)
-        before = f"the kernel had killed {shortage.kills} of its processes: {shortage.reason}"
+            why = f"OOM killed: {oom.reason}"
+            return ExitResult(128 + signal.SIGKILL, signal.SIGKILL, why, end.at, oom_killed=True)
+        before = f"the kernel had killed {oom.kills} of its processes: {oom.reason}"
         return replace(exit, error=f"{exit.error}; {before}" if exit.error else before)
     if exit.code in (1, 126, 127) and not exit.error and end.mode is not Mode.BOOT:
         # nspawn says that the container is up before it enters the directory and executes the command.
@@ -166,40 +166,40 @@ def explain_exit(end: Ending) -> Exit:
     return exit
 
 
-def explain_lost_shim(end: Ending) -> Exit:
+def explain_lost_shim(end: Ending) -> ExitResult:
     if end.is_orphaned:
         why = "the container's shim and systemd-nspawn were killed; the container was ended with them"
-        return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
-    return Exit(1, 0, "the container's shim was killed, so the exit code is not known", end.at)
+        return ExitResult(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
+    return ExitResult(1, 0, "the container's shim was killed, so the exit code is not known", end.at)
 
 
-def explain_status(end: Ending, record: Record) -> Exit:
+def explain_status(end: Ending, record: ExitRecord) -> ExitResult:
     """Return how the payload ended, as far as nspawn tells (measured: the same on 252, 257 and 262)."""
     is_killed = record.status > 128 and end.is_cut_short  # else status is an exit code
     if is_killed and record.is_orphaned:
         why = f"systemd-nspawn itself was killed (status {record.status}); the container was ended with it"
-        return Exit(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
+        return ExitResult(128 + signal.SIGKILL, signal.SIGKILL, why, end.at)
     for line in end.lines:
         match = re.search(r"terminated by signal (\S+)\.", line)
         if match:
             with contextlib.suppress(ConfigError):  # a name that parse_signal does not know
                 number = parse_signal(match[1])
-                return Exit(128 + number, number, "", end.at)
+                return ExitResult(128 + number, number, "", end.at)
     if is_killed:
         why = f"systemd-nspawn itself was killed (status {record.status}) when the container had ended"
-        return Exit(128 + signal.SIGKILL, signal.SIGKILL, f"{why}: its exit code is not known", end.at)
+        return ExitResult(128 + signal.SIGKILL, signal.SIGKILL, f"{why}: its exit code is not known", end.at)
     if record.status == 255 and end.mode is Mode.PROCESS_TWO:
         if end.sent:
-            return Exit(128 + end.sent, end.sent, "", end.at)
+            return ExitResult(128 + end.sent, end.sent, "", end.at)
         why = "ended by a signal, or with exit code 255: systemd-nspawn does not tell which with process_two"
-        return Exit(255, 0, why, end.at)
+        return ExitResult(255, 0, why, end.at)
     if record.status == 1 and end.has_lost_lines:  # a message would tell a signal from an exit code
         if end.sent == signal.SIGKILL:
-            return Exit(128 + signal.SIGKILL, signal.SIGKILL, "", end.at)
+            return ExitResult(128 + signal.SIGKILL, signal.SIGKILL, "", end.at)
         why = (
             "ended with exit code 1, or by a signal: systemd-nspawn's message was removed with the state directory"
         )
-        return Exit(1, 0, why, end.at)
+        return ExitResult(1, 0, why, end.at)
     if record.status == 133:
-        return Exit(133, 0, "the container asked for a reboot; Nomad's restart policy decides", end.at)
-    return Exit(record.status, 0, "", end.at)
+        return ExitResult(133, 0, "the container asked for a reboot; Nomad's restart policy decides", end.at)
+    return ExitResult(record.status, 0, "", end.at)

@@ -29,11 +29,11 @@ from nspawn.devices import USUAL_DEVICES, DeviceRule
 from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Account, Image, View, is_foreign
 from nspawn.job import UUID, GroupNetwork, JobOptions, Mode, TaskConfig, plan_machine, state_directory
-from nspawn.network import Names, NetworkPlan, plan_network
+from nspawn.network import NetworkInputs, NetworkPlan, plan_network
 from nspawn.options import Option, decode_string
-from nspawn.roots import PrivateRoot, RootPlan, plan_place, plan_root
+from nspawn.roots import PrivateRoot, RootPlan, plan_root, plan_upper_dir
 from nspawn.rules import check_rules
-from nspawn.sources import Pin, Source
+from nspawn.sources import Source, StagedSource
 
 MAX_VARIABLE = 128 << 10  # bytes of NAME=VALUE and its final NUL: the kernel's MAX_ARG_STRLEN
 MAX_ENVIRONMENT = 1536 << 10  # bytes; the kernel takes 2 MiB of arguments and environment together
@@ -83,7 +83,7 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  #
 
 
 @dataclass(frozen=True)
-class Inside:
+class ExecContext:
     """What a command gets that exec runs in the container: the task's user, directory and variables."""
 
     user: str = ""  # "": root
@@ -92,9 +92,9 @@ class Inside:
     account: Account | None = None  # None: enter.py looks the user up in the container
 
 
-def plan_inside(
+def plan_exec_context(
     task: TaskConfig, options: JobOptions, variables: Mapping[str, str], account: Account | None
-) -> Inside:
+) -> ExecContext:
     """Return what exec gives to commands. Without an account, enter.py looks the user up in the container."""
     given = {
         "PATH": DEFAULT_PATH,
@@ -104,7 +104,7 @@ def plan_inside(
         **variables,
     }
     user = account.name if account else options.user or ""
-    return Inside(user, options.working_directory or "/", given, account)
+    return ExecContext(user, options.working_directory or "/", given, account)
 
 
 OWN_MOUNTS = ("/dev", "/proc", "/run", "/sys", "/tmp")  # what nspawn mounts over the image's own directories
@@ -129,12 +129,12 @@ class Plan:
     private: PrivateRoot | None  # None: nspawn makes the root from the image
     search_path: str  # the command's PATH
     mounts: tuple[Mount, ...]  # with their sources in the shim's mount namespace
-    pins: tuple[Pin, ...]
+    staged_sources: tuple[StagedSource, ...]
     nosuid: tuple[str, ...]  # paths that nspawn binds and that must be mounted nosuid
     device_rules: tuple[DeviceRule, ...]
     credentials: Mapping[str, bytes]  # by their files, in the state directory
     copying: str  # a sentence about nspawn's copy of the image, "" if it makes none
-    inside: Inside
+    inside: ExecContext
     journal: Journal
     notes: tuple[str, ...]  # sentences for the task's events
 
@@ -154,8 +154,8 @@ class Plan:
             return state_dir / "root"
         if not self.image.is_directory:
             return None
-        pin = self.find_pin(self.image.fd)
-        return Path(pin.place) if pin else self.image.opened
+        staged = self.find_staged(self.image.fd)
+        return Path(staged.path) if staged else self.image.opened
 
     def explain_fixed_root(self) -> str:
         """Return why no directory can be made in the container's root before the start, "" if one can."""
@@ -170,12 +170,12 @@ class Plan:
 
     def name_sources(self, line: str) -> str:
         """Return a message of nspawn with the host's paths instead of those in the state directory."""
-        for pin in sorted(self.pins, key=lambda pin: len(pin.place), reverse=True):
-            line = line.replace(pin.place, pin.source.path)
+        for staged in sorted(self.staged_sources, key=lambda staged: len(staged.path), reverse=True):
+            line = line.replace(staged.path, staged.source.path)
         return line
 
-    def find_pin(self, fd: int) -> Pin | None:
-        return next((pin for pin in self.pins if fd >= 0 and pin.source.fd == fd), None)
+    def find_staged(self, fd: int) -> StagedSource | None:
+        return next((staged for staged in self.staged_sources if fd >= 0 and staged.source.fd == fd), None)
 
 
 JOURNALS = "/var/log/journal"
@@ -185,13 +185,13 @@ JOURNALS = "/var/log/journal"
 class Journal:
     """How the host shows a container's journal."""
 
-    place: str = ""  # a path in JOURNALS, removed with the task; "" for no journal
-    target: str = ""  # what `place` is a link to; "" if it is a directory that is mounted in the container
+    path: str = ""  # a path in JOURNALS, removed with the task; "" for no journal
+    target: str = ""  # what `path` is a link to; "" if it is a directory that is mounted in the container
     notes: tuple[str, ...] = ()  # sentences for the task's events
 
     @property
     def mounts(self) -> tuple[Mount, ...]:
-        return (Mount(self.place, self.place),) if self.place and not self.target else ()
+        return (Mount(self.path, self.path),) if self.path and not self.target else ()
 
 
 def plan_journal(task: TaskConfig, options: JobOptions, found: HostInputs, root: RootPlan) -> Journal:
@@ -226,7 +226,7 @@ class HostInputs:
     mounts: Mounts
     sources: Mapping[str, Source] = field(default_factory=dict)  # by the job's names for them
     credentials: Mapping[str, bytes] = field(default_factory=dict)
-    names: Names = Names()
+    names: NetworkInputs = NetworkInputs()
     devices: Mapping[Device, Source] = field(default_factory=dict)
     device_rules: tuple[DeviceRule, ...] = ()  # for the devices, and for nodes in binds and volumes
     directories: Mapping[str, Source] = field(default_factory=dict)  # of the task, and volumes, by path
@@ -241,16 +241,16 @@ def plan_task(
     """Plan the start of a task. Raises ConfigError."""
     check_rules(rows, options, host)
     state, machine = state_directory(task.id), plan_machine(task.name, task.alloc_id)
-    root, image_pin = plan_image(task, options, host, found)
+    root, staged_image = plan_image(task, options, host, found)
     network = plan_network(task.network, options, found.names, machine, is_disk=not found.image.is_directory)
-    options = settle_options(task, options, network, found.account)
+    options = complete_options(task, options, network, found.account)
     given = {**options.environment, **task.env, **network.environ}
     variables = select_variables(given)
     files, journal = plan_files(task, options, found), plan_journal(task, options, found, root)
     mounts = (*files.mounts, *network.plan_mounts(state), *journal.mounts)
     credentials = {key: f"{state}/credentials/{number}" for number, key in enumerate(found.credentials)}
     arguments = [
-        *([] if root.private else render_image(found.image, image_pin)),
+        *([] if root.private else render_image(found.image, staged_image)),
         *render_options(rows, strip_root(options) if root.private else options),
         *files.overlays,
         *(f"--load-credential={escape_field(key)}:{place}" for key, place in credentials.items()),
@@ -274,12 +274,12 @@ def plan_task(
         private=root.private,
         search_path=variables.get("PATH") or DEFAULT_PATH,
         mounts=mounts,
-        pins=(*files.pins, *([image_pin] if image_pin else [])),
+        staged_sources=(*files.staged_sources, *([staged_image] if staged_image else [])),
         nosuid=files.nosuid,
         device_rules=(*USUAL_DEVICES, *found.device_rules),
         credentials={credentials[key]: content for key, content in found.credentials.items()},
         copying=root.copying,
-        inside=plan_inside(task, options, variables, found.account),
+        inside=plan_exec_context(task, options, variables, found.account),
         journal=journal,
         notes=(*explain_variables(given), *network.notes, *journal.notes, *find_gaps(task, options, host, found)),
     )
@@ -287,15 +287,15 @@ def plan_task(
 
 def plan_image(
     task: TaskConfig, options: JobOptions, host: Host, found: HostInputs
-) -> tuple[RootPlan, Pin | None]:
-    """Return how the container gets its root, and the image's pin if it needs one. Raises ConfigError."""
+) -> tuple[RootPlan, StagedSource | None]:
+    """Return how the container gets its root, and the staged image if it is staged. Raises ConfigError."""
     check_image_rules(options, found.image, task.network)
-    place = plan_place(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
-    root = plan_root(found.image, options, host, found.mounts, place)
-    pin = pin_image(root, options, found.image, state_directory(task.id))
-    if pin and root.private:
-        root = replace(root, private=replace(root.private, layers=(pin.place,)))
-    return root, pin
+    upper_dir = plan_upper_dir(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
+    root = plan_root(found.image, options, host, found.mounts, upper_dir)
+    staged = stage_image(root, options, found.image, state_directory(task.id))
+    if staged and root.private:
+        root = replace(root, private=replace(root.private, layers=(staged.path,)))
+    return root, staged
 
 
 def find_gaps(task: TaskConfig, options: JobOptions, host: Host, found: HostInputs) -> Iterator[str]:
@@ -304,7 +304,7 @@ def find_gaps(task: TaskConfig, options: JobOptions, host: Host, found: HostInpu
     yield from explain_volumes(task, options, found.mounts)
 
 
-def settle_options(
+def complete_options(
     task: TaskConfig, options: JobOptions, network: NetworkPlan, account: Account | None
 ) -> JobOptions:
     """Return the options with what the task and its network decide. Raises ConfigError."""
@@ -377,7 +377,7 @@ def check_image_rules(options: JobOptions, image: Image, group: GroupNetwork) ->
             raise ConfigError(option, getattr(options, option), rule, "leave it out")
 
 
-def pin_image(root: RootPlan, options: JobOptions, image: Image, state: Path) -> Pin | None:
+def stage_image(root: RootPlan, options: JobOptions, image: Image, state: Path) -> StagedSource | None:
     """Return where to mount an image for nspawn so that nobody can exchange it, None if it can be used as it is.
     Raises ConfigError."""
     if image.fd < 0:
@@ -389,21 +389,22 @@ def pin_image(root: RootPlan, options: JobOptions, image: Image, state: Path) ->
     # nspawn puts its copy beside the image, and looks there for the files that verify a disk image.
     if image.is_fixed and not root.private and (options.ephemeral or not image.is_directory):
         return None
-    return Pin(Source(str(image.path), os.fstat(image.fd).st_mode, image.fd), f"{state}/{IMAGE_PLACE}")
+    return StagedSource(Source(str(image.path), os.fstat(image.fd).st_mode, image.fd), f"{state}/{IMAGE_PLACE}")
 
 
-def render_image(image: Image, pin: Pin | None) -> list[str]:
+def render_image(image: Image, staged: StagedSource | None) -> list[str]:
     """Return nspawn's arguments for an image that it mounts itself."""
-    return [f"--{'directory' if image.is_directory else 'image'}={pin.place if pin else image.path}"]
+    return [f"--{'directory' if image.is_directory else 'image'}={staged.path if staged else image.path}"]
 
 
 IMAGE_PLACE, DEVICES_PLACE, BUNDLE_PLACE = "image", "devices", "bundle"  # in the state directory
 
 
-def plan_pins(sources: Mapping[str, Source], state: Path, folder: str = "mounts") -> dict[str, Pin]:
-    """Return a pin for each source, under the key of the source."""
+def stage_sources(sources: Mapping[str, Source], state: Path, folder: str = "mounts") -> dict[str, StagedSource]:
+    """Return where each source is mounted for nspawn, under the key of the source."""
     return {
-        name: Pin(source, f"{state}/{folder}/{number}") for number, (name, source) in enumerate(sources.items())
+        name: StagedSource(source, f"{state}/{folder}/{number}")
+        for number, (name, source) in enumerate(sources.items())
     }
 
 
@@ -411,31 +412,32 @@ def plan_pins(sources: Mapping[str, Source], state: Path, folder: str = "mounts"
 class Files:
     """What a container gets of the host's files."""
 
-    pins: tuple[Pin, ...]
-    mounts: tuple[Mount, ...]  # of the pins
+    staged_sources: tuple[StagedSource, ...]
+    mounts: tuple[Mount, ...]  # of the staged sources
     overlays: tuple[str, ...]  # nspawn's arguments
     nosuid: tuple[str, ...]
 
 
 def plan_files(task: TaskConfig, options: JobOptions, found: HostInputs) -> Files:
-    """Return what the container gets of the host's files, from pins in the state directory. Raises ConfigError."""
+    """Return what the container gets of the host's files, all staged. Raises ConfigError."""
     state = state_directory(task.id)
-    directories = plan_pins(found.directories, state, "directories")
-    pins = plan_pins(found.sources, state)
+    directories = stage_sources(found.directories, state, "directories")
+    staged_sources = stage_sources(found.sources, state)
     nodes = [
-        Pin(source, f"{state}/{DEVICES_PLACE}/{number}", is_node=True)
+        StagedSource(source, f"{state}/{DEVICES_PLACE}/{number}", is_node=True)
         for number, source in enumerate(found.devices.values())
     ]
     # Without it, before Linux 6.3, the nodes belong to `nobody` in a user namespace.
     mapping = ("idmap",) if options.has_other_users and found.mounts.have_idmap("/run") else ()
     devices = [
-        Mount(pin.place, device.target, options=mapping) for device, pin in zip(found.devices, nodes, strict=True)
+        Mount(staged.path, device.target, options=mapping)
+        for device, staged in zip(found.devices, nodes, strict=True)
     ]
-    binds = [replace(mount, source=pins[mount.source].place) for mount in options.binds]
+    binds = [replace(mount, source=staged_sources[mount.source].path) for mount in options.binds]
     volumes = plan_volumes(task, options, found.mounts, directories)
-    places = {name: pin.place for name, pin in pins.items()}
+    places = {name: staged.path for name, staged in staged_sources.items()}
     return Files(
-        pins=(*pins.values(), *directories.values(), *nodes),
+        staged_sources=(*staged_sources.values(), *directories.values(), *nodes),
         mounts=(*binds, *devices, *volumes),
         overlays=tuple(overlay.render(places) for overlay in options.overlays),
         # Files of the host's root in an id-mapped mount belong to root inside, too: without nosuid, a set-user-id
@@ -485,18 +487,20 @@ def render_options(rows: Sequence[Option], options: JobOptions) -> list[str]:
     return [argument for option in rows for argument in option.argv(getattr(options, option.name))]
 
 
-def plan_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts, pins: Mapping[str, Pin]) -> list[Mount]:
-    """Return the mounts of the task's directories and Nomad's volumes. `pins` are by path. Raises ConfigError."""
+def plan_volumes(
+    task: TaskConfig, options: JobOptions, mounts: Mounts, staged_sources: Mapping[str, StagedSource]
+) -> list[Mount]:
+    """Return the mounts of the task's directories and of Nomad's volumes. Raises ConfigError."""
 
     def plan(mount: Mount) -> Mount:
         # "idmap" shows the host's ids inside, so root and all users of the container can use their files.
         # "rootidmap" maps the directory's owner (nobody) to root: then root cannot read its own files, and no
         # other user can create any (measured on 252).
-        pin = pins[mount.source]
-        can_map = options.has_other_users and mounts.have_idmap(pin.source.path)
+        staged = staged_sources[mount.source]
+        can_map = options.has_other_users and mounts.have_idmap(staged.source.path)
         # The logs never: root inside could open log FIFOs of other tasks that belong to the host's root.
         is_mapped = can_map and mount.source != task.log_dir
-        return replace(mount, source=pin.place, options=("idmap",) if is_mapped else ())
+        return replace(mount, source=staged.path, options=("idmap",) if is_mapped else ())
 
     for mount in task.mounts:
         check_container_path("volume_mount", mount.target)

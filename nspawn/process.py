@@ -492,3 +492,10 @@ async def run_tool(argv: Sequence[str]) -> str:
 def read_inner_pid(pid: int) -> int:
     """Return the pid of a process in its own namespace, 0 if the process is gone. Raises OSError."""
     return int(read_status(pid).get("NSpid", "0").split()[-1])
+
+
+async def cancel_and_wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -21,7 +21,7 @@ from nspawn.cgroup import parse_counters
 from nspawn.common import SETTINGS_ROOT
 from nspawn.files import read_text
 from nspawn.job import Mode
-from nspawn.outcome import Ending, Exit, Record, Shortage, explain_exit, parse_nspawn_log
+from nspawn.outcome import Ending, ExitRecord, ExitResult, OomReport, explain_exit, parse_nspawn_log
 
 RECORD, NOTES, MESSAGES = "exit", "notes", "nspawn.log"  # the shim and nspawn know the first and the last, too
 ROOM = 4096  # bytes for each file
@@ -57,7 +57,7 @@ def overwrite(path: Path, text: str, flags: int = os.O_WRONLY | os.O_CLOEXEC) ->
         os.close(fd)
 
 
-def read_record(directory: Path) -> Record | None:
+def read_record(directory: Path) -> ExitRecord | None:
     """Return the exit record, None if it is not there or not finished: the task runs, or its shim was killed.
     Raises OSError when the host cannot tell."""
     path = directory / RECORD
@@ -67,7 +67,9 @@ def read_record(directory: Path) -> Record | None:
             return None
         first, _, counters = body.partition("\n")
         status, _, populated = first.partition(" ")
-        return Record(int(status), populated == "1", path.stat().st_mtime, Shortage.of(parse_counters(counters)))
+        return ExitRecord(
+            int(status), populated == "1", path.stat().st_mtime, OomReport.of(parse_counters(counters))
+        )
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
@@ -115,7 +117,7 @@ def read_messages(directory: Path) -> list[str]:
     return parse_nspawn_log(read_text(directory / MESSAGES))
 
 
-def find_exit(directory: Path, mode: Mode, machine: str) -> Exit:
+def find_exit(directory: Path, mode: Mode, machine: str) -> ExitResult:
     """Return how a task ended of which no process is left, from what is on disk alone.
     Does not yield to the event loop: nothing can be noted meanwhile. Raises OSError when the host cannot tell."""
     record, notes = read_record(directory), read_notes(directory)

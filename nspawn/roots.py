@@ -74,14 +74,14 @@ class PrivateRoot:
     """The task's own overlay over its image."""
 
     layers: tuple[str, ...]  # the image's directories, topmost first
-    place: str  # the host's directory for what the task changes; "": in memory
+    upper_dir: str  # the host's directory for what the task changes; "": in memory
     users: IdRange | None  # None: no user namespace
     is_mapped: bool  # the layers are id-mapped to the users; otherwise files keep the ids they have
     is_usr_mounted: bool = False  # nspawn binds its /usr, by path
 
 
 # The name in the task's directory, where no task can see it. In `ephemeral_dir` it follows the machine's name.
-PLACE_NAME = ".nspawn-root"
+UPPER_NAME = ".nspawn-root"
 UPPER_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "tmpfs"})
 
 
@@ -93,9 +93,9 @@ class RootPlan:
     copying: str = ""  # a sentence about the copy that nspawn makes of the image
 
 
-def plan_place(task_dir: str, ephemeral_dir: str, machine: str) -> str:
+def plan_upper_dir(task_dir: str, ephemeral_dir: str, machine: str) -> str:
     """Return the directory for what a task changes."""
-    return f"{ephemeral_dir}/{machine}{PLACE_NAME}" if ephemeral_dir else f"{task_dir}/{PLACE_NAME}"
+    return f"{ephemeral_dir}/{machine}{UPPER_NAME}" if ephemeral_dir else f"{task_dir}/{UPPER_NAME}"
 
 
 def plan_root(image: Image, options: JobOptions, host: Host, mounts: Mounts, place: str) -> RootPlan:
@@ -136,8 +136,8 @@ def find_obstacle(image: Image, root: PrivateRoot, options: JobOptions, host: Ho
     for layer in root.layers if root.is_mapped else ():
         if not mounts.have_idmap(layer):
             return f"{layer} is on {mounts.filesystem(layer)}, which cannot be id-mapped for a user namespace"
-    if root.place and mounts.filesystem(root.place) not in UPPER_FILESYSTEMS:
-        return f"{root.place} is on {mounts.filesystem(root.place)}, which cannot hold what a task changes"
+    if root.upper_dir and mounts.filesystem(root.upper_dir) not in UPPER_FILESYSTEMS:
+        return f"{root.upper_dir} is on {mounts.filesystem(root.upper_dir)}, which cannot hold what a task changes"
     return ""
 
 
@@ -185,8 +185,8 @@ def mount_root(root: PrivateRoot, base: int, directory: Path) -> None:
     finally:
         if users_fd is not None:
             os.close(users_fd)
-    if root.place:
-        attach_layer(root.place, "upper", None)
+    if root.upper_dir:
+        attach_layer(root.upper_dir, "upper", None)
     else:
         mount_filesystem("tmpfs", "upper", options="mode=0700,size=10%,nr_inodes=1m")  # as systemd-nspawn's own
     make_upper(lower[0])

@@ -32,7 +32,7 @@ from nspawn.linux import (
 from nspawn.plan import BUNDLE_PLACE, DEVICES_PLACE, Journal, Plan, check_init
 from nspawn.record import MESSAGES
 from nspawn.roots import (
-    PLACE_NAME,
+    UPPER_NAME,
     check_mount_points,
     complete_root,
     cover_nosuid,
@@ -44,22 +44,22 @@ from nspawn.roots import (
     pick_users,
 )
 from nspawn.sources import clone_source, make_nodes
-from nspawn.state import remove_place
+from nspawn.state import remove_in_thread
 
 
-async def make_upper_place(place: Path) -> int:
+async def make_upper_dir(place: Path) -> int:
     """Make the directory for what a task changes; return the lock that marks it as in use. Raises OSError."""
     # A start before a reboot may have left one, or an artifact may have put anything there.
-    await remove_place(str(place))
-    if place.name != PLACE_NAME:  # in `ephemeral_dir`: nobody else removes what a crash of the machine left there
+    await remove_in_thread(str(place))
+    if place.name != UPPER_NAME:  # in `ephemeral_dir`: nobody else removes what a crash of the machine left there
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for other in place.parent.glob(f"*{PLACE_NAME}"):
+        for other in place.parent.glob(f"*{UPPER_NAME}"):
             with contextlib.suppress(OSError):
                 fd = lock_directory(other)  # BlockingIOError when it is in use
                 # Rename it first: the same task may start again while this is being removed.
-                doomed = other.rename(other.with_name(f"{os.urandom(8).hex()}{PLACE_NAME}"))
+                doomed = other.rename(other.with_name(f"{os.urandom(8).hex()}{UPPER_NAME}"))
                 os.close(fd)
-                await remove_place(str(doomed))
+                await remove_in_thread(str(doomed))
     place.mkdir(mode=0o700)
     return lock_directory(place)
 
@@ -83,8 +83,8 @@ def make_files(plan: Plan, directory: Path) -> None:
         file = Path(f"{directory}{path}")
         file.parent.mkdir(mode=0o700, exist_ok=True)
         write_file(file, text, 0o644)
-    for pin in plan.pins:
-        make_place(Path(pin.place), pin.source.is_directory)
+    for staged in plan.staged_sources:
+        make_place(Path(staged.path), staged.source.is_directory)
     for place, content in plan.credentials.items():
         write_secret(Path(place), content)
     if plan.options.inaccessible:
@@ -106,12 +106,12 @@ def make_place(path: Path, is_directory: bool) -> None:
 def make_journal(journal: Journal) -> None:
     try:
         if journal.target:
-            os.symlink(journal.target, journal.place)
+            os.symlink(journal.target, journal.path)
         else:
-            os.mkdir(journal.place, 0o755)
+            os.mkdir(journal.path, 0o755)
     except OSError as error:
         check_shortage(error)
-        raise HostError(f"link_journal: {journal.place} cannot be made: {error.strerror}") from None
+        raise HostError(f"link_journal: {journal.path} cannot be made: {error.strerror}") from None
 
 
 def make_inaccessible(root: Path = Path("/run/systemd/inaccessible")) -> None:
@@ -132,12 +132,12 @@ def make_mounts(plan: Plan, directory: Path, locks: list[int]) -> tuple[list[str
     lives. Blocks. Raises DriverError or OSError."""
     with contextlib.ExitStack() as stack:
         trees = []
-        for pin in plan.pins:
-            if not pin.is_node:
-                trees.append((clone_source(pin.source), pin.place))
+        for staged in plan.staged_sources:
+            if not staged.is_node:
+                trees.append((clone_source(staged.source), staged.path))
                 stack.callback(os.close, trees[-1][0])
         enter_namespace()
-        make_nodes([pin for pin in plan.pins if pin.is_node], directory / DEVICES_PLACE)
+        make_nodes([staged for staged in plan.staged_sources if staged.is_node], directory / DEVICES_PLACE)
         for tree, place in trees:
             attach_tree(tree, place)
     for path in plan.nosuid:

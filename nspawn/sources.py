@@ -355,11 +355,11 @@ def check_image_write(image: Image, options: JobOptions, config: PluginOptions) 
 
 
 @dataclass(frozen=True)
-class Pin:
+class StagedSource:
     """A source and the path, out of reach of tasks, where it is mounted for nspawn."""
 
     source: Source
-    place: str  # in the task's state directory
+    path: str  # in the task's state directory
     is_node: bool = False  # instead of a mount, there is a new device node like the source
 
 
@@ -373,19 +373,19 @@ def clone_source(source: Source) -> int:
         raise HostError(f"{quote(source.path)} cannot be mounted: {error.strerror}") from None
 
 
-def make_nodes(pins: Sequence[Pin], directory: Path) -> None:
+def make_nodes(staged_sources: Sequence[StagedSource], directory: Path) -> None:
     """Make copies of device nodes in a tmpfs, in this thread's mount namespace. A container may change them, and a
     tmpfs, unlike the host's /dev, can be id-mapped: the owner is the same inside. Raises OSError or HostError."""
-    if not pins:
+    if not staged_sources:
         return
     mount_filesystem("tmpfs", str(directory), MS_NOSUID, "mode=0700,size=64k,nr_inodes=4k")
-    for pin in pins:
-        found = os.fstat(pin.source.fd)
+    for staged in staged_sources:
+        found = os.fstat(staged.source.fd)
         try:
-            os.mknod(pin.place, found.st_mode, found.st_rdev)
+            os.mknod(staged.path, found.st_mode, found.st_rdev)
         except OSError as error:
             check_shortage(error)
             why = f"no node can be made: {error.strerror}"
-            raise HostError(f"{quote(pin.source.path)} cannot be used in a container: {why}") from None
-        os.chown(pin.place, found.st_uid, found.st_gid)
-        os.chmod(pin.place, stat.S_IMODE(found.st_mode))
+            raise HostError(f"{quote(staged.source.path)} cannot be used in a container: {why}") from None
+        os.chown(staged.path, found.st_uid, found.st_gid)
+        os.chmod(staged.path, stat.S_IMODE(found.st_mode))

@@ -44,7 +44,7 @@ from nspawn.logs import find_holders
 from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
 from nspawn.process import NO_PROCESS, ProcessId, find_children, read_stat, read_status, run_in_thread, run_tool
-from nspawn.roots import PLACE_NAME, UID_LOCKS
+from nspawn.roots import UID_LOCKS, UPPER_NAME
 from nspawn.store import Store
 
 STATE_VERSION = 1
@@ -70,13 +70,13 @@ class State:
     started_at: float  # Unix time
     image: str  # its path if nspawn leaves files beside it, else ""
     alloc_dir: str = ""  # the allocation's directory on the host
-    place: str = ""  # `PrivateRoot.place`, removed with the task
+    upper_dir: str = ""  # `PrivateRoot.upper_dir`, removed with the task
     link: str = ""  # the host's end of nspawn's link to the container
     zone: str = ""  # nspawn's bridge vz-<zone>
     ports: tuple[tuple[int, int], ...] = ()  # that nspawn maps: the host's port and the one inside
     stop_signal: str = ""  # from the image, for jobs without a kill_signal
     users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
-    journal: str = ""  # `Journal.place` once it was made, removed with the task
+    journal: str = ""  # `Journal.path` once it was made, removed with the task
     locks: tuple[str, ...] = ()  # lock files that the task holds, removed with it
 
     @property
@@ -120,7 +120,7 @@ class State:
         numbers = [number for process in processes for number in (process.pid, process.started)]
         numbers += [number for pair in (*self.ports, *self.users) for number in pair]
         texts = [getattr(self, name.name) for name in fields(self) if name.type == "str"]
-        removed = [path for path in (self.cgroup, self.place, self.journal, *self.locks) if path]
+        removed = [path for path in (self.cgroup, self.upper_dir, self.journal, *self.locks) if path]
         if not (
             all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
             and all(isinstance(text, str) for text in texts)
@@ -129,7 +129,7 @@ class State:
             and all(path.startswith("/") and ".." not in path.split("/") for path in removed)
             and self.cgroup.startswith("/sys/fs/cgroup/")
             and self.cgroup != str(CgroupMode.HYBRID.root)
-            and (not self.place or self.place.endswith(PLACE_NAME))
+            and (not self.upper_dir or self.upper_dir.endswith(UPPER_NAME))
             and (not self.journal or re.fullmatch(rf"{JOURNALS}/[^/]+", self.journal))
             and all(is_own_lock(path, self.image) for path in self.locks)
             and self.link in ("", f"ve-{self.machine}", f"vb-{self.machine}")
@@ -195,7 +195,7 @@ def find_journal_obstacle(task: TaskConfig) -> str:
     return f"there is a {place} already" if os.path.lexists(place) and not is_own else ""
 
 
-def guess_state(task_id: str) -> State:
+def state_from_id(task_id: str) -> State:
     """Return what follows from an id alone, for a task whose state cannot be read: enough to kill its cgroup (from
     Linux 5.14 on) and to remove that and the state directory. What it has elsewhere stays."""
     alloc_id, task_name = split_id(task_id)
@@ -337,12 +337,12 @@ async def remove_leftovers(state: State) -> None:
     the rest. Raises DriverError if something is left; repeat it later."""
     steps: list[Callable[[], Awaitable[None]]] = [
         lambda: remove_network(state),
-        lambda: remove_place(state.place),
-        lambda: remove_place(state.journal),
+        lambda: remove_in_thread(state.upper_dir),
+        lambda: remove_in_thread(state.journal),
         lambda: run_in_thread(lambda: remove_mount_points(state.machine)),
         lambda: run_in_thread(lambda: remove_locks(state.locks)),  # and nspawn's copy of the image
         lambda: run_in_thread(lambda: remove_cgroup(state.cgroup)),
-        lambda: remove_place(str(state.directory / "tmp")),  # what a killed nspawn leaves of overlays
+        lambda: remove_in_thread(str(state.directory / "tmp")),  # what a killed nspawn leaves of overlays
     ]
     errors = []
     for step in steps:
@@ -352,7 +352,7 @@ async def remove_leftovers(state: State) -> None:
             errors.append(error)
     if not errors:
         try:
-            await remove_place(str(state.directory))
+            await remove_in_thread(str(state.directory))
             Store().release(state.directory.name)
             return
         except OSError as error:
@@ -372,7 +372,7 @@ def remove_mount_points(machine: str) -> None:
                 raise
 
 
-async def remove_place(place: str) -> None:
+async def remove_in_thread(place: str) -> None:
     """Remove a tree, if one is named, in a thread: a task can make its trees as large as it likes. Raises OSError
     if something of it stays."""
     if place and (errors := await run_in_thread(lambda: empty_tree(Path(place)))):

@@ -73,7 +73,7 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
-class Use:
+class ImageUse:
     """A task that uses an image."""
 
     task_id: str
@@ -180,22 +180,26 @@ class Store:
         """Note that the task with the state directory `name` uses an image, if it is from the store."""
         if not image.key:
             return
-        use = Use(task_id, image.key, tuple(path.name for path in image.layers or (image.path,)))
+        use = ImageUse(task_id, image.key, tuple(path.name for path in image.layers or (image.path,)))
         write_file(self.in_use / name, json.dumps(asdict(use)))
         self.touch(use.key)
 
     def release(self, name: str) -> None:
         path = self.in_use / name
         with contextlib.suppress(OSError):
-            use = read_use(path)
+            use = read_image_use(path)
             path.unlink()
             if use:
                 self.touch(use.key)
 
-    def read_uses(self) -> list[Use]:
+    def read_uses(self) -> list[ImageUse]:
         uses = []
         for path in sorted(list_directory(self.in_use)):
-            use = None if path.name.startswith(".") or not (STATE_ROOT / path.name).is_dir() else read_use(path)
+            use = (
+                None
+                if path.name.startswith(".") or not (STATE_ROOT / path.name).is_dir()
+                else read_image_use(path)
+            )
             uses += [use] if use else []
         return uses
 
@@ -284,14 +288,14 @@ def find_owner(path: Path) -> str:
     return path.name.lstrip(".").partition(".")[0] or "trash"
 
 
-def read_use(path: Path) -> Use | None:
+def read_image_use(path: Path) -> ImageUse | None:
     """Return a task's use of an image, None if it is not there or damaged. Raises OSError when the host cannot
     tell: an image would look unused."""
     with contextlib.suppress(
         FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError
     ):
         values = json.loads(path.read_text())
-        return Use(values["task_id"], values["key"], tuple(map(str, values["layers"])))
+        return ImageUse(values["task_id"], values["key"], tuple(map(str, values["layers"])))
     return None
 
 

@@ -69,7 +69,7 @@ def decompressed(path: Path) -> Iterator[IO[bytes]]:
 MAX_READS_AT_END = 16  # tarfile needs three: for what an entry has left, for its padding, for the next header
 
 
-class Source:
+class MeteredStream:
     """A stream that is measured, hashed and limited as it is read."""
 
     def __init__(self, stream: IO[bytes], limit: int, what: str) -> None:
@@ -113,13 +113,13 @@ class Room:
             raise DriverError(f"the image has more than the {MAX_ENTRIES} files and directories that it may have")
 
 
-class Entry(tarfile.TarInfo):
+class TarEntry(tarfile.TarInfo):
     """An entry whose damaged header is an error; tarfile takes it for the archive's end."""
 
     needs_end = True
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Entry:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> TarEntry:
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in typeshed
@@ -131,7 +131,7 @@ class Entry(tarfile.TarInfo):
             raise tarfile.ReadError(f"it is damaged or cut off: {error}") from None
 
 
-class LayerEntry(Entry):
+class LayerTarEntry(TarEntry):
     """A layer's digest proves that it is complete, so it may lack the empty blocks at the end. Some do."""
 
     needs_end = False
@@ -149,13 +149,13 @@ class Unpacker:
 
     def run(self, stream: IO[bytes]) -> str:
         """Unpack a decompressed archive; return its sha256. Raises DriverError, or OSError about the host."""
-        source: Any = Source(stream, 2 * self.room.limit, "unpacking")
+        source: Any = MeteredStream(stream, 2 * self.room.limit, "unpacking")
         try:
             with tarfile.open(
                 fileobj=source,
                 mode="r|",
                 bufsize=CHUNK,
-                tarinfo=LayerEntry if self.is_layer else Entry,
+                tarinfo=LayerTarEntry if self.is_layer else TarEntry,
                 encoding="utf-8",
                 errors="surrogateescape",
             ) as archive:
@@ -371,7 +371,7 @@ def set_owner(fd: int, entry: tarfile.TarInfo) -> None:
     os.fchmod(fd, entry.mode & 0o7777)
 
 
-def copy_sparse(source: IO[bytes] | Source, target: IO[bytes]) -> None:
+def copy_sparse(source: IO[bytes] | MeteredStream, target: IO[bytes]) -> None:
     """Copy, with holes for blocks of zeros."""
     zeros = bytes(1 << 16)
     while chunk := source.read(1 << 16):

@@ -20,7 +20,7 @@ from nspawn.cgroup import plan_cpu_weight, plan_limits, read_counters
 from nspawn.checks import parse_size
 from nspawn.common import ConfigError
 from nspawn.job import Mode, Resources
-from nspawn.outcome import Ending, Exit, Record, Shortage, explain_exit
+from nspawn.outcome import Ending, ExitRecord, ExitResult, OomReport, explain_exit
 from nspawn.rules import choose_pids_limit
 from tests import agent
 from tests.agent import Task, launch_like_agent
@@ -103,12 +103,14 @@ def test_pids_are_the_operators() -> None:
 
 # -- how a lack of memory is told ----------------------------------------------------------------------------
 
-OWN = Shortage(1, True, 64 * MIB, 64 * MIB)
+OWN = OomReport(1, True, 64 * MIB, 64 * MIB)
 SENTENCE = "the task used all the memory it may (limit 64 MiB, peak 64 MiB)"
 
 
-def explain(code: int, signal: int = 0, mode: Mode = Mode.COMMAND, *, by_us: bool = False, **changes: Any) -> Exit:
-    record = Record(code, False, 0.0, dataclasses.replace(OWN, **changes))
+def explain(
+    code: int, signal: int = 0, mode: Mode = Mode.COMMAND, *, by_us: bool = False, **changes: Any
+) -> ExitResult:
+    record = ExitRecord(code, False, 0.0, dataclasses.replace(OWN, **changes))
     lines = ["Container x1 terminated by signal KILL."] if signal else []
     return explain_exit(Ending(mode, 0.0, record, lines=lines, sent=9 if by_us else 0))
 
@@ -120,15 +122,15 @@ def explain(code: int, signal: int = 0, mode: Mode = Mode.COMMAND, *, by_us: boo
     (255, 0, Mode.PROCESS_TWO),  # all that nspawn's stub tells of a signal
 ])  # fmt: skip
 def test_killed_for_lack_of_memory(code: int, signal: int, mode: Mode) -> None:
-    assert explain(code, signal, mode) == Exit(137, 9, f"OOM killed: {SENTENCE}", oom_killed=True)
+    assert explain(code, signal, mode) == ExitResult(137, 9, f"OOM killed: {SENTENCE}", oom_killed=True)
 
 
 def test_other_ends() -> None:
-    assert explain(137, 9, kills=0) == Exit(137, 9)
-    assert explain(137, 9, by_us=True) == Exit(137, 9)
-    assert explain(0) == Exit(0), "an error would make a success a failure"
-    assert explain(1) == Exit(1, 0, f"the kernel had killed 1 of its processes: {SENTENCE}")
-    assert explain(255) == Exit(255, 0, f"the kernel had killed 1 of its processes: {SENTENCE}")
+    assert explain(137, 9, kills=0) == ExitResult(137, 9)
+    assert explain(137, 9, by_us=True) == ExitResult(137, 9)
+    assert explain(0) == ExitResult(0), "an error would make a success a failure"
+    assert explain(1) == ExitResult(1, 0, f"the kernel had killed 1 of its processes: {SENTENCE}")
+    assert explain(255) == ExitResult(255, 0, f"the kernel had killed 1 of its processes: {SENTENCE}")
 
 
 def test_machine_without_memory() -> None:

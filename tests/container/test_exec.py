@@ -28,7 +28,7 @@ import driver
 from nomad_pb import driver_pb2
 from nspawn.cgroup import PAGE_SIZE, find_cgroups, read_cgroup_pids
 from nspawn.common import STATE_ROOT
-from nspawn.exec import LEAF, Helper, find_namespaces, is_confined
+from nspawn.exec import LEAF, ExecServer, find_namespaces, is_confined
 from nspawn.files import read_text
 from nspawn.job import Mode, state_directory
 from nspawn.process import parse_status, read_children, read_inner_pid, read_stat
@@ -955,7 +955,7 @@ def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nspawn.exec.HELPER_PATIENCE", 1.0)
 
     async def scenario() -> None:
-        helper = Helper()
+        helper = ExecServer()
         connection = await helper.connect()
         while not (found := helpers(os.getpid())):  # a thread started it: its children show when it has ended
             await asyncio.sleep(0.01)

@@ -525,7 +525,7 @@ def plan(machines: Path, image: str, auth: dict[str, str] | None = None, /, **bl
 def test_origin_of_a_url(machines: Path) -> None:
     origin = plan(machines, "x", url="http://u:p@h/x.tar?token=secret", checksum="a" * 64)
     assert origin and (origin.type, origin.name, origin.verify) == ("tar", "http://h/x.tar", "no")
-    assert "secret" in origin.place and not origin.refresh
+    assert "secret" in origin.address and not origin.refresh
 
 
 def test_an_image_that_is_here_is_not_fetched(machines: Path) -> None:
@@ -546,7 +546,7 @@ def test_latest(machines: Path, reference: str, refresh: bool) -> None:
         plan(machines, f"docker://{reference}"),
         plan(machines, "x", type="docker", url=reference),
     ):
-        assert origin and (origin.type, origin.place, origin.refresh) == ("docker", reference, refresh)
+        assert origin and (origin.type, origin.address, origin.refresh) == ("docker", reference, refresh)
 
 
 def test_keys_tell_images_apart(machines: Path) -> None:

@@ -15,7 +15,7 @@ from nspawn.images import Image, enables_unit, read_in_image
 from nspawn.job import Dns, GroupNetwork, Port, state_directory
 from nspawn.network import (
     NAME_FILES,
-    Names,
+    NetworkInputs,
     NetworkMode,
     can_mount_file,
     check_namespace,
@@ -78,7 +78,9 @@ def test_group_maps_ports_itself() -> None:
 
 def test_variables_tell_the_port_inside() -> None:
     ports = {"http-alt": Port(20080), "db": Port(20432, 5432)}
-    found = plan_network(GroupNetwork(ports=ports), read_options(port_map=[{"http-alt": 80}]), Names(), "m")
+    found = plan_network(
+        GroupNetwork(ports=ports), read_options(port_map=[{"http-alt": 80}]), NetworkInputs(), "m"
+    )
     assert found.environ == {"NOMAD_PORT_http_alt": "80", "NOMAD_ALLOC_PORT_http_alt": "80"}
     task = replace(TASK, network=GroupNetwork(ports=ports), env={"NOMAD_PORT_http_alt": "20080"})
     bundle = plan({"port_map": [{"http-alt": 80}]}, task=task).bundle
@@ -142,7 +144,7 @@ def test_name_server_of_the_hosts_loopback_is_looked_behind(tmp_path: Path) -> N
 
 
 def test_unreachable_name_server_is_told() -> None:
-    found = plan({}, task=replace(TASK, network=GROUP), names=Names(resolv_conf="nameserver 127.0.0.53\n"))
+    found = plan({}, task=replace(TASK, network=GROUP), names=NetworkInputs(resolv_conf="nameserver 127.0.0.53\n"))
     assert [note for note in found.notes if "127.0.0.53" in note and "dns block" in note]
 
 
@@ -166,7 +168,7 @@ def test_unreachable_name_server_is_told() -> None:
     ],
 )
 def test_hosts(image: str, addresses: tuple[str, ...], extra: list[str], text: str) -> None:
-    names = Names(hosts=image, addresses=addresses)
+    names = NetworkInputs(hosts=image, addresses=addresses)
     files = plan_name_files(GROUP, read_options(extra_hosts=extra), names, "web")
     assert files["/etc/hosts"] == text
 
@@ -204,7 +206,7 @@ def test_name_files(options: dict[str, Any], network: GroupNetwork, mounts: list
 
 def test_name_files_an_image_has_no_place_for() -> None:
     """Nobody asked for them, so that is no reason not to start; a dns block is one."""
-    names = Names(missing=frozenset(NAME_FILES))
+    names = NetworkInputs(missing=frozenset(NAME_FILES))
     assert plan({"read_only": True}, task=replace(TASK, network=GROUP), names=names).network.files == {}
     network = replace(GROUP, dns=Dns(("10.0.0.1",)))
     files = plan({"read_only": True}, task=replace(TASK, network=network), names=names).network.files
@@ -229,7 +231,7 @@ def test_address_timeout(text: str | None, seconds: float) -> None:
 
 
 def test_start_waits_for_an_address_that_is_expected() -> None:
-    names = Names(expects_address=True)
+    names = NetworkInputs(expects_address=True)
     assert plan({}, names=names).network.address_timeout == 10
     for text, seconds in (("0s", 0), ("1m", 60)):
         assert plan({"address_timeout": text}, names=names).network.address_timeout == seconds

@@ -38,13 +38,13 @@ from nspawn.job import (
     state_directory,
 )
 from nspawn.logs import open_log
-from nspawn.network import Names
+from nspawn.network import NetworkInputs
 from nspawn.notify import Claim, parse_claim, split_notification
 from nspawn.outcome import (
     MESSAGES,
     Ending,
-    Exit,
-    Record,
+    ExitRecord,
+    ExitResult,
     explain_exit,
     explain_failure,
     find_message,
@@ -55,10 +55,10 @@ from nspawn.plan import (
     HostInputs,
     Plan,
     check_environment,
-    plan_pins,
     plan_task,
     plan_volumes,
     render_bundle,
+    stage_sources,
 )
 from nspawn.process import ProcessId
 from nspawn.rules import check_targets
@@ -72,7 +72,7 @@ MACHINE = f"web-{ALLOC}"
 HOST = Host(systemd=252, kernel=(6, 1), cgroups=CgroupMode.V2, problems=())
 EXT4 = Mounts((("/", "ext4"),))
 IMAGE = Image(Path("/var/lib/machines/debian"), is_directory=True)
-NO_NAMES = Names()
+NO_NAMES = NetworkInputs()
 TASK = TaskConfig(id=f"{ALLOC}/web/0a1b2c3d", name="web", alloc_id=ALLOC, alloc_dir=ALLOC_DIR, options={})
 
 HEAD = (
@@ -112,7 +112,7 @@ def plan(
     task: TaskConfig = TASK,
     host: Host = HOST,
     mounts: Mounts = EXT4,
-    names: Names = NO_NAMES,
+    names: NetworkInputs = NO_NAMES,
     image: Image = IMAGE,
     account: Account | None = None,
 ) -> Plan:
@@ -143,7 +143,11 @@ def command(*argv: str, **options: object) -> dict[str, object]:
 
 def test_set_user_id_files_of_others_have_no_effect() -> None:
     found = plan({"bind": [{"/a": "/a", "/b": "/b:idmap", "local/c": "/c:norbind,rootidmap"}]})
-    own = (pin.place for pin in found.pins if pin.source.path.rpartition("/")[2] in ("alloc", "local", "secrets"))
+    own = (
+        staged.path
+        for staged in found.staged_sources
+        if staged.source.path.rpartition("/")[2] in ("alloc", "local", "secrets")
+    )
     assert set(found.nosuid) == {*own, f"{MOUNTS}/1", f"{MOUNTS}/2"}
     assert plan({"user_namespacing": False}).nosuid == ()
 
@@ -328,7 +332,7 @@ JOURNAL = f"/var/log/journal/{ALLOC.replace('-', '')}"
 )
 def test_journal(options: dict[str, object], argv: tuple[str, ...], target: str) -> None:
     found = plan(options)
-    assert (found.journal.place, found.journal.target) == (JOURNAL, target)
+    assert (found.journal.path, found.journal.target) == (JOURNAL, target)
     assert tuple(word for word in found.argv if "journal/" in word) == argv
 
 
@@ -344,7 +348,7 @@ def test_journal_that_cannot_be_had(kind: str, options: dict[str, object], why: 
     with pytest.raises(ConfigError, match=f'^link_journal = "{kind}": is not possible: {why}; leave it out$'):
         plan({"link_journal": kind, **options})
     found = plan({"link_journal": f"try-{kind}", **options})
-    assert found.journal.place == ""
+    assert found.journal.path == ""
     assert f"link_journal has no effect: {why}." in found.notes
 
 
@@ -940,8 +944,8 @@ def volumes(
     asked: tuple[Mount, ...] = (),
 ) -> list[str]:
     task = replace(TASK, mounts=asked)
-    pins = plan_pins(find_directories(task), state_directory(TASK.id), "directories")
-    planned = plan_volumes(task, read_options(**options or {}), mounts, pins)
+    staged_sources = stage_sources(find_directories(task), state_directory(TASK.id), "directories")
+    planned = plan_volumes(task, read_options(**options or {}), mounts, staged_sources)
     return [volume.argv for volume in planned]
 
 
@@ -1303,53 +1307,53 @@ EXITS: list[tuple[str, Mode, int, list[str], int, int, int, str]] = [
     ids=[row[0] for row in EXITS],
 )
 def test_exit(mode: Mode, status: int, lines: list[str], sent: int, code: int, number: int, error: str) -> None:
-    found = explain_exit(Ending(mode, 5.0, Record(status, False, 5.0), False, lines, "", sent))
-    assert found == Exit(code, number, error, 5.0)
+    found = explain_exit(Ending(mode, 5.0, ExitRecord(status, False, 5.0), False, lines, "", sent))
+    assert found == ExitResult(code, number, error, 5.0)
 
 
 @pytest.mark.parametrize("mode", Mode)
 def test_exit_of_a_killed_nspawn(mode: Mode) -> None:
-    found = explain_exit(Ending(mode, 5.0, Record(137, True, 5.0), is_cut_short=True))
+    found = explain_exit(Ending(mode, 5.0, ExitRecord(137, True, 5.0), is_cut_short=True))
     why = "systemd-nspawn itself was killed (status 137); the container was ended with it"
-    assert found == Exit(137, 9, why, 5.0)
-    found = explain_exit(Ending(mode, 5.0, Record(137, False, 5.0), is_cut_short=True))
+    assert found == ExitResult(137, 9, why, 5.0)
+    found = explain_exit(Ending(mode, 5.0, ExitRecord(137, False, 5.0), is_cut_short=True))
     why = "systemd-nspawn itself was killed (status 137) when the container had ended: its exit code is not known"
-    assert found == Exit(137, 9, why, 5.0)
-    assert explain_exit(Ending(mode, 5.0, Record(137, True, 5.0))) == Exit(137, 0, "", 5.0)
+    assert found == ExitResult(137, 9, why, 5.0)
+    assert explain_exit(Ending(mode, 5.0, ExitRecord(137, True, 5.0))) == ExitResult(137, 0, "", 5.0)
 
 
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("is_orphaned", [True, False])
-@pytest.mark.parametrize("record", [None, Record(255, True, 5.0)])
-def test_exit_by_the_driver(mode: Mode, is_orphaned: bool, record: Record | None) -> None:
+@pytest.mark.parametrize("record", [None, ExitRecord(255, True, 5.0)])
+def test_exit_by_the_driver(mode: Mode, is_orphaned: bool, record: ExitRecord | None) -> None:
     found = explain_exit(Ending(mode, 5.0, record, is_orphaned, [KILLED], "killed: too slow", 15))
-    assert found == Exit(137, 9, "killed: too slow", 5.0)
+    assert found == ExitResult(137, 9, "killed: too slow", 5.0)
 
 
 def test_exit_without_a_record() -> None:
     lost = "the container's shim was killed, so the exit code is not known"
-    assert explain_exit(Ending(Mode.COMMAND, 5.0, None)) == Exit(1, 0, lost, 5.0)
+    assert explain_exit(Ending(Mode.COMMAND, 5.0, None)) == ExitResult(1, 0, lost, 5.0)
     lost = "the container's shim and systemd-nspawn were killed; the container was ended with them"
-    assert explain_exit(Ending(Mode.COMMAND, 5.0, None, is_orphaned=True)) == Exit(137, 9, lost, 5.0)
+    assert explain_exit(Ending(Mode.COMMAND, 5.0, None, is_orphaned=True)) == ExitResult(137, 9, lost, 5.0)
 
 
 @pytest.mark.parametrize("code", [1, 126, 127])
 def test_exit_of_a_command_that_cannot_be_executed(code: int) -> None:
-    end = Ending(Mode.COMMAND, 5.0, Record(code, False, 5.0))
-    assert explain_exit(end) == Exit(code, 0, "", 5.0)
+    end = Ending(Mode.COMMAND, 5.0, ExitRecord(code, False, 5.0))
+    assert explain_exit(end) == ExitResult(code, 0, "", 5.0)
     line = "Failed to change to specified working directory /nodir: No such file or directory"
     assert explain_exit(replace(end, lines=[line])).error.startswith("working_directory: there is no")
 
 
 @given(
     st.sampled_from(Mode),
-    st.builds(Record, st.integers(0, 255), st.booleans(), st.just(5.0)),
+    st.builds(ExitRecord, st.integers(0, 255), st.booleans(), st.just(5.0)),
     st.lists(st.text() | st.text().map("Container x terminated by signal {}.".format), max_size=3),
     st.integers(0, 64),
 )
-@example(Mode.COMMAND, Record(1, False, 5.0), ["Container x terminated by signal n/a."], 0)
-@example(Mode.COMMAND, Record(1, False, 5.0), ["Container x terminated by signal 99."], 0)
-def test_every_end_has_an_explanation(mode: Mode, record: Record, lines: list[str], sent: int) -> None:
+@example(Mode.COMMAND, ExitRecord(1, False, 5.0), ["Container x terminated by signal n/a."], 0)
+@example(Mode.COMMAND, ExitRecord(1, False, 5.0), ["Container x terminated by signal 99."], 0)
+def test_every_end_has_an_explanation(mode: Mode, record: ExitRecord, lines: list[str], sent: int) -> None:
     """An exception here would leave the task running for ever in Nomad's eyes."""
     found = explain_exit(Ending(mode, record.at, record, False, lines, "", sent))
     assert 0 <= found.code <= 255
@@ -1399,7 +1403,7 @@ states = st.builds(
     leader=st.none() | processes,
     started_at=st.floats(0, 1e11),
     image=st.just("") | words.map("/images/{}".format),
-    place=st.just("") | words.map("/allocs/{}/.nspawn-root".format),
+    upper_dir=st.just("") | words.map("/allocs/{}/.nspawn-root".format),
     users=st.lists(st.tuples(st.integers(0, 1 << 32), st.integers(0, 1 << 32)), max_size=3).map(tuple),
 )
 STATE = State(
@@ -1412,7 +1416,7 @@ STATE = State(
     leader=ProcessId(11, 21),
     started_at=1.5,
     image="/i",
-    place="/p/.nspawn-root",
+    upper_dir="/p/.nspawn-root",
 )
 
 
@@ -1423,14 +1427,14 @@ UNSAFE: list[dict[str, Any]] = [
     {"cgroup": "/sys/fs/cgroup/../../../etc"},
     {"cgroup": "/etc"},
     {"cgroup": 5},
-    {"place": "/"},
-    {"place": "/home"},
-    {"place": "/x/../.nspawn-root/../home"},
+    {"upper_dir": "/"},
+    {"upper_dir": "/home"},
+    {"upper_dir": "/x/../.nspawn-root/../home"},
     {"machine": "../../etc"},
     {"machine": ""},
     {"zone": "../x"},
     {"link": "eth0"},
-    {"place": "x/.nspawn-root"},
+    {"upper_dir": "x/.nspawn-root"},
     {"shim": ProcessId(-1, 0)},
     {"leader": ProcessId("1", 0)},  # type: ignore[arg-type]
     {"ports": ((1, "x"),)},

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nspawn.job import MIB, Mode
-from nspawn.outcome import Exit, Shortage
+from nspawn.outcome import ExitResult, OomReport
 from nspawn.record import ROOM, Notes, add_note, find_exit, read_notes, read_record, reserve_room
 
 RECORD = "1 0\nlow 0\nmax 7\noom 1\noom_kill 2\nmemory.max 67108864\nmemory.peak 66000000\nend\n"
@@ -32,7 +32,7 @@ def test_record(directory: Path) -> None:
     overwrite(directory, RECORD)
     record = read_record(directory)
     assert record and (record.status, record.is_orphaned) == (1, False)
-    assert record.shortage == Shortage(2, True, 64 * MIB, 66000000)
+    assert record.oom == OomReport(2, True, 64 * MIB, 66000000)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_short_record(directory: Path, text: str, status: int, is_orphaned: bool
     overwrite(directory, text)
     record = read_record(directory)
     assert record and (record.status, record.is_orphaned) == (status, is_orphaned)
-    assert record.shortage == Shortage(0, False)
+    assert record.oom == OomReport(0, False)
 
 
 @pytest.mark.parametrize("length", range(len(RECORD)))
@@ -95,7 +95,7 @@ def test_noted_kill_of_a_task_that_ended_by_itself(directory: Path) -> None:
 def test_noted_kill_that_took_the_shim_along(directory: Path) -> None:
     add_note(directory, sent=9, reason="killed: it took too long")
     found = find_exit(directory, Mode.COMMAND, "task-x")
-    assert found == Exit(137, 9, "killed: it took too long", found.at)
+    assert found == ExitResult(137, 9, "killed: it took too long", found.at)
 
 
 @given(st.binary(max_size=200))
