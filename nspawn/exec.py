@@ -169,7 +169,7 @@ class ExecServer:
         return ours
 
     def rest(self) -> None:
-        """Keep the server for HELPER_PATIENCE seconds, and longer while commands run: they would end with it."""
+        """Keep the server for IDLE_LIMIT seconds, and longer while commands run: they would end with it."""
         if self.timer:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_later(IDLE_LIMIT, self.end)

@@ -952,7 +952,7 @@ def helpers(pid: int) -> list[int]:
 
 
 def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nspawn.exec.HELPER_PATIENCE", 1.0)
+    monkeypatch.setattr("nspawn.exec.IDLE_LIMIT", 1.0)
 
     async def scenario() -> None:
         helper = ExecServer()
