@@ -2235,19 +2235,10 @@ def remove_dead_sockets() -> None:
             remove_tree(path)
 
 
-async def serve() -> None:
-    """Be a plugin until the agent calls Shutdown, SIGTERM comes, or the agent has been dead for long enough."""
-    logging.getLogger().addHandler(LibraryLog())
-    # A thread that has no memory to begin says so in lines that are no JSON. A function of ours would need some.
-    sys.unraisablehook = bool
-    driver, stop = DriverService(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGCHLD, reap_children)
-    with contextlib.suppress(OSError):
-        SPARE.start()
-    for ignored in (signal.SIGINT, signal.SIGHUP):  # meant for the agent; only calls end tasks
-        loop.add_signal_handler(ignored, lambda: None)  # children would inherit SIG_IGN
+@contextlib.asynccontextmanager
+async def serving(driver: DriverService, stop: asyncio.Event) -> AsyncIterator[tuple[Any, str]]:
+    """Yield a gRPC server that answers, and the path of its socket; at the end remove that. Raises DriverError or
+    OSError."""
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", -1),
@@ -2265,6 +2256,47 @@ async def serve() -> None:
             raise HostError(f"the plugin cannot listen at {address}: is this a place for sockets?") from None
         os.chmod(address, 0o600)
         await server.start()
+        yield server, address
+    finally:
+        remove_tree(directory)
+
+
+def try_plugin() -> str:
+    """Be a plugin for a moment, and ask it as an agent does. Return why that is not possible, "" if it is."""
+
+    async def main() -> None:
+        async with serving(DriverService(), asyncio.Event()) as (server, address):
+            async with grpc.aio.insecure_channel(f"unix:{address}") as channel:
+                stub: Any = base_pb2_grpc.BasePluginStub(channel)
+                await stub.PluginInfo(base_pb2.PluginInfoRequest(), timeout=TRY_LIMIT)
+            await server.stop(0)
+
+    try:
+        asyncio.run(main())
+    except grpc.RpcError as error:
+        return f"the plugin does not answer: {error}"
+    except Exception as error:
+        return str(as_driver_error(error))
+    return ""
+
+
+TRY_LIMIT = 20.0  # seconds for an answer of the plugin that `check` starts
+
+
+async def serve() -> None:
+    """Be a plugin until the agent calls Shutdown, SIGTERM comes, or the agent has been dead for long enough."""
+    logging.getLogger().addHandler(LibraryLog())
+    # A thread that has no memory to begin says so in lines that are no JSON. A function of ours would need some.
+    sys.unraisablehook = bool
+    driver, stop = DriverService(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGCHLD, reap_children)
+    with contextlib.suppress(OSError):
+        SPARE.start()
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # meant for the agent; only calls end tasks
+        loop.add_signal_handler(ignored, lambda: None)  # children would inherit SIG_IGN
+    async with serving(driver, stop) as (server, address):
         write_handshake(address)
         watcher = asyncio.create_task(watch_agent(driver, stop))
         await stop.wait()
@@ -2272,8 +2304,6 @@ async def serve() -> None:
         await server.stop(0.2)  # seconds for the last answers, such as the one to Shutdown
         if driver.starts:  # their calls are cancelled by now: let them remove what they made
             await asyncio.wait([start.work for start in driver.starts.values()], timeout=1.5)
-    finally:
-        remove_tree(directory)
 
 
 def write_handshake(address: str) -> None:
@@ -2340,7 +2370,7 @@ def main() -> None:
         sys.exit(run_plugin())
     from nspawn.commands import Program, run_command  # only now: the plugin starts without argparse
 
-    program = Program(FILE_NAME, __version__, TASK_GROUPS, PLUGIN_OPTIONS, stop_task)
+    program = Program(FILE_NAME, __version__, TASK_GROUPS, PLUGIN_OPTIONS, stop_task, try_plugin)
     sys.exit(run_command(program, sys.argv[1:]))
 
 

@@ -24,14 +24,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from nspawn.common import MACHINES_ROOT, ConfigError, DriverError
-from nspawn.host import CgroupMode, explain_open_directory, is_open_to_others, read_host
+from nspawn.diagnosis import Finding, Verdict, diagnose
+from nspawn.host import read_host
 from nspawn.images import DOCKER, choose_image_dir, plan_origin
 from nspawn.options import Option, decode_options, list_notes, render_reference
 from nspawn.permissions import PERMISSIONS, PluginOptions
 from nspawn.process import ProcessId
 from nspawn.rules import decode_job
 from nspawn.running import find_nspawn, find_states, is_held
-from nspawn.state import State, find_alloc_dirs, read_states, split_id
+from nspawn.state import State, split_id
 from nspawn.store import Fetches, Store, plan_fetching, render_size
 
 
@@ -44,6 +45,7 @@ class Program:
     task_groups: Mapping[str, Sequence[Option]]  # by their titles
     plugin_options: Sequence[Option]
     stop_task: Callable[[State, float], Coroutine[None, None, str]]  # returns how the task ended
+    try_plugin: Callable[[], str]  # returns why the plugin cannot start, "" if it can
 
     @property
     def task_options(self) -> list[Option]:
@@ -90,7 +92,9 @@ def make_parser(program: Program) -> argparse.ArgumentParser:
         sentence = textwrap.fill(text[0].upper() + text[1:] + ".", find_width())
         return commands.add_parser(name, help=text, description=sentence, formatter_class=Help, allow_abbrev=False)
 
-    add("check", "tell whether tasks can run on this machine, what is missing, and what jobs may do to it")
+    add_check(
+        add("check", "tell whether tasks can run on this machine, what is missing, and what jobs may do to it")
+    )
     add("images", "list the fetched images: their sizes and ages, and the tasks that use them")
     add_tasks(add("tasks", "list the tasks on this machine, or end one"))
     add_pull(add("pull", "fetch an image ahead of time, so that the first job need not wait for it"))
@@ -101,6 +105,13 @@ def make_parser(program: Program) -> argparse.ArgumentParser:
     topic = add("help", "print this help, or that of a command")
     topic.add_argument("topic", nargs="?", metavar="COMMAND", choices=[*commands.choices], help="a command")
     return parser
+
+
+def add_check(check: argparse.ArgumentParser) -> None:
+    check.add_argument("--image-dir", metavar="DIRECTORY", default=str(MACHINES_ROOT),
+                       help=f"the image_dir of the plugin's block ({MACHINES_ROOT})")  # fmt: skip
+    check.add_argument("--alloc-dir", metavar="DIRECTORY", action="append", default=[],
+                       help="the agent's directory of allocations (the usual ones)")  # fmt: skip
 
 
 def add_tasks(tasks: argparse.ArgumentParser) -> None:
@@ -149,7 +160,7 @@ def run_command(program: Program, arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     command = "version" if given.version else given.command
     runs: dict[str, Callable[[], int]] = {
-        "check": check_host,
+        "check": lambda: check_host(program, given),
         "images": show_images,
         "tasks": lambda: stop_task(program, given) if given.stop else show_tasks(given.json),
         "pull": lambda: pull_image(program, given),
@@ -260,9 +271,6 @@ plugin "nomad-driver-nspawn" {
   }
 }
 """
-USUAL_ALLOC_DIRS = ("/opt/nomad/data/alloc", "/var/lib/nomad/alloc")  # of HashiCorp's package, and of Debian's
-
-
 PERMISSIONS_TITLE = (
     "What jobs may do to this host with an empty plugin block (! marks what gives a job the whole host):"
 )
@@ -279,22 +287,20 @@ def render_permissions() -> str:
     return "\n".join(lines)
 
 
-def check_host() -> int:
-    """Print what the fingerprint would say, and what jobs may do. Return 0 if tasks can run here, else 1."""
+def check_host(program: Program, given: argparse.Namespace) -> int:
+    """Print what is good and bad about this machine, and what jobs may do. Return 0 if tasks can run, else 1."""
     host = read_host()
     print(f"systemd-nspawn {host.systemd or 'not found'}, Linux {host.kernel[0]}.{host.kernel[1]}, "
-          f"cgroups {host.cgroups.value if host.cgroups else 'v1'}")  # fmt: skip
-    for problem in host.problems:
-        print(f"missing: {problem}")
-    if host.cgroups is CgroupMode.HYBRID:
-        print("note: without cgroup v2 tasks run without resource limits.")
-    with contextlib.suppress(PermissionError):  # only root can read the states
-        for place in sorted({str(MACHINES_ROOT), *USUAL_ALLOC_DIRS, *find_alloc_dirs(read_states())}):
-            if is_open_to_others(place):
-                print(f"note: {explain_open_directory(place).strip('()')}.")
-    print("tasks cannot run here" if host.problems else "tasks can run here")
+          f"cgroups {host.cgroups.value if host.cgroups else 'v1'}, Python {sys.version.split()[0]}")  # fmt: skip
+    why = program.try_plugin()
+    start = Finding(Verdict.MISSING if why else Verdict.OK, why or "the plugin starts and answers.")
+    findings = [start, *diagnose(host, given.image_dir, given.alloc_dir)]
+    for finding in sorted(findings, key=lambda finding: [*Verdict].index(finding.verdict), reverse=True):
+        print("\n".join(wrap(finding.text, " " * 9, f"{finding.verdict.value + ':':<9}")))
+    is_missing = any(finding.verdict is Verdict.MISSING for finding in findings)
+    print("tasks cannot run here" if is_missing else "tasks can run here")
     print(f"\n{render_permissions()}", end="")
-    return 1 if host.problems else 0
+    return 1 if is_missing else 0
 
 
 # -- images ----------------------------------------------------------------------------------------------------

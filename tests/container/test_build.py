@@ -381,7 +381,7 @@ LACK = """
 mkdir /mnt/upper /mnt/work
 mount -t overlay -o lowerdir="$folder",upperdir=/mnt/upper,workdir=/mnt/work none "$folder"
 rm -r "$folder"/$lacking
-exec "$file"
+exec "$file" $argument
 """
 
 
@@ -402,8 +402,9 @@ def test_minimal_system(driver_file: Path, folder: str, lacking: str, parts: tup
     """The agent refuses to start with a plugin that does not, so its error must say what to install."""
     python = os.path.realpath(sys.executable)
     environment = COOKIE | {"SHIV_ROOT": "/mnt/cache", "NOMAD_DRIVER_NSPAWN_PYTHON": python}
-    result = in_namespace(driver_file, f"folder={folder} lacking={lacking}\n{LACK}", **environment)
-    check_refusal(result, *parts)
+    for argument in ("", "check"):
+        script = f"folder={folder} lacking={lacking} argument={argument}\n{LACK}"
+        check_refusal(in_namespace(driver_file, script, **environment), *parts)
 
 
 def test_python_of_another_machine(driver_file: Path, tmp_path: Path) -> None:
@@ -424,6 +425,9 @@ def test_no_place_for_the_socket(driver_file: Path) -> None:
         driver_file, 'hide /run ro; hide /tmp ro; exec "$file"', SHIV_ROOT="/mnt/cache", **COOKIE
     )
     check_refusal(result, "no directory for the plugin's socket", "PLUGIN_UNIX_SOCKET_DIR", "/tmp")
+    result = in_namespace(driver_file, 'hide /run ro; hide /tmp ro; exec "$file" check', SHIV_ROOT="/mnt/cache")
+    assert result.returncode == 1 and "\nmissing: no directory for the plugin's socket" in result.stdout
+    assert "\ntasks cannot run here\n" in result.stdout
 
 
 def test_place_that_takes_no_sockets(driver_file: Path, tmp_path: Path) -> None:

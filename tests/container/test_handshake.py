@@ -421,8 +421,27 @@ def test_what_needs_root_says_so(driver_file: Path, command: list[str]) -> None:
 def test_check_says_whether_tasks_can_run(driver_file: Path, image: Path) -> None:
     result = run_for_people(driver_file, "check")
     assert (result.returncode, result.stderr) == (0, "")
-    assert re.match(r"systemd-nspawn \d+, Linux \d+\.\d+, cgroups (v1|v2|hybrid)\n", result.stdout)
+    assert re.match(
+        r"systemd-nspawn \d+, Linux \d+\.\d+, cgroups (v1|v2|hybrid), Python 3\.\d+\.\d+\n", result.stdout
+    )
+    assert "\nok:      the plugin starts and answers.\n" in result.stdout
     assert "\ntasks can run here\n" in result.stdout
+
+
+def test_check_says_what_single_features_lack(driver_file: Path, tmp_path: Path) -> None:
+    hidden = "for tool in nft gpg zstd; do mount --bind /dev/null $(readlink -f $(command -v $tool)); done"
+    script = f'{hidden}; exec "$1" check --image-dir /proc --alloc-dir "$2"'
+    result = run_for_people(
+        Path("/usr/bin/unshare"), "--mount", "sh", "-ec", script, "sh", str(driver_file), str(tmp_path)
+    )
+    said = " ".join(result.stdout.split())
+    assert result.returncode == 0, result
+    for package in ("nftables", "gnupg", "zstd"):
+        assert f"install the package {package}." in said
+    assert "note: /proc is on proc, which cannot be id-mapped" in said
+    assert f"ok: {tmp_path} is on " in said
+    assert "fs.inotify.max_user_instances is " in said
+    assert "systemd-networkd" in said and "systemd-machined" in said
 
 
 def test_check_says_what_jobs_may_do(driver_file: Path) -> None:
@@ -441,7 +460,8 @@ def test_check_says_what_is_missing(driver_file: Path, tmp_path: Path) -> None:
         Path("/usr/bin/unshare"), "--mount", "sh", "-c", script, "sh", str(empty), str(driver_file)
     )
     assert (result.returncode, result.stderr) == (1, "")
-    assert "missing: /etc/machine-id is missing or empty: run systemd-machine-id-setup.\n" in result.stdout
+    lines = " ".join(result.stdout.split())
+    assert "missing: /etc/machine-id is missing or empty: run systemd-machine-id-setup." in lines
     assert "\ntasks cannot run here\n" in result.stdout
 
 

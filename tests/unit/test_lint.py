@@ -24,7 +24,7 @@ ROOMS = (
     "common", "notify", "linux", "files", "process", "permissions", "options", "checks", "job", "devices", "host",
     "cgroup", "images", "sources", "network", "roots", "rules", "plan", "outcome", "record", "logs", "store",
     "state", "setup", "machined", "running", "reaper", "exec", "inits", "download", "unpack", "registry", "fetch",
-    "commands",
+    "diagnosis", "commands",
 )  # fmt: skip
 APART = ("enter", "bootstrap", "pack")  # programs of their own, which import nothing of ours
 FETCHING = ("download", "unpack", "registry", "fetch")  # a process without gRPC
