@@ -88,6 +88,8 @@ class Rounds:
     def note(self, report: Report) -> None:
         with self.lock:
             self.reports.append(report)
+            if len(self.reports) % 100 == 0:
+                print(f"{len(self.reports)} rounds", flush=True)
             if report.faults:
                 print(f"seed {report.seed}: {report.plan}\n    done: {' '.join(report.done)}")
                 for kind, text in report.faults:

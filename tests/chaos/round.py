@@ -196,6 +196,7 @@ class Round:
                 self.ends += ends[process]
                 self.may_be_lost |= process == "shim"
                 self.may_lose_lines |= process == "shim" and not self.task.logmon.running("stdout")
+                self.may_lose_lines |= self.plan.is_booted  # nspawn passes its console on
                 send(self.processes[process], signal.SIGKILL)
 
     def pause(self, process: str) -> None:
@@ -339,13 +340,12 @@ class Round:
             command = ["mount", "-o", f"remount,{mode}", str(place)]
             return subprocess.run(command, stderr=subprocess.DEVNULL, check=False, timeout=30).returncode == 0
 
-        if remount("ro"):  # not while somebody writes there
-            self.reliefs.append(lambda: self.relieve_read_only(remount))
+        def relieve() -> None:
+            if not remount("rw"):
+                self.fault("harness", f"{place} stays read-only")
 
-    @staticmethod
-    def relieve_read_only(remount: Callable[[str], bool]) -> None:
-        if not remount("rw"):
-            raise OSError("a file system stays read-only")
+        if remount("ro"):  # not while somebody writes there
+            self.reliefs.append(relieve)
 
     def take_descriptors(self) -> None:
         pid = self.worker.plugin.pid
