@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -104,7 +105,7 @@ def add_note(
         notes = read_notes(directory)
         notes = replace(
             notes,
-            sent=sent or notes.sent,
+            sent=notes.sent if notes.sent == signal.SIGKILL else sent or notes.sent,  # nothing comes after that
             reason=reason or notes.reason,
             is_orphaned=is_orphaned or notes.is_orphaned,
             is_restored=is_restored or notes.is_restored,

@@ -70,6 +70,15 @@ def test_notes_add_up(directory: Path) -> None:
     assert read_notes(directory) == Notes(9, "killed: it took “too” long", True)
 
 
+def test_no_signal_ends_what_sigkill_has_ended(directory: Path) -> None:
+    """StopTask may come while the task dies of the one before."""
+    add_note(directory, sent=9)
+    add_note(directory, sent=15)
+    overwrite(directory, "255 0\nend\n")
+    found = find_exit(directory, Mode.PROCESS_TWO, "task-x")
+    assert (found.code, found.signal) == (137, 9)
+
+
 def test_note_after_the_end_changes_nothing(directory: Path) -> None:
     add_note(directory, sent=15)
     overwrite(directory, "255 0\nend\n")
