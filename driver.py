@@ -53,6 +53,7 @@ from nomad_pb import (
     recoverable_error_pb2,
     rpc_status_pb2,
 )
+from nspawn.accounts import find_account
 from nspawn.cgroup import (
     Usage,
     find_mirrors,
@@ -132,7 +133,9 @@ from nspawn.common import (
     shorten,
 )
 from nspawn.devices import can_restrict_devices, restrict_devices
-from nspawn.exec import Exec, ExecServer, is_confined
+from nspawn.entries import ExecServer
+from nspawn.exec import Exec, is_confined
+from nspawn.fetches import Fetches, plan_fetching
 from nspawn.files import close_all, remove_tree, write_file
 from nspawn.host import (
     FINGERPRINT_PERIOD,
@@ -145,16 +148,7 @@ from nspawn.host import (
     read_host,
     read_mounts,
 )
-from nspawn.images import (
-    Image,
-    apply_image,
-    check_tree,
-    choose_image_dir,
-    find_account,
-    find_archive,
-    find_image,
-    plan_origin,
-)
+from nspawn.images import Image, apply_image, check_tree, choose_image_dir, find_archive, find_image, plan_origin
 from nspawn.inits import AGAIN, AGAIN_LATER, HALT, POWER_OFF, plan_request, run_inside, wait_init
 from nspawn.job import (
     MIB,
@@ -204,12 +198,7 @@ from nspawn.permissions import (
     RegistryAuth,
     check_permission,
 )
-from nspawn.plan import (
-    BUNDLE_PLACE,
-    HostInputs,
-    Plan,
-    plan_task,
-)
+from nspawn.plan import BUNDLE_PLACE, HostInputs, Plan, plan_task
 from nspawn.process import (
     DESCRIPTORS,
     NO_PROCESS,
@@ -272,7 +261,7 @@ from nspawn.state import (
     wait_container,
     wait_processes,
 )
-from nspawn.store import Fetches, Store, plan_fetching
+from nspawn.store import Store
 
 __version__ = "0.1.0"  # read by Nomad as a hashicorp/go-version: `.dev1` and `.post1` would stop the agent
 FILE_NAME = "nomad-driver-nspawn"  # what the agent's `plugin` block is looked up by

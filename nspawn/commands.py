@@ -25,6 +25,7 @@ from typing import Any
 
 from nspawn.common import MACHINES_ROOT, ConfigError, DriverError
 from nspawn.diagnosis import Finding, Verdict, diagnose
+from nspawn.fetches import Fetches, plan_fetching, render_size
 from nspawn.host import read_host
 from nspawn.images import DOCKER, choose_image_dir, plan_origin
 from nspawn.options import Option, decode_options, list_notes, render_reference
@@ -33,7 +34,7 @@ from nspawn.process import ProcessId
 from nspawn.rules import decode_job
 from nspawn.running import find_nspawn, find_states, is_held
 from nspawn.state import State, split_id
-from nspawn.store import Fetches, Store, plan_fetching, render_size
+from nspawn.store import Store
 
 
 @dataclass(frozen=True)

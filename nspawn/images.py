@@ -1,31 +1,26 @@
 # SPDX-License-Identifier: MPL-2.0
 """From the name of an image to something that nspawn can run, or to the source to fetch it from.
 
-Also who a command runs as: USER or, in the configuration of an OCI image, USER:GROUP, each a name or a number.
-The driver looks them up in the image's own files and gives nspawn numbers. nspawn itself would run the image's
-`getent`, which many images lack (distroless, scratch) or have in a form it cannot use (Alpine). Nothing here
-writes to an image.
+Nothing here writes to an image.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
 import stat
-import struct
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from nspawn.checks import NO_TEXT, USER, IdRange, Mount, check_user
-from nspawn.common import MACHINES_ROOT, ConfigError, check_shortage, is_below, quote, render_value, shorten
+from nspawn.checks import IdRange
+from nspawn.common import MACHINES_ROOT, ConfigError, check_shortage, quote
 from nspawn.job import Download, JobOptions, Login
 from nspawn.linux import open_in_root
 
@@ -396,269 +391,6 @@ def find_archive(image: Image) -> Origin | None:
     status = os.fstat(image.fd)  # another file at this path is another image
     stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return Origin("archive", str(image.path), str(image.path), tuple(map(str, stamp)))
-
-
-# Errors that mean that there is no such file, not that something is wrong with this machine.
-IS_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-
-
-@dataclass(frozen=True)
-class View:
-    """A container's root and its future mounts, to look up files before the container starts. Use it in a thread:
-    the image or a task can make a look-up slow."""
-
-    image: Path
-    # Targets in the container to sources on the host; "" for what nobody can look into before the start.
-    mounts: Mapping[str, str] = field(default_factory=dict)
-    pivot: str = "/"  # the directory of the image that becomes the root
-
-    def open(self, path: str, links: int = 8) -> int | None:
-        """Return an O_PATH descriptor of a file, None if there is none. Follows at most `links` links that lead
-        from the root into mounts. Raises OSError if it cannot tell."""
-        path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
-        is_plain = ".." not in path.split("/")
-        place = self.find_place(path) if is_plain else ""
-        if place and not self.mounts[place]:
-            raise OSError(errno.ESTALE, "is mounted when the container starts")
-        root = os.open(self.mounts[place], os.O_PATH | os.O_CLOEXEC) if place else self.open_root()
-        if place == path:
-            return root
-        try:
-            return open_in_root(root, path[len(place) :], os.O_PATH, follow=not place)
-        except OSError as error:
-            if error.errno not in IS_MISSING or (place and error.errno == errno.ELOOP):
-                raise
-            if self.mounts and not is_plain:
-                raise OSError(errno.ESTALE, "may be in a mount") from None
-            leads = self.find_mount(root, path) if self.mounts and links and not place else ""
-        finally:
-            os.close(root)
-        return self.open(leads, links - 1) if leads else None
-
-    def find_place(self, path: str) -> str:
-        """Return the target of the mount that a path is in, "" for the root itself."""
-        return max((point for point in self.mounts if is_below(path, point)), key=len, default="")
-
-    def have_links(self) -> bool:
-        """Whether a mount is at another place than its target says, because a link leads there. Raises OSError."""
-        root = self.open_root()
-        try:
-            for point in self.mounts:
-                try:
-                    os.close(open_in_root(root, os.path.dirname(point), os.O_PATH, follow=False))
-                except OSError as error:
-                    if error.errno == errno.ELOOP:
-                        return True
-                    if error.errno not in IS_MISSING:
-                        raise
-        finally:
-            os.close(root)
-        return False
-
-    def open_root(self) -> int:
-        top = os.open(self.image, os.O_PATH | os.O_CLOEXEC)
-        try:
-            return open_in_root(top, self.pivot, os.O_PATH)
-        finally:
-            os.close(top)
-
-    def find_mount(self, root: int, path: str) -> str:
-        """Resolve a link in a path that the root lacks: it may lead into a mount. Return "" if there is none."""
-        parts = path.strip("/").split("/")
-        for length in range(min(len(parts), MAX_PARTS) - 1, -1, -1):
-            with contextlib.suppress(OSError):
-                parent = open_in_root(root, "/".join(parts[:length]) or "/", os.O_PATH | os.O_DIRECTORY)
-                try:
-                    leads = self.follow(root, parent, parts[length])
-                finally:
-                    os.close(parent)
-                leads = os.path.normpath("/".join([leads, *parts[length + 1 :]]))
-                return leads if leads != path else ""
-        return ""
-
-    def follow(self, root: int, parent: int, name: str) -> str:
-        """Return the container's path of a file in an open directory, or what it links to."""
-        top, here = (os.readlink(f"/proc/self/fd/{fd}") for fd in (root, parent))
-        here = f"/{here.removeprefix(top).lstrip('/')}"
-        if not any(is_below(here, point) for point in self.mounts):
-            with contextlib.suppress(OSError):  # no link
-                name = os.readlink(name, dir_fd=parent)
-        return os.path.join(here, name)
-
-
-MAX_PARTS = 64  # of a path
-MAX_PLACES = 64  # of a PATH
-
-
-def explain_command(command: str, search: str, view: View, directory: str = "/") -> str:
-    """Return why a program cannot be executed, "" if it can be or if that is not known. `directory` is the one it
-    is started in."""
-    places = [command] if "/" in command else [f"{place or '.'}/{command}" for place in search.split(":")]
-    kinds = set()
-    try:
-        for place in places[:MAX_PLACES]:
-            if (fd := find_program(os.path.join(directory, place), view)) is not None:
-                try:
-                    kinds.add(explain_program(fd, view))
-                finally:
-                    os.close(fd)
-        if "" in kinds or view.have_links():
-            return ""
-    except OSError:
-        return ""  # not known
-    if not kinds:
-        where = "in the container" if "/" in command else f"in the container's PATH ({quote(search)})"
-        return f"command: there is no {render_value(shorten(command))} {where}"
-    return f"command: {render_value(shorten(command))} in the container {min(kinds)}"
-
-
-def find_program(path: str, view: View) -> int | None:
-    """Open a program as View.open does. If the image has no /bin or the like, nspawn makes it a link into /usr."""
-    found = view.open(path)
-    top = path.split("/")[1] if path.startswith("/") else ""
-    if found is not None or top not in ("bin", "sbin", "lib", "lib64"):
-        return found
-    if (folder := view.open(f"/{top}")) is not None:
-        os.close(folder)
-        return None
-    return view.open(f"/usr{path}")
-
-
-def explain_program(fd: int, view: View) -> str:
-    """Return what is wrong with a program, "" if nothing is. Raises OSError."""
-    mode = os.fstat(fd).st_mode
-    if not (stat.S_ISREG(mode) and mode & 0o111):
-        return "is not an executable file"
-    if is_foreign(fd):
-        return f"is for another machine than this {os.uname().machine}"
-    interpreter = find_interpreter(read_opened(fd, 4096))
-    if not interpreter.startswith("/"):
-        return ""
-    if (found := find_program(interpreter, view)) is None:
-        return f"needs the interpreter {quote(interpreter)}, which is not there"
-    os.close(found)
-    return ""
-
-
-def find_interpreter(head: bytes) -> str:
-    """Return the program that the kernel starts for a program, "" if it needs none or that is not known. `head` is
-    the start of its file: "#!" and a path, or the headers of a 64-bit ELF file of this machine."""
-    if head.startswith(b"#!"):
-        return os.fsdecode((re.split(rb"[ \t\n\0]", head[2:256].lstrip(b" \t")) or [b""])[0])
-    native = ELF_MACHINES.get(os.uname().machine, (0,))[0]
-    if not (head.startswith(b"\x7fELF\x02\x01") and head[18:20] == native.to_bytes(2, "little")):
-        return ""
-    with contextlib.suppress(struct.error):
-        start, size, count = *struct.unpack_from("<Q", head, 32), *struct.unpack_from("<HH", head, 54)
-        for number in range(min(count, 64)):
-            kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", head, start + number * size)
-            if kind == PT_INTERP and offset + length <= len(head):
-                return os.fsdecode(head[offset : offset + length].partition(b"\0")[0])
-    return ""
-
-
-PT_INTERP = 3
-ELF_MACHINES = {"x86_64": (62, 3), "aarch64": (183, 40)}  # e_machine of 64-bit and 32-bit programs
-BINFMT_MISC = Path("/proc/sys/fs/binfmt_misc")
-
-
-def is_foreign(fd: int) -> bool:
-    """Whether a program is an ELF file for another architecture, and binfmt_misc has no qemu at all."""
-    header, native = read_opened(fd, 20), ELF_MACHINES.get(os.uname().machine)
-    if not native or len(header) < 20 or not header.startswith(b"\x7fELF"):
-        return False
-    machine = int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
-    return machine not in native and not list(BINFMT_MISC.glob("qemu-*"))
-
-
-@dataclass(frozen=True)
-class Account:
-    """A user of a container."""
-
-    name: str
-    uid: int
-    gid: int
-    groups: tuple[int, ...]  # further ones
-    home: str
-
-    @property
-    def variables(self) -> dict[str, str]:
-        """The variables that nspawn sets for a user given by name, but not for one given by number."""
-        return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
-
-
-def find_account(image: Image, options: JobOptions, volumes: Iterable[Mount] = ()) -> Account | None:
-    """Return the user for the command. None: none is set, the container boots, or nspawn has to look the user up.
-    It does for a disk image and, outside the store, if mounts hide /etc/passwd or the name is not there: systemd
-    knows others (`bind_user`). `volumes` are Nomad's mounts. Raises ConfigError."""
-    wanted = options.user
-    if not wanted or options.boot or not image.is_directory:
-        return None
-    if not image.key and hides_accounts(options, volumes):
-        return None
-    name, _, group = wanted.partition(":")
-    name = check_user("user", name or "root")
-    groups = read_entries(image, f"{options.root}/etc/group")
-    gid = find_group(wanted, group, groups)
-    if name in ("root", "0"):
-        return Account("root", 0, gid or 0, (), "/root")
-    for entry in read_entries(image, f"{options.root}/etc/passwd"):
-        if len(entry) > 5 and name in (entry[0], entry[2]) and is_id(entry[2]) and is_id(entry[3]):
-            return parse_account(entry, gid, groups)
-    if is_number(wanted, name):
-        return Account(name, int(name), gid or 0, (), "/")
-    if not image.key:
-        return None
-    raise ConfigError("user", wanted, "the image's /etc/passwd has no such user", "give the user's number")
-
-
-def hides_accounts(options: JobOptions, volumes: Iterable[Mount]) -> bool:
-    """Whether something is mounted over the image's passwd or group."""
-    targets = [mount.target for mount in (*options.binds, *volumes)]
-    targets += [overlay.target for overlay in options.overlays]
-    hidden = {os.path.normpath(f"/{target}").lstrip("/") for target in targets}
-    return not hidden.isdisjoint(("", "etc", "etc/passwd", "etc/group"))
-
-
-def read_entries(image: Image, path: str) -> list[list[str]]:
-    """Return the lines of an image's passwd or group, each split into fields."""
-    text = read_in_image(image, path)
-    if len(text.encode()) >= MAX_TEXT:
-        text = text.rpartition("\n")[0]  # the last line may have been cut in the middle of a number
-    return [line.split(":") for line in text.split("\n")]
-
-
-def parse_account(entry: Sequence[str], gid: int | None, groups: Sequence[Sequence[str]]) -> Account:
-    """Return the user of a line of passwd. A group that was asked for replaces all others."""
-    name, uid, home = entry[0] if USER.fullmatch(entry[0]) else entry[2], int(entry[2]), entry[5]
-    if not home.startswith("/") or NO_TEXT.search(home):
-        home = "/"
-    if gid is not None:
-        return Account(name, uid, gid, (), home)
-    members = [group for group in groups if len(group) > 3 and is_id(group[2]) and name in group[3].split(",")]
-    return Account(name, uid, int(entry[3]), tuple(int(group[2]) for group in members), home)
-
-
-def find_group(wanted: str, group: str, groups: Sequence[Sequence[str]]) -> int | None:
-    """Return the number of a group, None if none is asked for. Raises ConfigError if the image has none such."""
-    if not group:
-        return None
-    numbers = [int(entry[2]) for entry in groups if len(entry) > 2 and entry[0] == group and is_id(entry[2])]
-    if not numbers and not is_number(wanted, group):
-        raise ConfigError("user", wanted, f"the image has no group {quote(group)}", "give the group's number")
-    return numbers[0] if numbers else int(group)
-
-
-def is_number(wanted: str, text: str) -> bool:
-    """Whether a name is a number. Raises ConfigError for a number that no user can have."""
-    if text.isascii() and text.isdigit() and not is_id(text):
-        raise ConfigError("user", wanted, "user numbers go up to 999999999, without 65535", "give another")
-    return is_id(text)
-
-
-def is_id(text: str) -> bool:
-    """Whether a text is the number of a user or group. systemd refuses 65535, which is -1 in 16 bits."""
-    return bool(re.fullmatch(r"\d{1,9}", text, re.ASCII)) and int(text) != 0xFFFF
 
 
 BUSY = (

@@ -13,10 +13,11 @@ import os
 import signal
 from dataclasses import dataclass
 
+from nspawn.bundle import DEFAULT_PATH, ExecContext
 from nspawn.common import DriverError
-from nspawn.exec import Exec, ExecServer
+from nspawn.entries import ExecServer
+from nspawn.exec import Exec
 from nspawn.job import render_signal
-from nspawn.plan import DEFAULT_PATH, ExecContext
 from nspawn.process import read_status, run_in_thread
 from nspawn.state import State
 

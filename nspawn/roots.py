@@ -30,7 +30,7 @@ from nspawn.checks import IdRange
 from nspawn.common import SETTINGS_ROOT, ConfigError, DriverError, TransientError, check_shortage, quote
 from nspawn.files import read_text
 from nspawn.host import OVERLAY_IDMAP, Host, Mounts
-from nspawn.images import BUSY, Image, View, explain_linked_usr, open_directory
+from nspawn.images import BUSY, Image, explain_linked_usr, open_directory
 from nspawn.job import JobOptions
 from nspawn.linux import (
     AT_EMPTY_PATH,
@@ -54,6 +54,7 @@ from nspawn.linux import (
 )
 from nspawn.permissions import Permission
 from nspawn.process import open_user_namespace
+from nspawn.view import View
 
 
 def check_mount_points(root: Path, files: Sequence[str]) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from nspawn.common import DriverError, HostError, check_shortage
 from nspawn.files import write_file, write_new_file
-from nspawn.images import View, explain_command
 from nspawn.linux import (
     MNT_DETACH,
     MS_BIND,
@@ -45,6 +44,7 @@ from nspawn.roots import (
 )
 from nspawn.sources import clone_source, make_nodes
 from nspawn.state import remove_in_thread
+from nspawn.view import View, explain_command
 
 
 async def make_upper_dir(place: Path) -> int:

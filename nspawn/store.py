@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Fetched images on disk, and the plugin's side of fetching them.
+"""Fetched images on disk.
 
 The store is under /var/lib, and only root can enter it, so nobody can reach a set-uid program in an image. An
 image is a record that names its layers; a layer is a directory, or the file of a disk image. Each gets its name
@@ -7,33 +7,23 @@ when it is complete. The driver makes all names, most from digests. Locks (flock
 use of an image is a file that counts as long as the task's state directory exists. So nothing needs repair after
 a crash. A fetch holds the lock of its image exclusively and those of its layers shared, so it never waits for the
 download of another image. A collection takes only locks that are free.
-
-Each image is fetched by a process of its own (fetch.py), which ends with the plugin: no download, certificate or
-archive takes the plugin's time or memory. All tasks that wait for an image share its process. It reports its
-progress in lines of JSON; if it is silent for too long, it has stalled.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import json
 import os
 import re
-import signal
-import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from nspawn.common import MAX_LINE, SAFE_PATH, STATE_ROOT, DriverError, HostError, TransientError, log, tuples
+from nspawn.common import STATE_ROOT, tuples
 from nspawn.files import remove_tree, write_file
-from nspawn.images import Image, ImageConfig, Origin
-from nspawn.permissions import PluginOptions, RegistryAuth
-from nspawn.process import CHILDREN, NO_PROCESS, start_process, wait_readable
+from nspawn.images import Image, ImageConfig
 
 STORE_ROOT = Path("/var/lib/nomad-driver-nspawn")
 
@@ -297,228 +287,3 @@ def read_image_use(path: Path) -> ImageUse | None:
         values = json.loads(path.read_text())
         return ImageUse(values["task_id"], values["key"], tuple(map(str, values["layers"])))
     return None
-
-
-FETCH = "import sys; sys.path.insert(0, sys.argv[1]); from nspawn import fetch; fetch.main()"
-FETCHES_AT_ONCE = 16  # each may take a processor and a gigabyte of memory; a slow server holds up one
-SILENCE_LIMIT = 60.0  # seconds beyond the limit on stalls; the process usually writes a line every second
-PROGRESS_PERIOD = 15.0  # seconds between two events
-PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "ssl_cert_file", "ssl_cert_dir")
-
-
-@dataclass(frozen=True)
-class FetchSettings:
-    """The operator's settings for fetching."""
-
-    limit: int  # bytes that an image may have
-    stall: float  # seconds
-    auth_config: str
-    auth_helper: str
-    insecure: tuple[str, ...]
-
-
-def plan_fetching(config: PluginOptions) -> FetchSettings:
-    auth = config.auth or RegistryAuth()
-    return FetchSettings(
-        limit=config.image_size_limit << 20,
-        stall=max(config.image_stall_timeout or 60.0, 1.0),
-        auth_config=auth.config or "",
-        auth_helper=auth.helper or "",
-        insecure=config.insecure_registries,
-    )
-
-
-class Fetching:
-    """One image that is being fetched."""
-
-    def __init__(self, request: Mapping[str, object], silence: float, turns: asyncio.Semaphore) -> None:
-        self.request, self.silence, self.turns = request, silence, turns
-        self.listeners: list[Callable[[str], None]] = []  # of the tasks that wait for it
-        self.name = str(request["name"])
-        self.last_told = time.monotonic()
-        self.task = asyncio.create_task(self.run())
-
-    async def run(self) -> None:
-        """Wait for a turn; return when the image is in the store. Raises DriverError or OSError."""
-        if self.turns.locked():
-            await asyncio.sleep(0)  # then there is a listener
-            self.tell(f"The image {self.name} waits until other images have been fetched.")
-        async with self.turns:
-            await self.fetch()
-
-    async def fetch(self) -> None:
-        begun = time.monotonic()
-        self.tell(f"Fetching the image {self.name}.")
-        async with contextlib.aclosing(talk_to_fetcher(self.request, self.silence)) as lines:
-            async for line in lines:
-                message = parse_message(line)
-                if "kind" in message:
-                    kind = FETCH_ERRORS.get(message["kind"], DriverError)
-                    raise kind(f"image {self.name}: {message['error']}")
-                if "note" in message:
-                    self.tell(f"Image {self.name}: {message['note']}.")
-                if "what" in message:
-                    self.tell_progress(message["what"], message["done"], message["total"])
-                if "image" in message:
-                    self.tell(f"The image {self.name} is there after {time.monotonic() - begun:.1f} s.")
-                    return
-        raise TransientError(f"image {self.name}: the process that fetches it has ended without a result")
-
-    def tell(self, text: str) -> None:
-        for listener in self.listeners:
-            listener(text)
-
-    def tell_progress(self, what: str, done: int, total: int) -> None:
-        if time.monotonic() - self.last_told < PROGRESS_PERIOD:
-            return
-        self.last_told = time.monotonic()
-        share = f", {done * 100 // total} % of {render_size(total)}" if total else f", {render_size(done)} so far"
-        self.tell(f"Fetching the image {self.name}: {what}{share}.")
-
-
-FETCH_ERRORS: dict[str, type[DriverError]] = {
-    "TransientError": TransientError,
-    "HostError": HostError,
-}
-
-
-def parse_message(line: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        message = json.loads(line)
-        if isinstance(message, dict):
-            return message
-    log.warn("the process that fetches images says", line=line)
-    return {}
-
-
-async def talk_to_fetcher(request: Mapping[str, object], silence: float) -> AsyncGenerator[str, None]:
-    """Start the process with the request and yield its lines; kill it at the end, and wait for that."""
-    environ = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
-    environ |= {"PATH": SAFE_PATH, "LANG": "C.UTF-8", "HOME": "/root"}
-    argv = ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-IS", "-X", "utf8", "-c", FETCH]
-    ask = os.memfd_create("request")  # no pipe: a job's request may be too large for one, and writing would block
-    answer_fd, answer = os.pipe2(os.O_CLOEXEC)
-    process = NO_PROCESS
-    try:
-        with open(ask, "wb", closefd=False) as file:
-            file.write(json.dumps(request).encode() + b"\n")
-        os.lseek(ask, 0, os.SEEK_SET)
-        process = start_process(
-            [*argv, str(Path(__file__).parent.parent)], environ=environ, stdin=ask, stdout=answer, stderr=answer
-        )
-        os.close(answer)
-        answer = -1
-        os.set_blocking(answer_fd, False)
-        async for line in read_lines(answer_fd, silence):
-            yield line
-    finally:
-        for fd in (ask, answer_fd, answer):
-            if fd >= 0:
-                os.close(fd)
-        with contextlib.suppress(ProcessLookupError):
-            if CHILDREN.get(process.pid) == process:  # not reaped: the pid is no other process's
-                os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-async def read_lines(fd: int, silence: float) -> AsyncIterator[str]:
-    """Yield lines until the end or one that is too long. Raises TransientError after `silence` s without data."""
-    rest = b""
-    while True:
-        try:
-            await asyncio.wait_for(wait_readable(fd), silence)
-        except asyncio.TimeoutError:
-            raise TransientError(f"fetching has stalled: nothing has happened for {silence:g} s") from None
-        data = os.read(fd, 65536)
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line.decode(errors="replace")
-        if not data or len(rest) > MAX_LINE:
-            return
-
-
-class Fetches:
-    """The images being fetched, by their keys."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.running: dict[str, Fetching] = {}
-        self.turns = asyncio.Semaphore(FETCHES_AT_ONCE)
-        self.collecting: asyncio.Task[None] | None = None
-
-    async def provide(
-        self, origin: Origin, settings: FetchSettings, tell: Callable[[str], None]
-    ) -> tuple[StoredImage, int]:
-        """Return a stored image, fetched if need be, and a descriptor whose lock keeps it from being collected."""
-        asked_at, is_fresh = time.time(), False
-        for _ in range(3):
-            fd = self.store.try_lock(origin.key)
-            image = self.store.read(origin.key) if fd is not None else None
-            wants_newer = (origin.force or origin.refresh) and not is_fresh
-            if fd is not None and image and not (wants_newer and image.checked_at < asked_at):
-                self.store.touch(origin.key)
-                return image, fd
-            if fd is not None:
-                os.close(fd)
-            await self.fetch(origin, settings, asked_at, tell)
-            is_fresh = True
-        raise TransientError(f"image {origin.name}: it was removed from the store again and again")
-
-    async def fetch(
-        self, origin: Origin, settings: FetchSettings, asked_at: float, tell: Callable[[str], None]
-    ) -> None:
-        """Fetch the image, or wait for the fetch that runs. The last caller to give up ends the process."""
-        key = origin.key
-        fetching = self.running.get(key)
-        if fetching is None:
-            request = self.render_request(origin, settings, asked_at)
-            fetching = self.running[key] = Fetching(request, settings.stall + SILENCE_LIMIT, self.turns)
-        else:
-            tell(f"Waiting for the image {origin.name}, which another task fetches.")
-        fetching.listeners.append(tell)
-        try:
-            await asyncio.shield(fetching.task)
-        finally:
-            fetching.listeners.remove(tell)
-            if not fetching.listeners:
-                fetching.task.cancel()
-            if self.running.get(key) is fetching and (fetching.task.done() or not fetching.listeners):
-                del self.running[key]
-
-    def render_request(self, origin: Origin, settings: FetchSettings, asked_at: float) -> dict[str, object]:
-        return {
-            **asdict(origin),
-            **asdict(settings),
-            "action": "fetch",
-            "root": str(self.store.root),
-            "key": origin.key,
-            "asked_at": asked_at,
-        }
-
-    def collect(self, delay: float) -> None:
-        """Start a collection in the background, if none runs and there is garbage. To look for it blocks."""
-        if self.collecting is not None and not self.collecting.done():
-            return
-        try:
-            if self.store.find_garbage(delay):
-                self.collecting = asyncio.create_task(self.run_collection(delay))
-        except OSError as error:
-            log.warn("this machine keeps images from being collected", error=error.strerror)
-
-    async def run_collection(self, delay: float) -> None:
-        request = {"action": "collect", "root": str(self.store.root), "delay": delay}
-        try:
-            async with contextlib.aclosing(talk_to_fetcher(request, 3600)) as lines:
-                async for line in lines:
-                    if "collected" in (message := parse_message(line)):
-                        log.info("images collected", count=message["collected"])
-        except (DriverError, OSError) as error:
-            log.warn("images cannot be collected", error=str(error))
-
-
-def render_size(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"

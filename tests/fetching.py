@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nspawn.common import SAFE_PATH
+from nspawn.fetches import FETCH
 from nspawn.images import Origin, redact
-from nspawn.store import FETCH, Store, StoredImage
+from nspawn.store import Store, StoredImage
 from tests.servers import Entry, FileServer, Liar, folder, make_tar
 
 TOP = Path(__file__).resolve().parent.parent

@@ -28,7 +28,8 @@ import driver
 from nomad_pb import driver_pb2
 from nspawn.cgroup import PAGE_SIZE, find_cgroups, read_cgroup_pids
 from nspawn.common import STATE_ROOT
-from nspawn.exec import LEAF, ExecServer, find_namespaces, is_confined
+from nspawn.entries import LEAF, ExecServer, find_namespaces
+from nspawn.exec import is_confined
 from nspawn.files import read_text
 from nspawn.job import Mode, state_directory
 from nspawn.process import parse_status, read_children, read_inner_pid, read_stat
@@ -952,7 +953,7 @@ def helpers(pid: int) -> list[int]:
 
 
 def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nspawn.exec.IDLE_LIMIT", 1.0)
+    monkeypatch.setattr("nspawn.entries.IDLE_LIMIT", 1.0)
 
     async def scenario() -> None:
         helper = ExecServer()

@@ -23,8 +23,9 @@ import pytest
 
 import driver
 from nomad_pb import driver_pb2
+from nspawn.fetches import Fetches
 from nspawn.files import remove_tree
-from nspawn.store import Fetches, Store, StoredImage
+from nspawn.store import Store, StoredImage
 from tests.agent import AgentError, DriverError, Plugin, Task, driver_error, launch_like_agent
 from tests.containers import Tasks, eventually, is_alive, kill, make_small_image, output
 from tests.fetching import Fetcher, docker_origin, url_origin

@@ -16,28 +16,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nspawn.accounts import Account, find_account
+from nspawn.bundle import render_bundle
 from nspawn.checks import Mount
 from nspawn.common import ConfigError
 from nspawn.images import (
-    ELF_MACHINES,
     MAX_TEXT,
-    Account,
     Image,
     ImageConfig,
     Origin,
-    View,
     apply_image,
-    explain_command,
-    find_account,
     find_archive,
     find_image,
-    find_interpreter,
     image_places,
-    is_foreign,
     plan_origin,
     read_head,
 )
-from nspawn.plan import render_bundle
+from nspawn.view import ELF_MACHINES, View, explain_command, find_interpreter, is_foreign
 from tests.options import read_options
 
 
@@ -689,7 +684,7 @@ FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (22).to_bytes(2, "li
 
 
 def test_programs_of_other_machines(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nspawn.images.BINFMT_MISC", tmp_path)
+    monkeypatch.setattr("nspawn.view.BINFMT_MISC", tmp_path)
     tool = root / "usr/bin/foreign"
     tool.write_bytes(FOREIGN)
     tool.chmod(0o755)

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 
 from driver import TASK_OPTIONS
 from nspawn import checks
+from nspawn.accounts import Account
+from nspawn.bundle import DEFAULT_PATH, check_environment, render_bundle
 from nspawn.cgroup import plan_cgroup
 from nspawn.checks import RESOLV_CONF, USER, Mount, escape_field, parse_bind
 from nspawn.common import STATE_ROOT, ConfigError, DriverError, HostError, TransientError
 from nspawn.host import CgroupMode, Host, Mounts
-from nspawn.images import Account, Image
+from nspawn.images import Image
 from nspawn.inits import POWER_OFF, Init, Request, plan_request
 from nspawn.job import (
     GroupNetwork,
@@ -50,16 +52,7 @@ from nspawn.outcome import (
     find_message,
     parse_nspawn_log,
 )
-from nspawn.plan import (
-    DEFAULT_PATH,
-    HostInputs,
-    Plan,
-    check_environment,
-    plan_task,
-    plan_volumes,
-    render_bundle,
-    stage_sources,
-)
+from nspawn.plan import HostInputs, Plan, plan_task, plan_volumes, stage_sources
 from nspawn.process import ProcessId
 from nspawn.rules import check_targets
 from nspawn.sources import Source, name_sources, open_directories
