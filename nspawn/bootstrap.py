@@ -36,7 +36,12 @@ def explain_import(error: ImportError) -> str:
             "%s is not complete, it lacks the module %s: install the package python3 (not just python3-minimal), "
             "or set NOMAD_DRIVER_NSPAWN_PYTHON to the path of another Python" % (sys.executable, name)
         )
-    return "its libraries cannot be loaded by %s: %s" % (sys.executable, error)
+    return explain_load(error)
+
+
+def explain_load(error: Exception) -> str:
+    where = os.environ.get("SHIV_ROOT", FILE)
+    return "%s cannot load its code from %s (%s): remove what is damaged there" % (sys.executable, where, error)
 
 
 try:
@@ -45,6 +50,7 @@ try:
     import os
     import shutil
     import zipfile
+    import zlib
     from importlib.machinery import EXTENSION_SUFFIXES
 except ImportError as error:
     fail(explain_import(error))
@@ -201,7 +207,10 @@ if sys.argv[1:] in (["--version"], ["version"]):  # nothing has to be unpacked f
 os.umask(0o022)  # with another one, all users might be able to write to the tree
 for variable in [v for v in os.environ if v.startswith("SHIV_") and v != "SHIV_ROOT"]:
     del os.environ[variable]  # they would give shiv another entry point, sys.path or interpreter
-os.environ["SHIV_ROOT"] = unpack()
+try:
+    os.environ["SHIV_ROOT"] = unpack()
+except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    fail("%s is damaged (%s): download or build it again" % (FILE, error))
 # What grpc reads when it is imported.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # its fork handlers crash the children we start (grpc#41768)
 os.environ["GRPC_VERBOSITY"] = "NONE"  # its C core writes to stderr by itself
@@ -213,3 +222,7 @@ try:
     bootstrap()
 except ImportError as error:
     fail(explain_import(error))
+except Exception as error:  # a power failure leaves files of the right size that hold zeros
+    if "driver" in sys.modules:
+        raise
+    fail(explain_load(error))

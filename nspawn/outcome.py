@@ -65,7 +65,10 @@ def explain_failure(lines: Sequence[str], status: int) -> DriverError:
     """Return the error for an nspawn that ended before the container was up."""
     known = find_message(lines)
     if known or not lines:
-        silent = f"systemd-nspawn ended with status {status} before the container was up, and said nothing"
+        silent = (
+            f"systemd-nspawn ended with status {status} before the container was up, and said nothing here; the "
+            "task's stderr may have its words"
+        )
         return known or TransientError(silent)
     return DriverError(f"systemd-nspawn could not start the container: {' '.join(lines[-3:])}")
 

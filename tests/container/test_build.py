@@ -462,6 +462,26 @@ def test_truncated_file(driver_file: Path, tmp_path: Path) -> None:
     check_refusal(run(part, SHIV_ROOT=str(tmp_path / "cache")), "is damaged", str(driver_file.stat().st_size))
 
 
+def test_file_with_damage_inside(driver_file: Path, tmp_path: Path) -> None:
+    """Of the right size: the rest of a download is zeros, say."""
+    damaged = tmp_path / "damaged"
+    shutil.copy2(driver_file, damaged)
+    with damaged.open("r+b") as file:
+        for place in range(1_000_000, damaged.stat().st_size - 1_000_000, 1_000_000):
+            file.seek(place)
+            file.write(bytes(100_000))
+    check_refusal(run(damaged, SHIV_ROOT=str(tmp_path / "cache")), f"{damaged} is damaged", "download")
+
+
+def test_unpacked_code_of_zeros(driver_file: Path, tmp_path: Path) -> None:
+    """A power failure may leave them. Its size is right, so this code is not unpacked again."""
+    cache = tmp_path / "cache"
+    assert run(driver_file, SHIV_ROOT=str(cache)).stdout.startswith(HELLO)
+    module = find_tree(cache) / "driver.py"
+    module.write_bytes(bytes(module.stat().st_size))
+    check_refusal(run(driver_file, SHIV_ROOT=str(cache)), str(cache), "remove")
+
+
 # -- the environment -----------------------------------------------------------------------------------------
 
 

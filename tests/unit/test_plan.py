@@ -1254,7 +1254,10 @@ def test_failure_with_unknown_words_repeats_the_last_ones() -> None:
 
 def test_failure_without_words() -> None:
     failure = explain_failure([], 137)
-    assert str(failure) == "systemd-nspawn ended with status 137 before the container was up, and said nothing"
+    assert str(failure) == (
+        "systemd-nspawn ended with status 137 before the container was up, and said nothing here; the task's "
+        "stderr may have its words"
+    )
     assert failure.recoverable
 
 
