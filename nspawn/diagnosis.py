@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import enum
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nspawn.cgroup import read_number
-from nspawn.common import SAFE_PATH, HostError
+from nspawn.common import HostError
+from nspawn.files import find_tool
 from nspawn.host import (
     OVERLAY_IDMAP,
     Host,
@@ -63,7 +63,7 @@ def diagnose(host: Host, image_dir: str, alloc_dirs: Sequence[str]) -> Iterator[
     yield from judge_limits(host)
     yield from judge_directories(host, image_dir, alloc_dirs or find_usual_alloc_dirs())
     yield from judge_services()
-    yield from judge_tools(frozenset(tool for tool in TOOLS_BY_USE if shutil.which(tool, path=SAFE_PATH)))
+    yield from judge_tools(frozenset(tool for tool in TOOLS_BY_USE if find_tool(tool)))
     yield judge_watches(read_number("/proc/sys/fs/inotify/max_user_instances"))
     if not have_kernel_messages():
         yield Finding(

@@ -14,7 +14,6 @@ import socket
 import sys
 from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
-from importlib.abc import InspectLoader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,8 +41,9 @@ T = TypeVar("T")
 def read_program() -> bytes:
     """Return enter.py as a compiled file, which a Python of the same version runs at once."""
     spec = importlib.util.find_spec("nspawn.enter")
-    assert spec and isinstance(spec.loader, InspectLoader)
-    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(spec.loader.get_code(spec.name))
+    assert spec
+    loader: Any = spec.loader  # importlib.abc has a type for it, and takes half a megabyte
+    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(loader.get_code(spec.name))
 
 
 # Read when the plugin starts: later the directory with the plugin's code may have been removed.

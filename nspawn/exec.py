@@ -10,7 +10,6 @@ import functools
 import json
 import marshal
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -29,7 +28,6 @@ from nspawn.cgroup import (
     write_control,
 )
 from nspawn.common import (
-    SAFE_PATH,
     ConfigError,
     DriverError,
     HostError,
@@ -40,7 +38,7 @@ from nspawn.common import (
     tuples,
 )
 from nspawn.entries import LEAF, ExecServer, plan_entry, receive_fds, send_fds
-from nspawn.files import read_text
+from nspawn.files import find_tool, read_text
 from nspawn.job import Mode
 from nspawn.process import (
     DESCRIPTORS,
@@ -78,7 +76,7 @@ def is_confined(leader: int, mode: Mode) -> bool:
     stub, which is nspawn's own program under another name. May block."""
     if mode is Mode.PROCESS_TWO:
         return read_text(Path(f"/proc/{leader}/comm")).startswith("(sd-stubinit")
-    nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
+    nspawn = find_tool("systemd-nspawn")
     try:
         return not nspawn or not os.path.samefile(f"/proc/{leader}/exe", nspawn)
     except OSError:  # it has ended

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nspawn.common import is_shortage, log
+from nspawn.common import SAFE_PATH, is_shortage, log
 from nspawn.linux import RESOLVE_NO_XDEV, openat2
 
 
@@ -27,6 +27,12 @@ def read_text(path: Path) -> str:
         if is_shortage(error) and error.errno != errno.EIO:
             raise
         return ""
+
+
+def find_tool(name: str) -> str | None:
+    """Return the path of a program of this machine. (shutil would load four libraries for it.)"""
+    paths = (f"{directory}/{name}" for directory in SAFE_PATH.split(":"))
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
 def write_file(path: Path, text: str, mode: int = 0o600) -> None:

@@ -10,15 +10,14 @@ import enum
 import functools
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nspawn.common import SAFE_PATH, HostError, is_below
+from nspawn.common import HostError, is_below
 from nspawn.devices import can_restrict_devices
-from nspawn.files import read_text
+from nspawn.files import find_tool, read_text
 from nspawn.linux import can_map_ids
 from nspawn.process import open_user_namespace, read_status, run
 
@@ -146,7 +145,7 @@ def find_problems(systemd: int, kernel: tuple[int, int]) -> Iterator[str]:
     if os.geteuid() != 0:
         yield "The Nomad client must run as root to start containers."
     for tool, package in TOOLS.items():
-        if not shutil.which(tool, path=SAFE_PATH):
+        if not find_tool(tool):
             yield f"{tool} is not installed: install the package {package}."
     if not read_cgroup_mode():
         yield NO_CGROUPS
@@ -177,13 +176,11 @@ def have_machined() -> bool:
     if not all(map(os.path.exists, ("/run/systemd/system", "/run/dbus/system_bus_socket"))):
         return False
     found = [path for folder in UNIT_PATHS if os.path.lexists(path := f"{folder}/systemd-machined.service")]
-    return (
-        bool(found) and os.path.realpath(found[0]) != "/dev/null" and bool(shutil.which("busctl", path=SAFE_PATH))
-    )
+    return bool(found) and os.path.realpath(found[0]) != "/dev/null" and bool(find_tool("busctl"))
 
 
 def read_host() -> Host:
-    nspawn = shutil.which("systemd-nspawn", path=SAFE_PATH)
+    nspawn = find_tool("systemd-nspawn")
     systemd = read_nspawn_version(nspawn, os.stat(nspawn).st_mtime) if nspawn else 0
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
     kernel = (int(release[1]), int(release[2])) if release else (0, 0)

@@ -275,7 +275,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for tool in TOOLS:
         (path / tool).write_text("#!/bin/sh\n")
         (path / tool).chmod(0o755)
-    monkeypatch.setattr("nspawn.host.SAFE_PATH", str(path))
+    monkeypatch.setattr("nspawn.files.SAFE_PATH", str(path))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     return path
 
