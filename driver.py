@@ -149,7 +149,16 @@ from nspawn.host import (
     read_mounts,
 )
 from nspawn.images import Image, apply_image, check_tree, choose_image_dir, find_archive, find_image, plan_origin
-from nspawn.inits import AGAIN, AGAIN_LATER, HALT, POWER_OFF, plan_request, run_inside, wait_init
+from nspawn.inits import (
+    AGAIN,
+    AGAIN_LATER,
+    HALT,
+    POWER_OFF,
+    plan_request,
+    plan_unit_request,
+    run_inside,
+    wait_init,
+)
 from nspawn.job import (
     MIB,
     Dns,
@@ -262,6 +271,7 @@ from nspawn.state import (
     wait_processes,
 )
 from nspawn.store import Store
+from nspawn.unit import check_unit, chown_unit_pipes, plan_signal
 
 __version__ = "0.1.0"  # read by Nomad as a hashicorp/go-version: `.dev1` and `.post1` would stop the agent
 FILE_NAME = "nomad-driver-nspawn"  # what the agent's `plugin` block is looked up by
@@ -349,6 +359,11 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
     Option("boot", Kind.BOOL,
            "Boot the image's init as PID 1; `command` then holds arguments for it.",
            "false", default=True, argument="--boot"),
+    Option("unit", Kind.STRING,
+           "The service of the booted system that is the task. Its stdout and stderr are the task's, and the task "
+           "ends when the service ends, with its exit code; `Restart=` in it counts first. See "
+           "[jobs](jobs.md#a-unit-as-the-task).",
+           '"app.service"', check=check_unit),
     Option("command", Kind.STRINGS,
            "The program and its arguments. Required if `boot` is false and the image names no program itself.",
            '["/bin/sleep", "60"]', default=()),
@@ -941,7 +956,7 @@ class Task:
 
     async def ask(self, number: int, timeout: float, exec_server: ExecServer) -> str:
         """Ask the task to end, and wait until it has ended or the time is up. Return how it was asked."""
-        if self.state.mode is not Mode.BOOT or number not in (HALT, POWER_OFF):
+        if not self.state.unit and (self.state.mode is not Mode.BOOT or number not in (HALT, POWER_OFF)):
             await self.send(number, is_stop=True)
             await self.wait(timeout)
             return render_signal(number)
@@ -959,7 +974,8 @@ class Task:
         leader = self.state.leader
         if leader is None:
             return
-        request = plan_request(await wait_init(leader.pid, self.ended), number)
+        init, unit = await wait_init(leader.pid, self.ended), self.state.unit
+        request = plan_unit_request(unit, number) if unit else plan_request(init, number)
         if not request.command:
             ways.append(render_signal(number))
             await self.send(number)
@@ -972,15 +988,18 @@ class Task:
             if why and request.number and len(ways) == 1:
                 ways.append(render_signal(request.number))
                 await self.send(request.number)
+            if unit and not why:  # a program may take a second signal for more than the first
+                break
             await self.wait(AGAIN if why else AGAIN_LATER)
 
     def find_stop_signal(self, name: str) -> int:
         """Return the signal of this name, or of the image if it is "". For an unknown name, return the default
         signal: a refusal would keep the task running."""
+        mode = Mode.COMMAND if self.state.unit else self.state.mode  # a unit gets SIGTERM as a command does
         try:
-            return self.state.mode.stop_signal(name or self.state.stop_signal)
+            return mode.stop_signal(name or self.state.stop_signal)
         except ConfigError as error:
-            number = self.state.mode.stop_signal("")
+            number = mode.stop_signal("")
             self.events.emit(self.state, f"{error}. {render_signal(number)} is sent instead.")
             return number
 
@@ -1103,7 +1122,8 @@ class TaskStarter:
             link=plan.network.link,
             zone=plan.network.zone,
             ports=tuple((port.host, port.inside) for port in plan.network.ports.values()),
-            stop_signal=plan.image.config.stop_signal,
+            stop_signal="" if plan.options.unit else plan.image.config.stop_signal,  # that is for the init
+            unit=plan.options.unit or "",
         )
         self.directory = self.state.directory
 
@@ -1123,6 +1143,8 @@ class TaskStarter:
                 locks = {*self.state.locks, *find_locks(self.state.shim, self.state.image)}
                 self.save(leader=leader, users=users, locks=tuple(sorted(locks)))
                 chown_logs(self.logs, users)
+                if self.plan.options.unit:
+                    chown_unit_pipes(self.directory, users)
         except BaseException:
             await finish(self.abandon())
             raise
@@ -2004,6 +2026,9 @@ class DriverService:
             raise DriverError(f"task {quote(request.task_id)} has ended, there is nothing to signal")
         if number in (signal.SIGSTOP, signal.SIGCONT):
             task.pause(number == signal.SIGSTOP)
+        elif unit := task.state.unit:
+            if why := await run_inside(self.exec_server, task.state, task.ended, plan_signal(unit, number)):
+                raise DriverError(f"the signal did not reach the main process of {unit}: {why}")
         else:
             await task.send(number)
         return driver_pb2.SignalTaskResponse()

@@ -23,12 +23,12 @@ job "nightly" {
         image     = "debian"
         ephemeral = true
 
+        # The task is this service: its stdout, its stderr and its exit code are the task's.
+        unit = "nightly.service"
+
         environment = {
           SYSTEMD_UNIT_PATH = "/local/systemd:" # the colon at the end adds the usual places
         }
-
-        # Write the container's whole journal to the console, and so into `nomad alloc logs`:
-        # command = ["systemd.journald.forward_to_console=1"]
       }
 
       template {
@@ -36,22 +36,10 @@ job "nightly" {
         data        = <<-EOT
           [Unit]
           Description=What this job is for
-          # These two end the system, and so the task, with the unit's exit code.
-          SuccessAction=exit
-          FailureAction=exit
 
           [Service]
           Type=oneshot
           ExecStart=/bin/sh -c 'echo "$(ls /usr/bin | wc -l) programs in the image"; exit 7'
-          StandardOutput=journal+console
-          EOT
-      }
-
-      template {
-        destination = "local/systemd/multi-user.target.d/nightly.conf"
-        data        = <<-EOT
-          [Unit]
-          Wants=nightly.service
           EOT
       }
 

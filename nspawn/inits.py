@@ -20,6 +20,7 @@ from nspawn.exec import Exec
 from nspawn.job import render_signal
 from nspawn.process import read_status, run_in_thread
 from nspawn.state import State
+from nspawn.unit import plan_stop
 
 HALT, POWER_OFF = signal.SIGRTMIN + 3, signal.SIGRTMIN + 4  # to systemd
 SYSTEMD = "systemd"
@@ -72,6 +73,12 @@ def plan_request(init: Init, number: int) -> Request:
     if init.name == "openrc-init":  # its poweroff may be sysvinit's
         return Request(("openrc-shutdown", "--poweroff", "now"), known)
     return Request(("poweroff",), known)
+
+
+def plan_unit_request(unit: str, number: int) -> Request:
+    """Return how a unit that is the task is asked to end. The system shuts down after it. If the unit cannot be
+    asked, the system is."""
+    return Request(plan_stop(unit, number), POWER_OFF)
 
 
 AGAIN, AGAIN_LATER = (

@@ -185,6 +185,7 @@ class JobOptions:
     root_hash_sig: str | None
 
     boot: bool
+    unit: str | None
     command: tuple[str, ...]
     process_two: bool
     user: str | None

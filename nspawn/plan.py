@@ -35,6 +35,7 @@ from nspawn.options import Option, decode_string
 from nspawn.roots import PrivateRoot, RootPlan, plan_root, plan_upper_dir
 from nspawn.rules import check_rules
 from nspawn.sources import Source, StagedSource
+from nspawn.unit import plan_unit_environ, plan_unit_mounts
 from nspawn.view import View, is_foreign
 
 OWN_MOUNTS = ("/dev", "/proc", "/run", "/sys", "/tmp")  # what nspawn mounts over the image's own directories
@@ -177,7 +178,7 @@ def plan_task(
     given = {**options.environment, **task.env, **network.environ}
     variables = select_variables(given)
     files, journal = plan_files(task, options, found), plan_journal(task, options, found, root)
-    mounts = (*files.mounts, *network.plan_mounts(state), *journal.mounts)
+    mounts = (*files.mounts, *network.plan_mounts(state), *journal.mounts, *plan_unit_mounts(options.unit, state))
     credentials = {key: f"{state}/credentials/{number}" for number, key in enumerate(found.credentials)}
     arguments = [
         *([] if root.private else render_image(found.image, staged_image)),
@@ -196,7 +197,9 @@ def plan_task(
         program=plan_program(options, machine),
         argv=plan_argv(task, options, host, arguments),
         environ=plan_environ(host),
-        bundle=render_bundle({**options.mode.environ, **variables}, found.account),
+        bundle=render_bundle(
+            {**options.mode.environ, **variables, **plan_unit_environ(options.unit, variables)}, found.account
+        ),
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         limits=plan_limits(task.resources, options, host.cpus),
         log_paths=(task.stdout_path, task.stderr_path),
@@ -245,7 +248,7 @@ def complete_options(
         user = user or given
     return replace(
         options,
-        console=options.console or mode.console,
+        console=options.console or ("pipe" if options.unit else mode.console),
         user=None if account else user,  # an account is in the bundle
         resolv_conf="off" if "/etc/resolv.conf" in network.files else options.resolv_conf,
     )

@@ -121,6 +121,7 @@ def needs_link(option: str) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    needs("unit", "boot"),
     *excludes("process_two", ("boot",), "set boot = false to run a command, or leave process_two out"),
     Rule(
         "command",

@@ -44,6 +44,7 @@ from nspawn.roots import (
 )
 from nspawn.sources import clone_source, make_nodes
 from nspawn.state import remove_in_thread
+from nspawn.unit import make_unit
 from nspawn.view import View, explain_command
 
 
@@ -79,6 +80,8 @@ def make_files(plan: Plan, directory: Path) -> None:
     write_file(directory / "inside.json", json.dumps(asdict(plan.inside)))
     if plan.options.is_terminal:
         os.mkfifo(directory / "console", 0o600)
+    if plan.options.unit:
+        make_unit(directory, plan.options.unit)
     for path, text in plan.network.files.items():
         file = Path(f"{directory}{path}")
         file.parent.mkdir(mode=0o700, exist_ok=True)

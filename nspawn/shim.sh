@@ -15,13 +15,20 @@ if [ -n "$shim_filter" ]; then
 	sed -u 's/\r//g' <"$shim_state/console" >&4 2>&3 3>&- 4>&- &
 	exec >"$shim_state/console"
 fi
+if [ -p "$shim_state/unit/stdout" ]; then # a unit's output; 5 and 6 keep the pipes open while the unit is not running
+	exec 5<>"$shim_state/unit/stdout" 6<>"$shim_state/unit/stderr"
+	exec 7<"$shim_state/unit/stdout" 8<"$shim_state/unit/stderr"
+	cat <&7 >&4 2>&3 3>&- 4>&- 5>&- 6>&- 7<&- 8<&- &
+	cat <&8 >&3 2>&3 3>&- 4>&- 5>&- 6>&- 7<&- 8<&- &
+	exec 7<&- 8<&-
+fi
 (
 	enter ""
 	read -r _ || { kill -KILL $$; exit 1; }
-	exec "$@" </dev/null 2>&3 3>&- 4>&-
+	exec "$@" </dev/null 2>&3 3>&- 4>&- 5>&- 6>&-
 )
 shim_status=$? shim_left=0
-exec >/dev/null # the end of what the filter reads
+exec >/dev/null 5>&- 6>&- # the end of what the filter and cat read
 read -r _ shim_left <"$shim_cgroup/payload/cgroup.events"
 [ "$shim_left" = 0 ] || echo 1 >"$shim_cgroup/payload/cgroup.kill"
 # "<>" overwrites the file in place: a full disk has no room for a new one.

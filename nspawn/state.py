@@ -75,6 +75,7 @@ class State:
     zone: str = ""  # nspawn's bridge vz-<zone>
     ports: tuple[tuple[int, int], ...] = ()  # that nspawn maps: the host's port and the one inside
     stop_signal: str = ""  # from the image, for jobs without a kill_signal
+    unit: str = ""  # the unit that is the task, if one is
     users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
     journal: str = ""  # `Journal.path` once it was made, removed with the task
     locks: tuple[str, ...] = ()  # lock files that the task holds, removed with it

@@ -113,7 +113,8 @@ def test_units_of_the_job_run(driver_file: Path, image_dir: Path) -> None:
 def test_booted_batch_job_ends_with_the_code_of_its_unit(driver_file: Path, image_dir: Path) -> None:
     for task in run_example("nightly.hcl", driver_file, image_dir):
         assert task.wait(60).exit_code == 7
-        assert "programs in the image" in task.logmon.stdout.decode()
+        task.logmon.wait_eof()
+        assert task.logmon.stdout.decode().endswith(" programs in the image\n")
 
 
 def test_system_job_sees_the_host(driver_file: Path, image_dir: Path) -> None:

@@ -22,9 +22,9 @@ BUILT = "nomad-driver-nspawn"
 # The rooms of the house, the lowest first: a room imports only what stands before it.
 ROOMS = (
     "common", "notify", "linux", "files", "process", "permissions", "options", "checks", "job", "devices", "host",
-    "cgroup", "images", "accounts", "view", "sources", "network", "roots", "rules", "bundle", "plan", "outcome",
-    "record", "logs", "store", "fetches", "state", "setup", "machined", "running", "reaper", "entries", "exec",
-    "inits", "download", "unpack", "registry", "fetch", "diagnosis", "commands",
+    "cgroup", "images", "accounts", "view", "sources", "network", "roots", "unit", "rules", "bundle", "plan",
+    "outcome", "record", "logs", "store", "fetches", "state", "setup", "machined", "running", "reaper", "entries",
+    "exec", "inits", "download", "unpack", "registry", "fetch", "diagnosis", "commands",
 )  # fmt: skip
 APART = ("enter", "bootstrap", "pack")  # programs of their own, which import nothing of ours
 FETCHING = ("download", "unpack", "registry", "fetch")  # a process without gRPC
@@ -77,11 +77,11 @@ def test_shellcheck() -> None:
     if not shutil.which("shellcheck"):
         assert not os.environ.get("CI"), "shellcheck is not installed: in CI it must be"
         pytest.skip("shellcheck is not installed, so shell scripts are not checked: apt install shellcheck")
-    run(["shellcheck", "build.sh", "nspawn/launcher.sh"])
+    run(["shellcheck", "build.sh", "nspawn/launcher.sh", "nspawn/unit.sh"])
     run(["shellcheck", "--exclude=SC2034", "nspawn/shim.sh"])  # `read` wants a name also for what nobody needs
 
 
-@pytest.mark.parametrize("script", ["launcher.sh", "shim.sh"])
+@pytest.mark.parametrize("script", ["launcher.sh", "shim.sh", "unit.sh"])
 def test_scripts_are_posix(script: str) -> None:
     """They run in whatever sh a host has."""
     run(["sh", "-n", f"nspawn/{script}"])
@@ -276,7 +276,7 @@ def test_processes_have_explicit_stdio_and_environment() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["build.sh", "nspawn/launcher.sh", "nspawn/shim.sh", "pyproject.toml"],
+    ["build.sh", "nspawn/launcher.sh", "nspawn/shim.sh", "nspawn/unit.sh", "pyproject.toml"],
 )
 def test_no_blanks_at_line_ends(path: str) -> None:
     text = (TOP / path).read_text()

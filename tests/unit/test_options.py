@@ -753,6 +753,11 @@ def test_unknown_option() -> None:
 
 BROKEN: list[tuple[dict[str, object], int, str]] = [
     (
+        {"unit": "app.service", "boot": False, "command": ["a"]},
+        252,
+        'unit = "app.service": needs boot; set boot, too',
+    ),
+    (
         {"process_two": True, "command": ["a"]},
         252,
         "process_two = true: cannot be combined with boot; "
