@@ -2027,6 +2027,7 @@ class DriverService:
         if number in (signal.SIGSTOP, signal.SIGCONT):
             task.pause(number == signal.SIGSTOP)
         elif unit := task.state.unit:
+            task.check_running()
             if why := await run_inside(self.exec_server, task.state, task.ended, plan_signal(unit, number)):
                 raise DriverError(f"the signal did not reach the main process of {unit}: {why}")
         else:
