@@ -369,8 +369,13 @@ def plan_files(task: TaskConfig, options: JobOptions, found: HostInputs) -> File
     binds = [replace(mount, source=staged_sources[mount.source].path) for mount in options.binds]
     volumes = plan_volumes(task, options, found.mounts, directories)
     places = {name: staged.path for name, staged in staged_sources.items()}
+    needed = {mount.source for mount in volumes}  # the task's top directory is opened, but not mounted
     return Files(
-        staged_sources=(*staged_sources.values(), *directories.values(), *nodes),
+        staged_sources=(
+            *staged_sources.values(),
+            *(staged for staged in directories.values() if staged.path in needed),
+            *nodes,
+        ),
         mounts=(*binds, *devices, *volumes),
         overlays=tuple(overlay.render(places) for overlay in options.overlays),
         # Files of the host's root in an id-mapped mount belong to root inside, too: without nosuid, a set-user-id

@@ -145,6 +145,13 @@ def test_set_user_id_files_of_others_have_no_effect() -> None:
     assert plan({"user_namespacing": False}).nosuid == ()
 
 
+def test_only_what_nspawn_mounts_is_staged() -> None:
+    """Each staged source costs two mounts at every start."""
+    found = plan({"bind": [{"/a": "/a"}], "overlay": ["/b::/b"], "ephemeral": True})
+    argv = " ".join(found.argv)
+    assert [staged.source.path for staged in found.staged_sources if staged.path not in argv] == []
+
+
 def test_whole_argv() -> None:
     assert plan({}).argv == (
         *HEAD,
