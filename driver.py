@@ -31,7 +31,7 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ from nspawn.network import (
     read_addresses,
     read_names,
 )
-from nspawn.notify import Claim, parse_claim, read_notifications
+from nspawn.notify import listen, wait_claim
 from nspawn.options import (
     Kind,
     Option,
@@ -1133,7 +1133,7 @@ class TaskStarter:
             await self.prepare()
             await self.emit_copying()
             with contextlib.ExitStack() as stack:
-                notify = stack.enter_context(self.listen())
+                notify = stack.enter_context(listen(self.directory / "notify"))
                 go, may_go = os.pipe()
                 stack.callback(os.close, go)
                 stack.callback(os.close, may_go)
@@ -1179,26 +1179,17 @@ class TaskStarter:
             self.locks.append(await make_upper_dir(Path(self.plan.private.upper_dir)))
         make_files(self.plan, self.directory)
 
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[socket.socket]:
-        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        with socket.socket(socket.AF_UNIX, kind) as notify:
-            notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            notify.bind(str(self.directory / "notify"))  # only root can enter the directory: nobody else can send
-            try:
-                yield notify
-            finally:
-                (self.directory / "notify").unlink(missing_ok=True)
-
     async def wait_ready(self, notify: socket.socket) -> tuple[ProcessId, tuple[tuple[int, int], ...]]:
         """Wait until nspawn says READY; return the leader and its ranges of ids, or NO_PROCESS and () if it has
         ended by then. Raises DriverError if nspawn fails or takes too long, or if the leader is refused."""
         ended = asyncio.create_task(self.state.shim.wait())
+        slow = asyncio.get_running_loop().call_later(SLOW_START, self.emit_slow_start)
         try:
-            claim = await asyncio.wait_for(self.read_ready(notify, ended), START_LIMIT)
+            claim = await asyncio.wait_for(wait_claim(notify, ended), START_LIMIT)
         except asyncio.TimeoutError:
             raise TransientError(f"the container was not up within {START_LIMIT:g} s") from None
         finally:
+            slow.cancel()
             ended.cancel()
         if claim is None:
             record = read_record(self.directory)
@@ -1210,29 +1201,6 @@ class TaskStarter:
         users = read_ranges(leader.pid)
         check_leader(leader, replace(self.state, users=users), self.plan.options.has_other_users, claim.sender)
         return leader, users
-
-    async def read_ready(self, notify: socket.socket, ended: asyncio.Task[None]) -> Claim | None:
-        """Return what nspawn says of the leader, None if the shim ended without READY. Reads lines, because nspawn
-        is free to split its messages into datagrams."""
-        loop = asyncio.get_running_loop()
-        wake, claim = asyncio.Event(), None
-        loop.add_reader(notify.fileno(), wake.set)
-        ended.add_done_callback(lambda _: wake.set())
-        slow = loop.call_later(SLOW_START, self.emit_slow_start)
-        try:
-            while True:
-                is_over = ended.done()  # before reading, so that nspawn's last words are not missed
-                wake.clear()
-                for sender, line in read_notifications(notify):
-                    claim = claim or parse_claim(sender, line)
-                    if line == b"READY=1" and claim:
-                        return claim
-                if is_over:
-                    return None
-                await wake.wait()
-        finally:
-            slow.cancel()
-            loop.remove_reader(notify.fileno())
 
     def emit_missing_limits(self, controllers: Sequence[str]) -> None:
         """Emit an event about limits that the machine has but this cgroup lacks. The fingerprint reports those

@@ -3,12 +3,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def listen(path: Path) -> Iterator[socket.socket]:
+    """Yield a notify socket, in a directory that only root can enter: nobody else can send."""
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    with socket.socket(socket.AF_UNIX, kind) as notify:
+        notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        notify.bind(str(path))
+        try:
+            yield notify
+        finally:
+            path.unlink(missing_ok=True)
+
+
+async def wait_claim(notify: socket.socket, ended: asyncio.Task[None]) -> Claim | None:
+    """Wait for READY, and return what nspawn said of the leader before that; None if the shim has `ended` without
+    it. Reads lines, because nspawn is free to split its messages into datagrams."""
+    loop = asyncio.get_running_loop()
+    wake, claim = asyncio.Event(), None
+    loop.add_reader(notify.fileno(), wake.set)
+    ended.add_done_callback(lambda _: wake.set())
+    try:
+        while True:
+            is_over = ended.done()  # before reading, so that nspawn's last words are not missed
+            wake.clear()
+            for sender, line in read_notifications(notify):
+                claim = claim or parse_claim(sender, line)
+                if line == b"READY=1" and claim:
+                    return claim
+            if is_over:
+                return None
+            await wake.wait()
+    finally:
+        loop.remove_reader(notify.fileno())
 
 
 def read_notifications(notify: socket.socket) -> Iterator[tuple[int, bytes]]:
