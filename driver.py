@@ -162,8 +162,8 @@ from nspawn.inits import (
 from nspawn.job import (
     MIB,
     Dns,
-    Download,
     GroupNetwork,
+    ImageDownload,
     JobOptions,
     Login,
     Mode,
@@ -225,7 +225,7 @@ from nspawn.process import (
     start_process,
     wait_readable,
 )
-from nspawn.reaper import Own, Reaper, Reaping
+from nspawn.reaper import AgentTasks, Reaper, Reaping
 from nspawn.record import add_note, find_exit, read_messages, read_record, reserve_room
 from nspawn.rules import check_permissions, check_rules, check_targets, decode_job
 from nspawn.running import (
@@ -294,7 +294,7 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
     Option("image_download", Kind.BLOCK,
            "Where to fetch the image from if `image_dir` has none of this name. It is fetched once, into the "
            "driver's own store.",
-           '{ url = "https://example.com/debian.tar.xz" }', into=Download, fields=(
+           '{ url = "https://example.com/debian.tar.xz" }', into=ImageDownload, fields=(
                Option("url", Kind.STRING,
                       "The address: http or https, or `HOST/NAME:TAG` for an image in a registry.",
                       '"https://example.com/debian.tar.xz"', required=True, check=check_image_address),
@@ -1630,7 +1630,7 @@ class DriverService:
         self.starts: dict[str, PendingStart] = {}  # by the tasks' ids
         self.exec_server = ExecServer()
         self.fetches = Fetches(Store())
-        self.reaper = Reaper(self.find_reaping, self.find_own, self.tasks.reap)
+        self.reaper = Reaper(self.find_reaping, self.find_agent_tasks, self.tasks.reap)
 
     @unary
     async def TaskConfigSchema(self, request: Any) -> driver_pb2.TaskConfigSchemaResponse:
@@ -1682,9 +1682,9 @@ class DriverService:
         after = self.config.reap_after
         return Reaping(REAP_AFTER if after is None else after, self.config.reap_dry_run)
 
-    def find_own(self) -> Own:
+    def find_agent_tasks(self) -> AgentTasks:
         known = self.tasks.known
-        return Own(
+        return AgentTasks(
             tasks=frozenset({*known, *self.starts, *self.tasks.reaped}),
             cgroups=frozenset(task.state.cgroup for task in known.values()),
             alloc_dirs=frozenset(self.tasks.alloc_dirs),

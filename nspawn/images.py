@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from nspawn.checks import IdRange
 from nspawn.common import MACHINES_ROOT, ConfigError, check_shortage, quote
-from nspawn.job import Download, JobOptions, Login
+from nspawn.job import ImageDownload, JobOptions, Login
 from nspawn.linux import open_in_root
 
 
@@ -312,7 +312,7 @@ def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:
         if block:
             rule = "says a second time where the image comes from"
             raise ConfigError("image_download", redact(block.url), rule, f"set image to a name without {DOCKER}")
-        block = Download(name, "docker")
+        block = ImageDownload(name, "docker")
     elif "://" in name:
         rule = f"must be a path, the name of an image, or an address that begins with {DOCKER}"
         raise ConfigError("image", redact(name), rule, "give other addresses in image_download { url = ... }")
@@ -340,7 +340,7 @@ def has_image(image_dir: Path, name: str) -> bool:
     return any((image_dir / f"{name}{suffix}").exists() for suffix in IMAGE_SUFFIXES)
 
 
-def check_download(block: Download) -> None:
+def check_download(block: ImageDownload) -> None:
     is_docker = block.type == "docker"
     if block.url.startswith(("http://", "https://")) == is_docker:
         rule = "must be HOST/NAME:TAG for an image in a registry" if is_docker else "must be an http(s) address"

@@ -147,7 +147,7 @@ class Mode(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Download:
+class ImageDownload:
     """Where to fetch an image from."""
 
     url: str
@@ -174,7 +174,7 @@ class JobOptions:
     """
 
     image: str
-    image_download: Download | None
+    image_download: ImageDownload | None
     auth: Login | None
     ephemeral: bool
     read_only: bool

@@ -15,7 +15,7 @@ from nspawn.job import MIB, Mode, parse_signal
 
 # Messages of nspawn that mislead, or whose cause may go away, with sentences that name the option and the remedy.
 # {0} is the match's first group. Other messages are passed on unchanged.
-MESSAGES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, whether a retry may help
+SENTENCES: tuple[tuple[str, str, bool], ...] = (  # pattern, sentence, whether a retry may help
     (r"Directory tree (.+) is currently busy", BUSY, True),
     (r"Disk image (.+) is currently busy", "image: {0} is in use by another container that may write to it", True),
     (r"Failed to resolve user (\S+)\.", 'user: there is no user "{0}" in the container: it must be in '
@@ -51,9 +51,9 @@ def parse_nspawn_log(text: str) -> list[str]:
 
 
 def find_message(lines: Sequence[str]) -> DriverError | None:
-    """Return the error for the first line that MESSAGES knows, None if it knows none."""
+    """Return the error for the first line that SENTENCES knows, None if it knows none."""
     for line in lines:
-        for pattern, sentence, is_transient in MESSAGES:
+        for pattern, sentence, is_transient in SENTENCES:
             match = re.search(pattern, line)
             if match:
                 text = f"{sentence.format(*match.groups())} (systemd-nspawn: {line})"

@@ -357,7 +357,7 @@ class SpareThread:
 
     def run(self) -> None:
         while True:
-            with contextlib.suppress(MemoryError):  # Job.check puts it here again
+            with contextlib.suppress(MemoryError):  # ThreadCall.check puts it here again
                 self.work.get()()
 
 
@@ -373,7 +373,7 @@ def start_thread(work: Callable[[], None]) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
 
 
-class Job(Generic[T]):
+class ThreadCall(Generic[T]):
     """Work for a thread, done once: by the first that takes it."""
 
     def __init__(self, work: Callable[[], T]) -> None:
@@ -433,16 +433,16 @@ THREAD_PATIENCE = (0.1, 2.0)  # seconds for a thread to begin: if another one ca
 async def run_in_thread(work: Callable[[], T], *, is_own: bool = False) -> T:
     """Run `work` in a new thread and return its result, or in the spare one if no thread can be started. `is_own`:
     only in a new one, because `work` leaves it in another namespace. Raises OSError, and what `work` raises."""
-    job = Job(work)
+    call = ThreadCall(work)
     try:
-        start_thread(job.run)
+        start_thread(call.run)
     except OSError:
         if is_own or not SPARE.is_there:
             raise
-        SPARE.work.put(job.run)
-    check = job.loop.call_later(THREAD_PATIENCE[is_own], job.check, is_own)
+        SPARE.work.put(call.run)
+    check = call.loop.call_later(THREAD_PATIENCE[is_own], call.check, is_own)
     try:
-        return await job.done
+        return await call.done
     finally:
         check.cancel()
 

@@ -36,7 +36,7 @@ class Reaping:
 
 
 @dataclass(frozen=True)
-class Own:
+class AgentTasks:
     """What this plugin knows of tasks: those of its agent."""
 
     tasks: frozenset[str]  # the ids of those it has, and of those it starts or ends just now
@@ -52,7 +52,7 @@ class Stray:
     is_gone: bool  # its allocation's directory was removed
 
 
-def find_strays(own: Own) -> list[Stray]:
+def find_strays(own: AgentTasks) -> list[Stray]:
     """Return the tasks that no agent has and that may be ended if that stays so. Raises OSError."""
     strays = []
     for state in find_states():
@@ -112,7 +112,7 @@ def is_mounted_removed(mountinfo: str, alloc_id: str) -> bool:
 class Reaper:
     """Looks for strays as long as the plugin has an agent. Says what it is going to end one look ahead."""
 
-    def __init__(self, settings: Callable[[], Reaping], own: Callable[[], Own],
+    def __init__(self, settings: Callable[[], Reaping], own: Callable[[], AgentTasks],
                  end: Callable[[State], Awaitable[None]]) -> None:  # fmt: skip
         self.settings, self.own, self.end = settings, own, end
         self.since: Mapping[str, float] = {}  # when a stray was first seen

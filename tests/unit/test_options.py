@@ -19,7 +19,7 @@ from driver import PLUGIN_OPTIONS, TASK_OPTIONS
 from nspawn.checks import Device, IdRange, Mount, Overlay, any_of, parse_binds
 from nspawn.common import ConfigError, DriverError
 from nspawn.host import CgroupMode, Host
-from nspawn.job import Download, JobOptions
+from nspawn.job import ImageDownload, JobOptions
 from nspawn.options import (
     Kind,
     Option,
@@ -310,7 +310,7 @@ def test_option_of_the_go_driver(name: str) -> None:
 
 def test_block_of_the_go_driver() -> None:
     block = decode(image_download={"url": "http://x/y", "type": None, "force": None, "verify": None})
-    assert block["image_download"] == Download("http://x/y", "tar", "no", None, None, force=False)
+    assert block["image_download"] == ImageDownload("http://x/y", "tar", "no", None, None, force=False)
 
 
 @pytest.mark.parametrize("options", [TASK_OPTIONS, PLUGIN_OPTIONS])

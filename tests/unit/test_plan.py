@@ -43,7 +43,7 @@ from nspawn.logs import open_log
 from nspawn.network import NetworkInputs
 from nspawn.notify import Claim, parse_claim, split_notification
 from nspawn.outcome import (
-    MESSAGES,
+    SENTENCES,
     Ending,
     ExitRecord,
     ExitResult,
@@ -1235,7 +1235,7 @@ def test_what_nspawn_says_is_filled_in() -> None:
     )
 
 
-@pytest.mark.parametrize("pattern", [pattern for pattern, _, _ in MESSAGES])
+@pytest.mark.parametrize("pattern", [pattern for pattern, _, _ in SENTENCES])
 def test_every_message_is_explained_above(pattern: str) -> None:
     assert any(re.search(pattern, line) for line, _, _ in EXPLAINED)
 
