@@ -17,7 +17,7 @@ from nspawn.state import State, split_id
 
 REGISTRY = Path("/run/systemd/machines")  # systemd-machined has a file there for each machine it knows
 CALL_LIMIT = 5  # seconds for a call
-SETTLE_LIMIT = 2.0  # seconds that the removal of a task waits for `unregister`
+SETTLE_LIMIT = 2.0  # seconds that the removal of a task waits for its calls
 
 
 class Machined:
@@ -31,14 +31,14 @@ class Machined:
 
     def __init__(self) -> None:
         self.calls: set[asyncio.Task[None]] = set()  # asyncio itself keeps no references
-        self.leaving: dict[str, asyncio.Task[None]] = {}
+        self.of_machine: dict[str, list[asyncio.Task[None]]] = {}  # calls for it, until they are flushed
         self.reregistering: asyncio.Task[None] | None = None
 
     def register(self, state: State) -> None:
-        self.start(register(state))
+        self.of_machine[state.machine] = [self.start(register(state))]
 
     def unregister(self, state: State) -> None:
-        self.leaving[state.machine] = self.start(unregister(state))
+        self.of_machine.setdefault(state.machine, []).append(self.start(unregister(state)))
 
     def reregister(self, states: Iterable[State]) -> None:
         """Register what machined has forgotten, unless the last `remind` still does so."""
@@ -46,9 +46,9 @@ class Machined:
             self.reregistering = self.start(register(*states))
 
     async def flush(self, machine: str) -> None:
-        """Wait until the `unregister` of a machine has ended, at most SETTLE_LIMIT seconds."""
-        if call := self.leaving.pop(machine, None):
-            await asyncio.wait([call], timeout=SETTLE_LIMIT)
+        """Wait until the calls for a machine have ended, at most SETTLE_LIMIT seconds."""
+        if calls := self.of_machine.pop(machine, None):
+            await asyncio.wait(calls, timeout=SETTLE_LIMIT)
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         call = asyncio.create_task(work)
