@@ -818,6 +818,8 @@ class Task:
     def hold(self) -> None:
         if self.held is None:
             self.held = hold_cgroup(self.state.cgroup)
+            if self.held is not None and DESCRIPTORS.is_among_last(self.held):  # ending tasks is more important
+                self.release()
 
     def release(self) -> None:
         if self.held is not None:
@@ -1332,7 +1334,9 @@ class Tasks:
         if state.task_id == task_id and state.boot_id != read_boot_id():
             self.lost[task_id] = state
             raise TaskNotFound(task_id, "has ended: this machine was restarted since it was started")
-        if state.task_id != task_id:
+        mark = read_mark(state.cgroup)
+        is_other = state.task_id != task_id or bool(mark and mark.task_id != task_id)
+        if is_other or not (mark or state.directory.is_dir()):
             raise TaskNotFound(task_id)
         self.alloc_dirs |= find_alloc_dirs([state])
         is_running = state.shim.is_alive or bool(state.leader and state.leader.is_alive)

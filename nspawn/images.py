@@ -337,7 +337,9 @@ def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:
 
 
 def has_image(image_dir: Path, name: str) -> bool:
-    return any((image_dir / f"{name}{suffix}").exists() for suffix in IMAGE_SUFFIXES)
+    return any(
+        os.path.exists(image_dir / f"{name}{suffix}") for suffix in IMAGE_SUFFIXES
+    )  # not of a name too long
 
 
 def check_download(block: ImageDownload) -> None:
