@@ -61,8 +61,12 @@ class ProcessId:
             return None
         try:
             fd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return None
+        except OSError as error:
+            # Older kernels (6.1, 6.12) say EINVAL while the number is still that of a session, as the shim's is
+            # that of the process which holds its log pipes.
+            if error.errno in (errno.ESRCH, errno.EINVAL):
+                return None
+            raise
         try:
             is_alive = self.is_alive
         except OSError:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import threading
 from dataclasses import replace
@@ -461,3 +462,17 @@ def test_health_says_what_others_can_get_to() -> None:
         "Healthy (other users of this machine can get to /a: a set-user-id file that a task makes there makes "
         "them root; run chmod 0700 /a)"
     )
+
+
+def test_process_whose_number_is_still_a_sessions() -> None:
+    """As a shim's, when only the holder of the log pipes is left. Older kernels have an error of its own for it."""
+    command = ["setsid", "sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as leader:
+        assert leader.stdout
+        member = int(leader.stdout.readline())
+        leader.wait(30)
+    try:
+        assert os.getsid(member) == leader.pid
+        assert ProcessId(leader.pid, 1).open() is None
+    finally:
+        os.kill(member, signal.SIGKILL)
