@@ -465,7 +465,7 @@ def test_health_says_what_others_can_get_to() -> None:
 
 
 def test_process_whose_number_is_still_a_sessions() -> None:
-    """As a shim's, when only the holder of the log pipes is left. Older kernels have an error of its own for it."""
+    """As a shim's, when only the holder of the log pipes is left. Older kernels have another error for it."""
     command = ["setsid", "sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as leader:
         assert leader.stdout
