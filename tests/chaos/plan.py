@@ -36,7 +36,7 @@ SuccessAction=exit
 FailureAction=exit
 [Service]
 ExecStart=/bin/sh /local/script {arguments}
-Environment=RUN=1
+Environment=RUN={run}
 TimeoutStopSec=1
 StandardOutput=tty
 StandardError=tty

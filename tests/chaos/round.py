@@ -66,8 +66,6 @@ class Round:
         resources = Resources(cpu=500, memory=128) if plan.has_resources else Resources()
         self.task = Task(worker.plugin, self.allocation, "task", config, resources=resources)
         (self.task.dir / "local/script").write_text(SCRIPT)
-        words = " ".join(f"'{word}'" for word in plan.arguments)
-        (self.task.dir / "local/unit").write_text(UNIT.format(arguments=words))
 
     def run(self) -> Report:
         try:
@@ -134,6 +132,7 @@ class Round:
         if self.plan.start == "cancelled":
             self.report.done.append("cancelled")
             self.prepare()
+            self.name_run(0)  # its lines may get lost
             start = self.call_beside("StartTask", task=self.task.task_config())
             time.sleep(self.random.uniform(0, 0.3))
             start.cancel()
@@ -152,8 +151,14 @@ class Round:
     def prepare(self) -> None:
         self.task.id = f"{self.allocation.id}/task/{self.random.getrandbits(32):08x}"
 
+    def name_run(self, run: int) -> None:
+        """Have the script write a number into each of its lines."""
+        self.task.user_env["RUN"] = str(run)
+        words = " ".join(f"'{word}'" for word in self.plan.arguments)
+        (self.task.dir / "local/unit").write_text(UNIT.format(arguments=words, run=run))
+
     def start_task(self, *, may_refuse: bool = False) -> bool:
-        self.task.user_env["RUN"] = str(self.runs + 1)
+        self.name_run(self.runs + 1)
         self.task.prestart()
         answer = self.ask("StartTask", task=self.task.task_config(), may_refuse=may_refuse)
         if answer is None:

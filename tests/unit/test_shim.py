@@ -55,6 +55,10 @@ class Shim:
         finally:
             os.close(fd)
 
+    def list_files(self) -> list[str]:
+        """What the shim has open."""
+        return [os.readlink(entry) for entry in Path(f"/proc/{self.process.pid}/fd").iterdir()]
+
     def find_others(self) -> list[str]:
         """The commands of its session that still run."""
         found = []
@@ -115,3 +119,29 @@ def test_nspawn_gets_nothing_of_the_shims(shell: list[str], shims: list[Shim], t
     shim.go()
     names = [line.split()[8] for line in (tmp_path / "descriptors").read_text().splitlines()[1:]]
     assert names == ["0", "1", "2", "3"]  # 3 is what ls itself reads
+
+
+def test_record_whose_path_leads_nowhere(shell: list[str], shims: list[Shim], tmp_path: Path) -> None:
+    """As on a file system that has become read-only: the record goes to the file that was there at the start."""
+    shim = Shim(shell, tmp_path, "exit 42", "")
+    shims.append(shim)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    eventually(lambda: str(tmp_path / "exit") in shim.list_files())
+    (tmp_path / "exit").rename(kept / "exit")
+    (tmp_path / "exit").mkdir()
+    shim.go()
+    record = read_record(kept)
+    assert record and record.status == 42
+
+
+def test_record_of_a_directory_that_was_made_anew(shell: list[str], shims: list[Shim], tmp_path: Path) -> None:
+    shim = Shim(shell, tmp_path, "exit 42", "")
+    shims.append(shim)
+    eventually(lambda: str(tmp_path / "exit") in shim.list_files())
+    for name in ("exit", "notes", "nspawn.log"):
+        (tmp_path / name).unlink()
+    reserve_room(tmp_path)
+    shim.go()
+    record = read_record(tmp_path)
+    assert record and record.status == 42
