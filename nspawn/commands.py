@@ -23,6 +23,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nspawn.checks import parse_duration
 from nspawn.common import MACHINES_ROOT, ConfigError, DriverError
 from nspawn.diagnosis import Finding, Verdict, diagnose
 from nspawn.fetches import Fetches, plan_fetching, render_size
@@ -119,8 +120,16 @@ def add_tasks(tasks: argparse.ArgumentParser) -> None:
     tasks.epilog = textwrap.fill(STOP_RULES, find_width())
     tasks.add_argument("--json", action="store_true", help="print a list of objects")
     tasks.add_argument("--stop", metavar="ID", help="end the task whose id begins so")
-    tasks.add_argument("--timeout", metavar="SECONDS", type=float, default=10.0,
-                       help="how long it may take to end by itself (10)")  # fmt: skip
+    tasks.add_argument("--timeout", metavar="DURATION", type=parse_timeout, default=10.0,
+                       help="how long it may take to end by itself, as in 30s (10s)")  # fmt: skip
+
+
+def parse_timeout(text: str) -> float:
+    """Return the seconds of a duration as in a job. Raises ArgumentTypeError."""
+    try:
+        return parse_duration("--timeout", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.rule) from None
 
 
 STOP_RULES = """\

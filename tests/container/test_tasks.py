@@ -269,6 +269,6 @@ def test_stop_of_a_task_that_an_agent_has(driver_file: Path, tasks: Tasks) -> No
     """It is killed after its time, and the plugin sees that it has ended."""
     task = tasks.start(f"trap '' TERM; echo ready; {FOREVER}")
     task.logmon.wait_for("ready\n")
-    done = ask(driver_file, "--stop", task.id, "--timeout", "0.3")
+    done = ask(driver_file, "--stop", task.id, "--timeout", "300ms")
     assert done.returncode == 0 and "killed" in done.stdout, done
     assert task.wait(10).exit_code == 137
