@@ -81,7 +81,7 @@ def plan_unit_request(unit: str, number: int) -> Request:
     return Request(plan_stop(unit, number), POWER_OFF)
 
 
-# Seconds to the next request after one that failed, and after others: an init that has just begun to boot drops it.
+# Seconds to the next request, after one that failed and after others: one that has just begun to boot drops them.
 AGAIN, AGAIN_LATER = 1.0, 5.0
 READY_LIMIT = 5.0  # seconds for an init to come so far that it can be asked
 ROOT = ExecContext(variables={"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", "TERM": "dumb"})
