@@ -48,14 +48,13 @@ from nspawn.download import (
     too_large,
 )
 from nspawn.files import remove_tree
-from nspawn.images import redact
+from nspawn.images import Reference, redact
 from nspawn.process import run
 from nspawn.registry import (
     INDEXES,
     LAYERS,
     Credentials,
     Platform,
-    Reference,
     Registry,
     Saved,
     check_platform,

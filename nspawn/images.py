@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nspawn.checks import IdRange
-from nspawn.common import MACHINES_ROOT, ConfigError, check_shortage, quote
+from nspawn.common import MACHINES_ROOT, ConfigError, DriverError, check_shortage, quote
 from nspawn.job import ImageDownload, JobOptions, Login
 from nspawn.linux import open_in_root
 
@@ -303,6 +303,46 @@ class Origin:
 
 
 DOCKER = "docker://"
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A place in a registry: docker://[host[:port]/]name[:tag][@digest]."""
+
+    host: str
+    name: str
+    tag: str
+    digest: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        rest, _, digest = text.removeprefix(DOCKER).partition("@")
+        host, slash, name = rest.partition("/")
+        if not slash or not (re.search(r"[.:]", host) or host == "localhost"):
+            host, name = "docker.io", rest
+        name, colon, tag = name.partition(":")
+        if host in ("docker.io", "index.docker.io"):
+            host, name = "docker.io", name if "/" in name else f"library/{name}"
+        component = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+        if not (
+            re.fullmatch(rf"{component}(?:/{component})*", name)
+            and (not colon or re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII))
+            and (not digest or DIGEST.fullmatch(digest))
+            and re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?", host)
+        ):
+            raise DriverError(
+                "this is no name of an image: it is docker://HOST/NAME:TAG or docker://HOST/NAME@sha256:..."
+            )
+        return cls(host, name, tag or "latest", digest)
+
+    @property
+    def server(self) -> str:
+        return "registry-1.docker.io" if self.host == "docker.io" else self.host
+
+    @property
+    def version(self) -> str:
+        return self.digest or self.tag
 
 
 def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, quote, shorten
 from nspawn.download import MAX_DOCUMENT, Client, Download, basic, discard, explain_status, hash_file, too_large
-from nspawn.images import ImageConfig
+from nspawn.images import DIGEST, ImageConfig, Reference
 from nspawn.linux import open_in_root
 
 MAX_LAYERS = 400  # the kernel stacks 500
@@ -34,50 +34,10 @@ INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.di
 LAYERS = re.compile(
     r"application/vnd\.(docker\.image\.rootfs\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer\.v1\.tar(\+gzip|\+zstd)?)"
 )
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 MACHINES = {
     "x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386", "ppc64le": "ppc64le",
     "s390x": "s390x", "riscv64": "riscv64", "loongarch64": "loong64",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A place in a registry: docker://[host[:port]/]name[:tag][@digest]."""
-
-    host: str
-    name: str
-    tag: str
-    digest: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Reference:
-        rest, _, digest = text.removeprefix("docker://").partition("@")
-        host, slash, name = rest.partition("/")
-        if not slash or not (re.search(r"[.:]", host) or host == "localhost"):
-            host, name = "docker.io", rest
-        name, colon, tag = name.partition(":")
-        if host in ("docker.io", "index.docker.io"):
-            host, name = "docker.io", name if "/" in name else f"library/{name}"
-        component = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-        if not (
-            re.fullmatch(rf"{component}(?:/{component})*", name)
-            and (not colon or re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII))
-            and (not digest or DIGEST.fullmatch(digest))
-            and re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?", host)
-        ):
-            raise DriverError(
-                "this is no name of an image: it is docker://HOST/NAME:TAG or docker://HOST/NAME@sha256:..."
-            )
-        return cls(host, name, tag or "latest", digest)
-
-    @property
-    def server(self) -> str:
-        return "registry-1.docker.io" if self.host == "docker.io" else self.host
-
-    @property
-    def version(self) -> str:
-        return self.digest or self.tag
 
 
 def is_loopback(host: str) -> bool:

@@ -23,8 +23,8 @@ from nspawn.common import DriverError
 from nspawn.download import tag_of
 from nspawn.fetch import CERTIFICATES, Fetch, measure
 from nspawn.files import remove_tree
-from nspawn.images import Origin
-from nspawn.registry import Reference, parse_json
+from nspawn.images import Origin, Reference
+from nspawn.registry import parse_json
 from nspawn.unpack import Room, Unpacker
 from tests.fetching import Fetcher, origin_of
 from tests.servers import (

@@ -33,11 +33,11 @@ from nomad_pb import driver_pb2
 from nspawn import common
 from nspawn.cgroup import read_cgroup_pids, read_roots
 from nspawn.download import Client, check_address
-from nspawn.images import Origin
+from nspawn.images import Origin, Reference
 from nspawn.job import plan_machine, state_directory
 from nspawn.linux import AT_FDCWD, call_libc
 from nspawn.process import ProcessId, read_status
-from nspawn.registry import Credentials, Reference
+from nspawn.registry import Credentials
 from tests.agent import Allocation, DriverError, Plugin, Task, call, launch_like_agent
 from tests.container.test_effects import swapping
 from tests.containers import Tasks, driver_state, eventually, leader, make_small_image, output, zombies

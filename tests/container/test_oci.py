@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from nspawn.common import DriverError
-from nspawn.images import ImageConfig, Origin, read_in_image
-from nspawn.registry import Reference, read_image_config
+from nspawn.images import ImageConfig, Origin, Reference, read_in_image
+from nspawn.registry import read_image_config
 from tests.fetching import Fetcher, docker_origin, layer_name, origin_of, stacked
 from tests.servers import (
     DOCKER_INDEX,
