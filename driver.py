@@ -90,6 +90,7 @@ from nspawn.checks import (
     check_ports,
     check_positive,
     check_printable,
+    check_program,
     check_range,
     check_registries,
     check_tmpfs,
@@ -365,8 +366,17 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
            "[jobs](jobs.md#a-unit-as-the-task).",
            '"app.service"', check=check_unit),
     Option("command", Kind.STRINGS,
-           "The program and its arguments. Required if `boot` is false and the image names no program itself.",
+           "The program and its arguments. It replaces the image's Entrypoint and Cmd, or follows `entrypoint`. "
+           "Required if `boot` is false and neither another option nor the image names a program. See "
+           "[images](images.md#what-is-run).",
            '["/bin/sleep", "60"]', default=()),
+    Option("entrypoint", Kind.STRINGS,
+           "A program and arguments that replace the image's Entrypoint and Cmd. `command` and `args` follow it.",
+           '["/entrypoint.sh", "--verbose"]', default=(), check=check_program),
+    Option("args", Kind.STRINGS,
+           "Further arguments: for `command` or `entrypoint`, and without these for the image's Entrypoint, in "
+           "place of its Cmd. If the container boots, they are arguments for its init.",
+           '["--listen", "8080"]', default=()),
     Option("process_two", Kind.BOOL,
            "Run the command as PID 2 under a small init that reaps processes. Signals then have their usual "
            "effect on the command.",

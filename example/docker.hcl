@@ -9,7 +9,7 @@ job "docker" {
         image = "docker://docker.io/library/nginx:1.27"
 
         # Such images hold one program and no init. The image itself names the program and its variables, user and
-        # directory; command = [...] would replace its Entrypoint and Cmd.
+        # directory. args = [...] would follow its Entrypoint in place of Cmd; command = [...] would replace both.
         boot = false
 
         # Credentials for a private registry. The operator can give them for all jobs, too, in the plugin's block.

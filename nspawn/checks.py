@@ -30,6 +30,14 @@ def check_container_paths(name: str, value: Sequence[str]) -> Sequence[str]:
     return tuple(check_container_path(name, path) for path in value)
 
 
+def check_program(name: str, value: Sequence[str]) -> Sequence[str]:
+    """Refuse an empty program: in docker, it makes the image's Entrypoint empty."""
+    if value and not value[0]:
+        remedy = "leave it out and set command: it replaces the image's Entrypoint"
+        raise ConfigError(name, value, "the program must not be empty", remedy)
+    return value
+
+
 def check_pivot_root(name: str, value: str) -> str:
     if value.count(":") > 1:
         raise ConfigError(name, value, "must be PATH or PATH:PATH")

@@ -30,7 +30,8 @@ class ImageConfig:
     """How an image's maker wants its command run: from the configuration of an OCI image."""
 
     env: tuple[str, ...] = ()  # NAME=VALUE
-    command: tuple[str, ...] = ()  # Entrypoint, then Cmd
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
     user: str = ""
     working_directory: str = ""
     stop_signal: str = ""
@@ -257,16 +258,24 @@ def apply_image(options: JobOptions, image: Image, user: str) -> JobOptions:
         options = replace(options, private_users_ownership="map")
     if options.private_users and options.private_users.text == "yes":
         options = replace(options, private_users=find_owner(image), private_users_ownership="off")
+    config = ImageConfig() if options.boot else image.config
+    options = replace(options, command=plan_command(options, config), entrypoint=(), args=())
     if options.boot:
         return options
-    config = image.config
     return replace(
         options,
         environment={**dict(entry.split("=", 1) for entry in config.env), **options.environment},
-        command=options.command or config.command,
         working_directory=options.working_directory or config.working_directory or None,
         user=options.user or user or config.user or None,
     )
+
+
+def plan_command(options: JobOptions, config: ImageConfig) -> tuple[str, ...]:
+    """Return the whole command line. As in docker, an `entrypoint` of the job replaces the image's Cmd, too. A
+    `command` replaces both, as in jobs of the Go driver."""
+    if options.entrypoint or options.command:
+        return (*options.entrypoint, *options.command, *options.args)
+    return (*config.entrypoint, *(options.args or config.cmd))
 
 
 def find_owner(image: Image) -> IdRange:

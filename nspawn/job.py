@@ -186,7 +186,9 @@ class JobOptions:
 
     boot: bool
     unit: str | None
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # after `apply_image` all of the command line
+    entrypoint: tuple[str, ...]
+    args: tuple[str, ...]
     process_two: bool
     user: str | None
     working_directory: str | None

@@ -338,7 +338,8 @@ def read_image_config(config: Mapping[str, Any]) -> ImageConfig:
 
     return ImageConfig(
         env=tuple(item for item in words("Env") if "=" in item),
-        command=(*words("Entrypoint"), *words("Cmd")),
+        entrypoint=words("Entrypoint"),
+        cmd=words("Cmd"),
         user=text("User"),
         working_directory=os.path.join("/", text("WorkingDir")) if text("WorkingDir") else "",
         stop_signal=text("StopSignal"),

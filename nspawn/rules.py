@@ -122,6 +122,7 @@ def needs_link(option: str) -> Rule:
 
 RULES: tuple[Rule, ...] = (
     needs("unit", "boot"),
+    *excludes("entrypoint", ("boot",), "set boot = false, or leave it out: a booted system runs the image's init"),
     *excludes("process_two", ("boot",), "set boot = false to run a command, or leave process_two out"),
     Rule(
         "command",

@@ -79,7 +79,7 @@ def image() -> Path:
 def archive(image: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A tar archive of a small system: a shell and a few programs."""
     tree = tmp_path_factory.mktemp("small") / "tree"
-    make_small_image(image, tree, ["dash", "cat", "sleep", "ls", "touch", "id", "getent"])
+    make_small_image(image, tree, ["dash", "cat", "sleep", "ls", "touch", "id", "getent", "echo"])
     return pack_tree(tree)
 
 

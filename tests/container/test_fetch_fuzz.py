@@ -107,7 +107,9 @@ def test_documents(registry: Liar, manifest: Any, config: Any) -> None:
         with fetching(origin_of(registry)) as one, contextlib.suppress(DriverError):
             image = one.run()
             assert one.store.read(image.key) == image
-            os.fsencode("".join((*image.config.env, *image.config.command, image.config.user)))
+            os.fsencode(
+                "".join((*image.config.env, *image.config.entrypoint, *image.config.cmd, image.config.user))
+            )
 
 
 def fetch_config(registry: Liar, config: Any) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_layers_stack(fetcher: Fetcher, registry: Registry, tmp_path: Path) -> N
     assert image.digest == digest
     assert image.layers == (layer_name(TOP_LAYER), layer_name(BASE), "skeleton-1")
     assert image.config.env == ("PATH=/usr/bin", "A=b=c")
-    assert image.config.command == ("/bin/entry", "-x", "a b")
+    assert (image.config.entrypoint, image.config.cmd) == (("/bin/entry",), ("-x", "a b"))
     assert (image.config.user, image.config.working_directory) == ("nobody:users", "/dir")
     assert image.config.stop_signal == "SIGQUIT"
     with stacked([fetcher.store.layer(name) for name in image.layers], tmp_path / "overlay") as tree:
@@ -628,7 +628,7 @@ def test_saved_image(fetcher: Fetcher, tmp_path: Path, form: str) -> None:
     parts = ImageParts.make([BASE, TOP_LAYER], Cmd=["/bin/x"])
     image = fetcher.fetch(saved(tmp_path, getattr(parts, form)()))
     assert image.layers == (layer_name(TOP_LAYER), layer_name(BASE), "skeleton-1")
-    assert image.config.command == ("/bin/x",)
+    assert image.config.cmd == ("/bin/x",)
     assert not list(fetcher.store.work.iterdir())
 
 

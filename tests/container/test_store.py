@@ -150,6 +150,40 @@ def test_task_from_a_registry(tasks: Tasks, archive: bytes, tmp_path: Path) -> N
         assert output(task) == "upper layer\n"
 
 
+# What a job says, and what is run of an image with Entrypoint ["echo", "E"] and Cmd ["echo", "C"], with one of the
+# two, and with none.
+COMMAND_LINES: list[tuple[dict[str, list[str]], tuple[str, str, str, str]]] = [
+    ({}, ("E echo C", "E", "C", "")),
+    ({"args": ["echo", "a"]}, ("E echo a", "E echo a", "a", "a")),
+    ({"command": ["echo", "c"]}, ("c", "c", "c", "c")),
+    ({"command": ["echo", "c"], "args": ["a"]}, ("c a", "c a", "c a", "c a")),
+    ({"entrypoint": ["echo", "e"]}, ("e", "e", "e", "e")),
+    ({"entrypoint": ["echo", "e"], "args": ["a"]}, ("e a", "e a", "e a", "e a")),
+    ({"entrypoint": ["echo", "e"], "command": ["c"], "args": ["a"]}, ("e c a", "e c a", "e c a", "e c a")),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "config"),
+    [(0, {"Entrypoint": ["echo", "E"], "Cmd": ["echo", "C"]}), (1, {"Entrypoint": ["echo", "E"]}),
+     (2, {"Cmd": ["echo", "C"]}), (3, {})],
+)  # fmt: skip
+def test_command_lines_of_image_and_job(
+    tasks: Tasks, archive: bytes, tmp_path: Path, number: int, config: dict[str, Any]
+) -> None:
+    """As docker makes them; the table is in docs/images.md."""
+    place = tmp_path / "app.tar"
+    place.write_bytes(pack_files(ImageParts.make([archive], **config).save()))
+    for said, expected in COMMAND_LINES:
+        job: dict[str, Any] = {"command": None, "image": str(place), "read_only": None, **said}
+        if expected[number]:
+            task, result = tasks.run(**job)
+            assert (output(task), result.exit_code) == (f"{expected[number]}\n", 0), said
+        else:
+            with pytest.raises(DriverError, match="is required when boot is false"):
+                tasks.start(**job)
+
+
 def test_saved_image_and_its_user(tasks: Tasks, archive: bytes) -> None:
     """An archive of `docker save` in the task's directory; command and exec run as the image's user."""
     upper = make_tar([

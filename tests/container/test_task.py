@@ -1104,11 +1104,17 @@ def test_words_that_look_like_options_are_data(tasks: Tasks) -> None:
     assert text == 'command: there is no "--bind=/:/host" in the container'
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_command_line_of_three_options(tasks: Tasks, mode: Options) -> None:
+    task, _ = tasks.run(["/bin/echo", "c"], entrypoint=["/usr/bin/env", "--"], args=["a b", "--boot"], **mode)
+    assert output(task) == "c a b --boot\n"
+
+
 def test_arguments_of_init_that_look_like_options_are_data(tasks: Tasks) -> None:
-    task = tasks.boot("--bind=/:/host", "--unit=rescue.target")
+    task = tasks.boot("--bind=/:/host", args=["--unit=rescue.target"])
     # It is empty for a moment while the kernel executes the init.
     arguments = eventually(Path(f"/proc/{leader(task)}/cmdline").read_text).split("\0")
-    assert "--bind=/:/host" in arguments
+    assert arguments[-3:-1] == ["--bind=/:/host", "--unit=rescue.target"]
     assert not Path(f"/proc/{leader(task)}/root/host").exists()
 
 

@@ -577,7 +577,7 @@ def test_contradictions(machines: Path, image: str, block: dict[str, Any], words
 
 
 def test_what_the_image_says_counts_where_the_job_says_nothing(machines: Path) -> None:
-    config = ImageConfig(("A=1", "B=2"), ("/entry", "cmd"), "www", "/srv", "SIGQUIT")
+    config = ImageConfig(("A=1", "B=2"), ("/entry",), ("cmd",), "www", "/srv", "SIGQUIT")
     image = Image(machines, True, key="k", config=config)
     unset = read_options(boot=False, environment={"B": "job"})
     found = apply_image(unset, image, "")

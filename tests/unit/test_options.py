@@ -577,6 +577,9 @@ def test_unpack_no_map(value: object) -> None:
 REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "is required": [("image", [None]), ("image_download", [{}]), ("devices", [[{}]])],
     "must not be empty": [("image", [""])],
+    "the program must not be empty; leave it out and set command: it replaces the image's Entrypoint": [
+        ("entrypoint", [[""], ["", "a"]]),
+    ],
     "must be a string": [("image", [["a"]]), ("volatile", [True]), ("command", [["a", 1]])],
     "must not hold a NUL character": [
         ("image", ['a\x00b']), ("command", [['a\x00']]), ("environment", [[{"A": 'b\x00'}]]),
@@ -762,6 +765,12 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
         252,
         "process_two = true: cannot be combined with boot; "
         "set boot = false to run a command, or leave process_two out",
+    ),
+    (
+        {"entrypoint": ["a"]},
+        252,
+        'entrypoint = ["a"]: cannot be combined with boot; '
+        "set boot = false, or leave it out: a booted system runs the image's init",
     ),
     (
         {"boot": False},
