@@ -1541,7 +1541,9 @@ def parse_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
         resources=parse_resources(task.resources),
         network=parse_group_network(task),
         mounts=tuple(
-            Mount(mount.host_path, mount.task_path, mount.readonly, propagation=mount.propagation_mode)
+            Mount(
+                mount.host_path, mount.task_path, mount.readonly, propagation=mount.propagation_mode or "private"
+            )
             for mount in task.mounts
         ),
         devices=tuple(
@@ -1846,7 +1848,7 @@ class DriverService:
             options = apply_image(options, image, config.user)
             account = await run_in_thread(lambda: find_account(image, options, config.mounts))
             sources = stack.enter_context(open_sources(TASK_OPTIONS, options, own, self.config))
-            volumes = stack.enter_context(open_volumes(mount.source for mount in config.mounts))
+            volumes = stack.enter_context(open_volumes(config.mounts))
             devices = stack.enter_context(open_devices([*options.devices, *config.devices]))
             found = HostInputs(
                 image=image,

@@ -79,7 +79,12 @@ class Mount:
     target: str  # the path in the container
     read_only: bool = False
     options: tuple[str, ...] = ()  # of BIND_OPTIONS
-    propagation: str = ""  # as Nomad says it
+    propagation: str = ""  # of a volume, as Nomad says it
+
+    @property
+    def shows_later_mounts(self) -> bool:
+        """Whether what the host mounts below the source later shall appear in the container."""
+        return self.propagation == "host-to-task"
 
     @property
     def is_mapped(self) -> bool:

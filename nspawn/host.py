@@ -222,6 +222,15 @@ def parse_mountinfo(text: str) -> Mounts:
     return Mounts(tuple(points))
 
 
+def is_on_shared_mount(fd: int) -> bool:
+    """Whether later mounts below an open file can appear in other mount namespaces. Raises OSError."""
+    number = re.search(r"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):
+        if number and line.startswith(f"{number[1]} ".encode()):
+            return not {b"shared", b"master"}.isdisjoint(field.split(b":")[0] for field in line.split(b" ")[6:8])
+    return False
+
+
 def read_mounts() -> Mounts:
     text = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape")
     return Mounts(parse_mountinfo(text).points, have_idmap)

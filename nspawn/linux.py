@@ -54,7 +54,15 @@ def open_in_root(root: int, path: str, flags: int, *, follow: bool = True, mode:
 
 CLONE_NEWNET = 0x40000000
 CLONE_FS, CLONE_NEWNS = 0x200, 0x20000
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_SLAVE, MNT_DETACH = 0x2, 0x4, 0x1000, 0x4000, 1 << 19, 2
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE, MNT_DETACH = (
+    0x2,
+    0x4,
+    0x1000,
+    0x4000,
+    1 << 18,
+    1 << 19,
+    2,
+)
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # system calls: the same numbers on all machines
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, OPEN_TREE_CLONE = -100, 0x1000, 0x8000, 1
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
@@ -83,10 +91,12 @@ def make_read_only(point: str) -> None:
     call_libc("syscall", MOUNT_SETATTR, AT_FDCWD, os.fsencode(point), 0, attributes, len(attributes))
 
 
-def attach_tree(tree: int, target: str) -> None:
-    """Mount a detached tree, given by its descriptor. Its mounts become slaves of those it was cloned from."""
+def attach_tree(tree: int, target: str, *, is_private: bool = False) -> None:
+    """Mount a detached tree, given by its descriptor. Its mounts become slaves of those it was cloned from: what
+    is mounted or unmounted there later, is here too. Not so if `is_private`."""
     call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
-    call_libc("mount", None, os.fsencode(target), None, MS_REC | MS_SLAVE, None)
+    kind = MS_PRIVATE if is_private else MS_SLAVE
+    call_libc("mount", None, os.fsencode(target), None, MS_REC | kind, None)
 
 
 def attach_layer(source: str, target: str, users_fd: int | None) -> None:

@@ -333,11 +333,24 @@ def render_image(image: Image, staged: StagedSource | None) -> list[str]:
 IMAGE_PLACE, DEVICES_PLACE, BUNDLE_PLACE = "image", "devices", "bundle"  # in the state directory
 
 
-def stage_sources(sources: Mapping[str, Source], state: Path, folder: str = "mounts") -> dict[str, StagedSource]:
+def stage_sources(sources: Mapping[str, Source], state: Path) -> dict[str, StagedSource]:
     """Return where each source is mounted for nspawn, under the key of the source."""
     return {
-        name: StagedSource(source, f"{state}/{folder}/{number}")
+        name: StagedSource(source, f"{state}/mounts/{number}")
         for number, (name, source) in enumerate(sources.items())
+    }
+
+
+def stage_directories(
+    task: TaskConfig, sources: Mapping[str, Source], state: Path
+) -> dict[tuple[str, str], StagedSource]:
+    """Return where the task's directories and Nomad's volumes are mounted for nspawn, by path and propagation."""
+    wanted = dict.fromkeys((mount.source, mount.propagation) for mount in (*task.directory_mounts, *task.mounts))
+    return {
+        (path, propagation): StagedSource(
+            sources[path], f"{state}/directories/{number}", is_private=propagation == "private"
+        )
+        for number, (path, propagation) in enumerate(wanted)
     }
 
 
@@ -354,7 +367,7 @@ class Files:
 def plan_files(task: TaskConfig, options: JobOptions, found: HostInputs) -> Files:
     """Return what the container gets of the host's files, all staged. Raises ConfigError."""
     state = state_directory(task.id)
-    directories = stage_sources(found.directories, state, "directories")
+    directories = stage_directories(task, found.directories, state)
     staged_sources = stage_sources(found.sources, state)
     nodes = [
         StagedSource(source, f"{state}/{DEVICES_PLACE}/{number}", is_node=True)
@@ -369,13 +382,8 @@ def plan_files(task: TaskConfig, options: JobOptions, found: HostInputs) -> File
     binds = [replace(mount, source=staged_sources[mount.source].path) for mount in options.binds]
     volumes = plan_volumes(task, options, found.mounts, directories)
     places = {name: staged.path for name, staged in staged_sources.items()}
-    needed = {mount.source for mount in volumes}  # the task's top directory is opened, but not mounted
     return Files(
-        staged_sources=(
-            *staged_sources.values(),
-            *(staged for staged in directories.values() if staged.path in needed),
-            *nodes,
-        ),
+        staged_sources=(*staged_sources.values(), *directories.values(), *nodes),
         mounts=(*binds, *devices, *volumes),
         overlays=tuple(overlay.render(places) for overlay in options.overlays),
         # Files of the host's root in an id-mapped mount belong to root inside, too: without nosuid, a set-user-id
@@ -426,7 +434,7 @@ def render_options(rows: Sequence[Option], options: JobOptions) -> list[str]:
 
 
 def plan_volumes(
-    task: TaskConfig, options: JobOptions, mounts: Mounts, staged_sources: Mapping[str, StagedSource]
+    task: TaskConfig, options: JobOptions, mounts: Mounts, directories: Mapping[tuple[str, str], StagedSource]
 ) -> list[Mount]:
     """Return the mounts of the task's directories and of Nomad's volumes. Raises ConfigError."""
 
@@ -434,7 +442,7 @@ def plan_volumes(
         # "idmap" shows the host's ids inside, so root and all users of the container can use their files.
         # "rootidmap" maps the directory's owner (nobody) to root: then root cannot read its own files, and no
         # other user can create any (measured on 252).
-        staged = staged_sources[mount.source]
+        staged = directories[mount.source, mount.propagation]
         can_map = options.has_other_users and mounts.have_idmap(staged.source.path)
         # The logs never: root inside could open log FIFOs of other tasks that belong to the host's root.
         is_mapped = can_map and mount.source != task.log_dir
@@ -442,18 +450,31 @@ def plan_volumes(
 
     for mount in task.mounts:
         check_container_path("volume_mount", mount.target)
-        if mount.propagation == "bidirectional":
-            rule = "systemd-nspawn cannot pass mounts back to the host"
-            raise ConfigError(
-                "volume_mount.propagation_mode", mount.propagation, rule, "use private or host-to-task"
-            )
+        check_propagation(mount, options)
     return [plan(mount) for mount in (*task.directory_mounts, *task.mounts)]
+
+
+def check_propagation(mount: Mount, options: JobOptions) -> None:
+    option = "volume_mount.propagation_mode"
+    if mount.propagation == "bidirectional":
+        rule = "systemd-nspawn cannot pass mounts back to the host"
+        raise ConfigError(option, mount.propagation, rule, "use private or host-to-task")
+    if mount.shows_later_mounts and mount.read_only and options.has_other_users:
+        # Without a user namespace, root inside can make any mount writable anyway.
+        rule = "cannot be combined with read_only in a user namespace: the kernel would show later mounts writable"
+        raise ConfigError(option, mount.propagation, rule, "leave out one of the two, or user namespaces")
 
 
 def explain_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts) -> Iterator[str]:
     """Yield a sentence for each place of the task whose files the users of the container cannot own."""
     if not options.has_other_users:
         return
+    for mount in task.mounts:
+        if mount.shows_later_mounts:
+            yield (
+                f"What the host mounts below {mount.target} later cannot be id-mapped: its files will seem to "
+                "belong to nobody, and the container can write only where everybody may."
+            )
     places = {"/alloc": task.shared_dir} if task.alloc_dir else {}
     places |= {mount.target: mount.source for mount in task.mounts}
     for target, source in places.items():

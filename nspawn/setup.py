@@ -137,12 +137,12 @@ def make_mounts(plan: Plan, directory: Path, locks: list[int]) -> tuple[list[str
         trees = []
         for staged in plan.staged_sources:
             if not staged.is_node:
-                trees.append((clone_source(staged.source), staged.path))
+                trees.append((clone_source(staged.source), staged))
                 stack.callback(os.close, trees[-1][0])
         enter_namespace()
         make_nodes([staged for staged in plan.staged_sources if staged.is_node], directory / DEVICES_PLACE)
-        for tree, place in trees:
-            attach_tree(tree, place)
+        for tree, staged in trees:
+            attach_tree(tree, staged.path, is_private=staged.is_private)
     for path in plan.nosuid:
         cover_nosuid(path)
     environ = cover_places(plan, directory)

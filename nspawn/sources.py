@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nspawn.checks import Device
+from nspawn.checks import Device, Mount
 from nspawn.common import ConfigError, HostError, check_shortage, is_below, name_entry, quote
 from nspawn.devices import DeviceRule
+from nspawn.host import is_on_shared_mount
 from nspawn.images import IMAGE_SUFFIXES, Image, choose_image_dir, find_archive, image_directories, is_image_name
 from nspawn.job import JobOptions, TaskConfig
 from nspawn.linux import (
@@ -107,13 +108,20 @@ def open_directories(alloc_dir: str, names: Iterable[str]) -> Iterator[dict[str,
 
 
 @contextlib.contextmanager
-def open_volumes(paths: Iterable[str]) -> Iterator[dict[str, Source]]:
+def open_volumes(mounts: Iterable[Mount]) -> Iterator[dict[str, Source]]:
     """Open what Nomad wants mounted and yield it by path. Raises ConfigError."""
     with contextlib.ExitStack() as stack:
-        found = {}
-        for path in paths:
-            found[path] = open_source("volume_mount", path, path)
-            stack.callback(os.close, found[path].fd)
+        found: dict[str, Source] = {}
+        for mount in mounts:
+            if mount.source not in found:
+                found[mount.source] = open_source("volume_mount", mount.source, mount.source)
+                stack.callback(os.close, found[mount.source].fd)
+            if mount.shows_later_mounts and not is_on_shared_mount(found[mount.source].fd):
+                rule = (
+                    f"{mount.source} is on a private mount of the host, so no later mount can appear in the task"
+                )
+                remedy = "run mount --make-shared on it, as systemd does for all at boot, or use private"
+                raise ConfigError("volume_mount.propagation_mode", mount.propagation, rule, remedy)
         yield found
 
 
@@ -361,6 +369,7 @@ class StagedSource:
     source: Source
     path: str  # in the task's state directory
     is_node: bool = False  # instead of a mount, there is a new device node like the source
+    is_private: bool = False  # later mounts of the host do not appear in it
 
 
 def clone_source(source: Source) -> int:

@@ -1017,6 +1017,50 @@ def test_bidirectional_propagation_is_refused(tasks: Tasks, tmp_path: Path) -> N
         tasks.make("true", mounts=[mount]).start()
 
 
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Path]:
+    """A mount of the host whose later mounts can appear in other namespaces, with a directory to mount on."""
+    place = tmp_path / "shared"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    subprocess.run(["mount", "--make-shared", place], check=True)
+    (place / "disk").mkdir()
+    yield place
+    subprocess.run(["umount", "-R", place], check=True)
+
+
+@pytest.mark.parametrize("namespaces", [True, False], ids=["user namespace", "host users"])
+def test_later_mounts_of_the_host(tasks: Tasks, volume: Path, namespaces: bool) -> None:
+    """They appear in a volume that asks for them, and in no other."""
+    mounts = [
+        driver_pb2.Mount(task_path=f"/tmp/{mode}", host_path=str(volume), propagation_mode=mode)
+        for mode in ("private", "host-to-task", "")
+    ]
+    mounts[-1].task_path = "/tmp/unsaid"
+    task = tasks.start("sleep 60", mounts=mounts, user_namespacing=namespaces)
+    subprocess.run(["mount", "-t", "tmpfs", "none", volume / "disk"], check=True)
+    (volume / "disk/file").write_text("late")
+    text, _ = task.exec(["/bin/sh", "-c", "cd /tmp; cat */disk/file; ls */disk"])
+    assert text.decode().split() == ["latehost-to-task/disk:", "file", "private/disk:", "unsaid/disk:"]
+    subprocess.run(["umount", volume / "disk"], check=True)
+    text, _ = task.exec(["/bin/ls", "/tmp/host-to-task/disk"])
+    assert text == b""
+
+
+def test_later_mounts_that_cannot_appear_are_refused(tasks: Tasks, volume: Path) -> None:
+    option = '^volume_mount.propagation_mode = "host-to-task": '
+    subprocess.run(["mount", "--make-private", volume], check=True)
+    mount = driver_pb2.Mount(task_path="/mnt", host_path=str(volume), propagation_mode="host-to-task")
+    with pytest.raises(DriverError, match=f"{option}{volume} is on a private mount.*mount --make-shared"):
+        tasks.start("true", mounts=[mount])
+    subprocess.run(["mount", "--make-shared", volume], check=True)
+    mount.readonly = True
+    with pytest.raises(DriverError, match=f"{option}cannot be combined with read_only in a user namespace"):
+        tasks.start("true", mounts=[mount])
+    _, result = tasks.run("true", mounts=[mount], user_namespacing=False)
+    assert result.successful
+
+
 def test_volumes_can_be_switched_off(driver_file: Path, image: Path, tmp_path: Path) -> None:
     mount = driver_pb2.Mount(task_path="/mnt", host_path=str(tmp_path))
     config = f'volumes = false\nimage_dir = "{image.parent}"'

@@ -52,7 +52,7 @@ from nspawn.outcome import (
     find_message,
     parse_nspawn_log,
 )
-from nspawn.plan import HostInputs, Plan, plan_task, plan_volumes, stage_sources
+from nspawn.plan import HostInputs, Plan, plan_task, plan_volumes, stage_directories
 from nspawn.process import ProcessId
 from nspawn.rules import check_targets
 from nspawn.sources import Source, name_sources, open_directories
@@ -81,8 +81,8 @@ DIRECTORIES = f"{state_directory(TASK.id)}/directories"
 VOLUMES = (
     f"--bind={DIRECTORIES}/0:/alloc:idmap",
     f"--bind-ro={DIRECTORIES}/1:/alloc/logs",
-    f"--bind={DIRECTORIES}/3:/local:idmap",
-    f"--bind={DIRECTORIES}/4:/secrets:idmap",
+    f"--bind={DIRECTORIES}/2:/local:idmap",
+    f"--bind={DIRECTORIES}/3:/secrets:idmap",
 )
 AUTO = ("--timezone=auto", "--resolv-conf=auto")  # where nothing is said of them
 BUNDLE = f"--oci-bundle={state_directory(TASK.id)}/bundle"
@@ -944,7 +944,7 @@ def volumes(
     asked: tuple[Mount, ...] = (),
 ) -> list[str]:
     task = replace(TASK, mounts=asked)
-    staged_sources = stage_sources(find_directories(task), state_directory(TASK.id), "directories")
+    staged_sources = stage_directories(task, find_directories(task), state_directory(TASK.id))
     planned = plan_volumes(task, read_options(**options or {}), mounts, staged_sources)
     return [volume.argv for volume in planned]
 
@@ -981,14 +981,14 @@ def test_nothing_is_mapped_without_user_namespace() -> None:
 def test_nomads_volumes() -> None:
     asked = (
         Mount("/srv/data", "/data", read_only=False),
-        Mount("/srv/a:b", "/ro:x", read_only=True, propagation="host-to-task"),
-        Mount("/mnt/nfs/x", "/nfs", read_only=False, propagation="private"),
+        Mount("/srv/a:b", "/ro:x", read_only=True, propagation="private"),
+        Mount("/mnt/nfs/x", "/nfs", read_only=False, propagation="host-to-task"),
     )
     mounts = Mounts(EXT4.points, lambda path: not path.startswith("/mnt/nfs"))
     assert volumes(asked=asked, mounts=mounts)[4:] == [
-        f"--bind={DIRECTORIES}/5:/data:idmap",
-        rf"--bind-ro={DIRECTORIES}/6:/ro\:x:idmap",
-        f"--bind={DIRECTORIES}/7:/nfs",
+        f"--bind={DIRECTORIES}/4:/data:idmap",
+        rf"--bind-ro={DIRECTORIES}/5:/ro\:x:idmap",
+        f"--bind={DIRECTORIES}/6:/nfs",
     ]
 
 
@@ -1015,9 +1015,9 @@ def test_mount_table() -> None:
         **dict.fromkeys(("/dev", "/proc", "/run", "/sys", "/tmp", "/cache", "/etc", "/hidden"), ""),
         "/alloc": f"{DIRECTORIES}/0",
         "/alloc/logs": f"{DIRECTORIES}/1",
-        "/local": f"{DIRECTORIES}/3",
-        "/secrets": f"{DIRECTORIES}/4",
-        "/v": f"{DIRECTORIES}/5",
+        "/local": f"{DIRECTORIES}/2",
+        "/secrets": f"{DIRECTORIES}/3",
+        "/v": f"{DIRECTORIES}/4",
         "/a": f"{MOUNTS}/0",
         "/b": f"{MOUNTS}/1",
     }
