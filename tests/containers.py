@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.agent import AgentError, Allocation, ExitResult, Plugin, Task
+from tests.agent import HANG, AgentError, Allocation, ExitResult, Plugin, Task
 from tests.leftovers import leftovers, processes
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Tasks:
     def run(self, command: str | Sequence[str] = (), /, **settings: Any) -> tuple[Task, ExitResult]:
         """Run a task to its end."""
         task = self.start(command, **settings)
-        return task, task.wait(60)
+        return task, task.wait()
 
     def boot(self, *arguments: str, **settings: Any) -> Task:
         """Start a booted task; its changes are kept in memory."""
@@ -159,7 +159,11 @@ def is_alive(pid: int) -> bool:
 def zombies(pid: int) -> list[int]:
     """Children that have ended and that nobody has waited for."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if Path(f"/proc/{child}").exists() and not is_alive(int(child))]
+    found = []
+    for child in map(int, children):
+        with contextlib.suppress(OSError):  # one that is gone was waited for
+            found += [child] if read_stat(child)[0] == "Z" else []
+    return found
 
 
 def cpu_seconds(pid: int) -> float:
@@ -168,7 +172,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def eventually(condition: Callable[[], T], timeout: float = 10, pause: float = 0.02) -> T:
+def eventually(condition: Callable[[], T], timeout: float = HANG, pause: float = 0.02) -> T:
     """What `condition` returns as soon as that is true."""
     deadline = time.monotonic() + timeout
     while not (result := condition()):

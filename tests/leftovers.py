@@ -80,7 +80,7 @@ def interfaces(alloc_id: str) -> Iterator[str]:
     tool = shutil.which("ip")
     if not tool:
         return
-    shown = subprocess.run([tool, "-json", "link"], stdout=subprocess.PIPE, check=True, timeout=10)
+    shown = subprocess.run([tool, "-json", "link"], stdout=subprocess.PIPE, check=True, timeout=60)
     for link in json.loads(shown.stdout or b"[]"):
         names = [link["ifname"], *link.get("altnames", [])]
         if any(alloc_id in name for name in names):
@@ -95,7 +95,7 @@ def snapshots(image: Path) -> list[Path]:
 def peer(pid: int) -> int:
     """The index on the host of the other end of a container's host0."""
     command = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "-json", "link", "show", "host0"]
-    shown = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=10)
+    shown = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60)
     return int(json.loads(shown.stdout)[0]["link_index"])
 
 

@@ -32,11 +32,12 @@ from tests.agent.nomad import NomadAgent
 from tests.agent.plugin import MAX_INT32, PLUGIN_ENV, Plugin, launch_like_agent
 from tests.agent.session import ExecSession
 from tests.agent.spec import decode_config, to_msgpack, wire_number
-from tests.agent.streams import Logmon
+from tests.agent.streams import HANG, Logmon
 from tests.agent.task import Task
 from tests.agent.values import MIB, ExitResult, Port, Resources, Template, set_duration
 
 __all__ = [
+    "HANG",
     "MAX_INT32",
     "MIB",
     "PLUGIN_ENV",

@@ -32,7 +32,7 @@ from nomad_pb import (
 from tests.agent.errors import AgentError, DriverError, PluginError, call, driver_error
 from tests.agent.log import LogEntry, parse_log_line
 from tests.agent.spec import decode_config, to_msgpack
-from tests.agent.streams import FdReader, Lines
+from tests.agent.streams import HANG, FdReader, Lines
 
 MAX_INT32 = 2**31 - 1
 MAGIC_COOKIE = "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255"
@@ -60,7 +60,7 @@ class Plugin:
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
-        start_timeout: float = 60,
+        start_timeout: float = HANG,
     ) -> None:
         self._prepare()
         self.process: subprocess.Popen[bytes] | None = subprocess.Popen(
@@ -170,7 +170,7 @@ class Plugin:
             ("grpc.use_local_subchannel_pool", 1),
         ]
         self.channel = grpc.insecure_channel(address, options=options)
-        grpc.channel_ready_future(self.channel).result(timeout=10)
+        grpc.channel_ready_future(self.channel).result(HANG)
         self.base = base_pb2_grpc.BasePluginStub(self.channel)
         self.driver = driver_pb2_grpc.DriverStub(self.channel)
         self.controller = grpc_plugin_pb2_grpc.GRPCControllerStub(self.channel)
@@ -212,7 +212,7 @@ class Plugin:
     def open_streams(self) -> None:
         """What the driver manager does after SetConfig: Init (2.0.4 and later), Fingerprint and TaskEvents."""
         try:
-            call(self.driver.Init, driver_pb2.InitRequest(), 30)
+            call(self.driver.Init, driver_pb2.InitRequest(), HANG)
         except DriverError as error:
             if error.code != "UNIMPLEMENTED":
                 raise
@@ -231,7 +231,7 @@ class Plugin:
             self.violations.append(f"task event without a timestamp, shown as 1970: {event.message}")
         self.on_event(event)
 
-    def wait_for(self, condition: Callable[[], Any], timeout: float = 10) -> Any:
+    def wait_for(self, condition: Callable[[], Any], timeout: float = HANG) -> Any:
         """Wait until `condition` is true; it is looked at again after every streamed message."""
         deadline = time.monotonic() + timeout
         with self._changed:
@@ -247,13 +247,13 @@ class Plugin:
     @property
     def task_schema(self) -> hcl_spec_pb2.Spec:
         if self._schema is None:
-            response = call(self.driver.TaskConfigSchema, driver_pb2.TaskConfigSchemaRequest(), 10)
+            response = call(self.driver.TaskConfigSchema, driver_pb2.TaskConfigSchemaRequest(), HANG)
             self._schema = response.spec
         return self._schema
 
     def set_config(self, config: Mapping[str, Any] | str | None = None, nomad: bool = True) -> None:
         """SetConfig with the agent's `config {}` block (HCL or JSON form). `nomad`: with nomad_config."""
-        schema = call(self.base.ConfigSchema, base_pb2.ConfigSchemaRequest(), 10)
+        schema = call(self.base.ConfigSchema, base_pb2.ConfigSchemaRequest(), HANG)
         request = base_pb2.SetConfigRequest(plugin_api_version=API_VERSION)
         if schema.HasField("spec"):
             request.msgpack_config = to_msgpack(decode_config(schema.spec, config or {}))
@@ -261,7 +261,7 @@ class Plugin:
             raise AgentError("the plugin has no config schema, but a config was given: an agent would not start")
         if nomad:
             request.nomad_config.CopyFrom(nomad_config())
-        call(self.base.SetConfig, request, 30)
+        call(self.base.SetConfig, request, HANG)
 
     # --- end ---
 
@@ -285,7 +285,7 @@ class Plugin:
             return True
         return False
 
-    def kill(self, *, driver_shutdown: bool = False, eof_timeout: float = 5) -> None:
+    def kill(self, *, driver_shutdown: bool = False, eof_timeout: float = HANG) -> None:
         """End the plugin as an agent does: Shutdown, 2 s to exit, SIGKILL, then EOF on both pipes.
 
         driver_shutdown: call Driver.Shutdown first, as Nomad 2.0.4 and later do for the long-lived process.
@@ -305,7 +305,7 @@ class Plugin:
             self.violations.append(f"the plugin failed to exit within {EXIT_TIME} s of Shutdown")
         self._end(eof_timeout)
 
-    def kill_hard(self, eof_timeout: float = 5) -> None:
+    def kill_hard(self, eof_timeout: float = HANG) -> None:
         """SIGKILL, as a crash of the plugin."""
         self.closing = True
         self._end(eof_timeout)
@@ -316,7 +316,7 @@ class Plugin:
     def _end(self, eof_timeout: float) -> None:
         if not self._gone():
             os.kill(self.pid, signal.SIGKILL)
-        self.exited(5)
+        self.exited(HANG)
         deadline = time.monotonic() + eof_timeout
         for reader in self._readers:
             if not reader.ended(max(0, deadline - time.monotonic())):
@@ -356,10 +356,10 @@ def _try_like_agent(
 ) -> list[str]:
     """The first two launches, of which nothing stays: what is it, and does the config fit? Returns violations."""
     with Plugin(path, args=args, env=env) as probe:
-        info = call(probe.base.PluginInfo, base_pb2.PluginInfoRequest(), 30)
+        info = call(probe.base.PluginInfo, base_pb2.PluginInfoRequest(), HANG)
         if info.type != base_pb2.DRIVER or API_VERSION not in info.plugin_api_versions or not info.name:
             raise PluginError(f"an agent would not load this plugin: {info}")
-        has_schema = call(probe.base.ConfigSchema, base_pb2.ConfigSchemaRequest(), 30).HasField("spec")
+        has_schema = call(probe.base.ConfigSchema, base_pb2.ConfigSchemaRequest(), HANG).HasField("spec")
     if not has_schema:
         return probe.violations
     with Plugin(path, args=args, env=env) as validator:
@@ -389,7 +389,7 @@ def launch_like_agent(
     try:
         plugin.set_config(plugin_config)
         plugin.open_streams()
-        plugin.wait_for(lambda: plugin.fingerprint or plugin.exited(), 50)
+        plugin.wait_for(lambda: plugin.fingerprint or plugin.exited())
     except BaseException:
         plugin.kill_hard()
         raise

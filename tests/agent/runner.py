@@ -173,7 +173,7 @@ class _TaskRun:
 
     def _watch(self) -> None:
         try:
-            result = self.task.wait()
+            result = self.task.wait(None)
         except AgentError as error:
             self._console.line("failed", "bad", f"WaitTask: {error}")
         else:

@@ -13,6 +13,7 @@ import grpc
 from nomad_pb import driver_pb2
 from tests.agent.errors import AgentError, DriverError, driver_error
 from tests.agent.plugin import Plugin
+from tests.agent.streams import HANG
 from tests.agent.values import ExitResult, exit_result
 
 
@@ -87,7 +88,7 @@ class ExecSession:
     def heartbeat(self) -> None:
         self._requests.put(driver_pb2.ExecTaskStreamingRequest())
 
-    def wait_for(self, text: bytes, stream: str = "stdout", timeout: float = 10) -> bytes:
+    def wait_for(self, text: bytes, stream: str = "stdout", timeout: float = HANG) -> bytes:
         with self._changed:
             if not self._changed.wait_for(lambda: text in self._output[stream], timeout):
                 raise TimeoutError(f"{text!r} not in {stream} within {timeout:g} s: {self._shown()}")
@@ -96,7 +97,7 @@ class ExecSession:
     def _shown(self) -> str:
         return ", ".join(f"{name} {bytes(data[-2000:])!r}" for name, data in self._output.items())
 
-    def wait(self, timeout: float = 20) -> ExitResult:
+    def wait(self, timeout: float = HANG) -> ExitResult:
         """The result, after the stream has ended with OK; a DriverError or TimeoutError otherwise."""
         self._thread.join(timeout)
         if self._thread.is_alive():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LINE_LIMIT = 64 * 1024
+HANG = 120.0  # seconds: a wait this long means that it never ends, on slow and busy machines, too
 
 
 class FdReader:
@@ -130,7 +131,7 @@ class Logmon:
             reader.close()
         self._readers = {}
 
-    def wait_for(self, text: bytes | str, stream: str = "stdout", timeout: float = 10) -> bytes:
+    def wait_for(self, text: bytes | str, stream: str = "stdout", timeout: float = HANG) -> bytes:
         """All output of a stream, as soon as it contains `text`."""
         wanted = text.encode() if isinstance(text, str) else text
         with self._changed:
@@ -138,7 +139,7 @@ class Logmon:
                 raise TimeoutError(f"{wanted!r} not in {stream} within {timeout:g} s: {self._output!r}")
             return self._output[stream]
 
-    def wait_eof(self, timeout: float = 5) -> None:
+    def wait_eof(self, timeout: float = HANG) -> None:
         """Wait until both streams have ended, that is all writers have closed."""
         for name, reader in self._readers.items():
             if not reader.ended(timeout):

@@ -19,7 +19,7 @@ from tests.agent.hcl import interpolate
 from tests.agent.plugin import Plugin
 from tests.agent.session import ExecSession
 from tests.agent.spec import decode_config, to_msgpack
-from tests.agent.streams import Logmon
+from tests.agent.streams import HANG, Logmon
 from tests.agent.values import MIB, ExitResult, Port, Resources, Template, exit_result, set_duration
 
 _NODE_ID = str(uuid.uuid4())
@@ -198,7 +198,7 @@ class Task:
         self.network_override = response.network_override if response.HasField("network_override") else None
         return handle
 
-    def wait(self, timeout: float | None = None) -> ExitResult:
+    def wait(self, timeout: float | None = HANG) -> ExitResult:
         """WaitTask; raises TimeoutError when the task still runs after `timeout` seconds."""
         response = call(self.plugin.driver.WaitTask, driver_pb2.WaitTaskRequest(task_id=self.id), timeout)
         if not response.HasField("result"):
@@ -214,10 +214,10 @@ class Task:
         call(self.plugin.driver.StopTask, request)
 
     def signal(self, name: str) -> None:
-        call(self.plugin.driver.SignalTask, driver_pb2.SignalTaskRequest(task_id=self.id, signal=name), 60)
+        call(self.plugin.driver.SignalTask, driver_pb2.SignalTaskRequest(task_id=self.id, signal=name), HANG)
 
     def inspect(self) -> driver_pb2.InspectTaskResponse:
-        response = call(self.plugin.driver.InspectTask, driver_pb2.InspectTaskRequest(task_id=self.id), 10)
+        response = call(self.plugin.driver.InspectTask, driver_pb2.InspectTaskRequest(task_id=self.id), HANG)
         for field in ("started_at", "completed_at", "result"):
             if not response.task.HasField(field):
                 self.plugin.violations.append(f"InspectTask answered without {field}")
@@ -256,15 +256,15 @@ class Task:
         if agent_restart:
             handle.config.ClearField("msgpack_driver_config")
         self.plugin = plugin
-        call(plugin.driver.RecoverTask, driver_pb2.RecoverTaskRequest(handle=handle), 30)
+        call(plugin.driver.RecoverTask, driver_pb2.RecoverTaskRequest(handle=handle), HANG)
         if agent_restart and not self.logs_disabled:
             self.logmon.restart()
 
-    def exec(self, command: Sequence[str], timeout: float = 10) -> tuple[bytes, ExitResult]:
+    def exec(self, command: Sequence[str], timeout: float = HANG) -> tuple[bytes, ExitResult]:
         """ExecTask, as for script checks: output and result."""
         request = driver_pb2.ExecTaskRequest(task_id=self.id, command=command)
         set_duration(request.timeout, timeout)
-        response = call(self.plugin.driver.ExecTask, request, timeout + 10)
+        response = call(self.plugin.driver.ExecTask, request, timeout + HANG)
         if not response.HasField("result"):
             self.plugin.violations.append("ExecTask answered without a result: an agent panics")
         return response.stdout, exit_result(response.result)

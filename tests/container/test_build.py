@@ -317,7 +317,7 @@ def test_runs_a_task_under(version: str, driver_file: Path, image: Path, tmp_pat
         with launch_like_agent(driver_file, env=environment) as second:
             task.recover(second, agent_restart=False)
             task.stop()
-            assert task.wait(10).exit_code == 3
+            assert task.wait().exit_code == 3
             task.close()
     assert not first.violations + second.violations
 

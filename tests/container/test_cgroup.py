@@ -23,7 +23,7 @@ from nspawn.job import Mode, Resources
 from nspawn.outcome import Ending, ExitRecord, ExitResult, OomReport, explain_exit
 from nspawn.rules import choose_pids_limit
 from tests import agent
-from tests.agent import Task, launch_like_agent
+from tests.agent import HANG, Task, launch_like_agent
 from tests.containers import Tasks, eventually, kill, leader, output, shim
 from tests.hosts import needs_cgroup2
 from tests.options import read_options
@@ -144,7 +144,6 @@ def read(task: Task, name: str) -> str:
     return (task.cgroup.path / name).read_text().strip()
 
 
-PATIENCE = 120  # seconds; a virtual machine is slow
 FOREVER = "echo ready; exec sleep 600"
 
 
@@ -153,7 +152,7 @@ def test_limits_are_in_the_kernels_files(tasks: Tasks) -> None:
     resources = agent.Resources(cpu=500, memory=64, memory_max=96, cores=(1,))
     options = {"cpu_hard_limit": True, "pids_limit": 50, "io_weight": 200, "memory_swap_max": "32M"}
     task = tasks.start(FOREVER, resources=resources, options=options)
-    task.logmon.wait_for("ready", timeout=PATIENCE)
+    task.logmon.wait_for("ready")
     assert read(task, "memory.max") == str(96 * MIB)
     assert read(task, "memory.low") == str(64 * MIB)
     assert read(task, "memory.high") == "max"
@@ -199,7 +198,7 @@ def test_cgroup_of_its_own_for_agents_that_make_none(tasks: Tasks) -> None:
 def test_fork_bomb_is_stopped(tasks: Tasks) -> None:
     script = "i=0; while [ $i -lt 60 ]; do sleep 600 & i=$((i+1)); done"
     task = tasks.start(script, options={"pids_limit": 30})
-    result = task.wait(PATIENCE)
+    result = task.wait()
     assert not result.successful
     assert "ork" in task.logmon.stderr.decode()  # "Cannot fork"
 
@@ -208,7 +207,7 @@ def test_fork_bomb_is_stopped(tasks: Tasks) -> None:
 def test_spinner_is_held_to_its_quota(tasks: Tasks) -> None:
     resources = agent.Resources(cpu=200, memory=64)  # of the stand-in's 1000 MHz a core: a fifth of one
     task = tasks.start("echo ready; while :; do :; done", resources=resources, options={"cpu_hard_limit": True})
-    task.logmon.wait_for("ready", timeout=PATIENCE)
+    task.logmon.wait_for("ready")
     before, start = cpu_seconds(task), time.monotonic()
     time.sleep(5)
     used = (cpu_seconds(task) - before) / (time.monotonic() - start)
@@ -231,7 +230,7 @@ def test_hog_is_killed_and_the_result_says_why(tasks: Tasks, mode: str) -> None:
         mode
     ]
     task = tasks.start(script, process_two=mode == "process_two", resources=agent.Resources(memory=64))
-    result = task.wait(PATIENCE)
+    result = task.wait()
     assert (result.exit_code, result.signal, result.oom_killed) == (137, 9, True)
     assert result.err.startswith("OOM killed: the task used all the memory it may (limit 64 MiB")
 
@@ -247,9 +246,9 @@ def test_killed_while_the_plugin_was_down(driver_file: Path, image: Path) -> Non
         task = tasks.start(script, plugin=plugin, resources=agent.Resources(memory=64))
         plugin.kill_hard()
         (task.dir / "local/go").touch()
-        eventually(lambda: not Path(f"/proc/{shim(task)}").exists(), PATIENCE)
+        eventually(lambda: not Path(f"/proc/{shim(task)}").exists())
         task.recover(successor)
-        result = task.wait(PATIENCE)
+        result = task.wait()
         assert result.oom_killed and "limit 64 MiB" in result.err
 
 
@@ -257,11 +256,11 @@ def test_killed_while_the_plugin_was_down(driver_file: Path, image: Path) -> Non
 def test_child_killed_while_the_task_runs_on(tasks: Tasks, driver_file: Path) -> None:
     script = "tail /dev/zero & wait; echo survived; exec sleep 600"
     task = tasks.start(script, resources=agent.Resources(memory=64))
-    task.logmon.wait_for("survived", timeout=PATIENCE)
+    task.logmon.wait_for("survived")
     told = "OOM: a process was killed: the task used all the memory it may (limit 64 MiB)."
-    eventually(lambda: [event.message for event in task.events].count(told) == 1, PATIENCE)
+    eventually(lambda: [event.message for event in task.events].count(told) == 1)
     task.stop(timeout=0)
-    result = task.wait(PATIENCE)
+    result = task.wait()
     assert (result.exit_code, result.oom_killed) == (137, False), "it was stopped, and not for lack of memory"
 
 
@@ -271,14 +270,14 @@ def test_killed_for_other_reasons(tasks: Tasks, how: str) -> None:
     task = tasks.start(
         "trap '' TERM; echo ready; while :; do sleep 0.1; done", resources=agent.Resources(memory=64)
     )
-    task.logmon.wait_for("ready", timeout=PATIENCE)
+    task.logmon.wait_for("ready")
     if how == "signal":
         task.signal("SIGKILL")
     elif how == "timeout":
         task.stop(timeout=0.5)
     else:
         kill(leader(task))
-    result = task.wait(PATIENCE)
+    result = task.wait()
     assert (result.exit_code, result.signal, result.oom_killed) == (137, 9, False)
     assert ("kill_timeout" in result.err) == (how == "timeout")
 
@@ -288,7 +287,7 @@ def test_booted_system_sets_limits_of_its_own(tasks: Tasks) -> None:
     unit = "[Service]\nMemoryMax=20M\nExecStart=/bin/sleep 600\n"
     task = tasks.boot(resources=agent.Resources(memory=256), env={}, kill_timeout=60)
     root = Path(f"/proc/{leader(task)}/root")
-    eventually(lambda: (root / "run/systemd/private").exists(), PATIENCE)
+    eventually(lambda: (root / "run/systemd/private").exists())
     (root / "run/systemd/system/limited.service").write_text(unit)
     found: Any = []
 
@@ -297,21 +296,21 @@ def test_booted_system_sets_limits_of_its_own(tasks: Tasks) -> None:
         return bool(found)
 
     enter = ["nsenter", f"--target={leader(task)}", "--all", "systemctl"]
-    eventually(lambda: run_quietly([*enter, "is-active", "basic.target"]), PATIENCE, pause=1)
+    eventually(lambda: run_quietly([*enter, "is-active", "basic.target"]), HANG, pause=1)
     assert run_quietly([*enter, "start", "limited.service"])
-    eventually(limited, PATIENCE)
+    eventually(limited)
     assert found[0].read_text().strip() == str(20 * MIB)
 
 
 def run_quietly(argv: list[str]) -> bool:
-    return subprocess.run(argv, capture_output=True, check=False, timeout=PATIENCE).returncode == 0
+    return subprocess.run(argv, capture_output=True, check=False, timeout=HANG).returncode == 0
 
 
 @needs_cgroup2
 def test_stats_are_the_cgroups_and_right_after_recovery(tasks: Tasks, driver_file: Path) -> None:
     script = "head -c 20M /dev/zero >/local/file; echo ready; while :; do :; done"
     task = tasks.start(script, resources=agent.Resources(cpu=100, memory=128))
-    task.logmon.wait_for("ready", timeout=PATIENCE)
+    task.logmon.wait_for("ready")
     with launch_like_agent(driver_file) as second:
         task.recover(second)
         stats = task.stats(1)
@@ -324,7 +323,7 @@ def test_stats_are_the_cgroups_and_right_after_recovery(tasks: Tasks, driver_fil
         kill(leader(task))
         rest = [usage.agg_resource_usage.cpu.percent for usage in stats]
         assert all(percent < 250 for percent in rest), "the last sample is as true as the others"
-        task.wait(PATIENCE)
+        task.wait()
         task.destroy()
     task.plugin = tasks.plugin
 

@@ -123,7 +123,7 @@ def test_notify_ready(tasks: Tasks) -> None:
     began = time.monotonic()
     task = tasks.start("sleep 1; exec systemd-notify --ready", notify_ready=True)
     assert time.monotonic() - began >= 1
-    task.wait(30)  # of 262 systemd-notify fails after it has said it
+    task.wait()  # of 262 systemd-notify fails after it has said it
 
 
 def test_a_booted_system_says_when_it_is_ready(tasks: Tasks) -> None:
@@ -331,7 +331,7 @@ def test_bind(tasks: Tasks, image: Path, tmp_path: Path) -> None:
     data.mkdir(exist_ok=True)
     (data / "one").write_text("one")
     task.start()
-    assert task.wait(30).successful
+    assert task.wait().successful
     assert output(task) == "oddoddownone0\n"
     assert (own / "local/dir/new").stat().st_uid == 0
 
@@ -401,7 +401,7 @@ def test_hardened_client_runs_ordinary_jobs(hardened: Tasks, image: Path) -> Non
     task, own = prepared(hardened, "cat /dev/x", bind_read_only=[{"secrets/x": "/dev/x"}], **options)
     (own / "secrets/x").write_text("own")
     task.start()
-    task.wait(30)
+    task.wait()
     assert output(task) == "own"
 
 
@@ -474,7 +474,7 @@ def test_nothing_is_left_of_what_options_make(tasks: Tasks, tmp_path: Path) -> N
         tmpfs=["/srv"],
     )
     os.kill(nspawn(task), 9)
-    task.wait(30)
+    task.wait()
     task.destroy()
     assert not [path for path in Path("/var/tmp").iterdir() if "nspawn" in path.name]
     shutil.rmtree(tmp_path)
@@ -514,7 +514,7 @@ def test_image_in_the_tasks_directories(tasks: Tasks, image: Path) -> None:
         make_small_image(image, own / place / "image", ("dash", "cat"))
         (own / place / "image/etc/secret").write_text("own")
         task.start()
-        assert task.wait(30).successful
+        assert task.wait().successful
         assert output(task) == "own"
 
 

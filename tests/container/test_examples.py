@@ -107,7 +107,7 @@ def run_example(
 
 def test_units_of_the_job_run(driver_file: Path, image_dir: Path) -> None:
     for task in run_example("unit.hcl", driver_file, image_dir):
-        task.logmon.wait_for("The time by", timeout=30)
+        task.logmon.wait_for("The time by")
 
 
 def test_booted_batch_job_ends_with_the_code_of_its_unit(driver_file: Path, image_dir: Path) -> None:
@@ -119,7 +119,7 @@ def test_booted_batch_job_ends_with_the_code_of_its_unit(driver_file: Path, imag
 
 def test_system_job_sees_the_host(driver_file: Path, image_dir: Path) -> None:
     for task in run_example("system.hcl", driver_file, image_dir):
-        task.logmon.wait_for("log files: ", timeout=30)
+        task.logmon.wait_for("log files: ")
         time.sleep(0.1)
         assert "load " in task.logmon.stdout.decode()
 

@@ -33,10 +33,9 @@ from nspawn.exec import is_confined
 from nspawn.files import read_text
 from nspawn.job import Mode, state_directory
 from nspawn.process import parse_status, read_children, read_inner_pid, read_stat
-from tests.agent import DriverError, ExecSession, Plugin, Task, launch_like_agent
+from tests.agent import HANG, DriverError, ExecSession, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, zombies
 
-PATIENCE = 20.0  # seconds for what takes a moment on a quiet machine
 FOREVER = "while :; do sleep 0.05; done"
 KINDS: dict[str, dict[str, Any]] = {
     "command": {},
@@ -58,7 +57,7 @@ def kind(request: pytest.FixtureRequest, shared: Plugin, image: Path) -> Iterato
         options = KINDS[request.param]
         task = made.start(() if options.get("boot") else FOREVER, env={"FROM_NOMAD": "yes"}, **options)
         if options.get("boot"):  # its systemd makes the cgroups first of all
-            eventually(lambda: "/init.scope" in str(cgroups_of(leader(task), task)), PATIENCE)
+            eventually(lambda: "/init.scope" in str(cgroups_of(leader(task), task)))
         yield task
     violations, shared.violations = shared.violations, []
     assert not violations
@@ -168,7 +167,7 @@ def test_children_that_hold_the_output_do_not_delay_the_end(task: Task, tty: boo
     """Only the command itself is waited for; what comes later from others is not."""
     mark = str(uuid.uuid4())
     session = stream(task, f"(trap '' HUP; sleep 3; echo {mark}; sleep 3) & echo start; exit 5", tty)
-    assert session.wait(PATIENCE).exit_code == 5
+    assert session.wait().exit_code == 5
     assert session.stdout.splitlines() == [b"start"]
 
 
@@ -211,8 +210,8 @@ def payload(task: Task) -> int:
     assert isinstance(task.driver_config, dict)
     if not task.driver_config.get("process_two"):
         return 1
-    eventually(lambda: is_confined(leader(task), Mode.PROCESS_TWO), PATIENCE)
-    return min(map(read_inner_pid, eventually(lambda: read_children(leader(task)), PATIENCE)))
+    eventually(lambda: is_confined(leader(task), Mode.PROCESS_TWO))
+    return min(map(read_inner_pid, eventually(lambda: read_children(leader(task)), HANG)))
 
 
 def entry_of(pid: int) -> int:
@@ -227,7 +226,7 @@ def test_entry_is_outside_and_the_command_ends_with_it(task: Task) -> None:
     eventually(lambda: not cgroups_of(entry, task))
     assert read_inner_pid(entry) == entry
     kill(entry)
-    assert session.wait(PATIENCE).signal == signal.SIGKILL
+    assert session.wait().signal == signal.SIGKILL
     eventually(lambda: "read -r end" not in shown(task, "cat /proc/[0-9]*/cmdline | tr -d '\\0'; :"))
 
 
@@ -800,9 +799,9 @@ def test_task_that_ends_in_the_middle(tasks: Tasks, tty: bool) -> None:
     session = stream(task, "echo up; trap '' TERM HUP; while :; do sleep 0.05; done", tty)
     session.wait_for(b"up")
     task.stop(timeout=0)
-    result = session.wait(PATIENCE)
+    result = session.wait()
     assert (result.exit_code, result.signal) == (137, 9)
-    assert task.wait(PATIENCE).signal == 9
+    assert task.wait().signal == 9
 
 
 def test_destroy_does_not_wait_for_a_client_that_takes_nothing(tasks: Tasks) -> None:
@@ -818,9 +817,9 @@ def test_destroy_does_not_wait_for_a_client_that_takes_nothing(tasks: Tasks) -> 
         done.set()
 
     threading.Thread(target=destroy, daemon=True).start()
-    assert done.wait(PATIENCE)
+    assert done.wait(HANG)
     session.reading.set()
-    session.wait(PATIENCE)
+    session.wait()
 
 
 def test_client_that_goes_away_at_any_moment(task: Task, shared: Plugin) -> None:

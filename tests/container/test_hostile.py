@@ -63,7 +63,7 @@ from tests.servers import (
 )
 
 STRICT = "volumes = false\nallow = []\nallow_caps = []\nallow_paths = []\n"
-PATIENCE = 10.0  # seconds for what others ask meanwhile
+PATIENCE = 30.0  # seconds for what others ask meanwhile
 RACES = int(os.environ.get("NSPAWN_TEST_RACES", "20"))
 
 
@@ -198,7 +198,7 @@ def test_nested_cgroups_are_removed(prisoners: Tasks) -> None:
     assert next(task.stats(0.1)).agg_resource_usage.memory.usage > 0
     assert task.exec(["true"])[1].successful
     task.stop(timeout=0)
-    assert task.wait(30).signal == signal.SIGKILL
+    assert task.wait().signal == signal.SIGKILL
     task.destroy()  # `prisoners` looks for what is left
 
 
@@ -265,7 +265,7 @@ def test_a_traced_command_stops_nobody_else(prisoners: Tasks) -> None:
     session = task.exec_streaming(["sleep", "1"])
     task.logmon.wait_for("traced\n")
     with pytest.raises(DriverError, match="has ended, but a process in the container traces it"):
-        session.wait(30)
+        session.wait()
     other = imprison(prisoners, "sleep 1 while 1")
     assert other.exec(["true"])[1].successful
     task.stop(timeout=0)
@@ -463,7 +463,7 @@ def test_image_of_many_layers_holds_nobody_up(strict: Plugin, hostile: Tasks) ->
         while not start.done():
             call(strict.driver.Capabilities, driver_pb2.CapabilitiesRequest(), PATIENCE)
         start.result()
-    assert not task.wait(PATIENCE).successful, "its init is a directory"
+    assert not task.wait().successful, "its init is a directory"
 
 
 def test_pipe_for_what_the_driver_reads(images: Tasks) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent import Task
+from tests.agent import HANG, Task
 from tests.containers import Tasks
 from tests.hosts import CACHE, lock, remove_image, remove_unused, run
 
@@ -29,7 +29,6 @@ SYSTEMS: dict[str, dict[str, str]] = {
 }
 DEAF = "#!/bin/sh\nwhile :; do sleep 0.1; done\n"  # PID 1 gets no signal that it has no handler for
 RECIPE = 1  # count it up when `make_systems` makes something else
-PATIENCE = 40.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +86,8 @@ def events(task: Task) -> str:
 def test_stop_is_orderly(tasks: Tasks, systems: Path, name: str) -> None:
     """Also of a system that has just begun to boot."""
     task = boot(tasks, systems / name)
-    task.stop(timeout=PATIENCE)
-    result = task.wait(PATIENCE)
+    task.stop(timeout=HANG)
+    result = task.wait()
     assert (result.exit_code, result.signal, result.err) == (0, 0, ""), events(task)
     assert "kill_timeout" not in events(task)
 
@@ -96,7 +95,7 @@ def test_stop_is_orderly(tasks: Tasks, systems: Path, name: str) -> None:
 def test_event_tells_how_a_deaf_init_was_asked(tasks: Tasks, systems: Path) -> None:
     task = boot(tasks, systems / "deaf")
     task.stop(timeout=2)
-    assert task.wait(PATIENCE).signal == 9
+    assert task.wait().signal == 9
     assert "within its kill_timeout of 2 s after `poweroff` inside" in events(task)
 
 
@@ -104,5 +103,5 @@ def test_own_kill_signal_is_sent_as_it_is(tasks: Tasks, systems: Path) -> None:
     """busybox takes SIGTERM for reboot, but that of a job means its end; SIGUSR1 is halt."""
     task = boot(tasks, systems / "busybox")
     task.logmon.wait_for(b"up")
-    task.stop(timeout=PATIENCE, kill_signal="SIGUSR1")
-    assert task.wait(PATIENCE).exit_code == 0
+    task.stop(timeout=HANG, kill_signal="SIGUSR1")
+    assert task.wait().exit_code == 0

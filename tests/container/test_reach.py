@@ -25,13 +25,12 @@ import pytest
 
 from nomad_pb import driver_pb2
 from nspawn.job import plan_machine
-from tests.agent import Allocation, DriverError, Plugin, Resources, Task, free_port, launch_like_agent
+from tests.agent import HANG, Allocation, DriverError, Plugin, Resources, Task, free_port, launch_like_agent
 from tests.agent import Port as GivenPort
 from tests.containers import Tasks, eventually, is_alive, kill, leader, make_small_image, nspawn, output, shim
 from tests.leftovers import leftovers, peer, processes
 from tests.servers import ImageParts, folder, make_tar, pack_files, pack_tree
 
-PATIENCE = 10.0
 FOREVER = "while :; do sleep 0.05; done"
 LOCALHOST = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
 numbers = itertools.count(os.getpid() % 60 * 1000)
@@ -87,7 +86,7 @@ def make_group() -> Iterator[Group]:
     finally:
         ip("netns", "del", group.name)
         with contextlib.suppress(AssertionError):
-            eventually(lambda: group.link not in links(), 5)
+            eventually(lambda: group.link not in links())
         kept = group.link in links()
         if kept:
             ip("link", "del", group.link)
@@ -109,7 +108,7 @@ def serve(port: int, name: str = "task") -> list[str]:
 
 
 def read_port(address: str, port: int) -> str:
-    with socket.create_connection((address, port), PATIENCE) as connection:
+    with socket.create_connection((address, port), HANG) as connection:
         return connection.makefile().read()
 
 
@@ -235,10 +234,10 @@ def test_hosts_own_network_keeps_its_settings(group: Group, tasks: Tasks) -> Non
 
 def test_booted_system_in_a_group(group: Group, tasks: Tasks) -> None:
     task = tasks.boot(network=group.spec, network_veth=True, kill_timeout=30)
-    task.logmon.wait_for("Reached target multi-user.target", timeout=60)
+    task.logmon.wait_for("Reached target multi-user.target")
     assert os.stat(f"/proc/{leader(task)}/ns/net").st_ino == os.stat(group.path).st_ino
     task.stop()
-    assert task.wait(1).successful
+    assert task.wait().successful
 
 
 @pytest.mark.parametrize("victim", ["stop", "nspawn", "shim", "leader", "destroy"])
@@ -253,7 +252,7 @@ def test_nothing_holds_the_groups_namespace(tasks: Tasks, victim: str) -> None:
             kill({"nspawn": nspawn, "shim": shim, "leader": leader}[victim](task))
             if victim == "shim":
                 task.stop(timeout=0)
-            task.wait(PATIENCE)
+            task.wait()
         task.destroy()
         assert leftovers(task.allocation.id) == []
 
@@ -303,7 +302,7 @@ def test_restart_in_the_same_group(group: Group, tasks: Tasks) -> None:
         task.logmon.wait_for("listening\n" * (number + 1))
         assert read_port(group.address, 8080) == "hello from task\n"
         task.stop(timeout=0)
-        task.wait(PATIENCE)
+        task.wait()
         task.destroy()
         task.start()
 
@@ -384,7 +383,7 @@ def test_ports_lead_to_the_container(tasks: Tasks) -> None:
     assert len(eventually(lambda: port_maps(host_port))) == 2, "TCP and UDP"
     assert read_port(link.host, host_port) == "hello from \n"
     task.stop(timeout=0)
-    task.wait(PATIENCE)
+    task.wait()
     assert port_maps(host_port) == []
 
 
@@ -440,7 +439,7 @@ def start_with_address(task: Task, address: str) -> driver_pb2.NetworkOverride |
         pid = eventually(lambda: find_leader(task))
         argv = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "addr", "add", address, "dev", "host0"]
         eventually(lambda: subprocess.run(argv, check=False, stderr=subprocess.DEVNULL).returncode == 0)
-        started.result(PATIENCE)
+        started.result(HANG)
     return task.network_override
 
 
@@ -555,7 +554,7 @@ def test_interface_moves_in_and_comes_back(tasks: Tasks, bridge: str) -> None:
         assert inside_links(task) == {"lo", name}
         assert name not in links()
         task.stop(timeout=0)
-        task.wait(PATIENCE)
+        task.wait()
         task.destroy()
         assert name in links()
     finally:
@@ -603,7 +602,7 @@ def test_system_that_will_ask_for_its_address_is_waited_for(tasks: Tasks, small:
     task = tasks.start(boot=True, name="hasty", address_timeout="0s", **settings)
     assert task.network_override is None
     inside(task, "ip", "addr", "add", "198.19.255.241/30", "dev", "host0")
-    eventually(lambda: any("198.19.255.241. A service" in event.message for event in task.events), 60)
+    eventually(lambda: any("198.19.255.241. A service" in event.message for event in task.events))
 
 
 def test_hostname_and_extra_hosts(tasks: Tasks, small: Path) -> None:
@@ -665,7 +664,7 @@ def test_what_the_host_lacks_is_told(driver_file: Path, image: Path, networkd: N
         systemctl("mask", "--runtime", "systemd-machined")
         try:
             task = tasks.start(FOREVER, network_veth=True)
-            told = eventually(lambda: [e.message for e in task.events if "no address after 30 s" in e.message], 60)
+            told = eventually(lambda: [e.message for e in task.events if "no address after 30 s" in e.message])
             plugin.wait_for(lambda: services(plugin) == (False, False))
         finally:
             systemctl("unmask", "--runtime", "systemd-machined")
@@ -714,7 +713,7 @@ def test_address_by_dhcp_and_a_port(
     override = task.network_override
     assert override and dict(override.port_map) == {"http": 80} and not override.auto_advertise
     eventually(lambda: any(f"has the address {override.addr}" in event.message for event in task.events))
-    eventually(lambda: port_maps(port), 30)
+    eventually(lambda: port_maps(port))
     # networkd may give the bridge of a zone another address when it has leased from the first (seen on 252 and
     # 257): then the container is out of reach.
     if network.get("network_veth"):
@@ -722,7 +721,7 @@ def test_address_by_dhcp_and_a_port(
         assert eventually(lambda: try_port(gateway, port), 60) == "hello from systemd\n"
     if ending == "stop":
         task.stop()
-        task.wait(PATIENCE)
+        task.wait()
     else:
         kill_all(task)
     task.destroy()

@@ -17,13 +17,12 @@ from pathlib import Path
 import pytest
 
 from nspawn.common import STATE_ROOT
-from tests.agent import AgentError, DriverError, Plugin, Task, launch_like_agent
+from tests.agent import HANG, AgentError, DriverError, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, nspawn
 
 pytestmark = pytest.mark.root
 
 RACES = int(os.environ.get("NSPAWN_TEST_RACES", "4"))
-PATIENCE = 20.0
 FOREVER = "while :; do sleep 0.05; done"
 
 
@@ -35,7 +34,7 @@ def test_exit_code_that_nspawn_took_along_is_not_made_up(tasks: Tasks) -> None:
     (task.dir / "local/go").touch()
     eventually(lambda: not is_alive(leader(task)))
     kill(outer)
-    result = task.wait(PATIENCE)
+    result = task.wait()
     assert (result.exit_code, result.signal) == (137, 9)
     assert "exit code is not known" in result.err
 
@@ -46,9 +45,9 @@ def test_process_from_outside_costs_no_exit_code(tasks: Tasks) -> None:
     with subprocess.Popen(["sleep", "60"]) as entry:
         Path(str(driver_state(task)["cgroup"]), "payload/cgroup.procs").write_text(str(entry.pid))
         (task.dir / "local/go").touch()
-        result = task.wait(PATIENCE)
+        result = task.wait()
         assert (result.exit_code, result.signal, result.err) == (3, 0, "")
-        assert entry.wait(PATIENCE) == -signal.SIGKILL
+        assert entry.wait(HANG) == -signal.SIGKILL
 
 
 # -- a full /run ---------------------------------------------------------------------------------------------
@@ -107,15 +106,15 @@ def test_results_on_a_full_disk(small_run: SmallRun, image: Path) -> None:
         small_run.fill()
         (code.dir / "local/go").touch()
         for task in (stopped, by_signal):
-            task.stop(timeout=PATIENCE)
+            task.stop(timeout=HANG)
         killed.stop(timeout=0.1)
-        results = [task.wait(PATIENCE) for task in tasks.made]
+        results = [task.wait() for task in tasks.made]
         assert [(result.exit_code, result.signal) for result in results] == [(42, 0), (7, 0), (143, 15), (137, 9)]
         assert ["kill_timeout" in result.err for result in results] == [False, False, False, True]
         first.kill_hard()
         for task in tasks.made:
             task.recover(second)
-        assert [task.wait(PATIENCE) for task in tasks.made] == results
+        assert [task.wait() for task in tasks.made] == results
         for task in tasks.made:
             task.destroy()
         assert not list(small_run.filler.parent.glob("*-*-*"))
@@ -154,13 +153,13 @@ def stop_and_crash(task: Task, seconds: float, delay: float) -> list[object]:
     os.kill(task.plugin.pid, signal.SIGKILL)
     task.plugin.kill_hard()
     for thread in threads:
-        thread.join(PATIENCE)
+        thread.join(HANG)
     return told
 
 
 @pytest.mark.parametrize(
     ("script", "seconds", "expected"),
-    [(FOREVER, PATIENCE, (143, 15, "")), (f"trap '' TERM; echo ready; {FOREVER}", 0.02, (137, 9, "kill_timeout"))],
+    [(FOREVER, HANG, (143, 15, "")), (f"trap '' TERM; echo ready; {FOREVER}", 0.02, (137, 9, "kill_timeout"))],
     ids=["signal", "timeout"],
 )
 def test_crash_while_a_task_is_stopped(
@@ -180,7 +179,7 @@ def test_crash_while_a_task_is_stopped(
             told = stop_and_crash(task, seconds, chance.uniform(0, 0.06))
             task.recover(successor, agent_restart=False)
             task.stop(timeout=seconds)  # an agent repeats the call
-            result = task.wait(PATIENCE)
+            result = task.wait()
             assert (result.exit_code, result.signal) == expected[:2]
             assert expected[2] in result.err
             assert all(earlier == result for earlier in told)

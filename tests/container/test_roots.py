@@ -401,13 +401,13 @@ def test_the_roots_own_mode_and_owner_are_the_images(tasks: Tasks, small: Path) 
 @USERS
 def test_booted_system(tasks: Tasks, namespaces: bool) -> None:
     task = tasks.boot(volatile=None, ephemeral=True, user_namespacing=namespaces, kill_timeout=30)
-    task.logmon.wait_for("Reached target multi-user.target", timeout=60)
+    task.logmon.wait_for("Reached target multi-user.target")
     found = Path(f"/proc/{leader(task)}/root/etc/machine-id").read_text().strip()
     assert found == task.allocation.id.replace("-", ""), "as it can write to its root, unlike to the image"
     if namespaces:
         assert Path(f"/proc/{leader(task)}/root").stat().st_uid == base(task) != 0
     task.stop()
-    assert task.wait(30).successful
+    assert task.wait().successful
     assert "Reached target poweroff.target" in output(task)
 
 
@@ -607,7 +607,7 @@ def test_what_an_artifact_puts_in_the_place_of_the_root(
     else:
         os.mkfifo(place(task))
     task.start()
-    assert task.wait(30).successful
+    assert task.wait().successful
     assert output(task) == "/usr\n"
     task.destroy()
     assert [path.name for path in (victim / "upper").iterdir()] == ["precious"]
@@ -626,7 +626,7 @@ def test_links_of_an_image_do_not_lead_out(tasks: Tasks, small: Path, tmp_path: 
         task = tasks.make("true", image=str(small), ephemeral=True, **options)
         with contextlib.suppress(DriverError):
             task.start()
-            task.wait(30)
+            task.wait()
         task.close()
         assert list(victim.iterdir()) == []
 
@@ -691,7 +691,7 @@ def test_recovered_task_keeps_its_root(driver_file: Path, small: Path) -> None:
         Path(f"/proc/{leader(task)}/root/go").write_text("go\n")
         task.logmon.wait_for("kept\n")
         task.stop(timeout=0)
-        task.wait(10)
+        task.wait()
         task.destroy()
         assert not place(task).exists()
     assert not second.violations
@@ -712,7 +712,7 @@ def test_repeated_start_of_one_task(tasks: Tasks, small: Path) -> None:
             "ls /mark 2>/dev/null; echo over", image=str(small), ephemeral=True, allocation=allocation
         )
         again.start()
-        assert again.wait(30).successful
+        assert again.wait().successful
         assert output(again) == "over\n"
         again.destroy()  # both have one cgroup
 
@@ -774,7 +774,7 @@ def test_failed_start_leaves_nothing(tasks: Tasks, small: Path, image: Path) -> 
         task = tasks.make("true", image=str(small), ephemeral=True, **options)
         with contextlib.suppress(DriverError):
             task.start()
-            task.wait(30)
+            task.wait()
         task.close()
         wait_clean(task, small)
 
@@ -830,7 +830,7 @@ def test_every_usual_file_system(
             allocation=Allocation(parent),
         )
         task.start()
-        assert task.wait(30).successful, task.logmon.stderr
+        assert task.wait().successful, task.logmon.stderr
         assert output(task) == "/mnt2\n/x\n"
         assert not any("full copy" in event.message for event in tasks.plugin.events if event.task_id == task.id)
         task.close()

@@ -20,13 +20,12 @@ from pathlib import Path
 import pytest
 
 from nomad_pb import base_pb2, driver_pb2
-from tests.agent import DriverError, Plugin, Task, call, launch_like_agent
+from tests.agent import HANG, DriverError, Plugin, Task, call, launch_like_agent
 from tests.containers import Tasks, cpu_seconds, eventually, shim, zombies
 
 pytestmark = pytest.mark.root
 
 STATE, SETTINGS, STORE = "/run/nomad-driver-nspawn", "/run/systemd/nspawn", "/var/lib/nomad-driver-nspawn"
-HANG = 20  # seconds after which an answer does not come any more
 SLEEP = "trap 'exit 5' TERM; echo ready; while :; do sleep 0.2; done"
 
 
@@ -293,4 +292,4 @@ def test_more_commands_than_descriptors(driver_file: Path, image: Path, tmp_path
         eventually(lambda: task.exec(["/bin/true"])[1].exit_code == 0)
         assert zombies(plugin.pid) == []
         task.stop(timeout=5)
-        assert task.wait(HANG).exit_code == 5
+        assert task.wait().exit_code == 5

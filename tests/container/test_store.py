@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +25,9 @@ import pytest
 import driver
 from nomad_pb import driver_pb2
 from nspawn.fetches import Fetches
-from nspawn.files import remove_tree
-from nspawn.store import Store, StoredImage
-from tests.agent import AgentError, DriverError, Plugin, Task, driver_error, launch_like_agent
+from nspawn.files import read_text, remove_tree
+from nspawn.store import STORE_ROOT, Store, StoredImage
+from tests.agent import HANG, AgentError, DriverError, Plugin, Task, driver_error, launch_like_agent
 from tests.containers import Tasks, eventually, is_alive, kill, make_small_image, output
 from tests.fetching import Fetcher, docker_origin, url_origin
 from tests.leftovers import processes
@@ -48,18 +49,20 @@ from tests.servers import (
 
 @pytest.fixture
 def store() -> Iterator[Store]:
-    """The plugin's own store, emptied: the tests run where it is theirs."""
-    yield from empty(Store())
+    """A store of the test's own, on the disk of the real one."""
+    with tempfile.TemporaryDirectory(prefix=f"{STORE_ROOT.name}-", dir=STORE_ROOT.parent) as root:
+        yield Store(Path(root))
 
 
-def empty(store: Store) -> Iterator[Store]:
-    def clear() -> None:
-        for path in (store.images, store.layers, store.parts, store.work, store.in_use):
-            shutil.rmtree(path, ignore_errors=True)
-
-    clear()
-    yield store
-    clear()
+@pytest.fixture
+def driver_file(driver_file: Path, store: Store, tmp_path: Path) -> Path:
+    """The built file, which sees that store in the place of the real one."""
+    STORE_ROOT.mkdir(mode=0o700, exist_ok=True)
+    bind = f'mount --bind {store.root} {STORE_ROOT} && exec {driver_file} "$@"'
+    program = tmp_path / "nomad-driver-nspawn"
+    program.write_text(f"#!/bin/sh\nexec unshare --mount --propagation slave sh -c '{bind}' sh \"$@\"\n")
+    program.chmod(0o755)
+    return program
 
 
 @pytest.fixture
@@ -241,7 +244,7 @@ def test_stop_signal_of_the_image(tasks: Tasks, archive: bytes, tmp_path: Path) 
         task = tasks.start(script, image=f"docker://{registry.host}/app", read_only=None)
         task.logmon.wait_for("ready")
         task.stop(kill_signal="")
-        assert task.wait(20).exit_code == 7
+        assert task.wait().exit_code == 7
 
 
 def test_booted_system_and_other_roots(tasks: Tasks, image: Path, tmp_path: Path, store: Store) -> None:
@@ -250,7 +253,7 @@ def test_booted_system_and_other_roots(tasks: Tasks, image: Path, tmp_path: Path
     name = str(tmp_path / "debian.tar")
     for volatile in (None, "state"):
         task = tasks.start(image=name, boot=True, command=None, volatile=volatile)
-        task.logmon.wait_for("Reached target multi-user.target", timeout=60)
+        task.logmon.wait_for("Reached target multi-user.target")
         task.stop(20)
         task.destroy()
     for more, writable in (
@@ -335,7 +338,7 @@ def test_a_start_that_is_ended_ends_the_fetch(
             one.end(way)
             assert is_alive(fetcher)
             two.end(way)
-        eventually(lambda: not is_alive(fetcher), timeout=2)
+        eventually(lambda: not is_alive(fetcher))
         errors = [str(starting.join()) for starting in (one, two)]
         if way in ("stop", "destroy"):
             assert all(error.endswith("was stopped while it was being started") for error in errors), errors
@@ -368,9 +371,10 @@ class Starting:
 
 
 def fetchers(plugin: int) -> list[int]:
-    shown = subprocess.run(["pgrep", "-P", str(plugin)], stdout=subprocess.PIPE, check=False, timeout=10)
-    return [pid for pid in map(int, shown.stdout.split())
-            if b"fetch.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+    shown = subprocess.run(["pgrep", "-P", str(plugin)], stdout=subprocess.PIPE, check=False, timeout=HANG)
+    return [
+        pid for pid in map(int, shown.stdout.split()) if "fetch.main" in read_text(Path(f"/proc/{pid}/cmdline"))
+    ]
 
 
 def test_a_killed_plugin_takes_its_fetch_along(driver_file: Path, store: Store, server: FileServer) -> None:
@@ -494,9 +498,9 @@ def test_images_for_people(tasks: Tasks, server: FileServer, archive: bytes, dri
     assert f"{server.url}/image" in line and task.allocation.id in line and "MB" in line and "ago" in line
 
 
-def read_mount_points() -> list[str]:
-    """Mount points of the host, but those of allocations: other tests may run beside these."""
-    points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+def read_mount_points(pid: int) -> list[str]:
+    """Mount points as a process sees them, but those of allocations: other tests may run beside these."""
+    points = [line.split(" ")[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
     return sorted(point for point in points if "/nomad-allocs-" not in point)
 
 
@@ -507,8 +511,8 @@ def test_kill_at_any_moment_of_fetch_and_start(
     server.files["/image"] = gzip.compress(archive, 1)
     seed = random.randrange(1 << 32)
     chance, whole = random.Random(seed), 0.0
-    mounts = read_mount_points()
     plugin = launch_like_agent(driver_file)
+    mounts = read_mount_points(plugin.pid)
     with Tasks(plugin, image) as tasks:
         for number in range(51):
             begun = time.monotonic()
@@ -528,13 +532,13 @@ def test_kill_at_any_moment_of_fetch_and_start(
             tasks.close()  # destroys it, and looks for leftovers
         task, result = tasks.run("echo hello", **download(f"{server.url}/image"))
         assert result.exit_code == 0 and output(task) == "hello\n", seed
+    assert read_mount_points(plugin.pid) == mounts
     plugin.kill()
     (layer,) = store.layers.iterdir()
     assert pack_tree(layer) == archive, seed
     Fetcher(store.root).collect(0)
     for place in (store.images, store.layers, store.parts, store.work, store.in_use):
         assert not list(place.iterdir()), seed
-    assert read_mount_points() == mounts
 
 
 # -- removal -------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def live(tasks: Tasks, chance: random.Random, restart: Any = None) -> None:
         list(pool.map(lambda item: item[0].start(), chosen))
         for task, kind, _ in chosen:
             if not kind.get("boot") and task.driver_config["command"][-1] == SCRIPT:  # type: ignore[index]
-                task.logmon.wait_for("ready\n", timeout=60)
+                task.logmon.wait_for("ready\n")
         if restart:
             restart()
         chance.shuffle(chosen)

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from nomad_pb import driver_pb2
-from tests.agent import Allocation, DriverError, Task, Template, call, launch_like_agent
+from tests.agent import HANG, Allocation, DriverError, Task, Template, call, launch_like_agent
 from tests.containers import (
     Tasks,
     cpu_seconds,
@@ -45,7 +45,6 @@ from tests.containers import (
 )
 from tests.leftovers import NSPAWN, STATE, interface_indexes, leftovers, peer, processes, snapshots
 
-PATIENCE = 10.0  # seconds for what takes about one on a quiet machine
 BOOTED = "Reached target multi-user.target"
 UID_CLAIMS = Path("/run/systemd/nspawn-uid")
 FOREVER = "while :; do sleep 0.05; done"
@@ -97,10 +96,8 @@ def test_exit_code_255_of_process_two_says_what_it_may_mean(tasks: Tasks) -> Non
 
 
 def test_task_of_a_few_milliseconds_is_reported(tasks: Tasks) -> None:
-    began = time.monotonic()
     _, result = tasks.run(["/bin/true"])
     assert result.successful
-    assert time.monotonic() - began < PATIENCE
 
 
 def test_killed_by_a_signal_inside(tasks: Tasks) -> None:
@@ -113,7 +110,7 @@ def test_killed_by_a_signal_inside(tasks: Tasks) -> None:
 def test_leader_killed_from_the_host(tasks: Tasks) -> None:
     task = tasks.start(["/bin/sleep", "60"])
     kill(leader(task))
-    result = task.wait(PATIENCE)
+    result = task.wait()
     assert (result.exit_code, result.signal) == (137, 9)
 
 
@@ -133,18 +130,16 @@ def test_stop_sends_the_kill_signal(tasks: Tasks, mode: Options, kill_signal: st
     name = (kill_signal or "SIGTERM").removeprefix("SIG")
     task = tasks.start(trapping(name), kill_signal=kill_signal, kill_timeout=30, **mode)
     task.logmon.wait_for("ready\n")
-    began = time.monotonic()
     task.stop()
-    assert time.monotonic() - began < PATIENCE, "stopped by the signal, not by the timeout"
-    result = task.wait(1)
-    assert (result.exit_code, result.signal) == (5, 0)
+    result = task.wait()
+    assert (result.exit_code, result.signal) == (5, 0), "stopped by the signal, not by the timeout"
     assert output(task) == f"ready\ngot {name}\n"
 
 
 def test_process_two_without_a_handler_ends_by_the_kill_signal(tasks: Tasks) -> None:
     task = tasks.start(["/bin/sleep", "60"], process_two=True, kill_timeout=30)
     task.stop(kill_signal="SIGINT")
-    result = task.wait(1)
+    result = task.wait()
     assert (result.exit_code, result.signal) == (130, 2)
 
 
@@ -154,9 +149,8 @@ def test_stop_kills_after_the_timeout_and_says_so(tasks: Tasks, mode: Options) -
     task.logmon.wait_for("ready\n")
     began = time.monotonic()
     task.stop(timeout=1)
-    took = time.monotonic() - began
-    assert 1 <= took < PATIENCE
-    result = task.wait(1)
+    assert time.monotonic() - began >= 1
+    result = task.wait()
     assert (result.exit_code, result.signal) == (137, 9)
     assert "kill_timeout" in result.err and "1 s" in result.err and "SIGTERM" in result.err
     task.plugin.wait_for(lambda: any("kill_timeout" in event.message for event in task.events))
@@ -166,22 +160,18 @@ def test_stop_kills_after_the_timeout_and_says_so(tasks: Tasks, mode: Options) -
 @pytest.mark.parametrize("mode", [*MODES, pytest.param({"boot": True}, id="boot")])
 def test_stop_with_timeout_0_kills_at_once(tasks: Tasks, mode: Options) -> None:
     task = tasks.boot() if mode.get("boot") else tasks.start(trapping("TERM"), **mode)
-    began = time.monotonic()
     task.stop(timeout=0)
-    result = task.wait(1)
-    assert time.monotonic() - began < PATIENCE
+    result = task.wait()
     assert (result.exit_code, result.signal) == (137, 9)
     assert b"got" not in task.logmon.stdout
 
 
 def test_stop_of_an_ended_task_is_no_error(tasks: Tasks) -> None:
     task, result = tasks.run("exit 3")
-    began = time.monotonic()
-    task.stop(timeout=30)
-    assert time.monotonic() - began < 1
-    assert task.wait(1) == result
+    task.stop(timeout=600)
+    assert task.wait() == result
     task.destroy()
-    task.stop(timeout=30)
+    task.stop(timeout=600)
 
 
 def test_stop_while_others_wait(tasks: Tasks) -> None:
@@ -189,10 +179,10 @@ def test_stop_while_others_wait(tasks: Tasks) -> None:
     task = tasks.start(trapping("TERM"))
     task.logmon.wait_for("ready\n")
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(task.wait, PATIENCE) for _ in range(2)]
+        waiting = [pool.submit(task.wait) for _ in range(2)]
         for stopping in [pool.submit(task.stop, timeout=30) for _ in range(2)]:
-            stopping.result(PATIENCE)
-        assert {pending.result(1).exit_code for pending in waiting} == {5}
+            stopping.result(HANG)
+        assert {pending.result(HANG).exit_code for pending in waiting} == {5}
 
 
 def test_stop_answers_when_the_container_is_gone(tasks: Tasks) -> None:
@@ -212,7 +202,7 @@ def test_signals_reach_the_payload_and_spare_nspawn(tasks: Tasks, mode: Options)
         task.logmon.wait_for(f"got {name[3:]}\n")
     assert is_alive(outer)
     task.signal("SIGUSR2")
-    assert task.wait(PATIENCE).exit_code == 5
+    assert task.wait().exit_code == 5
 
 
 def test_signal_without_a_handler_is_ignored_by_a_command(tasks: Tasks) -> None:
@@ -227,7 +217,7 @@ def test_signal_without_a_handler_is_ignored_by_a_command(tasks: Tasks) -> None:
 def test_signal_ends_process_two(tasks: Tasks) -> None:
     task = tasks.start(["/bin/sleep", "60"], process_two=True)
     task.signal("SIGHUP")
-    result = task.wait(PATIENCE)
+    result = task.wait()
     assert (result.exit_code, result.signal) == (129, 1)
 
 
@@ -239,7 +229,7 @@ def test_signal_that_a_command_survives_is_not_what_ended_it(tasks: Tasks, trap:
     task.logmon.wait_for("ready\n")
     task.signal("SIGHUP")
     (task.dir / "local/go").touch()
-    result = task.wait(10)
+    result = task.wait()
     assert (result.exit_code, result.signal) == (255, 0)
     assert "ended by a signal" in result.err
 
@@ -258,7 +248,7 @@ def test_unknown_kill_signal_gives_way_to_the_usual_one(tasks: Tasks) -> None:
     task = tasks.start(trapping("TERM"))
     task.logmon.wait_for("ready\n")
     task.stop(timeout=30, kill_signal="SIGNONSENSE")
-    assert task.wait(1).exit_code == 5
+    assert task.wait().exit_code == 5
     task.plugin.wait_for(lambda: any('"SIGNONSENSE"' in event.message for event in task.events))
 
 
@@ -268,7 +258,7 @@ def test_paused_task(tasks: Tasks, boot: bool) -> None:
     script = "trap 'exit 3' TERM; while :; do sleep 0.05; done & while :; do sleep 0.1; done"
     task = tasks.boot(volatile=None, read_only=True) if boot else tasks.start(script)
     if boot:
-        task.logmon.wait_for(BOOTED, timeout=30)
+        task.logmon.wait_for(BOOTED)
     events = Path(driver_state(task)["cgroup"], "payload/cgroup.events")
     task.signal("SIGSTOP")
     eventually(lambda: "frozen 1" in events.read_text())
@@ -279,7 +269,7 @@ def test_paused_task(tasks: Tasks, boot: bool) -> None:
     assert task.exec(["true"])[1].successful
     task.signal("SIGSTOP")
     task.stop(30)
-    assert task.wait(30).exit_code == (0 if boot else 3)
+    assert task.wait().exit_code == (0 if boot else 3)
     said = [event.message for event in task.events]
     assert "The task is paused. SIGCONT lets it go on." in said and "The task goes on." in said
 
@@ -300,9 +290,9 @@ def test_signal_to_an_ended_or_unknown_task_is_an_error(tasks: Tasks) -> None:
 def test_booted_system_runs_and_shuts_down_in_order(tasks: Tasks, namespaces: bool) -> None:
     mode: Options = {"volatile": None, "read_only": True} if namespaces else {"volatile": "overlay"}
     task = tasks.boot(user_namespacing=namespaces, kill_timeout=30, **mode)
-    task.logmon.wait_for(BOOTED, timeout=30)
+    task.logmon.wait_for(BOOTED)
     task.stop()
-    assert task.wait(1).successful
+    assert task.wait().successful
     assert "Reached target poweroff.target" in output(task)
 
 
@@ -311,7 +301,7 @@ def test_booted_system_ends_in_order_by_its_kill_signal(tasks: Tasks, tmp_path: 
     """For systemd itself SIGTERM would mean "re-exec" and SIGINT "reboot"."""
     task = boot_unit(tasks, tmp_path, "ExecStart=/bin/sleep 600", kill_signal=kill_signal, kill_timeout=30)
     task.stop()
-    result = task.wait(1)
+    result = task.wait()
     assert result.successful, result
     assert b"Reached target poweroff.target" in task.logmon.stdout
 
@@ -322,8 +312,8 @@ def test_signals_reach_a_booted_systemd(tasks: Tasks, tmp_path: Path) -> None:
     for name in ("SIGHUP", "SIGUSR1"):
         task.signal(name)
     task.signal("SIGRTMIN+4")  # poweroff
-    task.logmon.wait_for("poweroff.target", timeout=PATIENCE)
-    assert task.wait(PATIENCE).successful
+    task.logmon.wait_for("poweroff.target")
+    assert task.wait().successful
     assert not is_alive(outer)
 
 
@@ -331,14 +321,14 @@ def test_booted_system_that_ignores_the_signal_is_killed(tasks: Tasks, tmp_path:
     unit = "ExecStart=/bin/sh -c 'trap \"\" TERM; sleep 600'\nKillMode=none\nTimeoutStopSec=600"
     task = boot_unit(tasks, tmp_path, f"{unit}\nExecStop=/bin/sleep 600")
     task.stop(timeout=1)
-    result = task.wait(1)
+    result = task.wait()
     assert (result.exit_code, result.signal) == (137, 9)
     assert "kill_timeout" in result.err
 
 
 def test_reboot_inside_is_told_as_such(tasks: Tasks, tmp_path: Path) -> None:
     task = boot_unit(tasks, tmp_path, "ExecStart=/bin/systemctl reboot", started="reboot.target")
-    result = task.wait(30)
+    result = task.wait()
     assert result.exit_code == 133
     assert "reboot" in result.err
     assert not result.successful, "so that Nomad's restart policy starts it again"
@@ -346,7 +336,7 @@ def test_reboot_inside_is_told_as_such(tasks: Tasks, tmp_path: Path) -> None:
 
 def test_command_of_a_booted_system_is_for_its_init(tasks: Tasks) -> None:
     task = tasks.boot("systemd.unit=reboot.target")
-    assert task.wait(30).exit_code == 133
+    assert task.wait().exit_code == 133
 
 
 def boot_unit(tasks: Tasks, tmp_path: Path, service: str, started: str = "", **settings: Any) -> Task:
@@ -355,7 +345,7 @@ def boot_unit(tasks: Tasks, tmp_path: Path, service: str, started: str = "", **s
     unit.write_text(f"[Unit]\nAfter=sysinit.target\nWants=sysinit.target\n[Service]\n{service}\n")
     where = {str(unit): "/etc/systemd/system/payload.service"}
     task = tasks.boot("systemd.unit=payload.service", bind_read_only=[where], **settings)
-    task.logmon.wait_for(started or "Started payload.service", timeout=30)
+    task.logmon.wait_for(started or "Started payload.service")
     return task
 
 
@@ -364,16 +354,14 @@ def boot_unit(tasks: Tasks, tmp_path: Path, service: str, started: str = "", **s
 
 def failure(task: Task) -> tuple[str, str]:
     """Start a task that cannot work: what the user is told, and what nspawn said."""
-    began = time.monotonic()
     try:
         task.start()
     except DriverError as error:
         text = error.text
     else:
-        result = task.wait(PATIENCE)
+        result = task.wait()
         assert result.exit_code != 0 and result.err, f"failed without a reason: {result}"
         text = result.err
-    assert time.monotonic() - began < PATIENCE
     task.logmon.stop(0.5)
     return text, text + task.logmon.stderr.decode()
 
@@ -528,7 +516,7 @@ def test_second_writer_of_an_image_is_refused_but_may_try_again(tasks: Tasks, sm
     assert caught.value.recoverable is True
     first.stop(timeout=0)
     second.start()
-    assert second.wait(PATIENCE).successful
+    assert second.wait().successful
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -537,7 +525,7 @@ def test_killed_nspawn_ends_the_task(tasks: Tasks, mode: Options) -> None:
     task.logmon.wait_for("ready\n")
     payload = [pid for pid, command in processes(task.allocation.id) if "sleep 600" in command]
     kill(nspawn(task))
-    result = task.wait(PATIENCE)
+    result = task.wait()
     assert not result.successful
     assert "systemd-nspawn" in result.err and "killed" in result.err
     assert payload and not any(map(is_alive, payload))
@@ -833,7 +821,7 @@ def test_private_directory_of_the_agent_is_not_visible(tasks: Tasks) -> None:
     task = tasks.make("find / -xdev -name 'agents-own*' -not -path '/proc/*'; ls -A /private 2>/dev/null")
     (task.dir / "private/agents-own").touch()
     task.start()
-    task.wait(30)
+    task.wait()
     assert output(task) == ""
 
 
@@ -908,7 +896,7 @@ def test_copy_for_ephemeral_is_removed(tasks: Tasks, copied: Path, driver_file: 
     elif how == "plugin knows no more":
         with launch_like_agent(driver_file) as second:
             call(second.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True))
-    task.wait(30)
+    task.wait()
     task.destroy()
     left = snapshots(copied)
     remove(left)
@@ -924,7 +912,7 @@ def test_ephemeral_tasks_spare_each_others_copies_and_ids(tasks: Tasks, copied: 
     left_over.with_name(f".#{left_over.name}.lck").touch()
     claims = [UID_CLAIMS / Path(f"/proc/{leader(task)}/uid_map").read_text().split()[1] for task in others]
     kill(nspawn(first))
-    first.wait(PATIENCE)
+    first.wait()
     first.destroy()
     assert len(snapshots(copied)) == len(copies) * 2 // 3 + 2, "those of others stay"
     for task, claim in zip(others, claims, strict=True):
@@ -1168,12 +1156,12 @@ def test_arguments_of_init_that_look_like_options_are_data(tasks: Tasks) -> None
 def test_many_wait_at_once_and_afterwards(tasks: Tasks) -> None:
     task = tasks.start("read -r line; sleep 0.5; exit 9")
     with ThreadPoolExecutor(20) as pool:
-        results = list(pool.map(lambda _: task.wait(PATIENCE), range(20)))
+        results = list(pool.map(lambda _: task.wait(), range(20)))
     assert {result.exit_code for result in results} == {9}
-    assert task.wait(1).exit_code == 9
+    assert task.wait().exit_code == 9
     task.destroy()
     with pytest.raises(DriverError, match="not known"):
-        task.wait(1)
+        task.wait()
 
 
 def test_inspect(tasks: Tasks) -> None:
@@ -1182,7 +1170,7 @@ def test_inspect(tasks: Tasks) -> None:
     status = task.inspect().task
     assert status.id == task.id and status.state == driver_pb2.RUNNING
     assert before - 1 <= status.started_at.ToNanoseconds() / 1e9 <= time.time()
-    task.wait(PATIENCE)
+    task.wait()
     status = task.inspect().task
     assert status.state == driver_pb2.EXITED and status.result.exit_code == 4
     assert status.started_at.ToNanoseconds() < status.completed_at.ToNanoseconds() <= time.time() * 1e9
@@ -1251,7 +1239,7 @@ def test_destroy_from_the_id_alone(tasks: Tasks, driver_file: Path, kind: str) -
     """As after a failed recovery: a plugin that has never heard of the task removes all of it."""
     if kind == "boot":
         task = tasks.boot(network_veth=True)
-        task.logmon.wait_for("Reached target", timeout=30)
+        task.logmon.wait_for("Reached target")
     else:
         task = tasks.start(FOREVER, network_veth=kind == "veth")
     assert leftovers(task.allocation.id)
@@ -1261,7 +1249,7 @@ def test_destroy_from_the_id_alone(tasks: Tasks, driver_file: Path, kind: str) -
         call(second.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True), 30)
     assert leftovers(task.allocation.id) == []
     assert link not in interface_indexes()
-    assert not task.wait(PATIENCE).successful, "the first plugin notices"
+    assert not task.wait().successful, "the first plugin notices"
 
 
 def test_destroy_of_an_unknown_task_is_no_error(tasks: Tasks) -> None:
@@ -1282,7 +1270,7 @@ def test_restart_in_the_same_allocation(tasks: Tasks) -> None:
     task = tasks.make("echo started; exit 1")
     for count in range(1, 4):
         task.start()
-        assert task.wait(PATIENCE).exit_code == 1
+        assert task.wait().exit_code == 1
         task.destroy()
         task.logmon.wait_eof()
         assert task.logmon.stdout == b"started\n" * count
@@ -1318,7 +1306,7 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     running = [pid for pid, command in processes(task.allocation.id) if command == "/bin/sleep 60 "]
     assert len(running) == 1, "not doubled, and running"
     task.stop(timeout=0)
-    assert (task.wait(1).exit_code, task.wait(1).signal) == (137, 9)
+    assert (task.wait().exit_code, task.wait().signal) == (137, 9)
     task.destroy()
     assert [path for path in set(UID_CLAIMS.glob("*")) - claims if not is_held(path)] == []
 
@@ -1380,7 +1368,7 @@ def test_claim_on_user_ids_is_given_back(tasks: Tasks) -> None:
         claim = UID_CLAIMS / Path(f"/proc/{leader(task)}/uid_map").read_text().split()[1]
         assert is_held(claim)
         kill(end(task))
-        task.wait(PATIENCE)
+        task.wait()
         task.destroy()
         assert not claim.exists()
 
@@ -1414,7 +1402,7 @@ def test_events_are_the_tasks_own(tasks: Tasks) -> None:
     (event,) = task.plugin.wait_for(lambda: [event for event in task.events if "kill_timeout" in event.message])
     assert (event.task_id, event.task_name, event.alloc_id) == (task.id, "stubborn", task.allocation.id)
     assert abs(event.timestamp.ToNanoseconds() / 1e9 - time.time()) < 60
-    assert signal.Signals(task.wait(1).signal) is signal.SIGKILL
+    assert signal.Signals(task.wait().signal) is signal.SIGKILL
 
 
 def test_signal_reaches_a_users_command_under_the_stub(tasks: Tasks) -> None:
@@ -1424,4 +1412,4 @@ def test_signal_reaches_a_users_command_under_the_stub(tasks: Tasks) -> None:
     task.signal("SIGUSR1")
     task.logmon.wait_for("USR1")
     task.stop(timeout=10)
-    assert task.wait(PATIENCE).exit_code == 5
+    assert task.wait().exit_code == 5

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.agent import DriverError, Task, Template
+from tests.agent import HANG, DriverError, Task, Template
 from tests.containers import Tasks
 
 pytestmark = pytest.mark.root
 
-PATIENCE = 60.0  # seconds
 TRAPS = "trap 'echo term; exit 3' TERM; trap 'echo usr1' USR1; trap 'echo int; exit 5' INT; echo ready"
 FOREVER = "while :; do sleep 0.05; done"
 
@@ -35,7 +34,7 @@ def start_unit(tasks: Tasks, text: str, **options: Any) -> Task:
 
 def end(task: Task) -> tuple[int, str, str]:
     """Return the exit code, stdout and stderr."""
-    code = task.wait(PATIENCE).exit_code
+    code = task.wait().exit_code
     task.logmon.wait_eof()
     return code, task.logmon.stdout.decode(), task.logmon.stderr.decode()
 
@@ -81,7 +80,7 @@ def test_stop_reaches_the_unit(tasks: Tasks, kill_signal: str, code: int, word: 
     """It is not restarted, and the system shuts down in order."""
     task = start(tasks, f"{TRAPS}; {FOREVER}", "Restart=always", "RestartSec=0")
     task.logmon.wait_for("ready\n")
-    task.stop(timeout=PATIENCE, kill_signal=kill_signal)
+    task.stop(timeout=HANG, kill_signal=kill_signal)
     assert end(task)[:2] == (code, f"ready\n{word}\n")
 
 
@@ -96,7 +95,7 @@ def test_stop_that_takes_too_long(tasks: Tasks) -> None:
     task = start(tasks, f"trap '' TERM; echo ready; {FOREVER}")
     task.logmon.wait_for("ready\n")
     task.stop(timeout=1)
-    assert task.wait(PATIENCE).signal == 9
+    assert task.wait().signal == 9
     assert any("kill_timeout of 1 s after `systemctl stop" in event.message for event in task.events)
 
 

@@ -72,7 +72,7 @@ def test_booted_task_is_a_machine(tasks: Tasks) -> None:
     status = tool("machinectl", "status", name)
     assert task.allocation.id.replace("-", "") in status and f"{leader(task)} (systemd)" in status
     task.stop()
-    assert task.wait(30).successful
+    assert task.wait().successful
     eventually(lambda: not is_listed(task))
 
 
@@ -80,7 +80,7 @@ def test_command_is_a_machine_until_it_ends(tasks: Tasks) -> None:
     task = tasks.start(FOREVER)
     eventually(lambda: is_listed(task))
     task.stop(timeout=0)
-    task.wait(10)
+    task.wait()
     eventually(lambda: not is_listed(task))
     task.destroy()
 
@@ -103,7 +103,7 @@ def test_machined_comes_and_goes(tasks: Tasks, driver_file: Path, verb: str) -> 
         task.recover(second)
         eventually(lambda: is_listed(task), 60, 0.2)
         task.stop(timeout=0)
-        task.wait(10)
+        task.wait()
         task.destroy()
         eventually(lambda: not is_listed(task))
     task.plugin = tasks.plugin
@@ -142,4 +142,4 @@ def test_terminating_a_machine_leaves_the_task_to_nomad(tasks: Tasks) -> None:
     inside = ("systemctl", f"--machine={machine(task)}", "is-system-running")
     eventually(lambda: tool(*inside, check=False).strip() in ("running", "degraded"), 60, 0.2)
     tool("machinectl", "poweroff", machine(task))
-    assert task.wait(30).exit_code == 0
+    assert task.wait().exit_code == 0

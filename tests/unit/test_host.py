@@ -438,15 +438,21 @@ def test_work_in_a_thread_may_be_given_up() -> None:
 
     async def scenario() -> None:
         loop, go = asyncio.get_running_loop(), threading.Event()
+        threads: list[Path] = []
+
+        def work() -> None:
+            threads.append(Path(f"/proc/self/task/{threading.get_native_id()}"))
+            go.wait()
+
         loop.set_exception_handler(lambda _, context: complaints.append(context))
-        waiting = asyncio.create_task(run_in_thread(go.wait))
-        await asyncio.sleep(0)
+        waiting = asyncio.create_task(run_in_thread(work))
+        while not threads:
+            await asyncio.sleep(0.01)
         waiting.cancel()
         await asyncio.wait([waiting])
         go.set()
-        while threading.active_count() > 1:
+        while threads[0].exists():
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0)
 
     asyncio.run(scenario())
     assert not complaints
