@@ -591,11 +591,12 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
            check=check_pattern(r"~?AF_[A-Z0-9_]+|none", "must be an address family such as AF_INET"),
            argument="--restrict-address-families", render=render_joined),
     Option("selinux_context", Kind.STRING,
-           "The SELinux label of the container's processes.",
+           "The SELinux label of the container's processes. It needs a host with SELinux.",
            '"system_u:system_r:svirt_lxc_net_t:s0"', check=check_printable, permission=Permission.SELINUX_LABELS,
            argument="--selinux-context"),
     Option("selinux_apifs_context", Kind.STRING,
-           "The SELinux label of the files in the container's API file systems, such as `/proc`.",
+           "The SELinux label of the files in the container's API file systems, such as `/proc`. It needs a host "
+           "with SELinux.",
            '"system_u:object_r:svirt_sandbox_file_t:s0"', check=check_printable,
            permission=Permission.SELINUX_LABELS,
            argument="--selinux-apifs-context"),
@@ -1542,7 +1543,11 @@ def parse_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
         network=parse_group_network(task),
         mounts=tuple(
             Mount(
-                mount.host_path, mount.task_path, mount.readonly, propagation=mount.propagation_mode or "private"
+                mount.host_path,
+                mount.task_path,
+                mount.readonly,
+                propagation=mount.propagation_mode or "private",
+                selinux_label=mount.selinux_label,
             )
             for mount in task.mounts
         ),

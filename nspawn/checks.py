@@ -80,6 +80,7 @@ class Mount:
     read_only: bool = False
     options: tuple[str, ...] = ()  # of BIND_OPTIONS
     propagation: str = ""  # of a volume, as Nomad says it
+    selinux_label: str = ""  # the same
 
     @property
     def shows_later_mounts(self) -> bool:

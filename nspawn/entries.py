@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from nspawn.bundle import ExecContext
 from nspawn.cgroup import find_cgroups
-from nspawn.common import SAFE_PATH, HostError
+from nspawn.common import SAFE_PATH, HostError, quote
 from nspawn.files import read_text
 from nspawn.host import Mounts, read_mounts
 from nspawn.linux import enter_namespace, make_read_only
@@ -237,6 +237,7 @@ def plan_entry(leader: int, cgroup: str, inside: ExecContext, command: Sequence[
     HostError if that process is not in the task's cgroup, where a command must run to have its limits. If the
     process has ended, raises HostError, OSError, KeyError or ValueError."""
     status = read_status(leader)
+    check_label(leader)
     cgroups = find_cgroups(leader, f"{cgroup}/payload")
     if cgroup and not cgroups:
         raise HostError(f"the container's first process is not in {cgroup}/payload, where a command has to be")
@@ -259,6 +260,17 @@ def plan_entry(leader: int, cgroup: str, inside: ExecContext, command: Sequence[
         "env": dict(inside.variables),
         "argv": list(command),
     }
+
+
+def check_label(leader: int) -> None:
+    """Refuse to enter a container whose processes have another SELinux label than this one: a command would get
+    this one's rights. Raises HostError or OSError."""
+    if not os.path.exists("/sys/fs/selinux/enforce"):
+        return
+    label, own = (Path(f"/proc/{pid}/attr/current").read_bytes() for pid in (leader, "self"))
+    if label != own:
+        shown = label.decode(errors="replace").rstrip("\n\0")
+        raise HostError(f"the container has the SELinux label {quote(shown)}, and a command would not get it")
 
 
 LEAF = "nomad-exec-"  # and the pid of the entry: the name of a command's own cgroup

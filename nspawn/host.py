@@ -50,6 +50,7 @@ class Host:
     cpus: int = 1
     controllers: frozenset[str] = frozenset()  # of the v2 hierarchy
     has_device_policy: bool = True  # tasks can be kept from devices that are not theirs
+    has_selinux: bool = False
     is_filtered: bool = False  # this process has a seccomp filter itself, so the kernel hides those of others
     open_directories: tuple[str, ...] = ()  # where tasks write and other users of the host can go
 
@@ -192,6 +193,7 @@ def read_host() -> Host:
         cpus=os.cpu_count() or 1,
         controllers=frozenset(read_text(mode.root / "cgroup.controllers").split()) if mode else frozenset(),
         has_device_policy=mode is not None and can_restrict_devices(),
+        has_selinux=os.path.exists("/sys/fs/selinux/enforce"),
         is_filtered=read_status(os.getpid()).get("Seccomp") not in (None, "0"),
     )
 

@@ -234,6 +234,7 @@ def plan_image(
 def find_gaps(task: TaskConfig, options: JobOptions, host: Host, found: HostInputs) -> Iterator[str]:
     """Yield a sentence for each thing that the task cannot have as it should on this machine."""
     yield from explain_limits(options, host)
+    yield from explain_labels(task, host)
     yield from explain_volumes(task, options, found.mounts)
 
 
@@ -452,6 +453,18 @@ def plan_volumes(
         check_container_path("volume_mount", mount.target)
         check_propagation(mount, options)
     return [plan(mount) for mount in (*task.directory_mounts, *task.mounts)]
+
+
+def explain_labels(task: TaskConfig, host: Host) -> Iterator[str]:
+    """Yield a sentence for each label of a volume where there are no labels. Where there are, raises ConfigError:
+    to give files one is not implemented."""
+    for mount in task.mounts:
+        if mount.selinux_label and host.has_selinux:
+            rule = "is not possible: this driver gives no labels to the files of volumes"
+            remedy = "leave it out, and label them on the host with semanage fcontext and restorecon"
+            raise ConfigError("volume_mount.selinux_label", mount.selinux_label, rule, remedy)
+        if mount.selinux_label:
+            yield f"selinux_label of the volume {mount.target} has no effect: SELinux is off on this host."
 
 
 def check_propagation(mount: Mount, options: JobOptions) -> None:

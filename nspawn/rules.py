@@ -204,6 +204,9 @@ def check_rules(rows: Sequence[Option], options: JobOptions, host: Host, *, has_
         if needed > host.systemd and is_set(value):
             rule = f"needs systemd {needed} or newer, and this host has {host.systemd}"
             raise ConfigError(option.name, value, rule, "leave it out, or constrain the job to newer hosts")
+    for name in ("selinux_context", "selinux_apifs_context"):
+        if (value := getattr(options, name)) and not host.has_selinux:
+            raise ConfigError(name, value, "needs SELinux, which is off on this host", "leave it out")
     for broken in RULES:
         if (has_image or not broken.needs_image) and broken.is_broken(options):
             raise ConfigError(broken.option, getattr(options, broken.option), broken.rule, broken.remedy)

@@ -62,7 +62,7 @@ from tests.options import CONFIG, read_options
 ALLOC = "6b1f1c2e-0d3a-4c5e-9f7a-1234567890ab"
 ALLOC_DIR = f"/var/nomad/alloc/{ALLOC}"
 MACHINE = f"web-{ALLOC}"
-HOST = Host(systemd=252, kernel=(6, 1), cgroups=CgroupMode.V2, problems=())
+HOST = Host(systemd=252, kernel=(6, 1), cgroups=CgroupMode.V2, problems=(), has_selinux=True)
 EXT4 = Mounts((("/", "ext4"),))
 IMAGE = Image(Path("/var/lib/machines/debian"), is_directory=True)
 NO_NAMES = NetworkInputs()
@@ -999,6 +999,23 @@ def test_bidirectional_volumes_are_refused() -> None:
         'volume_mount.propagation_mode = "bidirectional": systemd-nspawn cannot pass mounts back to the host; '
         "use private or host-to-task"
     )
+
+
+def test_labels_are_never_ignored() -> None:
+    task = replace(TASK, mounts=(Mount("/srv", "/data", selinux_label="z"),))
+    with pytest.raises(ConfigError) as caught:
+        plan({}, task=task)
+    assert str(caught.value) == (
+        'volume_mount.selinux_label = "z": is not possible: this driver gives no labels to the files of volumes; '
+        "leave it out, and label them on the host with semanage fcontext and restorecon"
+    )
+    off = replace(HOST, has_selinux=False)
+    assert (
+        "selinux_label of the volume /data has no effect: SELinux is off on this host."
+        in plan({}, task=task, host=off).notes
+    )
+    with pytest.raises(ConfigError, match=r'^selinux_context = "a": needs SELinux, which is off on this host'):
+        plan({"selinux_context": "a"}, host=off)
 
 
 @pytest.mark.parametrize("target", ["data", "", "/data/../etc", ".."])
