@@ -67,11 +67,13 @@ from nspawn.cgroup import (
 )
 from nspawn.checks import (
     ACCOUNT,
+    BIND_OPTIONS,
     HOSTNAME,
     MAX_PIDS,
     RESOLV_CONF,
     Device,
     Mount,
+    MountBlock,
     any_of,
     check_checksum,
     check_container_path,
@@ -84,6 +86,8 @@ from nspawn.checks import (
     check_image_address,
     check_interface_name,
     check_interface_names,
+    check_mount_source,
+    check_mount_type,
     check_pattern,
     check_pivot_root,
     check_platform,
@@ -103,6 +107,7 @@ from nspawn.checks import (
     parse_duration,
     parse_extra_hosts,
     parse_id_range,
+    parse_mounts,
     parse_overlays,
     parse_permissions,
     parse_rlimits,
@@ -522,6 +527,25 @@ FILE_OPTIONS: tuple[Option, ...] = (
     Option("bind_read_only", Kind.STRING_MAP,
            "As `bind`, but read-only.",
            '{ "/etc/ssl/certs" = "/etc/ssl/certs" }', default=(), check=parse_binds, permission=Permission.PATHS),
+    Option("mount", Kind.BLOCKS,
+           "Directories and files to mount, one block each. Unlike `bind`, one source can have several targets.",
+           '{\n  source    = "/srv/data"\n  target    = "/data"\n  read_only = true\n}', default=(),
+           check=parse_mounts,
+           permission=Permission.PATHS, into=MountBlock, fields=(
+               Option("type", Kind.STRING,
+                      "`bind`, as docker's jobs say it. Its other types have options of their own here: `tmpfs`, "
+                      "and Nomad's `volume_mount`.",
+                      '"bind"', check=check_mount_type),
+               Option("source", Kind.STRING,
+                      "A path of the host, or one in the task's own directories, as in `bind`.",
+                      '"local/site"', required=True, check=check_mount_source),
+               Option("target", Kind.STRING, "The path in the container.", '"/srv/www"', required=True,
+                      check=check_container_path),
+               Option("read_only", Kind.BOOL, "Mount it read-only.", "true", default=False,
+                      aliases=("readonly",)),
+               Option("options", Kind.STRINGS, "Options as in `bind`.", '["idmap"]', default=(),
+                      check=check_pattern("|".join(BIND_OPTIONS), f"must be one of {', '.join(BIND_OPTIONS)}")),
+           )),
     Option("tmpfs", Kind.STRINGS,
            "Directories on which to mount an empty file system in memory: `PATH` or `PATH:OPTIONS`.",
            '["/run/cache:size=100M"]', default=(), check=check_tmpfs, argument="--tmpfs", render=render_tmpfs),
@@ -664,8 +688,8 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
     Option("enabled", Kind.BOOL, "Whether jobs can use the driver on this client.", "false", default=True),
     Option("volumes", Kind.BOOL,
            "Whether tasks may mount paths of the host: Nomad's volumes (`volume_mount`), and what `bind`, "
-           "`bind_read_only`, `overlay`, `overlay_read_only`, `load_credential` and a path in `image` name. Tasks "
-           "may always mount their own directories.",
+           "`bind_read_only`, `mount`, `overlay`, `overlay_read_only`, `load_credential` and a path in `image` "
+           "name. Tasks may always mount their own directories.",
            "false", default=True),
     Option("allow_paths", Kind.STRINGS,
            "The only directories of the host that jobs may name in these options, with everything below them. "

@@ -116,6 +116,36 @@ def parse_binds(name: str, value: Mapping[str, str]) -> tuple[Mount, ...]:
     return tuple(mounts)
 
 
+@dataclass(frozen=True)
+class MountBlock:
+    """A `mount` block of a job."""
+
+    type: str | None
+    source: str
+    target: str
+    read_only: bool
+    options: tuple[str, ...]
+
+
+def parse_mounts(name: str, value: Sequence[MountBlock]) -> tuple[Mount, ...]:
+    return tuple(Mount(block.source, block.target, block.read_only, block.options) for block in value)
+
+
+def check_mount_type(name: str, value: str) -> str:
+    remedies = {
+        "tmpfs": 'write tmpfs = ["/run/cache:size=100M"] in place of this block',
+        "volume": "use a volume of Nomad's with a volume_mount block, or a directory of the host",
+    }
+    if value != "bind":
+        raise ConfigError(name, value, "must be bind", remedies.get(value, ""))
+    return value
+
+
+def check_mount_source(name: str, value: str) -> str:
+    check_source(name, value, shown=value)
+    return value
+
+
 OWN_DIRECTORIES = ("alloc", "local", "secrets")  # the names of a task's own directories in its job
 
 

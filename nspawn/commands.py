@@ -251,7 +251,8 @@ def render_option(option: Option, name: str, *, is_alone: bool = False) -> str:
         lines.append(f"    Default: {json.dumps(option.default)}")
     if option.permission and is_alone:
         lines += wrap(f"With this permission a job can {PERMISSIONS[option.permission].meaning}.", "    ")
-    lines.append(f"    Example: {option.name}{equals}{option.example}")
+    example = option.example.replace("\n", "\n    ")
+    lines.append(f"    Example: {option.name}{equals}{example}")
     inner = [render_option(field, f"{name}.{field.name}") for field in option.fields]
     return "\n".join(lines) + "\n" + "".join(f"\n{text}" for text in inner)
 

@@ -225,6 +225,7 @@ class JobOptions:
 
     bind: tuple[Mount, ...]
     bind_read_only: tuple[Mount, ...]
+    mount: tuple[Mount, ...]
     tmpfs: tuple[str, ...]
     overlay: tuple[Overlay, ...]
     overlay_read_only: tuple[Overlay, ...]
@@ -269,7 +270,7 @@ class JobOptions:
 
     @property
     def binds(self) -> tuple[Mount, ...]:
-        return (*self.bind, *self.bind_read_only)
+        return (*self.bind, *self.bind_read_only, *self.mount)
 
     @property
     def overlays(self) -> tuple[Overlay, ...]:

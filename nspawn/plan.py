@@ -389,7 +389,7 @@ def plan_files(task: TaskConfig, options: JobOptions, found: HostInputs) -> File
         overlays=tuple(overlay.render(places) for overlay in options.overlays),
         # Files of the host's root in an id-mapped mount belong to root inside, too: without nosuid, a set-user-id
         # file that another task made would make any user inside root.
-        nosuid=tuple(mount.source for mount in (*binds, *volumes) if mount.is_mapped),
+        nosuid=tuple({mount.source: None for mount in (*binds, *volumes) if mount.is_mapped}),
     )
 
 

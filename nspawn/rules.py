@@ -181,6 +181,7 @@ def check_targets(task: TaskConfig, options: JobOptions) -> None:
         *(("", "the task's own directory", mount.target) for mount in task.directory_mounts),
         *(("bind", mount.source, mount.target) for mount in options.bind),
         *(("bind_read_only", mount.source, mount.target) for mount in options.bind_read_only),
+        *(("mount", mount.source, mount.target) for mount in options.mount),
         *(("overlay", overlay.text, overlay.target) for overlay in options.overlay),
         *(("overlay_read_only", overlay.text, overlay.target) for overlay in options.overlay_read_only),
         *(("volume_mount", mount.source, mount.target) for mount in task.mounts),

@@ -57,13 +57,24 @@ class Source:
         return self.is_node or is_below(self.path, "/dev")
 
 
-def name_sources(options: JobOptions) -> Iterator[tuple[str, str]]:
-    """Yield option and source for all paths of the host that a job names, except its image and devices."""
-    for mount in options.binds:
-        yield "bind_read_only" if mount.read_only else "bind", mount.source
-    for overlay in options.overlays:
-        yield from (("overlay_read_only" if overlay.read_only else "overlay", name) for name in overlay.sources)
-    yield from (("load_credential", name) for name in options.load_credential.values())
+@dataclass(frozen=True)
+class NamedSource:
+    """A path of the host in a job."""
+
+    option: str
+    name: str
+    is_writable: bool = False
+
+
+def name_sources(options: JobOptions) -> Iterator[NamedSource]:
+    """Yield all paths of the host that a job names, except its image and devices."""
+    for option in ("bind", "bind_read_only", "mount"):
+        for mount in getattr(options, option):
+            yield NamedSource(option, mount.source, not mount.read_only)
+    for option in ("overlay", "overlay_read_only"):
+        for overlay in getattr(options, option):
+            yield from (NamedSource(option, name) for name in overlay.sources)
+    yield from (NamedSource("load_credential", name) for name in options.load_credential.values())
 
 
 def open_source(option: str, name: str, path: str) -> Source:
@@ -127,13 +138,13 @@ def open_volumes(mounts: Iterable[Mount]) -> Iterator[dict[str, Source]]:
 
 def check_source(
     rows: Sequence[Option],
-    option: str,
-    name: str,
+    named: NamedSource,
     source: Source,
     own: Mapping[str, Source],
     config: PluginOptions,
 ) -> None:
     """Refuse a source that the operator does not allow, or that holds the log pipes."""
+    option, name = named.option, named.name
     if "alloc" in own and (source.path == own["alloc"].path or is_below(source.path, f"{own['alloc'].path}/logs")):
         rule = "holds the log pipes of all tasks of the allocation"
         raise ConfigError(option, name, rule, "use a directory below alloc, or /alloc, which is there anyway")
@@ -142,7 +153,7 @@ def check_source(
             raise ConfigError(option, name, LEADS_OUT)
         check_outside(rows, option, name, source.path, config)
         folder = os.path.realpath(config.image_dir)
-        if option == "bind" and (is_below(source.path, folder) or is_below(folder, source.path)):
+        if named.is_writable and (is_below(source.path, folder) or is_below(folder, source.path)):
             check_permission(option, name, Permission.IMAGE_WRITE, config)  # it could write to images
     if source.is_device and not config.allows(Permission.DEVICES):
         check_permission(option, name, Permission.DEVICE_BINDS, config)
@@ -181,21 +192,27 @@ def open_sources(
     the job's names for them. Raises ConfigError."""
     found: dict[str, Source] = {}
     with contextlib.ExitStack() as stack:
-        for option, name in name_sources(options):
-            first, *rest = name.split("/")
-            path = "/".join([f"/proc/self/fd/{own[first].fd}", *rest]) if first in own else name
-            try:
-                source = open_source(option, name, path)
-            except ConfigError:
-                if first not in own:
-                    check_outside(rows, option, name, os.path.normpath(name), config)
-                elif not is_own(os.path.realpath(path), own):
-                    raise ConfigError(option, name, LEADS_OUT) from None
-                raise
-            stack.callback(os.close, source.fd)
-            check_source(rows, option, name, source, own, config)
-            found[name] = source
+        for named in name_sources(options):
+            if named.name not in found:  # a second look could find another file, which this option may not have
+                found[named.name] = open_named(rows, named, own, config)
+                stack.callback(os.close, found[named.name].fd)
+            check_source(rows, named, found[named.name], own, config)
         yield found
+
+
+def open_named(
+    rows: Sequence[Option], named: NamedSource, own: Mapping[str, Source], config: PluginOptions
+) -> Source:
+    first, *rest = named.name.split("/")
+    path = "/".join([f"/proc/self/fd/{own[first].fd}", *rest]) if first in own else named.name
+    try:
+        return open_source(named.option, named.name, path)
+    except ConfigError:
+        if first not in own:
+            check_outside(rows, named.option, named.name, os.path.normpath(named.name), config)
+        elif not is_own(os.path.realpath(path), own):
+            raise ConfigError(named.option, named.name, LEADS_OUT) from None
+        raise
 
 
 @contextlib.contextmanager

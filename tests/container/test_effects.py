@@ -10,22 +10,28 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import time
 import uuid
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from driver import TASK_OPTIONS
 from nspawn import checks
+from nspawn.common import ConfigError
 from nspawn.host import read_host
+from nspawn.sources import open_sources
 from tests.agent import Allocation, DriverError, Task, launch_like_agent
 from tests.container.test_reach import make_group
 from tests.containers import Tasks, make_small_image, nspawn, output
 from tests.leftovers import STATE
+from tests.options import CONFIG, read_options
 from tests.servers import FileServer
 
 
@@ -350,6 +356,32 @@ def test_bind_read_only(tasks: Tasks, tmp_path: Path) -> None:
     assert run(tasks, script, bind=[{str(tmp_path): "/mnt"}]) == "written"
 
 
+def test_mount(tasks: Tasks, tmp_path: Path) -> None:
+    """One source at several places; docker's word for read_only; a directory of the task's own."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "file").write_text("host")
+    (tmp_path / "private").mkdir(mode=0o700)
+    source = str(tmp_path)
+    task, own = prepared(
+        tasks,
+        "cat /a/file /b/file /own/file; touch /a/private/x /own/x; touch /b/x || touch /c/x || echo no; id -u",
+        volatile="overlay",
+        mount=[
+            {"source": source, "target": "/a", "options": ["idmap"], "type": "bind"},
+            {"source": source, "target": "/b", "readonly": True},
+            {"source": f"{source}/private", "target": "/c"},
+            {"source": "local/dir", "target": "/own"},
+        ],
+    )
+    (own / "local/dir").mkdir()
+    (own / "local/dir/file").write_text("own")
+    (own / "local/dir").chmod(0o777)
+    task.start()
+    assert task.wait(30).successful
+    assert output(task) == "hosthostownno\n0\n"
+    assert (tmp_path / "private/x").stat().st_uid == 0 and (own / "local/dir/x").exists()
+
+
 # -- what a job cannot do ------------------------------------------------------------------------------------
 
 
@@ -504,6 +536,30 @@ def test_image_that_is_exchanged_all_the_time(
                 task, _ = tasks.run("cat /etc/secret", name=f"t{number}", allocation=allocation, **options)
                 seen.add(output(task))
     assert seen <= {"allowed"}
+
+
+def test_source_that_is_named_twice_is_opened_once(tmp_path: Path) -> None:
+    """If somebody exchanged it in between, what the job may only read was mounted writable."""
+    images, source = tmp_path / "images", tmp_path / "source"
+    images.mkdir()
+    source.mkdir()
+    (tmp_path / "link").symlink_to(images)
+    options = read_options(bind=[{str(source): "/a"}], bind_read_only=[{str(source): "/b"}])
+    config = replace(CONFIG, allow=(), image_dir=str(images))
+    # A process of its own, because a thread would seldom run between the two.
+    swap = """
+import os
+while True:
+    for names in (("source", "x"), ("link", "source"), ("source", "link"), ("x", "source")):
+        os.rename(*names)
+"""
+    with subprocess.Popen([sys.executable, "-c", swap], cwd=tmp_path) as swapper:
+        try:
+            for _ in range(3000):
+                with contextlib.suppress(ConfigError), open_sources(TASK_OPTIONS, options, {}, config) as found:
+                    assert found[str(source)].path != str(images)
+        finally:
+            swapper.kill()
 
 
 def test_image_in_the_tasks_directories(tasks: Tasks, image: Path) -> None:

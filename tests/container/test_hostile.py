@@ -410,7 +410,13 @@ def test_no_task_changes_an_image_that_others_run_from(images: Tasks, options: d
 
 
 @pytest.mark.parametrize(
-    "options", [{"private_users_ownership": "chown", "read_only": None}, {"bind": [{"IMAGES": "/mnt"}]}], ids=str
+    "options",
+    [
+        {"private_users_ownership": "chown", "read_only": None},
+        {"bind": [{"IMAGES": "/mnt"}]},
+        {"mount": [{"source": "IMAGES", "target": "/mnt"}]},
+    ],
+    ids=str,
 )
 def test_writing_to_images_takes_a_permission(
     driver_file: Path, image: Path, tmp_path: Path, options: dict[str, Any]
@@ -419,8 +425,7 @@ def test_writing_to_images_takes_a_permission(
     small = tmp_path / "images/small"
     make_small_image(image, small, PROGRAMS)
     before = fingerprint(small)
-    if "bind" in options:
-        options = {"bind": [{str(small.parent): "/mnt"}]}
+    options = json.loads(json.dumps(options).replace("IMAGES", str(small.parent)))
     block = f'allow = []\nallow_paths = ["{tmp_path}"]\nimage_dir = "{small.parent}"\n'
     refused = pytest.raises(DriverError, match='"image_write" in allow')
     with launch_like_agent(driver_file, block) as plugin, Tasks(plugin, small) as tasks, refused:
@@ -976,6 +981,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bind": [{"/": "/host"}]}, "volumes = false"),
     ({"bind_read_only": [{"/etc/shadow": "/mnt"}]}, "volumes = false"),
     ({"bind": [{"/dev/zero": "/mnt"}]}, "volumes = false"),
+    ({"mount": [{"source": "/etc", "target": "/mnt", "read_only": True}]}, "volumes = false"),
     ({"bind": [{"/proc/self/root": "/mnt"}]}, "volumes = false"),
     ({"overlay": ["/etc::/mnt"]}, "host_overlays"),
     ({"overlay": ["+/a/etc::/mnt"]}, "host_overlays"),

@@ -367,6 +367,15 @@ DECODED: list[tuple[str, object, object]] = [
         (Mount("/a", "/c"), Mount("/d", "/e", options=("idmap",))),
     ),
     ("bind_read_only", [{"local/a": "/b:c"}], (Mount("local/a", "/b:c", read_only=True),)),
+    ("mount", [{"source": "/a", "target": "/b"}], (Mount("/a", "/b"),)),
+    (
+        "mount",
+        [
+            {"source": "/a", "target": "/b", "type": "bind", "readonly": True, "options": ["norbind", "idmap"]},
+            {"source": "local", "target": "/c"},
+        ],
+        (Mount("/a", "/b", read_only=True, options=("norbind", "idmap")), Mount("local", "/c")),
+    ),
     ("overlay", ["/a:+/b::/c"], (Overlay("/a:+/b::/c", ("/a", "+/b", ""), "/c", read_only=False),)),
     ("private_users", "131072:10", IdRange("131072:10", 131072, 10)),
     ("private_users", "identity", IdRange("identity", 0)),
@@ -642,6 +651,7 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
         ("bind_read_only", [[{"": "/b"}]]), ("overlay", [["a::/c"]]), ("overlay_read_only", [["/a:b:/c"]]),
     ],
     'the source must not contain ".."': [
+        ("mount", [[{"source": "local/..", "target": "/b"}]]),
         ("load_credential", [[{"a": "secrets/../../x"}]]), ("bind", [[{"local/../../x": "/b"}]]),
     ],
     "must be no, yes, pick, identity, or user ids as BASE or BASE:COUNT": [("private_users", ["auto", "-1"])],
@@ -702,6 +712,15 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "must be blocks": [("devices", [{"host_path": "/a"}])],
     "no such option; the options are host_path, container_path, cgroup_permissions": [
         ("devices", [[{"host_path": "/a", "path": "/b"}]]),
+    ],
+    "must be one of rbind, norbind, idmap, noidmap, rootidmap, owneridmap": [
+        ("mount", [[{"source": "/a", "target": "/b", "options": ["ro"]}]]),
+    ],
+    'must be bind; write tmpfs = ["/run/cache:size=100M"] in place of this block': [
+        ("mount", [[{"source": "/a", "target": "/b", "type": "tmpfs"}]]),
+    ],
+    "must be bind; use a volume of Nomad's with a volume_mount block, or a directory of the host": [
+        ("mount", [[{"source": "data", "target": "/b", "type": "volume"}]]),
     ],
     "must be what follows docker-credential- in the name of the program": [("auth", [{"helper": "../a"}])],
     "must be one or more of the letters r, w and m": [

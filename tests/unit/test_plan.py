@@ -90,7 +90,7 @@ BUNDLE = f"--oci-bundle={state_directory(TASK.id)}/bundle"
 
 def find_sources(options: JobOptions) -> dict[str, Source]:
     """What a job names, as if it were there."""
-    names = dict.fromkeys(name for _, name in name_sources(options))
+    names = dict.fromkeys(named.name for named in name_sources(options))
     return {name: Source(f"/real/{name.lstrip('/')}", mode=0o040755) for name in names}
 
 
@@ -192,6 +192,7 @@ ADDED: list[tuple[dict[str, object], list[str]]] = [
     ({"inaccessible": ["/usr/bin/ssh", "/a b"]}, ["--inaccessible=/usr/bin/ssh", "--inaccessible=/a b"]),
     ({"set_credential": [{"z": "1", "a\\b": "2"}], "load_credential": [{"m": "secrets/x"}]}, [f"--load-credential={name}:{CREDENTIALS}/{number}" for number, name in enumerate(("z", "a\\\\b", "m"))]),
     ({"bind": [{"/z": "/1", "/a": "/2"}, {"local/m": "/3"}], "bind_read_only": [{"/b": "/4"}]}, [f"--bind={MOUNTS}/0:/1", f"--bind={MOUNTS}/1:/2", f"--bind={MOUNTS}/2:/3", f"--bind-ro={MOUNTS}/3:/4"]),
+    ({"mount": [{"source": "/z", "target": "/1"}, {"source": "/z", "target": "/2", "read_only": True, "options": ["idmap"]}]}, [f"--bind={MOUNTS}/0:/1", f"--bind-ro={MOUNTS}/0:/2:idmap"]),
     ({"bind": [{"/a:b": "/c:norbind,rootidmap"}]}, [f"--bind={MOUNTS}/0:/c:norbind,rootidmap"]),
     ({"bind": [{"/a\\": "/c\\:d"}]}, [f"--bind={MOUNTS}/0:/c\\\\\\:d"]),
     ({"overlay": ["/a:local/b:+/c::/d"]}, [f"--overlay={MOUNTS}/0:{MOUNTS}/1:+/c::/d"]),
@@ -1051,6 +1052,11 @@ def test_mount_table() -> None:
         (
             {"bind": [{"/srv/a": "//local"}]},
             'bind = "/srv/a": is for the path /local in the container, as is the task\'s own directory; '
+            "give each a path of its own",
+        ),
+        (
+            {"mount": [{"source": source, "target": "/a"} for source in ("/srv/a", "/srv/b")]},
+            'mount = "/srv/b": is for the path /a in the container, as is mount /srv/a; '
             "give each a path of its own",
         ),
         (
