@@ -31,7 +31,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, shorten
 from nspawn.images import redact
@@ -42,8 +42,11 @@ MAX_DEPTH = 256  # nested directories of an archive
 MAX_PATH = 4095  # bytes of a name in an archive: the kernel takes no longer path
 
 
+TELLING = threading.Lock()
+
+
 def tell(**values: object) -> None:
-    with contextlib.suppress(BrokenPipeError):
+    with TELLING, contextlib.suppress(BrokenPipeError):
         sys.stdout.write(json.dumps(values) + "\n")
         sys.stdout.flush()
 
@@ -120,13 +123,20 @@ def find_ipv4(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ip
 class PlainConnection(http.client.HTTPConnection):
     """Checks the address it is connected to before it sends anything, even the TLS handshake."""
 
+    is_proxied = False
+    use: Callable[[socket.socket], None]  # called with each socket, before anything is sent
+
     def connect(self) -> None:
         super().connect()
-        check_address(self.sock.getpeername()[0])
+        self.use(self.sock)
+        if not self.is_proxied:
+            check_address(self.sock.getpeername()[0])
 
 
 class SecureConnection(http.client.HTTPSConnection, PlainConnection):
-    pass
+    def connect(self) -> None:
+        super().connect()
+        self.use(self.sock)  # another one than before the TLS handshake
 
 
 def is_proxied(request: urllib.request.Request) -> bool:
@@ -141,19 +151,31 @@ def is_proxied(request: urllib.request.Request) -> bool:
     return True
 
 
-class PlainHandler(urllib.request.HTTPHandler):
+class Handler(urllib.request.AbstractHTTPHandler):
+    """Opens http and https addresses with connections of our own."""
+
+    def __init__(self, context: ssl.SSLContext, use: Callable[[socket.socket], None]) -> None:
+        super().__init__()
+        self.context, self.use = context, use
+
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(http.client.HTTPConnection if is_proxied(request) else PlainConnection, request)
-
-
-class SecureHandler(urllib.request.HTTPSHandler):
-    def __init__(self, context: ssl.SSLContext) -> None:
-        super().__init__(context=context)
-        self.own_context = context
+        return self.do_open(self.connecting(PlainConnection, request), request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        kind = http.client.HTTPSConnection if is_proxied(request) else SecureConnection
-        return self.do_open(kind, request, context=self.own_context)
+        return self.do_open(self.connecting(SecureConnection, request), request, context=self.context)
+
+    def connecting(self, kind: type[PlainConnection], request: urllib.request.Request) -> Any:
+        proxied = is_proxied(request)
+
+        def connect(*args: Any, **kwargs: Any) -> PlainConnection:
+            connection = kind(*args, **kwargs)
+            connection.use, connection.is_proxied = self.use, proxied
+            return connection
+
+        return connect
+
+    http_request = urllib.request.AbstractHTTPHandler.do_request_
+    https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
@@ -183,10 +205,13 @@ def basic(username: str, password: str) -> str:
 
 
 class Client:
-    """Opens addresses. `stall`: seconds without data after which a transfer counts as broken."""
+    """Opens addresses, also in several threads. `stall`: seconds without data after which a transfer counts as
+    broken."""
 
     def __init__(self, stall: float, certificates: Sequence[Path] = ()) -> None:
         self.stall = stall
+        self.sockets: list[socket.socket] = []
+        self.is_stopped = False
         context = ssl.create_default_context()
         for path in certificates:
             context.load_verify_locations(path)
@@ -194,13 +219,24 @@ class Client:
         for handler in (
             urllib.request.ProxyHandler(),
             urllib.request.UnknownHandler(),
-            PlainHandler(),
-            SecureHandler(context),
+            Handler(context, self.use),
             urllib.request.HTTPDefaultErrorHandler(),
             RedirectHandler(),
             urllib.request.HTTPErrorProcessor(),
         ):
             self.director.add_handler(handler)
+
+    def use(self, connected: socket.socket) -> None:
+        self.sockets = [*(known for known in self.sockets if known.fileno() >= 0), connected]
+        if self.is_stopped:
+            raise TransientError("the transfer was ended")
+
+    def stop(self) -> None:
+        """End all transfers of other threads, and let none begin. They fail with a TransientError."""
+        self.is_stopped = True
+        for known in self.sockets:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(known, socket.SHUT_RDWR)  # SSLSocket's own is not for a socket in use
 
     def open(self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None) -> Any:
         """Return the response to a GET, or to a POST of `form`. Raises HTTPError, which the caller can explain
@@ -288,9 +324,18 @@ class Download:
     was kept beside it.
     """
 
-    def __init__(self, client: Client, url: str, part: Path, *, limit: int, is_fixed: bool = False) -> None:
+    def __init__(
+        self,
+        client: Client,
+        url: str,
+        part: Path,
+        *,
+        limit: int,
+        is_fixed: bool = False,
+        what: str = "downloading",
+    ) -> None:
         self.client, self.url, self.part = client, url, part
-        self.limit = limit
+        self.limit, self.what = limit, what
         self.is_fixed = is_fixed
         self.tag = tag_of(part)
         self.total: int | None = None
@@ -305,7 +350,7 @@ class Download:
                 return
             except TransientError:
                 left -= 1
-                if self.size <= before or not left:
+                if self.size <= before or not left or self.client.is_stopped:
                     raise
                 tell(note="the transfer broke off and is taken up again")
 
@@ -342,7 +387,7 @@ class Download:
         self.total = start + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
         if (self.total or 0) > self.limit:
             raise too_large(f"{redact(self.url)} has {self.total} bytes", self.limit)
-        meter = Meter("downloading", self.total or 0)
+        meter = Meter(self.what, self.total or 0)
         meter.done = start
         with open(self.part, "r+b" if start else "wb") as file:
             file.truncate(start)
@@ -367,6 +412,54 @@ class Download:
                     if count < 1024:
                         raise TransientError(f"{redact(self.url)} has stalled")
                     mark, count = time.monotonic(), 0
+
+
+T = TypeVar("T")
+
+
+class Job(threading.Thread, Generic[T]):
+    """A thread with a result, or with an error after which it calls `stop`."""
+
+    def __init__(self, act: Callable[[], T], stop: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self.act, self.stop = act, stop
+        self.result: T
+        self.error: BaseException | None = None
+        self.failed_at = 0.0
+
+    def run(self) -> None:
+        try:
+            self.result = self.act()
+        except BaseException as error:
+            self.error, self.failed_at = error, time.monotonic()
+            self.stop()
+
+
+def work_ahead(
+    acts: Sequence[Callable[[], T]], width: int, stop: Callable[[], None], use: Callable[[T], None]
+) -> None:
+    """Call `use` with the results of `acts`, one by one in their order, while the next ones are done in threads:
+    `width` of them are under way or wait for `use`. The first error is raised, after `stop` has ended the others.
+    """
+    jobs = [Job(act, stop) for act in acts]
+    begun: list[Job[T]] = []
+    try:
+        for number, job in enumerate(jobs):
+            for following in jobs[len(begun) : number + width]:
+                following.start()
+                begun.append(following)
+            job.join()
+            if failed := [other for other in begun if other.error]:
+                error = min(failed, key=lambda other: other.failed_at).error
+                assert error
+                raise error
+            use(job.result)
+    except BaseException:
+        stop()
+        raise
+    finally:
+        for job in begun:
+            job.join()
 
 
 def too_large(what: str, limit: int) -> DriverError:

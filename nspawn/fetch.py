@@ -16,7 +16,9 @@ it is complete and its digest is right, never before.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -46,6 +48,7 @@ from nspawn.download import (
     tell,
     telling,
     too_large,
+    work_ahead,
 )
 from nspawn.files import remove_tree
 from nspawn.images import Reference, redact
@@ -68,6 +71,7 @@ from nspawn.registry import (
 from nspawn.store import Store, StoredImage
 from nspawn.unpack import MeteredStream, Room, Unpacker, copy_sparse, decompressed
 
+LAYERS_AT_ONCE = 4  # downloads of one image; as many layers wait on disk until they are unpacked
 MAX_MEMORY = 1 << 30  # bytes of address space: an archive's headers and dictionaries can ask for any amount
 
 
@@ -308,34 +312,48 @@ class Fetch:
         total = sum(want_size(descriptor, self.limit) for descriptor in descriptors)
         if total > self.limit:
             raise too_large(f"{registry.shown} has layers of {total} bytes", self.limit)
-        for descriptor, name in zip(descriptors, layers, strict=True):
-            self.fetch_layer(registry, descriptor, name)
+        once = {(want_digest(descriptor), name): descriptor
+                for descriptor, name in zip(descriptors, layers, strict=True)}  # fmt: skip
+        for name in dict.fromkeys(layers):
+            self.keep(name)
+        acts = [
+            functools.partial(
+                self.fetch_layer, copy.copy(registry), descriptor, name, f"layer {number} of {len(once)}"
+            )
+            for number, ((_, name), descriptor) in enumerate(once.items(), 1)
+        ]
+        work_ahead(acts, LAYERS_AT_ONCE, registry.client.stop, self.bring_fetched)
         return layers
 
-    def fetch_layer(self, registry: Registry, descriptor: Mapping[str, Any], name: str) -> None:
-        """Bring one layer into the store.
+    def fetch_layer(
+        self, registry: Registry, descriptor: Mapping[str, Any], name: str, which: str
+    ) -> FetchedLayer:
+        """Fetch one layer, in a thread with a `registry` of its own.
 
-        A layer that is there already may be another job's secret, but its digest is no secret. So the server that
-        sent it must grant this job access to it. Any other server must send all of it. So must a server without
-        encryption: nobody knows who answers there.
+        A layer that is in the store already may be another job's secret, but its digest is no secret. So the
+        server that sent it must grant this job access to it. Any other server must send all of it. So must a
+        server without encryption: nobody knows who answers there.
         """
         digest = want_digest(descriptor)
         proof = find_proof(self.store, name, registry.server, digest)
-        if proof.exists() and registry.server.startswith("https://"):
-            self.keep(name)
-            if self.store.layer(name).exists():
-                registry.check_access(descriptor)
-                self.room.take(measure(self.store.layer(name)))
-                return
+        if proof.exists() and registry.server.startswith("https://") and self.store.layer(name).exists():
+            registry.check_access(descriptor)
+            return FetchedLayer(name, proof)
         # Each image has its own part: what another image has begun may be another job's secret, or nonsense.
-        part = self.store.part(f"{self.key}.{digest.partition(':')[2]}")
-        registry.download(descriptor, part, self.limit)
+        part = self.store.part(f"{self.key}.{digest.partition(':')[2]}.{name}")
+        registry.download(descriptor, part, self.limit, f"downloading {which}")
+        return FetchedLayer(name, proof, part)
+
+    def bring_fetched(self, layer: FetchedLayer) -> None:
+        """Bring a layer into the store; only for its size, if it is there and this job may have it."""
+        if layer.part is None:
+            self.room.take(measure(self.store.layer(layer.name)))
+            return
         try:
-            self.keep(name)
-            self.bring_layer(part, name)
+            self.bring_layer(layer.part, layer.name)
         finally:
-            discard(part)
-        proof.touch(mode=0o600)
+            discard(layer.part)
+        layer.proof.touch(mode=0o600)
 
     def bring_layer(self, path: Path, name: str) -> None:
         """Unpack a layer into the store. If it is there already, check that `path` has the same contents."""
@@ -352,6 +370,13 @@ class Fetch:
         self.commit(tree, name)
         with telling():
             remove_tree(tree)  # it is still there if another process was faster
+
+
+@dataclass(frozen=True)
+class FetchedLayer:
+    name: str  # in the store
+    proof: Path  # see find_proof
+    part: Path | None = None  # what was downloaded, None if the layer is in the store
 
 
 def find_proof(store: Store, layer: str, server: str, digest: str) -> Path:

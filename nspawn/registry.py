@@ -127,7 +127,7 @@ class Registry:
 
     def __init__(self, client: Client, reference: Reference, credentials: Credentials, is_plain: bool) -> None:
         self.client, self.reference, self.credentials = client, reference, credentials
-        self.schemes = ["http"] if is_plain else ["https", *(["http"] if is_loopback(reference.host) else [])]
+        self.schemes = ("http",) if is_plain else ("https", "http") if is_loopback(reference.host) else ("https",)
         self.authorization: dict[str, str] = {}
 
     @property
@@ -142,7 +142,9 @@ class Registry:
         registry on this machine has no https. Raises DriverError."""
         for attempt in range(4):  # a token may have expired since the last request
             try:
-                return act()
+                done = act()
+                self.schemes = self.schemes[:1]
+                return done
             except urllib.error.HTTPError as error:
                 if error.code != 401 or attempt > 1:
                     raise explain_status(error, self.shown) from None
@@ -150,7 +152,7 @@ class Registry:
             except TransientError:
                 if len(self.schemes) < 2 or self.authorization:
                     raise
-                del self.schemes[0]
+                self.schemes = self.schemes[1:]
         raise AssertionError
 
     @property
@@ -224,10 +226,10 @@ class Registry:
         url = self.url(f"blobs/{want_digest(descriptor)}")
         self.retrying(lambda: self.client.open(url, {"Range": "bytes=0-0", **self.authorization}).close())
 
-    def download(self, descriptor: Mapping[str, Any], part: Path, limit: int) -> None:
+    def download(self, descriptor: Mapping[str, Any], part: Path, limit: int, what: str) -> None:
         """Fetch a layer. Raises DriverError if its digest or size is not what the manifest says."""
         digest, size = want_digest(descriptor), want_size(descriptor, limit)
-        blob = Download(self.client, self.url(f"blobs/{digest}"), part, limit=size, is_fixed=True)
+        blob = Download(self.client, self.url(f"blobs/{digest}"), part, limit=size, is_fixed=True, what=what)
         self.retrying(lambda: blob.run(lambda: self.authorization))
         if blob.size != size or "sha256:" + hash_file(part, "sha256") != digest:
             discard(part)

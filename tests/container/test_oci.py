@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import subprocess
+import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ from tests.servers import (
     native,
     pack_files,
     send,
+    stall,
     status,
     zstd,
 )
@@ -199,6 +201,57 @@ def test_wrong_architecture(fetcher: Fetcher, registry: Registry) -> None:
     registry.push("foreign", ImageParts.make([BASE], "mips"))
     text, _ = fetcher.refuse(docker_origin(f"{registry.host}/foreign"))
     assert f"is there for linux/mips, not for linux/{native()}" in text
+
+
+# -- several layers at once ----------------------------------------------------------------------------------
+
+
+def make_layers(count: int) -> ImageParts:
+    return ImageParts.make([make_tar([folder("usr"), Entry(f"usr/{number}", b"x")]) for number in range(count)])
+
+
+def test_four_layers_at_once(fetcher: Fetcher, liar: Liar) -> None:
+    """Here each waits until four are asked for. They are stacked in the image's order, whichever comes first."""
+    image = make_layers(8)
+    liar.serve(image)
+    meeting, under_way, most = threading.Barrier(4), [0], [0]
+
+    def answer(request: Any) -> None:
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        meeting.wait(60)
+        under_way[0] -= 1
+        liar.send_file(request, liar.files[request.path])
+
+    liar.answers |= {f"/v2/x/blobs/{layer.digest}": answer for layer in image.layers}
+    found = fetcher.fetch(origin_of(liar))
+    names = [f"layer-{name.partition(':')[2]}" for name in image.config["rootfs"]["diff_ids"]]
+    assert found.layers == (*reversed(names), "skeleton-1")
+    assert most == [4]
+    assert not list(fetcher.store.parts.iterdir())
+
+
+@pytest.mark.parametrize("silent_from", [0, 10])
+def test_a_layer_that_fails_ends_the_others(fetcher: Fetcher, liar: Liar, silent_from: int) -> None:
+    """Two that never come would else be waited for: here ten minutes."""
+    image = make_layers(4)
+    liar.serve(image)
+    fetcher.settings["stall"] = 600.0
+    asked = threading.Barrier(3)
+
+    def be_silent(request: Any) -> None:
+        asked.wait(60)
+        silence = stall(liar.files[request.path], silent_from)
+        silence(request) if silent_from else request.connection.recv(1)
+
+    def fail(request: Any) -> None:
+        asked.wait(60)
+        send(request, 404)
+
+    places = [f"/v2/x/blobs/{layer.digest}" for layer in image.layers]
+    liar.answers |= {places[0]: be_silent, places[1]: be_silent, places[3]: fail}
+    text, kind = fetcher.refuse(origin_of(liar))
+    assert "is not there (HTTP 404)" in text and kind == "DriverError"
 
 
 # -- latest, force -------------------------------------------------------------------------------------------
