@@ -60,7 +60,7 @@ build() {
 	mkdir -p "$work/app/nomad_pb" "$work/app/nspawn"
 	cp driver.py "$work/app/"
 	cp nomad_pb/*.py "$work/app/nomad_pb/"
-	cp nspawn/*.py nspawn/shim.sh nspawn/unit.sh "$work/app/nspawn/"
+	cp nspawn/*.py nspawn/shim.sh nspawn/unit.sh nspawn/journal.sh "$work/app/nspawn/"
 	rm "$work/app/nspawn/bootstrap.py" "$work/app/nspawn/pack.py"	# these make the file, and are not in it
 	$python -W ignore::DeprecationWarning -m shiv --reproducible --uncompressed --entry-point driver:main \
 		--python /bin/sh --site-packages "$libraries" --site-packages "$work/app" --output-file "$work/shiv"

@@ -370,6 +370,10 @@ PROGRAM_OPTIONS: tuple[Option, ...] = (
            "ends when the service ends, with its exit code; `Restart=` in it counts first. See "
            "[jobs](jobs.md#a-unit-as-the-task).",
            '"app.service"', check=check_unit),
+    Option("journal", Kind.BOOL,
+           "Write the journal of the booted system to the task's stdout, each line with the name of its unit, "
+           "instead of what is on its console. See [jobs](jobs.md#the-journal-as-the-log).",
+           "true", default=False),
     Option("command", Kind.STRINGS,
            "The program and its arguments. It replaces the image's Entrypoint and Cmd, or follows `entrypoint`. "
            "Required if `boot` is false and neither another option nor the image names a program. See "
@@ -1180,7 +1184,7 @@ class TaskStarter:
                 locks = {*self.state.locks, *find_locks(self.state.shim, self.state.image)}
                 self.save(leader=leader, users=users, locks=tuple(sorted(locks)))
                 chown_logs(self.logs, users)
-                if self.plan.options.unit:
+                if self.plan.options.adds_units:
                     chown_unit_pipes(self.directory, users)
         except BaseException:
             await finish(self.abandon())

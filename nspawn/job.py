@@ -186,6 +186,7 @@ class JobOptions:
 
     boot: bool
     unit: str | None
+    journal: bool
     command: tuple[str, ...]  # after `apply_image` all of the command line
     entrypoint: tuple[str, ...]
     args: tuple[str, ...]
@@ -262,6 +263,11 @@ class JobOptions:
     def is_terminal(self) -> bool:
         """Whether the output comes from a terminal, which puts a CR before each LF."""
         return self.boot and self.console != "pipe"
+
+    @property
+    def adds_units(self) -> bool:
+        """Whether the container's systemd gets units of the driver, which write to the task's logs."""
+        return self.journal or self.unit is not None
 
     @property
     def directory(self) -> str:

@@ -178,7 +178,7 @@ def plan_task(
     given = {**options.environment, **task.env, **network.environ}
     variables = select_variables(given)
     files, journal = plan_files(task, options, found), plan_journal(task, options, found, root)
-    mounts = (*files.mounts, *network.plan_mounts(state), *journal.mounts, *plan_unit_mounts(options.unit, state))
+    mounts = (*files.mounts, *network.plan_mounts(state), *journal.mounts, *plan_unit_mounts(options, state))
     credentials = {key: f"{state}/credentials/{number}" for number, key in enumerate(found.credentials)}
     arguments = [
         *([] if root.private else render_image(found.image, staged_image)),
@@ -198,7 +198,7 @@ def plan_task(
         argv=plan_argv(task, options, host, arguments),
         environ=plan_environ(host),
         bundle=render_bundle(
-            {**options.mode.environ, **variables, **plan_unit_environ(options.unit, variables)}, found.account
+            {**options.mode.environ, **variables, **plan_unit_environ(options, variables)}, found.account
         ),
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
         limits=plan_limits(task.resources, options, host.cpus),
@@ -249,7 +249,7 @@ def complete_options(
         user = user or given
     return replace(
         options,
-        console=options.console or ("pipe" if options.unit else mode.console),
+        console=options.console or ("pipe" if options.adds_units else mode.console),
         user=None if account else user,  # an account is in the bundle
         resolv_conf="off" if "/etc/resolv.conf" in network.files else options.resolv_conf,
     )
@@ -427,6 +427,21 @@ def check_init(plan: Plan, view: View) -> None:
         rule = f"the image has no init ({', '.join(places)})"
         raise ConfigError(
             "boot", True, rule, "set boot = false to run its command, or use an image of a whole system"
+        )
+
+
+def check_journal(plan: Plan, view: View) -> None:
+    """Raise ConfigError if there is no journal to forward. Blocks."""
+    places = ("/usr/bin/journalctl", "/bin/journalctl", "/nix/store")  # NixOS has it in there
+    try:
+        found = [fd for place in places if (fd := view.open(place)) is not None]
+    except OSError:
+        return  # not known: journal.sh will see
+    for fd in found:
+        os.close(fd)
+    if not found:
+        raise ConfigError(
+            "journal", True, "the image has no journalctl", "leave it out; the console is the log then"
         )
 
 

@@ -122,6 +122,8 @@ def needs_link(option: str) -> Rule:
 
 RULES: tuple[Rule, ...] = (
     needs("unit", "boot"),
+    needs("journal", "boot"),
+    *excludes("journal", ("unit",), "leave it out: the output of the unit is the task's log"),
     *excludes("entrypoint", ("boot",), "set boot = false, or leave it out: a booted system runs the image's init"),
     *excludes("process_two", ("boot",), "set boot = false to run a command, or leave process_two out"),
     Rule(

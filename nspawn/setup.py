@@ -28,7 +28,7 @@ from nspawn.linux import (
     enter_namespace,
     mount_filesystem,
 )
-from nspawn.plan import BUNDLE_PLACE, DEVICES_PLACE, Journal, Plan, check_init
+from nspawn.plan import BUNDLE_PLACE, DEVICES_PLACE, Journal, Plan, check_init, check_journal
 from nspawn.record import MESSAGES
 from nspawn.roots import (
     UPPER_NAME,
@@ -80,7 +80,7 @@ def make_files(plan: Plan, directory: Path) -> None:
     write_file(directory / "inside.json", json.dumps(asdict(plan.inside)))
     if plan.options.is_terminal:
         os.mkfifo(directory / "console", 0o600)
-    if plan.options.unit:
+    if plan.options.adds_units:
         make_unit(directory, plan.options.unit)
     for path, text in plan.network.files.items():
         file = Path(f"{directory}{path}")
@@ -246,6 +246,8 @@ def prepare_root(plan: Plan, root: Path) -> None:
     view = View(root, plan.mount_table, plan.options.root or "/")
     if plan.options.boot:
         check_init(plan, view)
+        if plan.options.journal:
+            check_journal(plan, view)
         return
     directory = plan.options.directory
     if (

@@ -77,11 +77,11 @@ def test_shellcheck() -> None:
     if not shutil.which("shellcheck"):
         assert not os.environ.get("CI"), "shellcheck is not installed: in CI it must be"
         pytest.skip("shellcheck is not installed, so shell scripts are not checked: apt install shellcheck")
-    run(["shellcheck", "build.sh", "nspawn/launcher.sh", "nspawn/unit.sh"])
+    run(["shellcheck", "build.sh", "nspawn/launcher.sh", "nspawn/unit.sh", "nspawn/journal.sh"])
     run(["shellcheck", "--exclude=SC2034", "nspawn/shim.sh"])  # `read` wants a name also for what nobody needs
 
 
-@pytest.mark.parametrize("script", ["launcher.sh", "shim.sh", "unit.sh"])
+@pytest.mark.parametrize("script", ["launcher.sh", "shim.sh", "unit.sh", "journal.sh"])
 def test_scripts_are_posix(script: str) -> None:
     """They run in whatever sh a host has."""
     run(["sh", "-n", f"nspawn/{script}"])
@@ -276,7 +276,7 @@ def test_processes_have_explicit_stdio_and_environment() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["build.sh", "nspawn/launcher.sh", "nspawn/shim.sh", "nspawn/unit.sh", "pyproject.toml"],
+    ["build.sh", *sorted(f"nspawn/{path.name}" for path in TOP.glob("nspawn/*.sh")), "pyproject.toml"],
 )
 def test_no_blanks_at_line_ends(path: str) -> None:
     text = (TOP / path).read_text()

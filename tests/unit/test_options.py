@@ -780,6 +780,16 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
         'unit = "app.service": needs boot; set boot, too',
     ),
     (
+        {"journal": True, "boot": False, "command": ["a"]},
+        252,
+        "journal = true: needs boot; set boot, too",
+    ),
+    (
+        {"journal": True, "unit": "app.service"},
+        252,
+        "journal = true: cannot be combined with unit; leave it out: the output of the unit is the task's log",
+    ),
+    (
         {"process_two": True, "command": ["a"]},
         252,
         "process_two = true: cannot be combined with boot; "
