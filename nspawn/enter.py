@@ -4,14 +4,17 @@
 The command gets the payload's namespaces and cgroup, bounding set, no_new_privs, seccomp filters and limits, and
 runs as the task's user. nsenter would give it the host's capabilities, no filter and no limit.
 
-This program imports nothing of ours, and little else: the first command waits for it. nspawn/exec.py gives it to a
-new Python, the server. The server forks an entry for each command. The entry enters the container, forks the
-command, waits for it and reports its end. The server ends when its standard input does, an entry ends with the
-server, and a command ends with its entry.
+This program imports nothing of ours, and little else: the first command waits for it. So it has _signal and
+_socket, which signal and socket are made of: those make enums of all constants, which takes 8 ms. nspawn/exec.py
+gives it to a new Python, the server. The server forks an entry for each command. The entry enters the container,
+forks the command, waits for it and reports its end. The server ends when its standard input does, an entry ends
+with the server, and a command ends with its entry.
 """
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]
+import _socket as socket
 import ctypes
 import errno
 import fcntl
@@ -19,8 +22,6 @@ import marshal
 import os
 import resource
 import select
-import signal
-import socket
 import stat
 import struct
 import termios
@@ -90,29 +91,30 @@ class Entry:
         server, parent = socket.socket(fileno=0), os.getpid()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps entries
         while True:
-            data, descriptors, _, _ = socket.recv_fds(server, 1, 1)
+            data, descriptors = receive(server, 1)
             if not data:
                 return
             if not descriptors:  # too many are open: the kernel has closed it, and the plugin sees that
                 continue
-            with socket.socket(fileno=descriptors[0]) as control:
-                try:
-                    pid = os.fork()
-                except OSError as error:  # do not exit: other entries would end, too
-                    control.send(str(error).encode())
-                    continue
+            control = socket.socket(fileno=descriptors[0])
+            try:
+                pid = os.fork()
                 if pid == 0:
                     try:
                         self.enter(parent, control)
                     finally:
                         os._exit(1)
+            except OSError as error:  # do not exit: other entries would end, too
+                control.send(str(error).encode())
+            finally:
+                control.close()
 
     def enter(self, parent: int, control: socket.socket) -> None:
         """Do everything for one command, and report how it ended."""
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.die_with(parent)
         control.send(str(os.getpid()).encode())
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 3)
+        _, descriptors = receive(control, 3)
         if not descriptors:  # the plugin gave the command up
             return
         plan_file, leader, self.report = descriptors
@@ -323,7 +325,8 @@ class Entry:
             pipes += pipes[1:] if self.plan["merge"] else []
             ours = [pipes[0][0], pipes[1][1], pipes[2][1]]
             given = [pipes[0][1], *dict.fromkeys([pipes[1][0], pipes[2][0]])]
-        socket.send_fds(control, [b"stdio"], given)
+        rights = struct.pack(f"{len(given)}i", *given)
+        control.sendmsg([b"stdio"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         if not control.recv(1):  # the plugin gave the command up; otherwise the terminal has its size now
             os._exit(1)
         for number, descriptor in enumerate(ours):
@@ -398,6 +401,12 @@ class Entry:
             return 126, denied
         where = "in the container" if b"/" in name else f"in the container's PATH ({os.fsdecode(search)})"
         return 127, f'there is no "{shown}" {where}'
+
+
+def receive(connection: socket.socket, count: int) -> tuple[bytes, list[int]]:
+    """Wait for a byte. Return it with its descriptors, at most `count`; b"" is the end. Raises OSError."""
+    data, messages, _, _ = connection.recvmsg(1, socket.CMSG_LEN(4 * count))
+    return data, [descriptor for _, _, sent in messages for (descriptor,) in struct.iter_unpack("i", sent)]
 
 
 if __name__ == "__main__":
