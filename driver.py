@@ -80,6 +80,8 @@ from nspawn.checks import (
     check_container_paths,
     check_credential_files,
     check_credentials,
+    check_device,
+    check_devices,
     check_helper,
     check_host_directories,
     check_host_directory,
@@ -252,6 +254,7 @@ from nspawn.sources import (
     check_image_name,
     check_image_write,
     check_verity,
+    expand_classes,
     find_device_rules,
     open_devices,
     open_directories,
@@ -569,9 +572,13 @@ FILE_OPTIONS: tuple[Option, ...] = (
     Option("devices", Kind.BLOCKS,
            "Devices of the host that the container may use, one block each. It cannot open any other device, "
            "whatever nodes its image holds.",
-           '{ host_path = "/dev/kvm" }', default=(), permission=Permission.DEVICES, into=Device, fields=(
-               Option("host_path", Kind.STRING, "The device node on the host. Symbolic links are followed.",
-                      '"/dev/ttyUSB0"', required=True, check=check_host_directory),
+           '{ host_path = "/dev/kvm" }', default=(), permission=Permission.DEVICES, check=check_devices,
+           into=Device, fields=(
+               Option("host_path", Kind.STRING,
+                      "The device node on the host; symbolic links are followed. Or a class of devices as in the "
+                      "host's `/proc/devices`, with `char-` or `block-` before it, as in `char-ttyUSB`. See "
+                      "[jobs](jobs.md#devices).",
+                      '"/dev/ttyUSB0"', required=True, check=check_device),
                Option("container_path", Kind.STRING, "The path in the container. By default the same path.",
                       '"/dev/modem"', check=check_container_path),
                Option("cgroup_permissions", Kind.STRING,
@@ -1869,6 +1876,7 @@ class DriverService:
         is_in_group = bool(config.network.namespace)
         options = decode_job(TASK_OPTIONS, config.options, self.config, is_in_group=is_in_group)
         check_permissions(TASK_OPTIONS, options, self.config, is_in_group=is_in_group)
+        options, class_rules = expand_classes(options)
         check_rules(TASK_OPTIONS, options, host, has_image=False)  # before an image is fetched for nothing
         check_targets(config, options)
         if is_in_group:
@@ -1889,7 +1897,7 @@ class DriverService:
                 sources=sources,
                 credentials=read_credentials(options, sources),
                 devices=devices,
-                device_rules=tuple(find_device_rules(config, options, sources, volumes, devices)),
+                device_rules=(*class_rules, *find_device_rules(config, options, sources, volumes, devices)),
                 directories={**directories, **volumes},
                 names=await run_in_thread(lambda: read_names(config.network, image, options), is_own=True),
                 ephemeral_dir=self.config.ephemeral_dir or "",

@@ -212,17 +212,41 @@ def has_image_source(overlays: Iterable[Overlay]) -> bool:
     return any(place.startswith("+/") for overlay in overlays for place in overlay.lower)
 
 
+CLASS = re.compile(r"(char|block)-([^/\s][^\s]{0,99})")  # as systemd's DeviceAllow= has it
+
+
 @dataclass(frozen=True)
 class Device:
-    """A device node of the host for a container: one of the job's `devices`, or of a device plugin."""
+    """A device for a container: one of the job's `devices`, or of a device plugin."""
 
-    host_path: str
+    host_path: str  # of a node; in a job also the name of a class
     container_path: str | None = None  # None: the same
     cgroup_permissions: str = "rwm"  # r to read, w to write, m to make it with mknod(2)
 
     @property
     def target(self) -> str:
         return self.container_path or self.host_path
+
+    @property
+    def is_class(self) -> bool:
+        return bool(CLASS.fullmatch(self.host_path))
+
+
+def check_devices(name: str, value: Sequence[Device]) -> Sequence[Device]:
+    for device in value:
+        if device.is_class and device.container_path:
+            rule = f"is for a single node, and {device.host_path} is a class"
+            raise ConfigError(f"{name}.container_path", device.container_path, rule, "leave it out")
+    return value
+
+
+def check_device(name: str, value: str) -> str:
+    if not CLASS.fullmatch(value):
+        if not value.startswith("/"):
+            rule = "must be a path of the host, as in /dev/kvm, or a class of devices, as in char-ttyUSB"
+            raise ConfigError(name, value, rule)
+        check_host_directory(name, value)
+    return value
 
 
 # Not all options of mount(8): systemd-nspawn would take "bind" and "remount", which act on the host's mounts.

@@ -9,14 +9,18 @@ Linux 6.18). Programs of the cgroups above still count.
 from __future__ import annotations
 
 import errno
+import fnmatch
 import functools
 import os
+import re
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from nspawn.common import is_shortage
+from nspawn.files import read_text
 from nspawn.linux import call_libc
 
 
@@ -42,6 +46,24 @@ USUAL_DEVICES = (
     *(DeviceRule(False, 10, minor, "rwm") for minor in (200, 229)),  # net/tun, fuse
     DeviceRule(False, 136, None, "rw"),  # pts/*
 )
+
+
+def parse_majors(text: str, is_block: bool, pattern: str) -> list[int]:
+    """Return the majors of the classes that match a pattern. `text`: the content of /proc/devices."""
+    characters, _, blocks = text.partition("Block devices:")
+    lines = map(str.split, (blocks if is_block else characters).splitlines())
+    return [int(words[0]) for words in lines if len(words) == 2 and fnmatch.fnmatchcase(words[1], pattern)]
+
+
+def find_nodes(is_block: bool, major: int) -> Iterator[str]:
+    """Yield the paths in /dev of the devices of a major that there are now. Raises OSError."""
+    folder = f"/sys/dev/{'block' if is_block else 'char'}"
+    for number in sorted(os.listdir(folder)):
+        if number.startswith(f"{major}:"):
+            name = re.search("^DEVNAME=(.+)$", read_text(Path(folder, number, "uevent")), re.MULTILINE)
+            if name and os.path.exists(path := f"/dev/{name[1]}"):
+                yield path
+
 
 BPF_BITS = {"m": 1, "r": 2, "w": 4}  # BPF_DEVCG_ACC_*
 BPF_BLOCK, BPF_CHAR = 1, 2  # BPF_DEVCG_DEV_*

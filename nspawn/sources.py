@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from nspawn.checks import Device, Mount
 from nspawn.common import ConfigError, HostError, check_shortage, is_below, name_entry, quote
-from nspawn.devices import DeviceRule
+from nspawn.devices import DeviceRule, find_nodes, parse_majors
 from nspawn.host import is_on_shared_mount
 from nspawn.images import IMAGE_SUFFIXES, Image, choose_image_dir, find_archive, image_directories, is_image_name
 from nspawn.job import JobOptions, TaskConfig
@@ -230,7 +231,34 @@ def open_devices(devices: Iterable[Device]) -> Iterator[dict[Device, Source]]:
         yield found
 
 
-MAX_NODES = 1024  # files to look at in a directory
+def expand_classes(options: JobOptions) -> tuple[JobOptions, list[DeviceRule]]:
+    """Return the options with the nodes that there are now instead of classes, and rules for all nodes that a
+    class will ever have. Raises ConfigError, HostError or OSError."""
+    rules: list[DeviceRule] = []
+    nodes = {device.target: device for device in options.devices if not device.is_class}
+    for device in options.devices:
+        if device.is_class:
+            found = find_class_rules(device)
+            rules += found
+            for path in itertools.chain(*(find_nodes(rule.is_block, rule.major) for rule in found)):
+                nodes.setdefault(path, Device(path, cgroup_permissions=device.cgroup_permissions))
+    if len(nodes) > MAX_NODES:
+        raise HostError(f"devices are more than {MAX_NODES} nodes on this host; name smaller classes")
+    return replace(options, devices=tuple(nodes.values())), rules
+
+
+def find_class_rules(device: Device) -> list[DeviceRule]:
+    """Return a rule for each major of a class. Raises ConfigError if it has none."""
+    kind, _, pattern = device.host_path.partition("-")
+    majors = parse_majors(Path("/proc/devices").read_text(), kind == "block", pattern)
+    if not majors:
+        rule = f"/proc/devices of this host has no class {pattern} of {kind} devices"
+        remedy = "load the module that makes it when the host boots, by /etc/modules-load.d"
+        raise ConfigError("devices.host_path", device.host_path, rule, remedy)
+    return [DeviceRule(kind == "block", major, None, device.cgroup_permissions) for major in dict.fromkeys(majors)]
+
+
+MAX_NODES = 1024  # of a task; files to look at in a directory
 
 
 def read_rules(source: Source, permissions: str) -> Iterator[DeviceRule]:

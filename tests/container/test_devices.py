@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +216,38 @@ def test_device_plugins(driver_file: Path, image: Path, node: Path, namespaces: 
             tasks.close()
 
 
+@pytest.fixture
+def loop_control() -> Iterator[Path]:
+    """The host's own node, which a host that is a container may lack."""
+    place = Path("/dev/loop-control")
+    is_made = not place.exists()
+    if is_made:
+        os.mknod(place, stat.S_IFCHR | 0o660, os.makedev(*LOOP_CONTROL))
+    yield place
+    if is_made:
+        place.unlink()
+
+
+@USERS
+def test_class_of_devices(tasks: Tasks, tmp_path: Path, loop_control: Path, namespaces: bool) -> None:
+    """The nodes that there are, as the host has them; and any that comes later, in a directory that is bound."""
+    (tmp_path / "later").mkdir()
+    options = {"devices": [{"host_path": "char-mi*c", "cgroup_permissions": "r"}]}
+    bound = {"bind": [{str(tmp_path / "later"): "/mnt"}], "user_namespacing": namespaces}
+    task = tasks.start("sleep 60", options=options, **bound)
+    for name, number in (("misc", LOOP_CONTROL), ("tty", (4, 64))):
+        os.mknod(tmp_path / "later" / name, stat.S_IFCHR, os.makedev(*number))
+        (tmp_path / "later" / name).chmod(0o666)
+    script = f"stat -c '%a %u' {loop_control};" + say(str(loop_control), "/mnt/misc", "/mnt/tty", "/dev/fuse")
+    text, _ = task.exec(["/bin/sh", "-c", script])
+    mode = f"{stat.S_IMODE(loop_control.stat().st_mode):o} 0"
+    assert text.decode().splitlines() == [mode, f"{loop_control} r", "/mnt/misc r", "/mnt/tty", "/dev/fuse r w"]
+
+
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
+        ("char-nothing", "/proc/devices of this host has no class nothing of char devices; load the module"),
         ("/dev/nothing", 'devices.host_path = "/dev/nothing": cannot be used: No such file or directory'),
         ("/dev", "must be a device node; name each node in a directory by itself"),
         ("/etc/hostname", "must be a device node"),

@@ -706,8 +706,14 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "must be a size such as 512M or 2G, or infinity": [("memory_swap_max", ["1.5G", "-1"])],
     "must be a whole number from 1 to 10000": [("io_weight", [10001])],
     'must be an absolute path of the host without ".."': [
-        ("allow_paths", [["srv"], ["/srv/../x"]]), ("ephemeral_dir", ["x"]), ("devices", [[{"host_path": "kvm"}]]),
+        ("allow_paths", [["srv"], ["/srv/../x"]]), ("ephemeral_dir", ["x"]), ("devices", [[{"host_path": "/a/.."}]]),
         ("image_dir", ["images"]),
+    ],
+    "must be a path of the host, as in /dev/kvm, or a class of devices, as in char-ttyUSB": [
+        ("devices", [[{"host_path": "kvm"}], [{"host_path": "char-"}], [{"host_path": "char-/dev/tty"}]]),
+    ],
+    "is for a single node, and char-tty is a class; leave it out": [
+        ("devices", [[{"host_path": "char-tty", "container_path": "/a"}]]),
     ],
     "must be blocks": [("devices", [{"host_path": "/a"}])],
     "no such option; the options are host_path, container_path, cgroup_permissions": [
