@@ -1203,8 +1203,7 @@ class TaskStarter:
     async def start_shim(self, go: int) -> None:
         stdio = [go, *self.logs]
         shim = await run_in_thread(lambda: start_shim(self.plan, self.directory, stdio, self.locks), is_own=True)
-        self.state = replace(self.state, shim=shim)  # first: if the next line fails, `abandon` needs it
-        self.save(locks=find_locks(shim, self.state.image))
+        self.save(shim=shim)
 
     def save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)

@@ -151,6 +151,13 @@ def delete_link(name: str) -> None:
 
 
 LOCK_FORMAT = "hhqqi"  # struct flock
+WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+def is_locked(fd: int) -> bool:
+    """Whether somebody else holds a lock on an open file. Raises OSError."""
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, WRITE_LOCK)
+    return bool(struct.unpack(LOCK_FORMAT, found)[0] != fcntl.F_UNLCK)
 
 
 def take_lock(path: Path, kind: int) -> int | None:

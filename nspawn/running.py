@@ -23,7 +23,7 @@ from nspawn.cgroup import find_cgroups
 from nspawn.common import STATE_ROOT, HostError, log
 from nspawn.files import read_text, write_file
 from nspawn.host import read_boot_id, read_cgroup_mode
-from nspawn.linux import LOCK_FORMAT
+from nspawn.linux import LOCK_FORMAT, is_locked
 from nspawn.process import NO_PROCESS, ProcessId, read_stat, read_status
 from nspawn.record import add_note, reserve_room
 from nspawn.state import State, read_states
@@ -121,8 +121,7 @@ def is_held(cgroup: str) -> bool:
     except FileNotFoundError:
         return False
     try:
-        asked = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        return bool(struct.unpack(LOCK_FORMAT, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
+        return is_locked(fd)
     finally:
         os.close(fd)
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import re
 import signal
 import stat
-import struct
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO
 
 from nspawn.cgroup import kill_cgroup, plan_cgroup, read_cgroup_pids, read_members, remove_cgroup
 from nspawn.common import (
@@ -39,7 +36,7 @@ from nspawn.common import (
 from nspawn.files import empty_tree, remove_tree
 from nspawn.host import CgroupMode, read_boot_id, read_cgroup_mode
 from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_id_prefix, state_directory
-from nspawn.linux import LOCK_FORMAT, delete_link
+from nspawn.linux import WRITE_LOCK, delete_link, is_locked
 from nspawn.logs import find_holders
 from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
@@ -78,7 +75,7 @@ class State:
     unit: str = ""  # the unit that is the task, if one is
     users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
     journal: str = ""  # `Journal.path` once it was made, removed with the task
-    locks: tuple[str, ...] = ()  # lock files that the task holds, removed with it
+    locks: tuple[str, ...] = ()  # nspawn's lock files beside the image, removed with the task
 
     @property
     def directory(self) -> Path:
@@ -140,19 +137,17 @@ class State:
 
 
 def is_own_lock(path: str, image: str) -> bool:
-    """Whether a path may be a task's lock file: for a range of ids, its image, or nspawn's copy of the image. The
-    copy is beside the image, or in it if the image is a mount point."""
-    places = [rf"{UID_LOCKS}/[0-9]+", rf"{SETTINGS_ROOT}/locks/inode-[0-9]+:[0-9]+"]
-    if image:
-        folder, name = os.path.split(image)
-        beside, inside = re.escape(folder.rstrip("/")), re.escape(image.rstrip("/"))
-        copy, random = r"\.#(machine|snapshot)\.", r"[0-9a-f]{16}"  # "snapshot" of systemd 262
-        places += [
-            rf"{beside}/\.#{re.escape(name)}\.lck",
-            rf"{beside}/\.#{copy}{re.escape(name)}{random}\.lck",
-            rf"{inside}/\.#{copy}{random}\.lck",
-        ]
-    return any(re.fullmatch(place, path) for place in places)
+    """Whether a path may be nspawn's lock file for a task's image, or for its copy of the image. The copy is
+    beside the image, or in it if the image is a mount point."""
+    folder, name = os.path.split(image)
+    beside, inside = re.escape(folder.rstrip("/")), re.escape(image.rstrip("/"))
+    copy, random = r"\.#(machine|snapshot)\.", r"[0-9a-f]{16}"  # "snapshot" of systemd 262
+    places = [
+        rf"{beside}/\.#{re.escape(name)}\.lck",
+        rf"{beside}/\.#{copy}{re.escape(name)}{random}\.lck",
+        rf"{inside}/\.#{copy}{random}\.lck",
+    ]
+    return bool(image) and any(re.fullmatch(place, path) for place in places)
 
 
 def read_state(directory: Path) -> State | None:
@@ -380,9 +375,6 @@ async def remove_in_thread(place: str) -> None:
         raise OSError(errors[0].errno, errors[0].strerror, place)
 
 
-WRITE_LOCK = struct.pack(LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-
-
 def find_outer_processes(shim: ProcessId) -> list[ProcessId]:
     """Return a task's shim, the shells below it and nspawn, without what is in the container's pid namespace.
     Raises OSError."""
@@ -395,12 +387,14 @@ def find_outer_processes(shim: ProcessId) -> list[ProcessId]:
 
 
 def find_locks(shim: ProcessId, image: str) -> tuple[str, ...]:
-    """Return the lock files that a task's shim, the shells below it and nspawn have open. Raises OSError."""
+    """Return the lock files for a task's image that its shim, the shells below it and nspawn have open. Raises
+    OSError."""
     found = set()
-    for process in find_outer_processes(shim):
+    for place in (f"/proc/{process.pid}/fd" for process in find_outer_processes(shim)):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended
-            place = f"/proc/{process.pid}/fd"
-            found |= {os.readlink(f"{place}/{fd}") for fd in os.listdir(place)}
+            for fd in os.listdir(place):
+                with contextlib.suppress(FileNotFoundError):  # closed by now
+                    found.add(os.readlink(f"{place}/{fd}"))
     return tuple(sorted(path for path in found if is_own_lock(path, image)))
 
 
@@ -420,29 +414,44 @@ async def add_locks(state: State) -> State:
 
 
 def remove_locks(locks: Iterable[str]) -> None:
-    """Remove a task's lock files that nobody holds any more, and with the lock of an image's copy the copy: a
-    killed nspawn leaves both. Whoever takes a lock checks that its file still exists. Raises OSError if the host
-    lacks what it takes."""
-    for path in map(Path, locks):
+    """Remove a task's lock files, and all of systemd's for images and ranges of ids that nobody holds: a killed
+    nspawn leaves them, and so does a plugin that is killed while it starts a task. With the lock of an image's
+    copy goes the copy. Raises OSError if the host lacks what it takes."""
+    errors = []
+    for path in (*map(Path, locks), *list_locks()):
         try:
-            with open_lock(path) as file:
-                fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock
-                if path.name.startswith(".#.#"):
-                    remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
-                path.unlink()
-        except BlockingIOError:  # somebody holds it
-            continue
+            remove_lock(path)
         except OSError as error:
-            if is_shortage(error):
-                raise
+            errors += [error] if is_shortage(error) else []
+    if errors:
+        raise errors[0]
 
 
-def open_lock(path: Path) -> IO[bytes]:
-    """Open a lock file. Raises OSError for a link or a device, which a task could put in its place."""
+def list_locks() -> list[Path]:
+    """Return systemd's lock files for images and for ranges of ids. Raises OSError."""
+    found = []
+    for place, names in ((SETTINGS_ROOT / "locks", "(inode|block)-[0-9]+:[0-9]+"), (UID_LOCKS, "[0-9]+")):
+        with contextlib.suppress(FileNotFoundError):
+            found += [place / name for name in os.listdir(place) if re.fullmatch(names, name)]
+    return found
+
+
+def remove_lock(path: Path) -> None:
+    """Remove a lock file unless somebody holds it. Whoever takes a lock checks afterwards that its file still
+    exists, and so does this. Does nothing to a link or a device, which a task could put beside an image. Raises
+    OSError."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "is no lock", str(path))
-        return open(f"/proc/self/fd/{fd}", "r+b")
+            return
+        with open(f"/proc/self/fd/{fd}", "rb") as file:
+            if is_locked(file.fileno()):  # that much can be seen on a read-only file system, too
+                return
+        with open(f"/proc/self/fd/{fd}", "r+b") as file, contextlib.suppress(BlockingIOError):
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WRITE_LOCK)  # systemd's kind of lock
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # else another file has this name by now
+                if path.name.startswith(".#.#"):
+                    remove_tree(path.with_name(path.name[len(".#") : -len(".lck")]))
+                path.unlink()
     finally:
         os.close(fd)

@@ -7,15 +7,18 @@ Everything is found from the allocation's id, the way an operator would look, an
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 STATE = Path("/run/nomad-driver-nspawn")
 NSPAWN = Path("/run/systemd/nspawn")
+UID_CLAIMS = Path("/run/systemd/nspawn-uid")
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -85,6 +88,27 @@ def interfaces(alloc_id: str) -> Iterator[str]:
         names = [link["ifname"], *link.get("altnames", [])]
         if any(alloc_id in name for name in names):
             yield str(link["ifname"])
+
+
+def is_held(lock: Path) -> bool:
+    """Whether somebody holds a lock file of nspawn's; another container's may come and go while we look.
+
+    systemd takes them with open-file-description locks, which flock() does not see.
+    """
+    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with lock.open("r+") as file:
+            found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, wanted)
+    except FileNotFoundError:
+        return True
+    return bool(struct.unpack("hhqqi4x", found)[0] != fcntl.F_UNLCK)
+
+
+def free_locks() -> list[Path]:
+    """Lock files of images and of ranges of ids that nobody holds, on the whole machine. Another suite may be just
+    about to remove one: look again."""
+    found = [path for place in (UID_CLAIMS, NSPAWN / "locks") if place.is_dir() for path in place.iterdir()]
+    return [path for path in found if not is_held(path)]
 
 
 def snapshots(image: Path) -> list[Path]:

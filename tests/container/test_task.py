@@ -8,14 +8,12 @@ be left on the machine: the fixture `tasks` looks.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import random
 import re
 import shutil
 import signal
 import stat
-import struct
 import subprocess
 import threading
 import time
@@ -43,10 +41,19 @@ from tests.containers import (
     output,
     zombies,
 )
-from tests.leftovers import NSPAWN, STATE, interface_indexes, leftovers, peer, processes, snapshots
+from tests.leftovers import (
+    STATE,
+    UID_CLAIMS,
+    free_locks,
+    interface_indexes,
+    is_held,
+    leftovers,
+    peer,
+    processes,
+    snapshots,
+)
 
 BOOTED = "Reached target multi-user.target"
-UID_CLAIMS = Path("/run/systemd/nspawn-uid")
 FOREVER = "while :; do sleep 0.05; done"
 MODES = [pytest.param({}, id="command"), pytest.param({"process_two": True}, id="process_two")]
 Options = dict[str, Any]
@@ -1290,7 +1297,6 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     task.id = f"{task.allocation.id}/task/{os.urandom(4).hex()}"
     task.prestart()
     request = driver_pb2.StartTaskRequest(task=task.task_config())
-    claims = set(UID_CLAIMS.glob("*"))
     doomed = launch_like_agent(driver_file)
     pending: Any = doomed.driver.StartTask.future(request)
     if attempt % 2:  # as soon as anything of it is there
@@ -1308,7 +1314,7 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     task.stop(timeout=0)
     assert (task.wait().exit_code, task.wait().signal) == (137, 9)
     task.destroy()
-    assert [path for path in set(UID_CLAIMS.glob("*")) - claims if not is_held(path)] == []
+    eventually(lambda: not free_locks())
 
 
 def give_up_start(task: Task, delay: float) -> None:
@@ -1334,17 +1340,11 @@ def test_start_that_the_agent_gives_up(tasks: Tasks, attempt: int) -> None:
 @pytest.mark.parametrize("attempt", range(12))
 def test_start_that_is_given_up_and_destroyed_leaves_no_lock(tasks: Tasks, attempt: int) -> None:
     """DestroyTask comes while what the start has made is being removed."""
-    before = set(find_locks())
     task = tasks.make(["/bin/sleep", "60"], ephemeral=True)
     give_up_start(task, attempt * 0.01)
     task.destroy()
     assert leftovers(task.allocation.id) == []
-    assert [path for path in find_locks() if path not in before and not is_held(path)] == []
-
-
-def find_locks() -> list[Path]:
-    """nspawn's lock files for images and for ranges of ids."""
-    return [*UID_CLAIMS.iterdir(), *(NSPAWN / "locks").iterdir()]
+    eventually(lambda: not free_locks())
 
 
 def test_forgotten_start_gives_way_to_a_new_one(tasks: Tasks, driver_file: Path) -> None:
@@ -1371,20 +1371,6 @@ def test_claim_on_user_ids_is_given_back(tasks: Tasks) -> None:
         task.wait()
         task.destroy()
         assert not claim.exists()
-
-
-def is_held(lock: Path) -> bool:
-    """Whether somebody holds a lock file of nspawn's; another container's may come and go while we look.
-
-    systemd takes them with open-file-description locks, which flock() does not see.
-    """
-    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    try:
-        with lock.open("r+") as file:
-            found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, wanted)
-    except FileNotFoundError:
-        return True
-    return bool(struct.unpack("hhqqi4x", found)[0] != fcntl.F_UNLCK)
 
 
 def test_plugin_leaves_no_zombies(tasks: Tasks) -> None:
