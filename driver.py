@@ -109,6 +109,7 @@ from nspawn.checks import (
     parse_duration,
     parse_extra_hosts,
     parse_id_range,
+    parse_mirrors,
     parse_mounts,
     parse_overlays,
     parse_permissions,
@@ -737,8 +738,13 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "How long a download may receive no data before it counts as broken. By default a minute. There is no "
            "limit for the whole download.",
            '"30s"', check=parse_duration),
-    Option("insecure_registries", Kind.STRINGS, "Registries to ask by plain http.",
+    Option("insecure_registries", Kind.STRINGS, "Registries and mirrors to ask by plain http.",
            '["registry.local:5000"]', default=(), check=check_registries),
+    Option("registry_mirrors", Kind.STRINGS_MAP,
+           "Mirrors of registries, `HOST[:PORT]` or `HOST[:PORT]/PREFIX`. They are asked in this order, and then "
+           "the registry itself. `*` stands for all registries that are not named. They get no credentials of the "
+           "registry and none of jobs, only those that `auth` has for the mirror's own `HOST`.",
+           '{ "docker.io" = ["mirror.local:5000"] }', default={}, check=parse_mirrors),
     Option("auth", Kind.BLOCK,
            "Credentials for registries, for jobs that give none.",
            '{ config = "/root/.docker/config.json" }', into=RegistryAuth, fields=(

@@ -435,11 +435,33 @@ def check_platform(name: str, value: str) -> str:
     return value
 
 
+def name_registry(host: str) -> str:
+    """Return the one name of a registry that the operator and jobs may call differently."""
+    name = re.sub(r"\.?(:443)?$", "", host.lower())
+    return "docker.io" if name in ("index.docker.io", "registry-1.docker.io") else name
+
+
+REGISTRY = r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?"
+PREFIX = r"(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"  # of repositories
+
+
 def check_registries(name: str, value: Sequence[str]) -> Sequence[str]:
     for item in value:
-        if not re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?", item):
+        if not re.fullmatch(REGISTRY, item):
             raise ConfigError(name, item, "must be HOST or HOST:PORT, without http:// and without a path")
     return value
+
+
+def parse_mirrors(name: str, value: Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:
+    """Return the mirrors by the one name of their registry."""
+    for registry, mirrors in value.items():
+        if registry != "*":
+            check_registries(name, [registry])
+        for mirror in mirrors:
+            if not re.fullmatch(REGISTRY + PREFIX, mirror):
+                rule = "must be HOST[:PORT] or HOST[:PORT]/PREFIX, without http://"
+                raise ConfigError(name_entry(name, registry), mirror, rule)
+    return {name_registry(registry): mirrors for registry, mirrors in value.items()}
 
 
 def check_helper(name: str, value: str) -> str:

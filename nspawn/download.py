@@ -204,12 +204,21 @@ def basic(username: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
 
 
+MIRROR_STALL = 10.0  # seconds. Not for layers: a cache may send nothing until it has the whole layer
+MIRROR_SPEED = 10_000  # bytes a second
+
+
 class Client:
     """Opens addresses, also in several threads. `stall`: seconds without data after which a transfer counts as
-    broken."""
+    broken. A mirror (`is_mirror`) is given up sooner: there is a registry that can be asked instead."""
 
-    def __init__(self, stall: float, certificates: Sequence[Path] = ()) -> None:
+    def __init__(self, stall: float, certificates: Sequence[Path] = (), *, is_mirror: bool = False) -> None:
         self.stall = stall
+        self.document_stall = min(stall, MIRROR_STALL) if is_mirror else stall
+        self.least = (
+            int(stall * MIRROR_SPEED) if is_mirror else 1024
+        )  # bytes; fewer in `stall` seconds are a stall
+        self.attempts = 2 if is_mirror else 10  # with the first; one without any progress is the last
         self.sockets: list[socket.socket] = []
         self.is_stopped = False
         context = ssl.create_default_context()
@@ -238,7 +247,9 @@ class Client:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(known, socket.SHUT_RDWR)  # SSLSocket's own is not for a socket in use
 
-    def open(self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None) -> Any:
+    def open(
+        self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None, stall: float = 0
+    ) -> Any:
         """Return the response to a GET, or to a POST of `form`. Raises HTTPError, which the caller can explain
         better, and DriverError."""
         data = urllib.parse.urlencode(form).encode() if form else None
@@ -247,16 +258,22 @@ class Client:
             if parts.scheme not in ("http", "https") or parts.port == 0:  # raises ValueError for one beyond 65535
                 raise DriverError(f"{redact(url)} is no http or https address")
             request = urllib.request.Request(url, data, {"User-Agent": "nomad-driver-nspawn", **headers})
-            return self.director.open(request, timeout=self.stall)
+            return self.director.open(request, timeout=stall or self.stall)
 
     def read(
         self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None
     ) -> tuple[bytes, Any]:
         """Return a document of at most MAX_DOCUMENT bytes, and the response's headers. Raises as `open`."""
-        with self.open(url, headers, form) as response, explaining(url):
-            data: bytes = response.read(MAX_DOCUMENT + 1)
-            if len(data) > MAX_DOCUMENT:
-                raise DriverError(f"{redact(url)} is longer than the {MAX_DOCUMENT >> 20} MB a document may have")
+        stall, data = self.document_stall, b""
+        with self.open(url, headers, form, stall) as response, explaining(url):
+            end = time.monotonic() + stall
+            while chunk := response.read1(MAX_DOCUMENT):
+                data += chunk
+                if len(data) > MAX_DOCUMENT:
+                    rule = f"is longer than the {MAX_DOCUMENT >> 20} MB a document may have"
+                    raise DriverError(f"{redact(url)} {rule}")
+                if time.monotonic() > end:
+                    raise TransientError(f"{shorten(redact(url))} has stalled")
             return data, response.headers
 
 
@@ -314,9 +331,6 @@ def discard(part: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-MAX_RESUMPTIONS = 10  # attempts, with the first; one without any progress is the last
-
-
 class Download:
     """Fetches one file to `part`, and resumes what an interrupted download left there.
 
@@ -342,7 +356,7 @@ class Download:
 
     def run(self, headers: Callable[[], Mapping[str, str]]) -> None:
         """Raises TransientError when the network fails for good, HTTPError, DriverError, and OSError of files."""
-        left = MAX_RESUMPTIONS
+        left = self.client.attempts
         while True:
             before = self.size
             try:
@@ -402,14 +416,14 @@ class Download:
             raise TransientError(f"the transfer from {where} broke off after {meter.done} of {self.total} bytes")
 
     def chunks(self, response: Any) -> Iterator[bytes]:
-        """Yield data as it comes. Less than a kilobyte in `stall` seconds is a stall, too (TransientError)."""
+        """Yield data as it comes. Too little of it in `stall` seconds is a stall, too (TransientError)."""
         mark, count = time.monotonic(), 0
         with explaining(self.url):
             while chunk := response.read1(CHUNK):
                 count += len(chunk)
                 yield chunk
                 if time.monotonic() - mark > self.client.stall:
-                    if count < 1024:
+                    if count < self.client.least:
                         raise TransientError(f"{redact(self.url)} has stalled")
                     mark, count = time.monotonic(), 0
 

@@ -63,6 +63,7 @@ from nspawn.registry import (
     check_platform,
     choose_manifest,
     find_credentials,
+    find_mirrors,
     read_image_config,
     read_layer_names,
     want_digest,
@@ -97,6 +98,7 @@ class Fetch:
     client: Client = field(init=False)
     work: Path = field(init=False)
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    brought: set[tuple[str, str]] = field(default_factory=set)  # digests and names of layers that came this time
     room: Room = field(init=False)
 
     def __post_init__(self) -> None:
@@ -268,11 +270,33 @@ class Fetch:
 
     def fetch_docker(self, found: StoredImage | None) -> StoredImage:
         reference = Reference.parse(self.values["address"])
-        client = Client(self.client.stall, sorted((CERTIFICATES / reference.host).glob("*.crt")))
-        credentials = find_credentials(reference.host, self.values)
-        registry = Registry(client, reference, credentials, reference.host in self.values["insecure"])
+        for mirror in find_mirrors(reference.host, self.values["mirrors"]):
+            try:
+                return self.fetch_image(self.open_registry(reference, mirror), found)
+            except DriverError as error:
+                tell(note=f"the mirror {mirror} is passed over: {error}")
+                self.start_over()
+        return self.fetch_image(self.open_registry(reference), found)
+
+    def open_registry(self, reference: Reference, mirror: str = "") -> Registry:
+        """Return an image's registry, or a mirror of it, which gets none of the job's credentials."""
+        host = mirror.partition("/")[0] or reference.host
+        certificates = sorted((CERTIFICATES / host).glob("*.crt"))
+        client = Client(self.client.stall, certificates, is_mirror=bool(mirror))
+        own = {"username": "", "password": ""} if mirror else {}
+        credentials = find_credentials(host, {**self.values, **own})
+        return Registry(client, reference, credentials, host in self.values["insecure"], mirror)
+
+    def start_over(self) -> None:
+        """Forget what a mirror has sent, but for the layers whose digests were right."""
+        self.discard_parts()
+        self.remove_work()
+        self.work.mkdir(mode=0o700)
+        self.room = Room(self.limit)
+
+    def fetch_image(self, registry: Registry, found: StoredImage | None) -> StoredImage:
         wanted = Platform.parse(self.values.get("platform") or "")
-        manifest, digest = registry.read_manifest(reference.version)
+        manifest, digest = registry.read_manifest(registry.reference.version)
         if manifest["mediaType"] in INDEXES:
             chosen = choose_manifest(manifest, wanted, registry.shown)
             manifest, _ = registry.read_manifest(chosen)
@@ -336,13 +360,15 @@ class Fetch:
         """
         digest = want_digest(descriptor)
         proof = find_proof(self.store, name, registry.server, digest)
+        if (digest, name) in self.brought:
+            return FetchedLayer(name, digest, proof)
         if proof.exists() and registry.server.startswith("https://") and self.store.layer(name).exists():
             registry.check_access(descriptor)
-            return FetchedLayer(name, proof)
+            return FetchedLayer(name, digest, proof)
         # Each image has its own part: what another image has begun may be another job's secret, or nonsense.
         part = self.store.part(f"{self.key}.{digest.partition(':')[2]}.{name}")
         registry.download(descriptor, part, self.limit, f"downloading {which}")
-        return FetchedLayer(name, proof, part)
+        return FetchedLayer(name, digest, proof, part)
 
     def bring_fetched(self, layer: FetchedLayer) -> None:
         """Bring a layer into the store; only for its size, if it is there and this job may have it."""
@@ -354,6 +380,7 @@ class Fetch:
         finally:
             discard(layer.part)
         layer.proof.touch(mode=0o600)
+        self.brought.add((layer.digest, layer.name))
 
     def bring_layer(self, path: Path, name: str) -> None:
         """Unpack a layer into the store. If it is there already, check that `path` has the same contents."""
@@ -375,6 +402,7 @@ class Fetch:
 @dataclass(frozen=True)
 class FetchedLayer:
     name: str  # in the store
+    digest: str  # of what was downloaded
     proof: Path  # see find_proof
     part: Path | None = None  # what was downloaded, None if the layer is in the store
 

@@ -42,6 +42,7 @@ class FetchSettings:
     auth_config: str
     auth_helper: str
     insecure: tuple[str, ...]
+    mirrors: Mapping[str, tuple[str, ...]]  # by the names of registries
 
 
 def plan_fetching(config: PluginOptions) -> FetchSettings:
@@ -52,6 +53,7 @@ def plan_fetching(config: PluginOptions) -> FetchSettings:
         auth_config=auth.config or "",
         auth_helper=auth.helper or "",
         insecure=config.insecure_registries,
+        mirrors=config.registry_mirrors,
     )
 
 

@@ -347,6 +347,7 @@ class Reference:
 
     @property
     def server(self) -> str:
+        """HOST[:PORT] that answers for the registry."""
         return "registry-1.docker.io" if self.host == "docker.io" else self.host
 
     @property

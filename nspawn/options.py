@@ -33,6 +33,7 @@ class Kind(enum.Enum):
     STRINGS = "list(string)"
     STRING_MAP = "list(map(string))"
     NUMBER_MAP = "list(map(number))"
+    STRINGS_MAP = "list(map(list(string)))"
     BLOCK = "block"
     BLOCKS = "list(block)"
 
@@ -49,6 +50,7 @@ class Kind(enum.Enum):
             Kind.STRINGS: decode_strings,
             Kind.STRING_MAP: functools.partial(decode_map, decode=decode_string),
             Kind.NUMBER_MAP: functools.partial(decode_map, decode=decode_number),
+            Kind.STRINGS_MAP: functools.partial(decode_map, decode=decode_strings),
         }
         return decoders[self](name, value)
 

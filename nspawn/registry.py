@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nspawn.checks import name_registry
 from nspawn.common import SAFE_PATH, DriverError, HostError, TransientError, quote, shorten
 from nspawn.download import MAX_DOCUMENT, Client, Download, basic, discard, explain_status, hash_file, too_large
 from nspawn.images import DIGEST, ImageConfig, Reference
@@ -122,20 +123,34 @@ def ask_helper(name: str, host: str) -> Credentials | None:
         raise HostError(f"the credential helper {argv[0]} gives no usable answer") from None
 
 
-class Registry:
-    """One repository of a registry, with the authorization that it asked for."""
+def find_mirrors(host: str, mirrors: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """Return the mirrors to ask before a registry."""
+    return mirrors.get(name_registry(host), mirrors.get("*", ()))
 
-    def __init__(self, client: Client, reference: Reference, credentials: Credentials, is_plain: bool) -> None:
+
+class Registry:
+    """One repository of a registry, with the authorization that it asked for. A `mirror`, HOST[:PORT][/PREFIX],
+    stands for the registry, and has its repositories below the prefix."""
+
+    def __init__(
+        self, client: Client, reference: Reference, credentials: Credentials, is_plain: bool, mirror: str = ""
+    ) -> None:
         self.client, self.reference, self.credentials = client, reference, credentials
-        self.schemes = ("http",) if is_plain else ("https", "http") if is_loopback(reference.host) else ("https",)
+        self.place = mirror or reference.host
+        host, _, prefix = (mirror or reference.server).partition("/")
+        self.host = host
+        self.name = f"{prefix}/{reference.name}" if prefix else reference.name
+        # As containerd asks its mirrors: one cache can serve several registries by this.
+        self.query = f"?ns={urllib.parse.quote(reference.host)}" if mirror else ""
+        self.schemes = ("http",) if is_plain else ("https", "http") if is_loopback(host) else ("https",)
         self.authorization: dict[str, str] = {}
 
     @property
     def server(self) -> str:
-        return f"{self.schemes[0]}://{self.reference.server}"
+        return f"{self.schemes[0]}://{self.host}"
 
     def url(self, path: str) -> str:
-        return f"{self.server}/v2/{self.reference.name}/{path}"
+        return f"{self.server}/v2/{self.name}/{path}{self.query}"
 
     def retrying(self, act: Callable[[], Any]) -> Any:
         """Call `act` and return its result. Authorize and repeat it if it is refused; repeat it with http if a
@@ -158,7 +173,7 @@ class Registry:
     @property
     def shown(self) -> str:
         version = f"@{self.reference.digest}" if self.reference.digest else f":{self.reference.tag}"
-        return f"{self.reference.host}/{self.reference.name}{version}"
+        return f"{self.place}/{self.reference.name}{version}"
 
     def authorize(self, challenges: Sequence[str]) -> None:
         for challenge in challenges:
@@ -175,9 +190,9 @@ class Registry:
     def fetch_token(self, challenge: Mapping[str, str]) -> str:
         realm = challenge["realm"]
         if self.schemes[0] == "https" and not realm.lower().startswith("https://"):
-            raise DriverError(f"the registry {self.reference.host} asks to send credentials without encryption")
+            raise DriverError(f"the registry {self.host} asks to send credentials without encryption")
         query = {key: challenge[key] for key in ("service", "scope") if challenge.get(key)}
-        query.setdefault("scope", f"repository:{self.reference.name}:pull")
+        query.setdefault("scope", f"repository:{self.name}:pull")
         try:
             if self.credentials.token:
                 form = {**query, "grant_type": "refresh_token", "refresh_token": self.credentials.token,
@@ -192,7 +207,7 @@ class Registry:
         answer = parse_json(data, "the registry's token")
         token = answer.get("token") or answer.get("access_token")
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
-            raise DriverError(f"the registry {self.reference.host} gives no token")
+            raise DriverError(f"the registry {self.host} gives no token")
         return token
 
     def read_manifest(self, version: str) -> tuple[dict[str, Any], str]:

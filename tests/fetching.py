@@ -42,11 +42,12 @@ class Fetcher:
         self.environ: dict[str, str] = {}
         self.settings: dict[str, Any] = {"limit": 1 << 30, "stall": 5.0, "auth_config": "", "auth_helper": ""}
         self.insecure: list[str] = []
+        self.mirrors: dict[str, list[str]] = {}
 
     def request(self, origin: Origin) -> dict[str, Any]:
         return {
-            **asdict(origin), **self.settings, "insecure": self.insecure, "action": "fetch", "key": origin.key,
-            "root": str(self.store.root), "asked_at": time.time(),
+            **asdict(origin), **self.settings, "insecure": self.insecure, "mirrors": self.mirrors,
+            "action": "fetch", "key": origin.key, "root": str(self.store.root), "asked_at": time.time(),
         }  # fmt: skip
 
     def start(self, request: Mapping[str, Any]) -> subprocess.Popen[bytes]:

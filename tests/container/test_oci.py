@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import os
 import stat
 import subprocess
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from tests.servers import (
     TokenServer,
     basic,
     basic_auth,
+    cut_off,
     folder,
     hard_link,
     link,
@@ -477,6 +481,176 @@ def test_plain_http_is_for_this_machine_and_the_operators_list(fetcher: Fetcher)
             assert f"http://{listener}" in fetcher.refuse(docker_origin(f"{listener}/x"))[0]
         finally:
             subprocess.run(["ip", "address", "del", "192.0.2.7/32", "dev", "lo"], check=True)
+
+
+# -- mirrors -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mirror() -> Iterator[Liar]:
+    with Liar() as running:
+        yield running
+
+
+def mirrored(fetcher: Fetcher, liar: Liar, *mirrors: str) -> Origin:
+    """An image of a registry that has mirrors."""
+    fetcher.mirrors = {liar.host: list(mirrors)}
+    return origin_of(liar)
+
+
+def test_a_mirror_is_asked_first(fetcher: Fetcher, liar: Liar, mirror: Liar) -> None:
+    """And the registry not at all. It gets credentials of its own, and neither the job's nor the registry's."""
+    image = ImageParts.make([BASE])
+    liar.serve(image)
+    mirror.serve(image, "cache/hub/x")
+    for path, data in list(mirror.files.items()):
+        mirror.answers[path] = needs_authorization(mirror, data, basic("for", "the mirror"))
+    config = fetcher.store.root.with_name("config.json")
+    auths = {mirror.host: {"auth": encode("for:the mirror")}, liar.host: {"auth": encode("for:the registry")}}
+    config.write_text(json.dumps({"auths": auths}))
+    fetcher.settings["auth_config"] = str(config)
+    origin = replace(mirrored(fetcher, liar, f"{mirror.host}/cache/hub"), username="job", password="secret")
+    assert fetcher.fetch(origin).layers[0] == layer_name(BASE)
+    assert not liar.seen
+    assert {seen.headers.get("Authorization", "") for seen in mirror.seen} == {"", basic("for", "the mirror")}
+    assert {seen.path.partition("?")[2] for seen in mirror.seen} == {f"ns={liar.host.replace(':', '%3A')}"}
+
+
+def needs_authorization(server: Liar, data: bytes, wanted: str) -> Any:
+    def answer(request: Any) -> None:
+        if request.headers.get("Authorization") == wanted:
+            server.send_file(request, data)
+        else:
+            send(request, 401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
+
+    return answer
+
+
+def trickle(request: Any) -> None:
+    """A byte now and then, for as long as somebody listens."""
+    request.send_response(200)
+    request.send_header("Content-Length", "100")
+    request.end_headers()
+    for _ in range(100):
+        request.wfile.write(b" ")
+        time.sleep(0.2)
+
+
+# What a mirror can do wrong, and what the event says then.
+MANIFEST, LAYER = "/v2/x/manifests/latest", "layer"
+FAULTS: dict[str, tuple[str, Any, str]] = {
+    "absent": (MANIFEST, status(404), "is not there (HTTP 404)"),
+    "closed": (MANIFEST, status(401), "needs credentials"),
+    "broken": (MANIFEST, status(502), "the server answers HTTP 502"),
+    "silent": (MANIFEST, stall(bytes(9), 5), "has stalled"),
+    "slow": (MANIFEST, trickle, "has stalled"),
+    "garbage": (MANIFEST, lambda request: send(request, 200, b"<html>"), "not the JSON it should be"),
+    "other manifest": (
+        MANIFEST,
+        lambda request: send(request, 200, b"{}", {"Docker-Content-Digest": "sha256:" + "0" * 64}),
+        "a manifest of another digest",
+    ),
+    "layer absent": (LAYER, status(404), "is not there (HTTP 404)"),
+    "layer silent": (LAYER, stall(BASE[:100], 10), "has stalled"),
+    "layer slow": (LAYER, trickle, "has stalled"),
+    "layer cut off": (LAYER, cut_off(bytes(50), 20), "broke off"),
+    "layer wrong": (LAYER, lambda request: send(request, 200, b"x"), "another digest or size"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mirror_with_a_fault_is_passed_over(fetcher: Fetcher, liar: Liar, mirror: Liar, fault: str) -> None:
+    """One event says why. Nothing of what it has sent spoils what the registry sends."""
+    image = ImageParts.make([TOP_LAYER, BASE])
+    for server in (liar, mirror):
+        server.serve(image)
+    place, answer, words = FAULTS[fault]
+    mirror.answers[f"/v2/x/blobs/{image.layers[1].digest}" if place == LAYER else place] = answer
+    fetcher.settings["stall"] = 1.0
+    origin = mirrored(fetcher, liar, mirror.host)
+    messages = fetcher.talk(fetcher.request(origin))
+    assert "image" in messages[-1], messages
+    notes = [
+        text
+        for message in messages
+        if f"the mirror {mirror.host} is passed over" in (text := message.get("note", ""))
+    ]
+    assert len(notes) == 1 and words in notes[0], messages
+    found = fetcher.store.read(origin.key)
+    assert found and found.layers[:2] == (layer_name(BASE), layer_name(TOP_LAYER))
+
+
+def test_what_a_mirror_has_sent_well_is_kept(fetcher: Fetcher, liar: Liar, mirror: Liar) -> None:
+    """Here it fails at the last layer, which is asked for when the first two are in the store."""
+    image = make_layers(6)
+    for server in (liar, mirror):
+        server.serve(image)
+    mirror.answers[f"/v2/x/blobs/{image.layers[5].digest}"] = status(500)
+    fetcher.fetch(mirrored(fetcher, liar, mirror.host))
+    asked = {seen.path for seen in liar.seen}
+    assert not {f"/v2/x/blobs/{layer.digest}" for layer in image.layers[:2]} & asked
+
+
+def test_mirrors_in_their_order(fetcher: Fetcher, liar: Liar, mirror: Liar) -> None:
+    """The first is down, the second has the image; for other registries there is none."""
+    mirror.serve(ImageParts.make([BASE]))
+    origin = mirrored(fetcher, liar, "127.0.0.1:1", mirror.host)
+    messages = fetcher.talk(fetcher.request(origin))
+    assert "image" in messages[-1] and not liar.seen
+    assert ["127.0.0.1:1 is passed over" in message["note"] for message in messages if "note" in message] == [True]
+    fetcher.mirrors = {"*": [mirror.host], liar.host: []}
+    assert "HTTP 404" in fetcher_of(fetcher, "other").refuse(origin_of(liar))[0]
+    fetcher.mirrors = {"*": [mirror.host]}
+    fetcher_of(fetcher, "third").fetch(origin_of(liar))
+
+
+def fetcher_of(fetcher: Fetcher, name: str) -> Fetcher:
+    """Another client, with the same settings."""
+    other = Fetcher(fetcher.store.root / name)
+    other.settings, other.mirrors, other.insecure = fetcher.settings, fetcher.mirrors, fetcher.insecure
+    return other
+
+
+def test_a_digest_is_safe_from_a_mirror(fetcher: Fetcher, liar: Liar, mirror: Liar) -> None:
+    """It may say what a tag means, but not what a digest means."""
+    honest, other = ImageParts.make([BASE]), ImageParts.make([TOP_LAYER])
+    digest = "sha256:" + hashlib.sha256(json.dumps(honest.manifest).encode()).hexdigest()
+    liar.serve(honest, tag=digest)
+    mirror.serve(other, tag=digest)
+    fetcher.mirrors = {liar.host: [mirror.host]}
+    assert fetcher.fetch(docker_origin(f"{liar.host}/x@{digest}")).layers[0] == layer_name(BASE)
+    liar.serve(honest)
+    mirror.serve(other)
+    assert fetcher.fetch(origin_of(liar)).layers[0] == layer_name(TOP_LAYER)
+
+
+def test_the_registrys_own_error_counts(fetcher: Fetcher, liar: Liar) -> None:
+    """Not the mirror's; and without any of them, the stored image is used for latest."""
+    origin = replace(mirrored(fetcher, liar, "127.0.0.1:1"), refresh=True)
+    text, kind = fetcher.refuse(origin)
+    assert f"{liar.host}/x:latest is not there (HTTP 404)" in text and kind == "DriverError"
+    liar.serve(ImageParts.make([BASE]))
+    fetcher.fetch(origin)
+    liar.answers["/v2/x/manifests/latest"] = status(503)
+    messages = fetcher.talk(fetcher.request(origin))
+    assert "is used" in messages[-2]["note"] and "image" in messages[-1]
+
+
+def test_a_mirror_by_plain_http(fetcher: Fetcher, liar: Liar) -> None:
+    """Beyond this machine only from the operator's list."""
+    liar.serve(ImageParts.make([BASE]))
+    with Liar("0.0.0.0") as server:
+        subprocess.run(["ip", "address", "add", "192.0.2.8/32", "dev", "lo"], check=True)
+        try:
+            host = f"192.0.2.8:{server.port}"
+            origin = mirrored(fetcher, liar, host)
+            fetcher.fetch(origin)
+            assert not server.seen and liar.seen
+            fetcher.insecure = [host]
+            fetcher_of(fetcher, "other").fetch(origin)
+            assert server.seen
+        finally:
+            subprocess.run(["ip", "address", "del", "192.0.2.8/32", "dev", "lo"], check=True)
 
 
 # -- a registry that means harm ------------------------------------------------------------------------------

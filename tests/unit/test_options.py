@@ -116,6 +116,7 @@ def test_default_is_a_value_of_the_option(option: Option) -> None:
         Kind.STRINGS: tuple,
         Kind.STRING_MAP: tuple if option.check is parse_binds else dict,
         Kind.NUMBER_MAP: dict,
+        Kind.STRINGS_MAP: dict,
         Kind.BLOCKS: tuple,
     }
     assert type(option.default) is kinds[option.kind]
@@ -129,7 +130,7 @@ def test_row_is_whole(option: Option) -> None:
     assert bool(option.fields) == option.kind.is_block
     if option.argument:
         assert option.argument.startswith("-")
-    if option.kind in (Kind.STRINGS, Kind.STRING_MAP, Kind.NUMBER_MAP):
+    if option.kind in (Kind.STRINGS, Kind.STRING_MAP, Kind.NUMBER_MAP, Kind.STRINGS_MAP):
         assert option.default is not None  # the plan walks over it
 
 
@@ -448,6 +449,7 @@ def test_plugin_options() -> None:
         "image_size_limit": 65536,
         "image_stall_timeout": None,
         "insecure_registries": (),
+        "registry_mirrors": {},
         "auth": None,
         "reap_after": None,
         "reap_dry_run": False,
@@ -614,10 +616,14 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     ],
     "must be a number above 0": [("image_size_limit", [0])],
     "must be a list of strings": [
-        ("insecure_registries", ["x:5000"]), ("command", ["/bin/true"]), ("ports", ["http"]),
+        ("insecure_registries", ["x:5000"]), ("registry_mirrors", [[{"x": "m"}]]), ("command", ["/bin/true"]), ("ports", ["http"]),
     ],
     "must be HOST or HOST:PORT, without http:// and without a path": [
         ("insecure_registries", [["x:5000", "http://x/"]]),
+        ("registry_mirrors", [[{"https://x": ["m"]}], [{"x/y": ["m"]}]]),
+    ],
+    "must be HOST[:PORT] or HOST[:PORT]/PREFIX, without http://": [
+        ("registry_mirrors", [[{"docker.io": ["http://m"]}], [{"*": ["m/"]}], [{"*": ["m/a/../b"]}]]),
     ],
     "must not be empty; the default is /var/lib/machines": [("image_dir", [""])],
     "must be one of no, yes, state, overlay": [("volatile", ["maybe"])],
