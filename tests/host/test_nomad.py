@@ -203,13 +203,15 @@ def examples(image: Path, tmp_path: Path) -> Iterator[Path]:
         files.files["/debian.tar.xz"] = archive
         registry.push("library/nginx", ImageParts.make([archive], Entrypoint=serve), "1.27")
         for path in (tmp_path / "example").rglob("*.hcl"):
-            text = path.read_text().replace("docker.io/", f"{registry.host}/")
-            path.write_text(text.replace("http://127.0.0.1:8000", files.url))
+            path.write_text(path.read_text().replace("http://127.0.0.1:8000", files.url))
+        config = tmp_path / "example/config.hcl"
+        mirrors = f'registry_mirrors = {{ "docker.io" = ["{registry.host}"] }}'
+        config.write_text(config.read_text().replace("  config {\n", f"  config {{\n    {mirrors}\n"))
         yield tmp_path / "example"
 
 
 def write_agent_config(path: Path, images: Path, more: str = "") -> Path:
-    text = (ROOT / "example/config.hcl").read_text()
+    text = (images.parent / "config.hcl").read_text()
     path.write_text(text.replace("  config {\n", f'  config {{\n    image_dir = "{images}"\n') + more)
     return path
 
