@@ -54,6 +54,7 @@ from nomad_pb import (
     rpc_status_pb2,
 )
 from nspawn.accounts import find_account
+from nspawn.cdi import add_groups, apply_devices
 from nspawn.cgroup import (
     Usage,
     find_mirrors,
@@ -576,8 +577,9 @@ FILE_OPTIONS: tuple[Option, ...] = (
            '{ host_path = "/dev/kvm" }', default=(), permission=Permission.DEVICES, check=check_devices,
            into=Device, fields=(
                Option("host_path", Kind.STRING,
-                      "The device node on the host; symbolic links are followed. Or a class of devices as in the "
-                      "host's `/proc/devices`, with `char-` or `block-` before it, as in `char-ttyUSB`. See "
+                      "The device node on the host; symbolic links are followed. Or the name of a device in the "
+                      "host's files of CDI, as in `nvidia.com/gpu=0`. Or a class of devices as in the host's "
+                      "`/proc/devices`, with `char-` or `block-` before it, as in `char-ttyUSB`. See "
                       "[jobs](jobs.md#devices).",
                       '"/dev/ttyUSB0"', required=True, check=check_device),
                Option("container_path", Kind.STRING, "The path in the container. By default the same path.",
@@ -1881,6 +1883,7 @@ class DriverService:
         is_in_group = bool(config.network.namespace)
         options = decode_job(TASK_OPTIONS, config.options, self.config, is_in_group=is_in_group)
         check_permissions(TASK_OPTIONS, options, self.config, is_in_group=is_in_group)
+        config, options, edits = apply_devices(config, options)
         options, class_rules = expand_classes(options)
         check_rules(TASK_OPTIONS, options, host, has_image=False)  # before an image is fetched for nothing
         check_targets(config, options)
@@ -1893,6 +1896,7 @@ class DriverService:
             image = await self.find_image(config, options, own, stack)
             options = apply_image(options, image, config.user)
             account = await run_in_thread(lambda: find_account(image, options, config.mounts))
+            account = add_groups(account, options, edits.groups)
             sources = stack.enter_context(open_sources(TASK_OPTIONS, options, own, self.config))
             volumes = stack.enter_context(open_volumes(config.mounts))
             devices = stack.enter_context(open_devices([*options.devices, *config.devices]))

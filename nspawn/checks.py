@@ -81,6 +81,8 @@ class Mount:
     options: tuple[str, ...] = ()  # of BIND_OPTIONS
     propagation: str = ""  # of a volume, as Nomad says it
     selinux_label: str = ""  # the same
+    option: str = "volume_mount"  # that is to blame for an error of a volume: or devices, for those of CDI
+    is_nosuid: bool = False
 
     @property
     def shows_later_mounts(self) -> bool:
@@ -212,6 +214,7 @@ def has_image_source(overlays: Iterable[Overlay]) -> bool:
     return any(place.startswith("+/") for overlay in overlays for place in overlay.lower)
 
 
+CDI_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*=[A-Za-z0-9]([\w.:-]*[A-Za-z0-9])?", re.ASCII)
 CLASS = re.compile(r"(char|block)-([^/\s][^\s]{0,99})")  # as systemd's DeviceAllow= has it
 
 
@@ -219,7 +222,7 @@ CLASS = re.compile(r"(char|block)-([^/\s][^\s]{0,99})")  # as systemd's DeviceAl
 class Device:
     """A device for a container: one of the job's `devices`, or of a device plugin."""
 
-    host_path: str  # of a node; in a job also the name of a class
+    host_path: str  # of a node; in a job also the name of a class, or of a device of CDI
     container_path: str | None = None  # None: the same
     cgroup_permissions: str = "rwm"  # r to read, w to write, m to make it with mknod(2)
 
@@ -231,19 +234,36 @@ class Device:
     def is_class(self) -> bool:
         return bool(CLASS.fullmatch(self.host_path))
 
+    @property
+    def is_cdi(self) -> bool:
+        return bool(CDI_NAME.fullmatch(self.host_path))
+
+
+@dataclass(frozen=True)
+class CdiNode(Device):
+    """A device node that a file of CDI asks for. -1: as the host's node has it."""
+
+    mode: int = -1  # without the type
+    uid: int = -1  # in the container
+    gid: int = -1
+
 
 def check_devices(name: str, value: Sequence[Device]) -> Sequence[Device]:
     for device in value:
-        if device.is_class and device.container_path:
-            rule = f"is for a single node, and {device.host_path} is a class"
+        if device.container_path and (device.is_class or device.is_cdi):
+            what = "a class" if device.is_class else "a device of CDI"
+            rule = f"is for a single node, and {device.host_path} is {what}"
             raise ConfigError(f"{name}.container_path", device.container_path, rule, "leave it out")
+        if device.is_cdi and device.cgroup_permissions != "rwm":
+            rule = f"cannot be chosen: the file of CDI says it for {device.host_path}"
+            raise ConfigError(f"{name}.cgroup_permissions", device.cgroup_permissions, rule, "leave it out")
     return value
 
 
 def check_device(name: str, value: str) -> str:
-    if not CLASS.fullmatch(value):
+    if not (CLASS.fullmatch(value) or CDI_NAME.fullmatch(value)):
         if not value.startswith("/"):
-            rule = "must be a path of the host, as in /dev/kvm, or a class of devices, as in char-ttyUSB"
+            rule = "must be a node as /dev/kvm, a class as char-ttyUSB, or a device of CDI as nvidia.com/gpu=0"
             raise ConfigError(name, value, rule)
         check_host_directory(name, value)
     return value

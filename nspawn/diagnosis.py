@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from nspawn.cdi import Catalog, describe_catalog, read_catalog
 from nspawn.cgroup import read_number
 from nspawn.common import HostError
 from nspawn.files import find_tool
@@ -64,6 +65,7 @@ def diagnose(host: Host, image_dir: str, alloc_dirs: Sequence[str]) -> Iterator[
     yield from judge_directories(host, image_dir, alloc_dirs or find_usual_alloc_dirs())
     yield from judge_services()
     yield from judge_tools(frozenset(tool for tool in TOOLS_BY_USE if find_tool(tool)))
+    yield from judge_devices(read_catalog())
     yield judge_watches(read_number("/proc/sys/fs/inotify/max_user_instances"))
     if not have_kernel_messages():
         yield Finding(
@@ -151,6 +153,12 @@ def judge_tools(installed: frozenset[str]) -> Iterator[Finding]:
         "disk images can be used: systemd-udevd runs.",
         "disk images cannot be used: systemd-udevd does not run. Directories and registries' images can.",
     )
+
+
+def judge_devices(catalog: Catalog) -> Iterator[Finding]:
+    for text in describe_catalog(catalog):
+        yield Finding(Verdict.OK, f"{text}.")
+    yield from (note(f"{text}.") for text in catalog.problems)
 
 
 def judge_watches(limit: int) -> Finding:

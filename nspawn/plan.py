@@ -389,7 +389,7 @@ def plan_files(task: TaskConfig, options: JobOptions, found: HostInputs) -> File
         overlays=tuple(overlay.render(places) for overlay in options.overlays),
         # Files of the host's root in an id-mapped mount belong to root inside, too: without nosuid, a set-user-id
         # file that another task made would make any user inside root.
-        nosuid=tuple({mount.source: None for mount in (*binds, *volumes) if mount.is_mapped}),
+        nosuid=tuple({mount.source: None for mount in (*binds, *volumes) if mount.is_mapped or mount.is_nosuid}),
     )
 
 
@@ -465,7 +465,7 @@ def plan_volumes(
         return replace(mount, source=staged.path, options=("idmap",) if is_mapped else ())
 
     for mount in task.mounts:
-        check_container_path("volume_mount", mount.target)
+        check_container_path(mount.option, mount.target)
         check_propagation(mount, options)
     return [plan(mount) for mount in (*task.directory_mounts, *task.mounts)]
 
@@ -504,7 +504,7 @@ def explain_volumes(task: TaskConfig, options: JobOptions, mounts: Mounts) -> It
                 "belong to nobody, and the container can write only where everybody may."
             )
     places = {"/alloc": task.shared_dir} if task.alloc_dir else {}
-    places |= {mount.target: mount.source for mount in task.mounts}
+    places |= {mount.target: mount.source for mount in task.mounts if mount.option == "volume_mount"}
     for target, source in places.items():
         if not mounts.have_idmap(source):
             kind = mounts.filesystem(source) or "a file system"

@@ -186,7 +186,7 @@ def check_targets(task: TaskConfig, options: JobOptions) -> None:
         *(("mount", mount.source, mount.target) for mount in options.mount),
         *(("overlay", overlay.text, overlay.target) for overlay in options.overlay),
         *(("overlay_read_only", overlay.text, overlay.target) for overlay in options.overlay_read_only),
-        *(("volume_mount", mount.source, mount.target) for mount in task.mounts),
+        *((mount.option, mount.source, mount.target) for mount in task.mounts),
         *(("devices", device.host_path, device.target) for device in (*options.devices, *task.devices)),
     ]
     taken: dict[str, str] = {}

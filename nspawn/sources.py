@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nspawn.checks import Device, Mount
+from nspawn.checks import CdiNode, Device, Mount
 from nspawn.common import ConfigError, HostError, check_shortage, is_below, name_entry, quote
 from nspawn.devices import DeviceRule, find_nodes, parse_majors
 from nspawn.host import is_on_shared_mount
@@ -44,6 +44,8 @@ class Source:
     mode: int  # st_mode
     fd: int = -1
     number: int = 0  # st_rdev of a device node
+    uid: int = 0
+    gid: int = 0
 
     @property
     def is_node(self) -> bool:
@@ -85,7 +87,7 @@ def open_source(option: str, name: str, path: str) -> Source:
         check_shortage(error)
         raise ConfigError(option, name, f"cannot be used: {os.strerror(error.errno or 0)}") from None
     found = os.fstat(fd)
-    return Source(os.readlink(f"/proc/self/fd/{fd}"), found.st_mode, fd, found.st_rdev)
+    return Source(os.readlink(f"/proc/self/fd/{fd}"), found.st_mode, fd, found.st_rdev, found.st_uid, found.st_gid)
 
 
 LEADS_OUT = "leads out of the task's directories"
@@ -126,7 +128,7 @@ def open_volumes(mounts: Iterable[Mount]) -> Iterator[dict[str, Source]]:
         found: dict[str, Source] = {}
         for mount in mounts:
             if mount.source not in found:
-                found[mount.source] = open_source("volume_mount", mount.source, mount.source)
+                found[mount.source] = open_source(mount.option, mount.source, mount.source)
                 stack.callback(os.close, found[mount.source].fd)
             if mount.shows_later_mounts and not is_on_shared_mount(found[mount.source].fd):
                 rule = (
@@ -227,8 +229,15 @@ def open_devices(devices: Iterable[Device]) -> Iterator[dict[Device, Source]]:
             if not source.is_node:
                 remedy = "name each node in a directory by itself, and other files in bind"
                 raise ConfigError("devices.host_path", device.host_path, "must be a device node", remedy)
-            found[device] = source
+            found[device] = own_node(source, device) if isinstance(device, CdiNode) else source
         yield found
+
+
+def own_node(source: Source, node: CdiNode) -> Source:
+    """Return a device node with the owner and mode that it has in the container."""
+    mode = source.mode if node.mode < 0 else stat.S_IFMT(source.mode) | stat.S_IMODE(node.mode)
+    uid, gid = source.uid if node.uid < 0 else node.uid, source.gid if node.gid < 0 else node.gid
+    return replace(source, mode=mode, uid=uid, gid=gid)
 
 
 def expand_classes(options: JobOptions) -> tuple[JobOptions, list[DeviceRule]]:
@@ -434,12 +443,12 @@ def make_nodes(staged_sources: Sequence[StagedSource], directory: Path) -> None:
         return
     mount_filesystem("tmpfs", str(directory), MS_NOSUID, "mode=0700,size=64k,nr_inodes=4k")
     for staged in staged_sources:
-        found = os.fstat(staged.source.fd)
+        source = staged.source
         try:
-            os.mknod(staged.path, found.st_mode, found.st_rdev)
+            os.mknod(staged.path, source.mode, source.number)
         except OSError as error:
             check_shortage(error)
             why = f"no node can be made: {error.strerror}"
-            raise HostError(f"{quote(staged.source.path)} cannot be used in a container: {why}") from None
-        os.chown(staged.path, found.st_uid, found.st_gid)
-        os.chmod(staged.path, stat.S_IMODE(found.st_mode))
+            raise HostError(f"{quote(source.path)} cannot be used in a container: {why}") from None
+        os.chown(staged.path, source.uid, source.gid)
+        os.chmod(staged.path, stat.S_IMODE(source.mode))

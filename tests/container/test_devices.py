@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -244,9 +246,59 @@ def test_class_of_devices(tasks: Tasks, tmp_path: Path, loop_control: Path, name
     assert text.decode().splitlines() == [mode, f"{loop_control} r", "/mnt/misc r", "/mnt/tty", "/dev/fuse r w"]
 
 
+@pytest.fixture
+def vendor(node: Path) -> Iterator[str]:
+    """The name of a device in a file of CDI on this host."""
+    name = f"{node.parent.name.replace('_', '-')}.example/device"
+    (node.parent / "library").write_text("found")
+    (node.parent / "state").mkdir(mode=0o777)
+    (node.parent / "state").chmod(0o777)
+    mount = {"options": ["rw", "rbind", "nosuid"], "hostPath": f"{node.parent}/state", "containerPath": "/tmp/s"}
+    edits = {
+        "deviceNodes": [
+            {"path": "/dev/my/control", "hostPath": str(node), "type": "c", "major": LOOP_CONTROL[0],
+             "minor": LOOP_CONTROL[1], "fileMode": 0o640, "permissions": "r", "uid": 1, "gid": 44},
+            {"path": "/dev/zero"},
+        ],
+        "mounts": [mount],
+        "env": ["DEVICES=one"],
+        "additionalGids": [44],
+    }  # fmt: skip
+    library = {"hostPath": f"{node.parent}/library", "containerPath": "/tmp/l", "options": ["ro", "bind"]}
+    spec = {
+        "cdiVersion": "0.7.0",
+        "kind": name,
+        "containerEdits": {"mounts": [library], "env": ["DRIVER=1"]},
+        "devices": [{"name": "0", "containerEdits": edits}, {"name": "all", "containerEdits": {}}],
+    }
+    place = Path(f"/run/cdi/{node.parent.name}.json")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(spec))
+    yield name
+    place.unlink()
+
+
+def test_check_lists_devices_of_cdi(driver_file: Path, vendor: str) -> None:
+    said = subprocess.run([driver_file, "check"], capture_output=True, text=True, check=False).stdout
+    assert f".json has the devices {vendor}=0, {vendor}=all." in " ".join(said.split())
+
+
+@USERS
+@pytest.mark.parametrize("mode", MODES)
+def test_devices_of_cdi(tasks: Tasks, vendor: str, namespaces: bool, mode: str) -> None:
+    script = "stat -c '%a %u %g' /dev/my/control; cat /tmp/l; echo; >/tmp/s/x && echo kept; echo $DRIVER $DEVICES;"
+    script += "grep -q ' /tmp/s .*nosuid' /proc/self/mountinfo && echo nosuid;"
+    script += "id -G;" + say("/dev/my/control")
+    options = {"options": {"devices": [{"host_path": f"{vendor}=0"}, {"host_path": f"{vendor}=all"}]}}
+    lines = inside(tasks, script, **options, user_namespacing=namespaces, **MODES[mode])
+    groups = "0" if mode == "booted" else "0 44"  # a command beside a booted system has those of its user
+    assert lines == ["640 1 44", "found", "kept", "1 one", "nosuid", groups, "/dev/my/control r"]
+
+
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
+        ("a.example/b=0", "no file of CDI on this host (/etc/cdi, /var/run/cdi) has this device; they have"),
         ("char-nothing", "/proc/devices of this host has no class nothing of char devices; load the module"),
         ("/dev/nothing", 'devices.host_path = "/dev/nothing": cannot be used: No such file or directory'),
         ("/dev", "must be a device node; name each node in a directory by itself"),

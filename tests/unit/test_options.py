@@ -715,11 +715,17 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
         ("allow_paths", [["srv"], ["/srv/../x"]]), ("ephemeral_dir", ["x"]), ("devices", [[{"host_path": "/a/.."}]]),
         ("image_dir", ["images"]),
     ],
-    "must be a path of the host, as in /dev/kvm, or a class of devices, as in char-ttyUSB": [
-        ("devices", [[{"host_path": "kvm"}], [{"host_path": "char-"}], [{"host_path": "char-/dev/tty"}]]),
+    "must be a node as /dev/kvm, a class as char-ttyUSB, or a device of CDI as nvidia.com/gpu=0": [
+        ("devices", [[{"host_path": "kvm"}], [{"host_path": "char-"}], [{"host_path": "gpu=0"}], [{"host_path": "char-/dev/tty"}]]),
     ],
     "is for a single node, and char-tty is a class; leave it out": [
         ("devices", [[{"host_path": "char-tty", "container_path": "/a"}]]),
+    ],
+    "is for a single node, and a.b/c=d is a device of CDI; leave it out": [
+        ("devices", [[{"host_path": "a.b/c=d", "container_path": "/a"}]]),
+    ],
+    "cannot be chosen: the file of CDI says it for a.b/c=0:1; leave it out": [
+        ("devices", [[{"host_path": "a.b/c=0:1", "cgroup_permissions": "r"}]]),
     ],
     "must be blocks": [("devices", [{"host_path": "/a"}])],
     "no such option; the options are host_path, container_path, cgroup_permissions": [
