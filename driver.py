@@ -65,6 +65,7 @@ from nspawn.cgroup import (
     parse_counters,
     read_number,
     read_usage,
+    wait_members,
 )
 from nspawn.checks import (
     ACCOUNT,
@@ -237,7 +238,7 @@ from nspawn.process import (
 )
 from nspawn.reaper import AgentTasks, Reaper, Reaping
 from nspawn.record import add_note, find_exit, read_messages, read_record, reserve_room
-from nspawn.rules import check_permissions, check_rules, check_targets, decode_job
+from nspawn.rules import check_own_settings, check_permissions, check_rules, check_targets, decode_job
 from nspawn.running import (
     check_leader,
     check_shim,
@@ -282,6 +283,7 @@ from nspawn.state import (
     wait_processes,
 )
 from nspawn.store import Store
+from nspawn.sysctl import check_sysctls, write_sysctls
 from nspawn.unit import check_unit, chown_unit_pipes, plan_signal
 
 __version__ = "0.1.0"  # read by Nomad as a hashicorp/go-version: `.dev1` and `.post1` would stop the agent
@@ -641,6 +643,12 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
 )  # fmt: skip
 
 RESOURCE_OPTIONS: tuple[Option, ...] = (
+    Option("sysctl", Kind.STRING_MAP,
+           "Settings of the kernel for the container: `net.*` of its network, if that is not the host's, and "
+           "those of its ipc namespace (`kernel.sem`, `kernel.shm*`, `kernel.msg*`, `fs.mqueue.*`). They are "
+           "written before the program starts. In a group `net.*` counts for all its tasks. See "
+           "[network](network.md#settings-of-the-kernel).",
+           '{ "net.core.somaxconn" = "1024" }', default={}, check=check_sysctls),
     Option("rlimit", Kind.STRING_MAP,
            "Limits of the container's processes: `LIMIT`, or `SOFT:HARD`.",
            '{ nofile = "4096:8192" }', default={}, aliases=("ulimit",), check=parse_rlimits,
@@ -1195,6 +1203,8 @@ class TaskStarter:
                 stack.callback(os.close, may_go)
                 await finish(self.start_shim(go))  # a cancel does not stop its thread, and the shim must be known
                 os.write(may_go, b"go\n")
+                if self.plan.options.sysctl:
+                    await self.write_sysctls()
                 leader, users = await self.wait_ready(notify)
                 locks = {*self.state.locks, *find_locks(self.state.shim, self.state.image)}
                 self.save(leader=leader, users=users, locks=tuple(sorted(locks)))
@@ -1227,6 +1237,7 @@ class TaskStarter:
         self.emit_missing_limits(make_cgroup(self.plan.cgroup, self.plan.limits))
         write_mark(self.state)
         self.restrict_devices()
+        self.hold_payload()
         if self.plan.journal.path:
             make_journal(self.plan.journal)
             self.save(journal=self.plan.journal.path)
@@ -1276,6 +1287,30 @@ class TaskStarter:
         except OSError as error:
             if can_restrict_devices():  # else the fingerprint reports it
                 self.events.emit(self.task, f"The task runs without a device policy: {error.strerror}.")
+
+    def hold_payload(self) -> None:
+        """Let the payload's first process stop as soon as nspawn has moved it into its cgroup."""
+        if self.plan.options.sysctl:
+            payload = Path(self.plan.cgroup, "payload")
+            payload.mkdir(exist_ok=True)
+            freeze_cgroup(str(payload), is_frozen=True)
+
+    async def write_sysctls(self) -> None:
+        """Wait for the payload's first process, give its namespaces the job's settings, and let it go on. Does
+        nothing if nspawn ends before. Raises DriverError or OSError."""
+        payload = f"{self.plan.cgroup}/payload"
+        ended = asyncio.create_task(self.state.shim.wait())
+        try:
+            pids = await asyncio.wait_for(wait_members(payload, ended), START_LIMIT)
+        except asyncio.TimeoutError:
+            raise TransientError(f"the container was not up within {START_LIMIT:g} s") from None
+        finally:
+            ended.cancel()
+        if pids:
+            root = read_ranges(pids[0])[0][0]
+            settings = self.plan.options.sysctl
+            await run_in_thread(lambda: write_sysctls(settings, pids[0], root), is_own=True)
+        freeze_cgroup(payload, is_frozen=False)
 
     async def emit_copying(self) -> None:
         if self.plan.copying:
@@ -1887,6 +1922,7 @@ class DriverService:
         options, class_rules = expand_classes(options)
         check_rules(TASK_OPTIONS, options, host, has_image=False)  # before an image is fetched for nothing
         check_targets(config, options)
+        check_own_settings(options, is_in_group=is_in_group)
         if is_in_group:
             check_namespace(config.network.namespace)
         check_interfaces(options)

@@ -9,12 +9,14 @@ processes, and their usage is added up.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import hashlib
 import itertools
 import math
 import os
+import select
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ from nspawn.common import HostError, check_shortage, is_below, is_shortage
 from nspawn.files import read_text
 from nspawn.host import CONTROLLERS, NO_CGROUPS, CgroupMode, read_cgroup_mode
 from nspawn.job import JobOptions, Resources
-from nspawn.process import ProcessId, read_children, read_stat
+from nspawn.process import ProcessId, cancel_and_wait, read_children, read_stat, wait_readable
 
 
 def plan_cgroup(mode: CgroupMode | None, given: str, alloc_id: str, task_name: str) -> str:
@@ -296,6 +298,22 @@ def kill_cgroup(cgroup: str) -> bool:
             raise
         return False
     return True
+
+
+async def wait_members(cgroup: str, ended: asyncio.Task[None]) -> list[int]:
+    """Wait until a process is in a cgroup; return its members, [] if `ended` is done before. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        events = os.open(f"{cgroup}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, events)
+        alarm = stack.enter_context(select.epoll())
+        alarm.register(events, select.EPOLLPRI)
+        while True:
+            os.pread(events, 4096, 0)  # from here on a change wakes the pollers
+            if (pids := read_members(cgroup)) or ended.done():
+                return pids
+            changed = asyncio.create_task(wait_readable(alarm.fileno()))
+            await asyncio.wait([changed, ended], return_when=asyncio.FIRST_COMPLETED)
+            await cancel_and_wait([changed])
 
 
 def freeze_cgroup(cgroup: str, is_frozen: bool) -> None:

@@ -242,6 +242,7 @@ class JobOptions:
     selinux_context: str | None
     selinux_apifs_context: str | None
 
+    sysctl: Mapping[str, str]
     rlimit: Mapping[str, str]
     oom_score_adjust: int | None
     cpu_affinity: str | None

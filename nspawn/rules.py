@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nspawn.checks import IdRange
-from nspawn.common import ConfigError, quote
+from nspawn.common import ConfigError, name_entry, quote
 from nspawn.host import Host
 from nspawn.job import JobOptions, TaskConfig
 from nspawn.options import Option, decode_options, is_set
 from nspawn.permissions import Permission, PluginOptions, check_permission
+from nspawn.sysctl import is_of_network
 
 
 def decode_job(
@@ -196,6 +197,14 @@ def check_targets(task: TaskConfig, options: JobOptions) -> None:
             rule = f"is for the path {quote(path)} in the container, as is {taken[path]}"
             raise ConfigError(option, source, rule, "give each a path of its own")
         taken[path] = f"{option} {quote(source)}" if option else source
+
+
+def check_own_settings(options: JobOptions, *, is_in_group: bool = False) -> None:
+    """Refuse settings of the network if that is the host's. Raises ConfigError."""
+    for name, value in options.sysctl.items():
+        if is_of_network(name) and not (is_in_group or has_own_network(options)):
+            rule = "is a setting of the network, and this task uses the host's"
+            raise ConfigError(name_entry("sysctl", name), value, rule, "give the task a network of its own")
 
 
 def check_rules(rows: Sequence[Option], options: JobOptions, host: Host, *, has_image: bool = True) -> None:

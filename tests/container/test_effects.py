@@ -259,6 +259,68 @@ def test_networks(tasks: Tasks) -> None:
     assert interfaces(tasks, network_veth=None, network_veth_extra=["vx-tst:eth7"]) == {"lo", "eth7"}
 
 
+SETTINGS = {"net.core.somaxconn": "1234", "net/ipv4/conf/all/rp_filter": "2"}
+SHOW = "cat /proc/sys/net/core/somaxconn /proc/sys/net/ipv4/conf/all/rp_filter"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"private_network": True},
+        {"network_veth": True, "process_two": True},
+        {"private_network": True, "user_namespacing": False},
+    ],
+    ids=str,
+)
+def test_sysctl(tasks: Tasks, options: dict[str, Any]) -> None:
+    """The program finds them as soon as it starts; the host keeps its own."""
+    before = Path("/proc/sys/net/core/somaxconn").read_text()
+    assert run(tasks, SHOW, sysctl=[SETTINGS], **options).split() == ["1234", "2"]
+    assert before == Path("/proc/sys/net/core/somaxconn").read_text() != "1234\n"
+
+
+@pytest.mark.parametrize("namespacing", [True, False])
+def test_sysctl_of_ipc(tasks: Tasks, namespacing: bool) -> None:
+    """Not on hosts that are containers, where /proc/sys is read-only."""
+    before = Path("/proc/sys/kernel/shmmax").read_text()
+    settings = {"kernel.shmmax": "123456", "fs.mqueue.msg_max": "7"}
+    script = "cat /proc/sys/kernel/shmmax /proc/sys/fs/mqueue/msg_max"
+    assert run(tasks, script, sysctl=[settings], user_namespacing=namespacing).split() == ["123456", "7"]
+    assert before == Path("/proc/sys/kernel/shmmax").read_text()
+
+
+def test_sysctl_of_a_group(tasks: Tasks) -> None:
+    """They are for all its tasks."""
+    with make_group() as group, tasks:  # it ends them before the namespace goes
+        in_group = {"network": group.spec, "network_veth": None}
+        for options in ({"sysctl": [SETTINGS]}, {}):
+            assert run(tasks, SHOW, **options, **in_group).split() == ["1234", "2"]
+
+
+def test_sysctl_of_a_booted_system(tasks: Tasks) -> None:
+    task = tasks.boot(sysctl=[SETTINGS], private_network=True)
+    assert task.exec(["cat", "/proc/sys/net/core/somaxconn"])[0] == b"1234\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("net.core.somaxconn", "many", "the kernel refuses this value"),
+        ("net.core.no_such", "1", "the kernel has no such setting in this container"),
+        ("net.core.rmem_max", "1", "the kernel lets nobody change it for one container"),
+    ],
+)
+def test_sysctl_that_the_kernel_refuses(tasks: Tasks, name: str, value: str, why: str) -> None:
+    said = refusal(tasks, sysctl=[{name: value}], private_network=True)
+    assert said.startswith(f'sysctl.{name} = "{value}": {why}')
+
+
+def test_sysctl_of_a_container_that_does_not_start(tasks: Tasks) -> None:
+    """nspawn ends before it has a process for the payload."""
+    options = {"sysctl": [SETTINGS], "private_network": True}
+    assert "/no_such" in refusal(tasks, inaccessible=["/no_such/place"], **options)
+
+
 def test_timezone(tasks: Tasks, image: Path) -> None:
     assert run(tasks, "readlink /etc/localtime", timezone="off") == os.readlink(image / "etc/localtime")
     options = {"timezone": "delete", "volatile": "overlay", "user_namespacing": False}

@@ -1292,8 +1292,9 @@ def test_start_of_a_running_task_is_refused(tasks: Tasks) -> None:
 
 @pytest.mark.parametrize("attempt", range(10))
 def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: Path, attempt: int) -> None:
-    """A plugin that dies while it starts a task is started again, and StartTask repeated with the same id."""
-    task = tasks.make(["/bin/sleep", "60"])
+    """A plugin that dies while it starts a task is started again, and StartTask repeated with the same id. Its
+    payload may be frozen at that moment, for `sysctl`."""
+    task = tasks.make(["/bin/sleep", "60"], private_network=True, sysctl=[{"net.core.somaxconn": "1"}])
     task.id = f"{task.allocation.id}/task/{os.urandom(4).hex()}"
     task.prestart()
     request = driver_pb2.StartTaskRequest(task=task.task_config())

@@ -55,7 +55,7 @@ IMAGES = "task or roots or user or harm or archive_may or stack or whiteout or t
 # One row: everything takes ten times as long there, also each start of pytest and of a file's first plugin.
 IN_MACHINES = "container/effects container/roots container/cgroup container/devices"
 NEEDS_MACHINE = (
-    "udev or test_cgroup or test_devices and (ephemeral or dead and not CAP)"
+    "udev or of_ipc or test_cgroup or test_devices and (ephemeral or dead and not CAP)"
     " or test_roots and (changes or booted or looks or layers or volatile)"
 )
 NEWER = ("trixie", "sid")  # than 252
@@ -68,7 +68,7 @@ PARTS = (
     Part("container", "container/unit container/journal", suites=NEWER),
     Part("container", "host/machined"),
     *([Part("container", "host/nomad", "not bridge")] if shutil.which("nomad") else []),
-    Part("container", "container/effects", "not udev", suites=NEWER),
+    Part("container", "container/effects", "not udev and not of_ipc", suites=NEWER),
     Part("container", "container/devices"),
     Part("container", "container/roots", "not file_system", suites=NEWER),
     Part("machine", IN_MACHINES, NEEDS_MACHINE, timeout=1200),

@@ -32,7 +32,7 @@ from nspawn.options import (
 )
 from nspawn.permissions import PERMISSIONS, Permission, PluginOptions
 from nspawn.process import run
-from nspawn.rules import RULES, Rule, check_permissions, check_rules, decode_job
+from nspawn.rules import RULES, Rule, check_own_settings, check_permissions, check_rules, decode_job
 from tests import agent
 from tests.options import CONFIG, read_options
 
@@ -596,6 +596,13 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
         ("image", ['a\x00b']), ("command", [['a\x00']]), ("environment", [[{"A": 'b\x00'}]]),
     ],
     "must be a block": [("image_download", ["x"]), ("auth", ["ci:secret"]), ("devices", [["/a"]])],
+    "must be the name of a setting, as in net.core.somaxconn": [
+        ("sysctl", [[{name: "1"}] for name in ("", "net", "net.", "net..core.x", "net/../x", "net/core/a b", "/net/x", "net.core.x\n", "net/./x")]),
+    ],
+    "is a setting of the whole host; those of a container are net.*, fs.mqueue.*, kernel.sem, kernel.msgmax, kernel.msgmnb, kernel.msgmni, kernel.shmall, kernel.shmmax, kernel.shmmni, kernel.shm_rmid_forced": [
+        ("sysctl", [[{name: "1"}] for name in ("vm.swappiness", "kernel.core_pattern", "kernel.sem_next_id", "fs.file-max", "kernel.shmall.x", "kernel/net.x")]),
+    ],
+    "must be one line of printable ASCII": [("sysctl", [[{"net.core.somaxconn": value}] for value in ("", "1\n2", "é")])],
     "must be an http:// or https:// address, or the name of an image in a registry": [
         ("image_download", [{"url": "ftp://x"}, {"url": "file:///etc/passwd"}]),
     ],
@@ -1073,6 +1080,20 @@ def test_hardened_operators_allow(options: dict[str, object]) -> None:
 
 def test_network_of_a_group_is_not_the_hosts() -> None:
     check_permissions(TASK_OPTIONS, read_options(CONFIG, True), HARDENED, is_in_group=True)
+
+
+def test_settings_of_a_network_need_one() -> None:
+    network, ipc = {"net.core.somaxconn": "1"}, {"kernel.sem": "1 2 3 4"}
+    for options in ({}, {"network_zone": "a"}, {"network_veth": False, "private_network": True}):
+        check_own_settings(read_options(sysctl=[network], **options))
+    check_own_settings(read_options(CONFIG, True, sysctl=[network]), is_in_group=True)
+    check_own_settings(read_options(sysctl=[ipc], network_veth=False))
+    with pytest.raises(ConfigError) as caught:
+        check_own_settings(read_options(sysctl=[network], network_veth=False))
+    assert str(caught.value) == (
+        'sysctl.net.core.somaxconn = "1": is a setting of the network, and this task uses the host\'s; '
+        "give the task a network of its own"
+    )
 
 
 @pytest.mark.parametrize("option", ["capability", "ambient_capability"])
