@@ -111,6 +111,7 @@ from nspawn.checks import (
     parse_duration,
     parse_extra_hosts,
     parse_id_range,
+    parse_least_size,
     parse_mirrors,
     parse_mounts,
     parse_overlays,
@@ -236,6 +237,7 @@ from nspawn.process import (
     start_process,
     wait_readable,
 )
+from nspawn.quota import forbid_attributes
 from nspawn.reaper import AgentTasks, Reaper, Reaping
 from nspawn.record import add_note, find_exit, read_messages, read_record, reserve_room
 from nspawn.rules import check_own_settings, check_permissions, check_rules, check_targets, decode_job
@@ -349,6 +351,12 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            "Keep changes in memory only. `yes`: only `/usr` is taken from the image. `state`: the image is "
            "read-only, with an empty `/var`. `overlay`: the whole image, as with `ephemeral` but in memory.",
            '"overlay"', choices=any_of("no", "yes", "state", "overlay"), argument="--volatile"),
+    Option("root_size", Kind.STRING,
+           "How much the task may write to its root: a size such as `512M` or `2 GiB`. It needs a private root "
+           "(`ephemeral`, `volatile = \"overlay\"`, or an image of a registry). On disk it also needs user "
+           "namespaces, and a client whose file system has project quotas, see "
+           "[images](images.md#a-limit-for-the-root). The plugin's `root_size` is the maximum and the default.",
+           '"2 GiB"', check=parse_least_size),
     Option("pivot_root", Kind.STRING,
            "The directory of the image that becomes the root: `PATH`, or `PATH:PATH` with the place for the old "
            "root.",
@@ -738,6 +746,10 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "The directory for what tasks with `ephemeral` change. By default it is kept in the task's directory, "
            "for which `ephemeral_disk` reserves space.",
            '"/srv/scratch"', check=check_host_directory),
+    Option("root_size", Kind.STRING,
+           "How much a task may write to its private root: the maximum, and for roots on disk the default. By "
+           "default there is no limit on disk. In memory the default is a tenth of the machine's memory.",
+           '"10 GiB"', check=parse_least_size),
     Option("image_gc", Kind.BOOL, "Whether fetched images that no task uses are removed.", "false", default=True),
     Option("image_gc_delay", Kind.STRING, "How long a fetched image is kept after its last use. By default a day.",
            '"30m"', check=parse_duration),
@@ -821,6 +833,8 @@ def start_shim(plan: Plan, state_dir: Path, stdio: Sequence[int], locks: list[in
     DriverError or OSError."""
     try:
         arguments, environ = make_mounts(plan, state_dir, locks)
+        if plan.private and plan.private.upper_dir and plan.private.size:
+            forbid_attributes()
         return start_shell(plan, state_dir, stdio, arguments, locks, environ)
     finally:
         close_all(locks)
@@ -1242,7 +1256,7 @@ class TaskStarter:
             make_journal(self.plan.journal)
             self.save(journal=self.plan.journal.path)
         if self.plan.private and self.plan.private.upper_dir:
-            self.locks.append(await make_upper_dir(Path(self.plan.private.upper_dir)))
+            self.locks.append(await make_upper_dir(Path(self.plan.private.upper_dir), self.plan.private.size))
         make_files(self.plan, self.directory)
 
     async def wait_ready(self, notify: socket.socket) -> tuple[ProcessId, tuple[tuple[int, int], ...]]:
@@ -1946,6 +1960,7 @@ class DriverService:
                 directories={**directories, **volumes},
                 names=await run_in_thread(lambda: read_names(config.network, image, options), is_own=True),
                 ephemeral_dir=self.config.ephemeral_dir or "",
+                root_size=self.config.root_size,
                 account=account,
                 journal_obstacle=find_journal_obstacle(config),
             )

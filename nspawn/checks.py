@@ -15,7 +15,7 @@ from typing import Any
 
 from nspawn.common import ConfigError, name_entry
 from nspawn.options import Check
-from nspawn.permissions import DEFAULT_PERMISSIONS, Permission
+from nspawn.permissions import DEFAULT_PERMISSIONS, Permission, Size
 
 
 def check_container_path(name: str, value: str) -> str:
@@ -535,17 +535,29 @@ def check_user(name: str, value: str) -> str:
 
 
 MAX_PIDS = 4 << 20  # the kernel's limit
-SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def find_size(value: str) -> int | None:
+    """Return the bytes of a size such as `512M`, `2G` or `2 GiB`, None if it is none."""
+    match = re.fullmatch(r"(\d{1,15})(?: ?([KMGT])(?:iB)?)?", value, re.ASCII)
+    return int(match[1]) * UNITS[match[2] or ""] if match else None
 
 
 def parse_size(name: str, value: str) -> str:
     """Return the size in bytes or "max", as the kernel's control files want it."""
-    if value == "infinity":
-        return "max"
-    match = re.fullmatch(r"(\d{1,15})([KMGT]?)", value, re.ASCII)
-    if not match:
+    size = find_size(value)
+    if size is None and value != "infinity":
         raise ConfigError(name, value, "must be a size such as 512M or 2G, or infinity")
-    return str(int(match[1]) * SIZES[match[2]])
+    return "max" if size is None else str(size)
+
+
+def parse_least_size(name: str, value: str) -> Size:
+    """Return a size of at least a mebibyte."""
+    size = find_size(value)
+    if size is None or size < UNITS["M"]:
+        raise ConfigError(name, value, "must be a size such as 512M or 2G, and at least 1M")
+    return Size(value, size)
 
 
 # Renderers.

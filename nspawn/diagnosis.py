@@ -25,6 +25,7 @@ from nspawn.host import (
     read_mounts,
 )
 from nspawn.network import have_networkd
+from nspawn.quota import explain_no_quotas
 from nspawn.setup import have_kernel_messages
 from nspawn.state import find_alloc_dirs, read_states
 
@@ -102,6 +103,8 @@ def judge_directories(host: Host, image_dir: str, alloc_dirs: Sequence[str]) -> 
         if not os.path.isdir(place):
             continue
         yield from judge_mapping(place, mounts)
+        if place != os.path.realpath(image_dir):
+            yield judge_quotas(place, mounts)
         if is_open_to_others(place):
             yield note(f"{explain_open_directory(place)[1:-1]}.")
 
@@ -117,6 +120,15 @@ def judge_mapping(place: str, mounts: Mounts) -> Iterator[Finding]:
         f"{place} is on {kind}, which can be id-mapped.",
         f"{place} is on {kind}, which cannot be id-mapped: in containers with user namespaces its files belong to "
         "nobody, and its images cannot be shared. Use ext4, xfs or btrfs, or user_namespacing = false in jobs.",
+    )
+
+
+def judge_quotas(place: str, mounts: Mounts) -> Finding:
+    why, remedy = explain_no_quotas(place, mounts.filesystem(place))
+    return judge(
+        mounts.have_project_quotas(place),
+        f"{place} has project quotas, so root_size can limit what tasks write to their roots.",
+        f"root_size cannot limit roots on disk: it {why}. To have it, {remedy}.",
     )
 
 

@@ -20,6 +20,7 @@ from nspawn.devices import can_restrict_devices
 from nspawn.files import find_tool, read_text
 from nspawn.linux import can_map_ids
 from nspawn.process import open_user_namespace, read_status, run
+from nspawn.quota import have_project_quotas
 
 FINGERPRINT_PERIOD = 30.0  # seconds
 
@@ -205,6 +206,7 @@ class Mounts:
     # mount point and file system type; later mounts cover earlier ones
     points: tuple[tuple[str, str], ...]
     have_idmap: Callable[[str], bool] = lambda path: True  # whether what is at a path can be id-mapped
+    have_project_quotas: Callable[[str], bool] = lambda path: True  # whether a directory there can be limited
 
     def filesystem(self, path: str) -> str:
         """Return the type of the file system that a path is on, "" if none is known."""
@@ -235,7 +237,7 @@ def is_on_shared_mount(fd: int) -> bool:
 
 def read_mounts() -> Mounts:
     text = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape")
-    return Mounts(parse_mountinfo(text).points, have_idmap)
+    return Mounts(parse_mountinfo(text).points, have_idmap, have_project_quotas)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nspawn.checks import OWN_DIRECTORIES, Device, IdRange, Mount, Overlay
 from nspawn.common import STATE_ROOT, ConfigError
+from nspawn.permissions import Size
 
 UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
 MIB = 1 << 20
@@ -179,6 +180,7 @@ class JobOptions:
     ephemeral: bool
     read_only: bool
     volatile: str | None
+    root_size: Size | None
     pivot_root: str | None
     image_policy: str | None
     root_hash: str | None

@@ -142,6 +142,18 @@ def set_thread_user(uid: int) -> None:
     call_libc("syscall", SETRESUID[os.uname().machine], -1, uid, -1)
 
 
+QUOTACTL_FD, PRJQUOTA = 443, 2  # the system call has the same number on all machines
+
+
+def quotactl_fd(fd: int, command: int, kind: int, number: int, buffer: bytearray) -> None:
+    """Call quotactl_fd(2), which Linux has since 5.14: for the file system of an open file, and for the user,
+    group or project of this number. It reads or fills the buffer. Raises OSError."""
+    import ctypes
+
+    address: Any = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    call_libc("syscall", QUOTACTL_FD, fd, command << 8 | kind, number, address)
+
+
 RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK, IFLA_ALT_IFNAME = 17, 1, 4, 53
 
 

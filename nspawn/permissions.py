@@ -125,6 +125,14 @@ class RegistryAuth:
 
 
 @dataclass(frozen=True)
+class Size:
+    """A number of bytes, as a job or an operator writes it."""
+
+    text: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class PluginOptions:
     """The plugin's block. The fields are the rows of driver.py; a test holds the two against each other."""
 
@@ -137,6 +145,7 @@ class PluginOptions:
     pids_limit: int  # 0: any number
     image_dir: str
     ephemeral_dir: str | None
+    root_size: Size | None
     image_gc: bool
     image_gc_delay: float | None  # seconds
     image_size_limit: int  # megabytes

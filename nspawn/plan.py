@@ -32,6 +32,7 @@ from nspawn.images import Image
 from nspawn.job import UUID, GroupNetwork, JobOptions, Mode, TaskConfig, plan_machine, state_directory
 from nspawn.network import NetworkInputs, NetworkPlan, plan_network
 from nspawn.options import Option, decode_string
+from nspawn.permissions import Size
 from nspawn.roots import PrivateRoot, RootPlan, plan_root, plan_upper_dir
 from nspawn.rules import check_rules
 from nspawn.sources import Source, StagedSource
@@ -162,6 +163,7 @@ class HostInputs:
     device_rules: tuple[DeviceRule, ...] = ()  # for the devices, and for nodes in binds and volumes
     directories: Mapping[str, Source] = field(default_factory=dict)  # of the task, and volumes, by path
     ephemeral_dir: str = ""  # the operator's, "" for the task's directory
+    root_size: Size | None = None  # the operator's limit of private roots
     account: Account | None = None
     journal_obstacle: str = ""  # why the host cannot show the task's journal, "" if it can
 
@@ -224,7 +226,7 @@ def plan_image(
     """Return how the container gets its root, and the staged image if it is staged. Raises ConfigError."""
     check_image_rules(options, found.image, task.network)
     upper_dir = plan_upper_dir(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
-    root = plan_root(found.image, options, host, found.mounts, upper_dir)
+    root = plan_root(found.image, options, host, found.mounts, upper_dir, found.root_size)
     staged = stage_image(root, options, found.image, state_directory(task.id))
     if staged and root.private:
         root = replace(root, private=replace(root.private, layers=(staged.path,)))

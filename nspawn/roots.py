@@ -23,7 +23,7 @@ import stat
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nspawn.checks import IdRange
@@ -52,8 +52,9 @@ from nspawn.linux import (
     open_in_root,
     take_lock,
 )
-from nspawn.permissions import Permission
+from nspawn.permissions import Permission, Size
 from nspawn.process import open_user_namespace
+from nspawn.quota import explain_no_quotas
 from nspawn.view import View
 
 
@@ -79,6 +80,7 @@ class PrivateRoot:
     users: IdRange | None  # None: no user namespace
     is_mapped: bool  # the layers are id-mapped to the users; otherwise files keep the ids they have
     is_usr_mounted: bool = False  # nspawn binds its /usr, by path
+    size: int = 0  # bytes that the task may write, 0: any number on disk, and a tenth of the machine's memory
 
 
 # The name in the task's directory, where no task can see it. In `ephemeral_dir` it follows the machine's name.
@@ -99,8 +101,42 @@ def plan_upper_dir(task_dir: str, ephemeral_dir: str, machine: str) -> str:
     return f"{ephemeral_dir}/{machine}{UPPER_NAME}" if ephemeral_dir else f"{task_dir}/{UPPER_NAME}"
 
 
-def plan_root(image: Image, options: JobOptions, host: Host, mounts: Mounts, place: str) -> RootPlan:
-    """Return how the container gets its root. `place`: the directory for what it changes. Raises ConfigError."""
+def plan_root(
+    image: Image, options: JobOptions, host: Host, mounts: Mounts, place: str, most: Size | None = None
+) -> RootPlan:
+    """Return how the container gets its root. `place`: the directory for what it changes; `most`: the operator's
+    limit. Raises ConfigError."""
+    found = choose_root(image, options, host, mounts, place)
+    if found.private:
+        return replace(found, private=limit_root(found.private, options, mounts, most))
+    if options.root_size:
+        rule = "needs a private root"
+        remedy = 'set ephemeral = true, or volatile = "overlay"'
+        if options.ephemeral or options.is_volatile:
+            rule = "is not possible, because systemd-nspawn copies the image"
+            remedy = found.copying or "use an image that is a directory"
+        raise ConfigError("root_size", options.root_size, rule, remedy)
+    return found
+
+
+def limit_root(root: PrivateRoot, options: JobOptions, mounts: Mounts, most: Size | None) -> PrivateRoot:
+    """Return a private root with its limit. Raises ConfigError if there can be none."""
+    if not root.upper_dir:
+        return replace(root, size=options.root_size.bytes) if options.root_size else root
+    size = options.root_size or most
+    if not size:
+        return root
+    if not root.users:
+        rule = "needs user namespaces: without one, root in the container can evade the limit"
+        raise ConfigError("root_size", size, rule, 'set user_namespacing = true, or volatile = "overlay"')
+    if not mounts.have_project_quotas(root.upper_dir):
+        place = os.path.dirname(root.upper_dir)
+        raise ConfigError("root_size", size, *explain_no_quotas(place, mounts.filesystem(place)))
+    return replace(root, size=size.bytes)
+
+
+def choose_root(image: Image, options: JobOptions, host: Host, mounts: Mounts, place: str) -> RootPlan:
+    """As plan_root, without a limit."""
     # nspawn 252: "Failed to set up ID mapped mounts: Device or resource busy". 257 and 262 work.
     is_old = options.volatile in ("yes", "state") and options.user_namespacing and host.systemd < 257
     is_asked = options.ephemeral or options.volatile == "overlay" or (options.is_volatile and image.is_protected)
@@ -189,7 +225,9 @@ def mount_root(root: PrivateRoot, base: int, directory: Path) -> None:
     if root.upper_dir:
         attach_layer(root.upper_dir, "upper", None)
     else:
-        mount_filesystem("tmpfs", "upper", options="mode=0700,size=10%,nr_inodes=1m")  # as systemd-nspawn's own
+        mount_filesystem(
+            "tmpfs", "upper", options=f"mode=0700,size={root.size or '10%'},nr_inodes=1m"
+        )  # as nspawn's
     make_upper(lower[0])
     # "volatile": the changes are thrown away, so they need no sync to disk. With "redirect_dir" tasks can rename
     # directories of the image. Without "metacopy" no upper file can show the data of another lower file. Both use

@@ -12,7 +12,7 @@ from nspawn.common import ConfigError, name_entry, quote
 from nspawn.host import Host
 from nspawn.job import JobOptions, TaskConfig
 from nspawn.options import Option, decode_options, is_set
-from nspawn.permissions import Permission, PluginOptions, check_permission
+from nspawn.permissions import Permission, PluginOptions, Size, check_permission
 from nspawn.sysctl import is_of_network
 
 
@@ -29,6 +29,7 @@ def decode_job(
     for name, default in (("private_users", IdRange("pick")), ("private_users_ownership", "auto")):
         values[name] = (values[name] or default) if values["user_namespacing"] else None
     values["pids_limit"] = choose_pids_limit(values["pids_limit"], config.pids_limit)
+    check_root_size(values["root_size"], config.root_size)
     if values["network_veth"] is None:
         values["network_veth"] = not any(values[name] for name in OWN_NETWORK)
     options = JobOptions(**values)
@@ -45,6 +46,12 @@ def choose_pids_limit(wanted: int | None, allowed: int) -> int:
         rule = f"the operator of this client allows a task {allowed} processes"
         raise ConfigError("pids_limit", wanted, rule, "ask for fewer")
     return wanted or allowed
+
+
+def check_root_size(wanted: Size | None, allowed: Size | None) -> None:
+    if wanted and allowed and wanted.bytes > allowed.bytes:
+        rule = f"the operator of this client allows a task's root {allowed.text}"
+        raise ConfigError("root_size", wanted, rule, "ask for less")
 
 
 # The options beside network_veth that give a container its own network.
@@ -151,6 +158,12 @@ RULES: tuple[Rule, ...] = (
         lambda job: job.is_volatile and job.ephemeral,
         "cannot be combined with ephemeral",
         "either one already throws all changes away",
+    ),
+    Rule(
+        "root_size",
+        lambda job: bool(job.root_size) and job.volatile in ("yes", "state"),
+        "cannot be combined with volatile = yes or state",
+        "set volatile to overlay, or leave it out and set ephemeral = true",
     ),
     Rule(
         "private_users_ownership",

@@ -29,6 +29,7 @@ from nspawn.linux import (
     mount_filesystem,
 )
 from nspawn.plan import BUNDLE_PLACE, DEVICES_PLACE, Journal, Plan, check_init, check_journal
+from nspawn.quota import limit_directory
 from nspawn.record import MESSAGES
 from nspawn.roots import (
     UPPER_NAME,
@@ -43,15 +44,16 @@ from nspawn.roots import (
     pick_users,
 )
 from nspawn.sources import clone_source, make_nodes
-from nspawn.state import remove_in_thread
+from nspawn.state import remove_upper_dir
 from nspawn.unit import make_unit
 from nspawn.view import View, explain_command
 
 
-async def make_upper_dir(place: Path) -> int:
-    """Make the directory for what a task changes; return the lock that marks it as in use. Raises OSError."""
+async def make_upper_dir(place: Path, size: int) -> int:
+    """Make the directory for what a task changes, with a limit unless `size` is 0; return the lock that marks it
+    as in use. Raises DriverError or OSError."""
     # A start before a reboot may have left one, or an artifact may have put anything there.
-    await remove_in_thread(str(place))
+    await remove_upper_dir(str(place))
     if place.name != UPPER_NAME:  # in `ephemeral_dir`: nobody else removes what a crash of the machine left there
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for other in place.parent.glob(f"*{UPPER_NAME}"):
@@ -60,9 +62,16 @@ async def make_upper_dir(place: Path) -> int:
                 # Rename it first: the same task may start again while this is being removed.
                 doomed = other.rename(other.with_name(f"{os.urandom(8).hex()}{UPPER_NAME}"))
                 os.close(fd)
-                await remove_in_thread(str(doomed))
+                await remove_upper_dir(str(doomed))
     place.mkdir(mode=0o700)
-    return lock_directory(place)
+    lock = lock_directory(place)
+    try:
+        if size:
+            limit_directory(lock, str(place), size)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def lock_directory(path: Path) -> int:

@@ -41,6 +41,7 @@ from nspawn.logs import find_holders
 from nspawn.network import find_port_maps
 from nspawn.plan import JOURNALS, name_journal
 from nspawn.process import NO_PROCESS, ProcessId, find_children, read_stat, read_status, run_in_thread, run_tool
+from nspawn.quota import release_directory
 from nspawn.roots import UID_LOCKS, UPPER_NAME
 from nspawn.store import Store
 
@@ -333,7 +334,7 @@ async def remove_leftovers(state: State) -> None:
     the rest. Raises DriverError if something is left; repeat it later."""
     steps: list[Callable[[], Awaitable[None]]] = [
         lambda: remove_network(state),
-        lambda: remove_in_thread(state.upper_dir),
+        lambda: remove_upper_dir(state.upper_dir),
         lambda: remove_in_thread(state.journal),
         lambda: run_in_thread(lambda: remove_mount_points(state.machine)),
         lambda: run_in_thread(lambda: remove_locks(state.locks)),  # and nspawn's copy of the image
@@ -366,6 +367,14 @@ def remove_mount_points(machine: str) -> None:
         except OSError as error:  # one that is not empty is in use
             if is_shortage(error) and (SETTINGS_ROOT / place).is_dir():
                 raise
+
+
+async def remove_upper_dir(place: str) -> None:
+    """Remove what a task has changed, if a directory is named, and its limit. Raises OSError if something of it
+    stays."""
+    if place:
+        await run_in_thread(lambda: release_directory(place))
+        await remove_in_thread(place)
 
 
 async def remove_in_thread(place: str) -> None:

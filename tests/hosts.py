@@ -50,7 +50,7 @@ SYSTEMD = {"bookworm": 252, "trixie": 257, "sid": 0}
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
 PACKAGES = (
     "systemd", "systemd-sysv", "systemd-container", "dbus", "udev", "iproute2", "iputils-ping", "nftables",
-    "procps", "python3", "ca-certificates", "e2fsprogs", f"linux-image-cloud-{ARCHITECTURE}",
+    "procps", "python3", "ca-certificates", "e2fsprogs", "xfsprogs", f"linux-image-cloud-{ARCHITECTURE}",
 )  # fmt: skip
 # What the tests import; the versions are those of requirements-dev.txt.
 LIBRARIES = (

@@ -53,10 +53,11 @@ class Part:
 IMAGES = "task or roots or user or harm or archive_may or stack or whiteout or tls or auth or taken_up"
 
 # One row: everything takes ten times as long there, also each start of pytest and of a file's first plugin.
-IN_MACHINES = "container/effects container/roots container/cgroup container/devices"
+IN_MACHINES = "container/effects container/roots container/cgroup container/devices container/quota"
 NEEDS_MACHINE = (
     "udev or of_ipc or test_cgroup or test_devices and (ephemeral or dead and not CAP)"
     " or test_roots and (changes or booted or looks or layers or volatile)"
+    " or test_quota and (ext4 or xfs)"
 )
 NEWER = ("trixie", "sid")  # than 252
 # The whole life of tasks on other systemds than this machine's; what systemd and its daemons have to do with them;

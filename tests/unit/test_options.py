@@ -30,7 +30,7 @@ from nspawn.options import (
     is_set,
     render_section,
 )
-from nspawn.permissions import PERMISSIONS, Permission, PluginOptions
+from nspawn.permissions import PERMISSIONS, Permission, PluginOptions, Size
 from nspawn.process import run
 from nspawn.rules import RULES, Rule, check_own_settings, check_permissions, check_rules, decode_job
 from tests import agent
@@ -382,6 +382,8 @@ DECODED: list[tuple[str, object, object]] = [
     ("private_users", "identity", IdRange("identity", 0)),
     ("address_timeout", "1m", 60.0),
     ("memory_swap_max", "1K", "1024"),
+    ("root_size", "2 GiB", Size("2 GiB", 2 << 30)),
+    ("root_size", "1024K", Size("1024K", 1 << 20)),
     ("extra_hosts", ["db:fd00::5", "web:[fd00::6]"], ("fd00::5 db", "fd00::6 web")),
     ("devices", [{"host_path": "/a"}], (Device("/a", None, "rwm"),)),
     ("port_map", [{"http": 8080}], {"http": 8080}),
@@ -444,6 +446,7 @@ def test_plugin_options() -> None:
         "pids_limit": 16384,
         "image_dir": "/var/lib/machines",
         "ephemeral_dir": None,
+        "root_size": None,
         "image_gc": True,
         "image_gc_delay": None,
         "image_size_limit": 65536,
@@ -717,6 +720,9 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "must be a whole number from 0 to 1000": [("oom_score_adjust", [-1]), ("oom_score_adj", [1001])],
     "must be CPUs and ranges, as in 0-3,5": [("cpu_affinity", ["all", "0-"])],
     "must be a size such as 512M or 2G, or infinity": [("memory_swap_max", ["1.5G", "-1"])],
+    "must be a size such as 512M or 2G, and at least 1M": [
+        ("root_size", ["0", "1023K", "1.5G", "-1", "infinity", "1 gib", "2 G B"]),
+    ],
     "must be a whole number from 1 to 10000": [("io_weight", [10001])],
     'must be an absolute path of the host without ".."': [
         ("allow_paths", [["srv"], ["/srv/../x"]]), ("ephemeral_dir", ["x"]), ("devices", [[{"host_path": "/a/.."}]]),
@@ -842,6 +848,12 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
         {"volatile": "overlay", "ephemeral": True},
         257,
         'volatile = "overlay": cannot be combined with ephemeral; either one already throws all changes away',
+    ),
+    (
+        {"volatile": "state", "root_size": "1G"},
+        257,
+        'root_size = "1G": cannot be combined with volatile = yes or state; '
+        "set volatile to overlay, or leave it out and set ephemeral = true",
     ),
     (
         {"user": "app"},
