@@ -117,6 +117,7 @@ from nspawn.checks import (
     parse_overlays,
     parse_permissions,
     parse_rlimits,
+    parse_signers,
     parse_single_capabilities,
     parse_size,
     render_ambient,
@@ -762,6 +763,12 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            '"30s"', check=parse_duration),
     Option("insecure_registries", Kind.STRINGS, "Registries and mirrors to ask by plain http.",
            '["registry.local:5000"]', default=(), check=check_registries),
+    Option("require_signature", Kind.STRING_MAP,
+           "Images that must be signed: files of public keys by registry, `HOST[:PORT]`, or by the beginning of a "
+           "repository's name, `HOST[:PORT]/PREFIX`. `*` stands for all registries. The longest that fits counts. "
+           "The tool `cosign` verifies the signature; without one, the image is refused. Archives and images of "
+           "other addresses are not covered.",
+           '{ "registry.local:5000/team" = "/etc/nomad.d/team.pub" }', default={}, check=parse_signers),
     Option("registry_mirrors", Kind.STRINGS_MAP,
            "Mirrors of registries, `HOST[:PORT]` or `HOST[:PORT]/PREFIX`. They are asked in this order, and then "
            "the registry itself. `*` stands for all registries that are not named. They get no credentials of the "

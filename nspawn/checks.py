@@ -457,7 +457,7 @@ def check_platform(name: str, value: str) -> str:
 
 def name_registry(host: str) -> str:
     """Return the one name of a registry that the operator and jobs may call differently."""
-    name = re.sub(r"\.?(:443)?$", "", host.lower())
+    name = re.sub(r"\.?(:0*443)?$", "", host.lower())
     return "docker.io" if name in ("index.docker.io", "registry-1.docker.io") else name
 
 
@@ -470,6 +470,17 @@ def check_registries(name: str, value: Sequence[str]) -> Sequence[str]:
         if not re.fullmatch(REGISTRY, item):
             raise ConfigError(name, item, "must be HOST or HOST:PORT, without http:// and without a path")
     return value
+
+
+def parse_signers(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the files of public keys by what they are for, with the one name of each registry."""
+    signers = {}
+    for place, path in value.items():
+        if place != "*" and not re.fullmatch(REGISTRY + PREFIX, place):
+            raise ConfigError(name, place, "must be HOST[:PORT] or HOST[:PORT]/PREFIX, without http://")
+        host, slash, prefix = place.partition("/")
+        signers[f"{name_registry(host)}{slash}{prefix}"] = check_host_directory(name_entry(name, place), path)
+    return signers
 
 
 def parse_mirrors(name: str, value: Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:

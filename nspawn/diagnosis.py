@@ -149,6 +149,7 @@ def judge_services() -> Iterator[Finding]:
 TOOLS_BY_USE = {  # tool to its package and to what lacks without it
     "nft": ("nftables", "ports that a killed systemd-nspawn has mapped stay mapped (ports, port_map)"),
     "gpg": ("gnupg", 'signatures of images cannot be verified (verify = "signature")'),
+    "cosign": ("cosign", "images that have to be signed are refused (require_signature in the plugin's block)"),
     "zstd": ("zstd", "images compressed with zstd cannot be unpacked"),
 }
 

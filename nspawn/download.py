@@ -555,9 +555,10 @@ def check_signature(text: bytes, signature: bytes, work: Path) -> None:
 
 
 def start_tool(argv: Sequence[str], package: str, **streams: Any) -> subprocess.Popen[bytes]:
-    environ = {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}
-    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    usual = {
+        "env": {"PATH": SAFE_PATH, "LANG": "C.UTF-8"}, "stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL,
+    }  # fmt: skip
     try:
-        return subprocess.Popen(argv, env=environ, **{**quiet, **streams})
+        return subprocess.Popen(argv, **{**usual, **streams})
     except FileNotFoundError:
         raise HostError(f"{argv[0]} is not installed: install the package {package}") from None

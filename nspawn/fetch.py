@@ -54,6 +54,7 @@ from nspawn.files import remove_tree
 from nspawn.images import Reference, redact
 from nspawn.process import run
 from nspawn.registry import (
+    CERTIFICATES,
     INDEXES,
     LAYERS,
     Credentials,
@@ -69,6 +70,7 @@ from nspawn.registry import (
     want_digest,
     want_size,
 )
+from nspawn.signature import check_signature
 from nspawn.store import Store, StoredImage
 from nspawn.unpack import MeteredStream, Room, Unpacker, copy_sparse, decompressed
 
@@ -297,6 +299,8 @@ class Fetch:
     def fetch_image(self, registry: Registry, found: StoredImage | None) -> StoredImage:
         wanted = Platform.parse(self.values.get("platform") or "")
         manifest, digest = registry.read_manifest(registry.reference.version)
+        if self.values["signer"] and not (found and found.digest == digest):
+            check_signature(registry, digest, self.values["signer"], self.work, self.client.stall)
         if manifest["mediaType"] in INDEXES:
             chosen = choose_manifest(manifest, wanted, registry.shown)
             manifest, _ = registry.read_manifest(chosen)
@@ -419,7 +423,6 @@ def check_contents(digest: str, wanted: str) -> None:
 
 
 SKELETON = "skeleton-1"
-CERTIFICATES = Path("/etc/docker/certs.d")  # docker's directory for the certificates of single registries
 
 
 def measure(path: Path) -> int:
@@ -463,7 +466,8 @@ def main() -> None:
     """Do what the request on stdin says; report the result on stdout."""
     request = json.loads(sys.stdin.readline())
     os.umask(0o022)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, hard))  # cosign may have more
     store = Store(Path(request["root"]))
     try:
         if request["action"] == "collect":

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from nspawn.common import MAX_LINE, SAFE_PATH, DriverError, HostError, TransientError, log
-from nspawn.images import Origin
+from nspawn.images import Origin, demand_signature
 from nspawn.permissions import PluginOptions, RegistryAuth
-from nspawn.process import CHILDREN, NO_PROCESS, start_process, wait_readable
+from nspawn.process import CHILDREN, NO_PROCESS, run_in_thread, start_process, wait_readable
 from nspawn.store import Store, StoredImage
 
 FETCH = "import sys; sys.path.insert(0, sys.argv[1]); from nspawn import fetch; fetch.main()"
@@ -43,6 +43,7 @@ class FetchSettings:
     auth_helper: str
     insecure: tuple[str, ...]
     mirrors: Mapping[str, tuple[str, ...]]  # by the names of registries
+    keys: Mapping[str, str]  # files of public keys that must have signed images, see demand_signature
 
 
 def plan_fetching(config: PluginOptions) -> FetchSettings:
@@ -54,6 +55,7 @@ def plan_fetching(config: PluginOptions) -> FetchSettings:
         auth_helper=auth.helper or "",
         insecure=config.insecure_registries,
         mirrors=config.registry_mirrors,
+        keys=config.require_signature,
     )
 
 
@@ -180,6 +182,9 @@ class Fetches:
     ) -> tuple[StoredImage, int]:
         """Return a stored image, fetched if need be, and a descriptor whose lock keeps it from being collected."""
         asked_at, is_fresh = time.time(), False
+        if settings.keys:
+            asked_for = origin
+            origin = await run_in_thread(lambda: demand_signature(asked_for, settings.keys))
         for _ in range(3):
             fd = self.store.try_lock(origin.key)
             image = self.store.read(origin.key) if fd is not None else None

@@ -14,13 +14,13 @@ import re
 import stat
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from nspawn.checks import IdRange
-from nspawn.common import MACHINES_ROOT, ConfigError, DriverError, check_shortage, quote
+from nspawn.checks import IdRange, name_registry
+from nspawn.common import MACHINES_ROOT, ConfigError, DriverError, HostError, check_shortage, quote
 from nspawn.job import ImageDownload, JobOptions, Login
 from nspawn.linux import open_in_root
 
@@ -302,13 +302,16 @@ class Origin:
     password: str = ""
     force: bool = False  # ask the source even if the image is in the store, and fail if it does not answer
     refresh: bool = False  # ask it, and use the stored image if it does not answer
+    signer: str = ""  # the public key that must have signed it, in PEM
 
     @property
     def key(self) -> str:
-        """The image's name in the store. It depends on the credentials, so no job gets what it could not fetch."""
+        """The image's name in the store. It depends on the credentials, so no job gets what it could not fetch,
+        and on the key of its signature: an image that was stored without one has to be verified."""
         parts = (self.type, self.address, *self.identity, self.verify, self.checksum, self.platform, self.username)
         secret = hashlib.sha256(self.password.encode()).hexdigest()
-        return hashlib.sha256(json.dumps([*parts, secret]).encode()).hexdigest()[:40]
+        signer = [self.signer] if self.signer else []
+        return hashlib.sha256(json.dumps([*parts, secret, *signer]).encode()).hexdigest()[:40]
 
 
 DOCKER = "docker://"
@@ -353,6 +356,25 @@ class Reference:
     @property
     def version(self) -> str:
         return self.digest or self.tag
+
+
+def demand_signature(origin: Origin, keys: Mapping[str, str]) -> Origin:
+    """Return the source with the public key that must have signed its image, by the operator's longest rule for
+    it. `keys`: the keys' files, by registries and prefixes of repositories. Raises HostError. It blocks."""
+    if origin.type != "docker" or not keys:
+        return origin
+    reference = Reference.parse(origin.address)
+    place = f"{name_registry(reference.host)}/{reference.name}/"
+    rules = [rule for rule in keys if rule == "*" or place.startswith(f"{rule}/")]
+    if not rules:
+        return origin
+    path = keys[max(rules, key=len)]
+    try:
+        signer = Path(path).read_text()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise HostError(f"the public key {path} of require_signature cannot be read: {why}") from None
+    return replace(origin, signer=signer)
 
 
 def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:

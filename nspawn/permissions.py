@@ -151,6 +151,7 @@ class PluginOptions:
     image_size_limit: int  # megabytes
     image_stall_timeout: float | None  # seconds
     insecure_registries: tuple[str, ...]
+    require_signature: Mapping[str, str]  # files of public keys, by HOST[:PORT][/PREFIX] or *
     registry_mirrors: Mapping[str, tuple[str, ...]]  # by the registry's name, or *; HOST[:PORT][/PREFIX]
     auth: RegistryAuth | None
     reap_after: float | None  # seconds, 0: never

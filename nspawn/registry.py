@@ -29,6 +29,7 @@ from nspawn.download import MAX_DOCUMENT, Client, Download, basic, discard, expl
 from nspawn.images import DIGEST, ImageConfig, Reference
 from nspawn.linux import open_in_root
 
+CERTIFICATES = Path("/etc/docker/certs.d")  # docker's directory for the certificates of single registries
 MAX_LAYERS = 400  # the kernel stacks 500
 MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -43,7 +44,7 @@ MACHINES = {
 
 def is_loopback(host: str) -> bool:
     name = re.sub(r":\d+$", "", host).strip("[]")
-    if name == "localhost":
+    if name.lower() == "localhost":
         return True
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(name).is_loopback

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from nspawn.common import DriverError
 from nspawn.download import tag_of
-from nspawn.fetch import CERTIFICATES, Fetch, measure
+from nspawn.fetch import Fetch, measure
 from nspawn.files import remove_tree
 from nspawn.images import Origin, Reference
-from nspawn.registry import parse_json
+from nspawn.registry import CERTIFICATES, parse_json
 from nspawn.unpack import Room, Unpacker
 from tests.fetching import Fetcher, origin_of
 from tests.servers import (

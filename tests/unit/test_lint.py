@@ -24,11 +24,11 @@ ROOMS = (
     "common", "notify", "linux", "files", "quota", "process", "permissions", "options", "checks", "job", "devices",
     "host", "cgroup", "images", "accounts", "view", "sources", "cdi", "network", "sysctl", "roots", "unit",
     "rules", "bundle", "plan", "outcome", "record", "logs", "store", "fetches", "state", "setup", "machined",
-    "running", "reaper", "entries", "exec", "inits", "download", "unpack", "registry", "fetch", "diagnosis",
-    "commands",
+    "running", "reaper", "entries", "exec", "inits", "download", "unpack", "registry", "signature", "fetch",
+    "diagnosis", "commands",
 )  # fmt: skip
 APART = ("enter", "bootstrap", "pack")  # programs of their own, which import nothing of ours
-FETCHING = ("download", "unpack", "registry", "fetch")  # a process without gRPC
+FETCHING = ("download", "unpack", "registry", "signature", "fetch")  # a process without gRPC
 PATHS = {name: TOP / f"nspawn/{name}.py" for name in (*ROOMS, *APART)} | {"driver": TOP / "driver.py"}
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 PLUGIN = [name for name in TREES if name not in (*FETCHING, *APART)]  # what runs in the plugin's process

@@ -453,6 +453,7 @@ def test_plugin_options() -> None:
         "image_stall_timeout": None,
         "insecure_registries": (),
         "registry_mirrors": {},
+        "require_signature": {},
         "auth": None,
         "reap_after": None,
         "reap_dry_run": False,
@@ -634,6 +635,7 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     ],
     "must be HOST[:PORT] or HOST[:PORT]/PREFIX, without http://": [
         ("registry_mirrors", [[{"docker.io": ["http://m"]}], [{"*": ["m/"]}], [{"*": ["m/a/../b"]}]]),
+        ("require_signature", [[{"https://x": "/key"}], [{"x/": "/key"}]]),
     ],
     "must not be empty; the default is /var/lib/machines": [("image_dir", [""])],
     "must be one of no, yes, state, overlay": [("volatile", ["maybe"])],

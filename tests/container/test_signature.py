@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Signatures that the operator demands: the real `cosign`, and a stand-in for what it may do wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nspawn.common import SAFE_PATH
+from tests.agent import DriverError, launch_like_agent
+from tests.containers import Tasks, output
+from tests.fetching import Fetcher, docker_origin, layer_name, origin_of
+from tests.servers import (
+    DOCKER_INDEX,
+    Entry,
+    ImageParts,
+    Liar,
+    Registry,
+    basic,
+    basic_auth,
+    folder,
+    make_tar,
+    native,
+)
+
+COSIGN = shutil.which("cosign", path=SAFE_PATH)
+BASE = make_tar([folder("usr"), Entry("usr/x", b"signed")])
+OTHER = make_tar([folder("usr"), Entry("usr/x", b"not signed")])
+
+
+class Signer:
+    """A key pair of cosign's."""
+
+    def __init__(self, directory: Path, registry: Registry) -> None:
+        directory.mkdir()
+        self.directory, self.registry = directory, registry
+        self.run("generate-key-pair")
+        self.key = (directory / "cosign.pub").read_text()
+
+    def run(self, *arguments: str) -> None:
+        assert COSIGN
+        environ = {
+            **os.environ,
+            "HOME": str(self.directory),
+            "COSIGN_PASSWORD": "",
+            "TUF_MIRROR": "http://127.0.0.1:1",
+        }
+        subprocess.run(
+            [COSIGN, *arguments], cwd=self.directory, env=environ, check=True, capture_output=True, timeout=60
+        )
+
+    def sign(self, name: str, digest: str) -> None:
+        login = ("--registry-username=ci", "--registry-password=secret")
+        self.run(
+            "sign",
+            "--key=cosign.key",
+            "--tlog-upload=false",
+            "-y",
+            *login,
+            f"{self.registry.host}/{name}@{digest}",
+        )
+
+
+@pytest.mark.skipif(not COSIGN, reason="cosign is not installed: signatures are verified by a stand-in alone")
+def test_signatures(fetcher: Fetcher, tmp_path: Path) -> None:
+    """Of an image, of one for several platforms, and of none; in a registry that asks for a password."""
+    fetcher.settings["stall"] = 60.0
+    with Registry(tmp_path / "registry", basic_auth(tmp_path / "auth")) as registry:
+        registry.headers = {"Authorization": basic("ci", "secret")}
+        ours, theirs = (Signer(tmp_path / name, registry) for name in ("ours", "theirs"))
+        signed = ImageParts.make([BASE])
+        origin = docker_origin(f"{registry.host}/app", username="ci", password="secret", signer=ours.key)
+        digest = registry.push("app", signed)
+        assert "must be signed" in fetcher.refuse(origin)[0]
+        theirs.sign("app", digest)
+        text, kind = fetcher.refuse(origin)
+        assert f"cosign refuses {digest}" in text and kind == "DriverError"
+        ours.sign("app", digest)
+        assert fetcher.fetch(origin).layers[0] == layer_name(BASE)
+
+        registry.push("app", ImageParts.make([OTHER]))  # the tag moves, the signature does not
+        failed = fetcher.talk(fetcher.request(replace(origin, refresh=True)))[-1]
+        assert "must be signed" in failed["error"]
+        pinned = replace(origin, address=f"{registry.host}/app@{digest}")
+        assert fetcher.fetch(pinned).layers[0] == layer_name(BASE)
+
+        registry.push("many", signed, "one")
+        platform = {"os": "linux", "architecture": native()}
+        entry = {"mediaType": signed.manifest["mediaType"], "size": 1, "digest": digest, "platform": platform}
+        index = {"schemaVersion": 2, "mediaType": DOCKER_INDEX, "manifests": [entry]}
+        ours.sign("many", registry.push_manifest("many", "latest", index))
+        fetcher.fetch(replace(origin, address=f"{registry.host}/many"))
+
+
+@contextlib.contextmanager
+def stand_in(script: str) -> Iterator[None]:
+    """A `cosign` that is found before any other."""
+    path = Path(SAFE_PATH.split(":")[0], "cosign")
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "kind"),
+    [
+        ("echo no signatures found >&2; exit 10", "cosign refuses {}: no signatures found", "DriverError"),
+        ("exit 1", "cosign refuses {}: it ended with 1", "TransientError"),
+        ("kill -9 $$", "cosign refuses {}: it ended with -9", "TransientError"),
+        ("exec sleep 1d", "cosign has not verified {} within 1 s", "TransientError"),
+        ("yes >&2", "cosign refuses {}", "TransientError"),
+        (None, "cosign is not installed: put it into", "HostError"),
+    ],
+)  # fmt: skip
+def test_without_a_verdict_nothing_is_fetched(
+    fetcher: Fetcher, liar: Liar, script: str | None, words: str, kind: str
+) -> None:
+    """Not even the image's configuration."""
+    if script is None and COSIGN:
+        pytest.skip(f"{COSIGN} is installed, so it cannot be missing")
+    liar.serve(ImageParts.make([BASE]))
+    fetcher.settings["stall"] = 1.0
+    with stand_in(script) if script else contextlib.nullcontext():
+        text, found = fetcher.refuse(replace(origin_of(liar), signer="key"))
+    assert words.partition("{}")[0] in text and words.partition("{}")[2] in text and found == kind
+    assert [seen.path for seen in liar.seen] == ["/v2/x/manifests/latest"]
+
+
+def test_a_mirror_with_an_unsigned_image_is_passed_over(fetcher: Fetcher, liar: Liar) -> None:
+    """What is verified is the digest that came, and at the place it came from."""
+    with Liar() as mirror:
+        liar.serve(ImageParts.make([BASE]))
+        mirror.serve(ImageParts.make([OTHER]))
+        fetcher.mirrors = {liar.host: [mirror.host]}
+        cases = f"{mirror.host}/x@*) exit 12;; {liar.host}/x@sha256:*) ;; *) exit 1;;"
+        with stand_in(f"for place; do :; done; case $place in {cases} esac"):
+            assert fetcher.fetch(replace(origin_of(liar), signer="key")).layers[0] == layer_name(BASE)
+
+
+def test_task_from_a_signed_image(driver_file: Path, image: Path, archive: bytes, tmp_path: Path) -> None:
+    """An image that is in the store unverified is verified before it is used. Then the registry may go."""
+    key, seen = tmp_path / "key.pub", tmp_path / "seen"
+    key.write_text("the key\n")
+    with Registry(tmp_path / "registry") as registry:
+        registry.push("team/app", ImageParts.make([archive]), tag="1")
+        where = f"{registry.host}/team"
+        config = {"image": f"docker://{where.upper().replace('/TEAM', '/team')}/app:1", "read_only": None}
+        with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
+            assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
+        block = f'require_signature = {{ "*" = "/nothing", "{where}" = "{key}" }}'
+        with launch_like_agent(driver_file, block) as plugin, Tasks(plugin, image) as tasks:
+            refused = pytest.raises(
+                DriverError, match=r"must be signed .require_signature.*no matching signatures"
+            )
+            with stand_in("echo Error: no matching signatures >&2; exit 12"), refused:
+                tasks.start("echo hello", **config)
+            with pytest.raises(DriverError, match="the public key /nothing of require_signature cannot be read"):
+                tasks.start("echo hello", image=f"docker://{registry.host}/other:1", read_only=None)
+            with stand_in(
+                f"for key; do case $key in --key=*) cat ${{key#--key=}} >{shlex.quote(str(seen))};; esac; done"
+            ):
+                assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
+            assert seen.read_text() == key.read_text()
+            registry.close()
+            with stand_in("exit 12"):
+                assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
+            key.write_text("another key\n")
+            with stand_in("exit 12"), pytest.raises(DriverError):
+                tasks.start("echo hello", **config)
