@@ -216,7 +216,7 @@ container_needs='python3:python3 systemd-nspawn:systemd-container mmdebstrap:mmd
 test_needs='nft:nftables ps:procps unshare:util-linux setpriv:util-linux mke2fs:e2fsprogs
 	qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils /usr/lib/cni/bridge:containernetworking-plugins
 	mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs docker-registry:docker-registry openssl:openssl gpg:gnupg
-	zstd:zstd'
+	zstd:zstd nginx:nginx-light'
 
 # Install what is missing of these.
 prepare_host() {

@@ -430,6 +430,61 @@ class Registry:
         self.close()
 
 
+MIRROR = """\
+daemon off;
+user root;
+pid {directory}/pid;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/temp;
+    proxy_cache_path {directory}/cache keys_zone=images:1m;
+    server {{
+        listen 127.0.0.1:{port};
+        location /v2/ {{
+            proxy_pass {upstream};
+            proxy_cache images;
+            proxy_cache_key $uri;
+            proxy_cache_valid 200 1h;
+            proxy_cache_lock on;  # who asks for what is being fetched waits for it
+            proxy_cache_lock_age 10m;
+            proxy_cache_lock_timeout 10m;
+        }}
+    }}
+}}
+"""
+
+
+class CachingMirror:
+    """Debian's nginx as a mirror of a registry, which fetches a layer once for all who want it at a time."""
+
+    def __init__(self, directory: Path, upstream: str) -> None:
+        binary = shutil.which("nginx")
+        assert binary, "nginx is missing: install the package nginx-light"
+        self.port = free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        directory.mkdir(parents=True)
+        config, log = directory / "nginx.conf", directory / "log"
+        config.write_text(MIRROR.format(directory=directory, port=self.port, upstream=upstream))
+        argv = [binary, "-c", str(config), "-e", str(log)]
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while True:
+            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            time.sleep(0.05)
+
+    def __enter__(self) -> CachingMirror:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+
 def make_certificate(certificate: Path, key: Path) -> None:
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Many clients behind one mirror: plugins with stores of their own, and nginx as the cache before a registry."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.agent import Plugin
+from tests.containers import Tasks, output
+from tests.servers import CachingMirror, Entry, ImageParts, Liar, folder, make_tar
+
+CLIENTS = 20
+
+# The plugin in a mount namespace of its own, where the store is a directory of this client alone.
+CLIENT = """\
+#!/bin/sh
+exec unshare --mount sh -ec 'mount --bind "$CLIENT_STORE" /var/lib/nomad-driver-nspawn; exec "$0"' "{driver}"
+"""
+
+
+@contextlib.contextmanager
+def start_client(program: Path, store: Path, block: str) -> Iterator[Plugin]:
+    store.mkdir()
+    with Plugin(program, env={**os.environ, "CLIENT_STORE": str(store)}) as plugin:
+        plugin.set_config(block)
+        plugin.open_streams()
+        yield plugin
+    assert not plugin.violations
+
+
+def test_twenty_clients_ask_upstream_once(driver_file: Path, image: Path, archive: bytes, tmp_path: Path) -> None:
+    """All at a time; each runs a task from the image, and each layer leaves the registry once."""
+    program = tmp_path / "client"
+    program.write_text(CLIENT.format(driver=driver_file))
+    program.chmod(0o755)
+    Path("/var/lib/nomad-driver-nspawn").mkdir(mode=0o700, exist_ok=True)
+    layers = [
+        archive,
+        *(make_tar([folder("layers"), Entry(f"layers/{n}", os.urandom(1 << 20))]) for n in range(5)),
+    ]
+    with Liar() as upstream, CachingMirror(tmp_path / "mirror", upstream.url) as mirror:
+        upstream.serve(ImageParts.make(layers), tag="1")
+        block = f"""
+            registry_mirrors    = {{ "{upstream.host}" = ["{mirror.host}"] }}
+            insecure_registries = ["{mirror.host}"]
+        """
+
+        def run(number: int) -> str:
+            with (
+                start_client(program, tmp_path / f"store{number}", block) as plugin,
+                Tasks(plugin, image) as tasks,
+            ):
+                reference = f"docker://{upstream.host}/x:1"
+                task, _ = tasks.run("ls /layers", image=reference, read_only=None)
+                return output(task)
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            said = list(pool.map(run, range(CLIENTS)))
+        assert said == ["0\n1\n2\n3\n4\n"] * CLIENTS
+        asked = Counter(seen.path.partition("?")[0] for seen in upstream.seen)
+        assert asked == dict.fromkeys(upstream.files, 1)
+    stores = [tmp_path / f"store{number}/layers" for number in range(CLIENTS)]
+    assert [len(list(store.iterdir())) for store in stores] == [len(layers) + 1] * CLIENTS
