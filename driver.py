@@ -90,6 +90,7 @@ from nspawn.checks import (
     check_image_address,
     check_interface_name,
     check_interface_names,
+    check_labels,
     check_mount_source,
     check_mount_type,
     check_pattern,
@@ -701,6 +702,10 @@ INTEGRATION_OPTIONS: tuple[Option, ...] = (
            "`auto` means `no`.",
            '"try-guest"', choices=any_of("no", "host", "try-host", "guest", "try-guest", "auto"),
            permission=Permission.LINK_JOURNAL, needs_permission=lambda value: value not in (None, "no", "auto")),
+    Option("labels", Kind.STRING_MAP,
+           "Names and values of the job's choice, for people and programs on the client: "
+           "`nomad-driver-nspawn tasks` shows them.",
+           '{ team = "web" }', default={}, check=check_labels),
 )  # fmt: skip
 
 TASK_GROUPS: Mapping[str, tuple[Option, ...]] = {
@@ -1209,6 +1214,10 @@ class TaskStarter:
             ports=tuple((port.host, port.inside) for port in plan.network.ports.values()),
             stop_signal="" if plan.options.unit else plan.image.config.stop_signal,  # that is for the init
             unit=plan.options.unit or "",
+            job=task.job,
+            group=task.group,
+            namespace=task.namespace,
+            labels=tuple(plan.options.labels.items()),
         )
         self.directory = self.state.directory
 
@@ -1631,6 +1640,9 @@ def parse_task_config(task: driver_pb2.TaskConfig) -> TaskConfig:
         name=task.name,
         alloc_id=task.alloc_id,
         alloc_dir=task.alloc_dir,
+        job=task.job_id or task.job_name,
+        group=task.task_group_name,
+        namespace=task.namespace,
         options=unpack_options(task.msgpack_driver_config),
         user=task.user,
         env=dict(task.env),

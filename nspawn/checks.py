@@ -286,6 +286,19 @@ def check_tmpfs(name: str, value: Sequence[str]) -> Sequence[str]:
     return value
 
 
+MAX_LABELS = 4096  # characters; they are in the task's state
+
+
+def check_labels(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
+    for key in value:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", key):
+            rule = "the name of a label has letters, digits, dots, dashes, slashes and underscores"
+            raise ConfigError(name, key, rule)
+    if sum(len(key) + len(text) for key, text in value.items()) > MAX_LABELS:
+        raise ConfigError(name, len(value), f"all labels together may have {MAX_LABELS} characters")
+    return value
+
+
 def check_ports(name: str, value: Mapping[str, int]) -> Mapping[str, int]:
     for label, port in value.items():
         check_range(1, 65535, "a port")(name_entry(name, label), port)

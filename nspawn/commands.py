@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nspawn.checks import parse_duration
-from nspawn.common import MACHINES_ROOT, ConfigError, DriverError
+from nspawn.common import MACHINES_ROOT, ConfigError, DriverError, quote, render_line
 from nspawn.diagnosis import Finding, Verdict, diagnose
 from nspawn.fetches import Fetches, plan_fetching, render_size
 from nspawn.host import read_host
@@ -374,7 +374,11 @@ def describe_task(state: State) -> dict[str, Any]:
     return {
         "id": state.task_id,
         "allocation": alloc_id,
+        "namespace": state.namespace,
+        "job": state.job,
+        "group": state.group,
         "task": name,
+        "labels": dict(state.labels),
         "machine": state.machine,
         "started": state.started_at,
         "shim": pid(state.shim),
@@ -389,15 +393,18 @@ def describe_task(state: State) -> dict[str, Any]:
 def render_task(facts: Mapping[str, Any]) -> str:
     names = {"shim": "shim", "nspawn": "systemd-nspawn", "leader": "leader"}
     pids = ", ".join(f"{text} {facts[name]}" for name, text in names.items() if facts[name])
+    labels = ", ".join(f"{name}={quote(text)}" for name, text in facts["labels"].items())
     lines = (
         facts["id"],
         f"    task {facts['task']}, started {render_age(time.time() - facts['started'])}; "
         + ("an agent has it" if facts["has_agent"] else "no agent has it"),
+        f"    job:       {facts['job'] or 'unknown'}, group {facts['group']}, namespace {facts['namespace']}",
+        *([f"    labels:    {labels}"] if labels else []),
         f"    processes: {pids or 'none, it has ended'}",
         f"    machine:   {facts['machine']}",
         f"    cgroup:    {facts['cgroup'] or 'none'}",
     )
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(render_line, lines)) + "\n"
 
 
 def stop_task(program: Program, given: argparse.Namespace) -> int:

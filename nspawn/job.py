@@ -75,6 +75,9 @@ class TaskConfig:
     alloc_id: str
     alloc_dir: str  # the allocation's directory on the host
     options: Mapping[str, object]  # the job's `config` block
+    job: str = ""  # its id
+    group: str = ""
+    namespace: str = ""  # Nomad's, that of the job
     user: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     stdout_path: str = "/dev/null"
@@ -255,6 +258,7 @@ class JobOptions:
 
     timezone: str | None
     link_journal: str | None
+    labels: Mapping[str, str]
 
     @property
     def mode(self) -> Mode:

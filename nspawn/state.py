@@ -77,6 +77,10 @@ class State:
     users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
     journal: str = ""  # `Journal.path` once it was made, removed with the task
     locks: tuple[str, ...] = ()  # nspawn's lock files beside the image, removed with the task
+    job: str = ""  # its id; this and what follows is for people
+    group: str = ""
+    namespace: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -102,6 +106,7 @@ class State:
                     "ports": tuple((host, inside) for host, inside in values.get("ports", ())),
                     "users": tuple((begin, count) for begin, count in values.get("users", ())),
                     "locks": tuple(values.get("locks", ())),
+                    "labels": tuple((name, text) for name, text in values.get("labels", ())),
                 }
                 known = {name.name for name in fields(cls)}  # a later release may have written more
                 state = cls(**{name: value for name, value in {**values, **changes}.items() if name in known})
@@ -119,6 +124,7 @@ class State:
         numbers = [number for process in processes for number in (process.pid, process.started)]
         numbers += [number for pair in (*self.ports, *self.users) for number in pair]
         texts = [getattr(self, name.name) for name in fields(self) if name.type == "str"]
+        texts += [text for label in self.labels for text in label]
         removed = [path for path in (self.cgroup, self.upper_dir, self.journal, *self.locks) if path]
         if not (
             all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)

@@ -242,18 +242,23 @@ def find(driver_file: Path, task: Task) -> dict[str, Any]:
 
 
 def test_tasks_are_listed(driver_file: Path, tasks: Tasks) -> None:
-    task = start_polite(tasks)
+    task = start_polite(tasks, job="shop", group="front", labels=[{"team": "web", "a/b": "c\n\x1b[2J"}])
     facts = find(driver_file, task)
+    assert (facts["job"], facts["group"], facts["namespace"]) == ("shop", "front", "default")
+    assert facts["labels"] == {"team": "web", "a/b": "c\n\x1b[2J"}
     assert (facts["task"], facts["allocation"]) == (task.name, task.allocation.id)
     assert (facts["shim"], facts["nspawn"], facts["leader"]) == (shim(task), nspawn(task), leader(task))
     assert facts["has_agent"] and abs(facts["started"] - time.time()) < 60
     assert f"/{task.allocation.id}.{task.name}.scope" in facts["cgroup"]
     text = ask(driver_file).stdout
     assert f"{task.id}\n    task {task.name}, started " in text and "; an agent has it\n" in text
+    assert "    job:       shop, group front, namespace default\n" in text
+    assert '    labels:    a/b="c\\n\\u001b[2J", team=web\n' in text
     crash(tasks.plugin)
     forget(task)
     facts = find(driver_file, task)
     assert facts["leader"] == leader(task) and not facts["has_agent"]
+    assert facts["job"] == "shop" and facts["labels"]["team"] == "web"
 
 
 def test_stop_of_a_task_that_no_agent_has(driver_file: Path, tasks: Tasks) -> None:

@@ -606,6 +606,10 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "is a setting of the whole host; those of a container are net.*, fs.mqueue.*, kernel.sem, kernel.msgmax, kernel.msgmnb, kernel.msgmni, kernel.shmall, kernel.shmmax, kernel.shmmni, kernel.shm_rmid_forced": [
         ("sysctl", [[{name: "1"}] for name in ("vm.swappiness", "kernel.core_pattern", "kernel.sem_next_id", "fs.file-max", "kernel.shmall.x", "kernel/net.x")]),
     ],
+    "the name of a label has letters, digits, dots, dashes, slashes and underscores": [
+        ("labels", [[{name: "1"}] for name in ("", "a b", "é", ".a", "a\n")]),
+    ],
+    "all labels together may have 4096 characters": [("labels", [[{"a": "b" * 4096}]])],
     "must be one line of printable ASCII": [("sysctl", [[{"net.core.somaxconn": value}] for value in ("", "1\n2", "é")])],
     "must be an http:// or https:// address, or the name of an image in a registry": [
         ("image_download", [{"url": "ftp://x"}, {"url": "file:///etc/passwd"}]),

@@ -1431,6 +1431,7 @@ states = st.builds(
     image=st.just("") | words.map("/images/{}".format),
     upper_dir=st.just("") | words.map("/allocs/{}/.nspawn-root".format),
     users=st.lists(st.tuples(st.integers(0, 1 << 32), st.integers(0, 1 << 32)), max_size=3).map(tuple),
+    labels=st.lists(st.tuples(st.text(), st.text()), max_size=3).map(tuple),
 )
 STATE = State(
     task_id=TASK.id,
@@ -1477,6 +1478,8 @@ UNSAFE: list[dict[str, Any]] = [
     {"image": "/i/a", "locks": ("/i/.#.#machine.a.lck",)},
     {"image": "/i/a", "locks": ("/i/a/../.#.#machine.a1234567890abcdef.lck",)},
     {"locks": (5,)},
+    {"labels": (("a", 5),)},
+    {"job": 5},
 ]
 
 
