@@ -138,8 +138,8 @@ removed, too. An agent that has it may start it again: nomad alloc stop ends it 
 """
 PULL_RULES = """\
 The rules are those for jobs. A job uses the image if it names it in the same way: the same address, type, verify,
-checksum and platform, and no auth block of its own. An image that no task uses is removed after the plugin's
-image_gc_delay, by default a day.
+checksum and platform, no auth block of its own, and the same key if it has to be signed. An image that no task
+uses is removed after the plugin's image_gc_delay, by default a day.
 """
 
 
@@ -158,6 +158,18 @@ def add_pull(pull: argparse.ArgumentParser) -> None:
     pull.add_argument(
         "--insecure-registry", metavar="HOST", action="append", default=[], help="a registry to ask by plain http"
     )
+    pull.add_argument("--mirror", metavar="REGISTRY=MIRROR", type=parse_pair, action="append", default=[],
+                      help="a mirror to ask first, as in registry_mirrors of the plugin's block")  # fmt: skip
+    pull.add_argument("--require-signature", metavar="REGISTRY=FILE", type=parse_pair, action="append", default=[],
+                      help="the public key that must have signed the image, as in the plugin's block")  # fmt: skip
+
+
+def parse_pair(text: str) -> tuple[str, str]:
+    """Return the two sides of NAME=VALUE. Raises ArgumentTypeError."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError("it must be two words with = between them")
+    return name, value
 
 
 def run_command(program: Program, arguments: Sequence[str]) -> int:
@@ -425,7 +437,15 @@ def pull_image(program: Program, given: argparse.Namespace) -> int:
     """Fetch an image into the store, by the rules for jobs. Raises DriverError."""
     check_root("pull", f"only root can write to {Store().root}")
     auth = {name: value for name in ("config", "helper") if (value := getattr(given, f"auth_{name}"))}
-    raw = {"auth": auth or None, "insecure_registries": given.insecure_registry}
+    mirrors: dict[str, list[str]] = {}
+    for registry, mirror in given.mirror:
+        mirrors.setdefault(registry, []).append(mirror)
+    raw = {
+        "auth": auth or None,
+        "insecure_registries": given.insecure_registry,
+        "registry_mirrors": mirrors,
+        "require_signature": dict(given.require_signature),
+    }
     config = PluginOptions(**decode_options(program.plugin_options, raw))
     options = decode_job(program.task_options, plan_pull(given), config)
     origin = plan_origin(options, choose_image_dir(options.image, config.image_dir))

@@ -236,7 +236,7 @@ class Client:
             self.director.add_handler(handler)
 
     def use(self, connected: socket.socket) -> None:
-        self.sockets = [*(known for known in self.sockets if known.fileno() >= 0), connected]
+        self.sockets.append(connected)  # before the look: either this or `stop` ends it
         if self.is_stopped:
             raise TransientError("the transfer was ended")
 

@@ -19,7 +19,7 @@ from nspawn.files import find_tool
 from nspawn.registry import CERTIFICATES, Credentials, Registry
 
 # More than this process may have: Go's runtime reserves much address space.
-LIMITS = ("setpriv", "--pdeathsig", "KILL", "--", "prlimit", f"--as={8 << 30}:", f"--fsize={16 << 20}:", "--")
+LIMITS = ("setpriv", "--pdeathsig", "KILL", "--", "prlimit", f"--as={4 << 30}:", f"--fsize={16 << 20}:", "--")
 SYSTEM_CERTIFICATES = "/etc/ssl/certs:/etc/pki/tls/certs"
 NO_SERVER = "http://127.0.0.1:1"  # nobody listens there
 VERDICTS = (10, 12, 13)  # no signature, none that matches, none with a certificate; all else may be the network
@@ -68,8 +68,9 @@ def render_login(credentials: Credentials) -> dict[str, str]:
 
 
 def make_environ(registry: Registry, home: Path) -> dict[str, str]:
-    """Return cosign's environment: the proxies and certificates of this process, and no place of its own."""
-    environ = {**os.environ, "HOME": str(home), "DOCKER_CONFIG": str(home), "TUF_MIRROR": NO_SERVER}
+    """Return cosign's environment: the proxies and certificates of this process, and places in `home`."""
+    own_places = {"HOME": str(home), "DOCKER_CONFIG": str(home), "TUF_MIRROR": NO_SERVER}
+    environ = {**os.environ, **own_places, "COSIGN_MAX_ATTACHMENT_SIZE": "16MiB"}
     own = CERTIFICATES / registry.host
     if own.is_dir():
         environ["SSL_CERT_DIR"] = f"{environ.get('SSL_CERT_DIR') or SYSTEM_CERTIFICATES}:{own}"

@@ -172,9 +172,15 @@ def test_task_from_a_signed_image(driver_file: Path, image: Path, archive: bytes
             ):
                 assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
             assert seen.read_text() == key.read_text()
+            ahead = f"docker://{where}/ahead:1"
+            registry.push("team/ahead", ImageParts.make([archive]), tag="1")
+            with stand_in("exit 0"):
+                demand = ["--require-signature", f"{where}={key}"]
+                subprocess.run([driver_file, "pull", *demand, ahead], check=True, capture_output=True, timeout=60)
             registry.close()
             with stand_in("exit 12"):
                 assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
+                assert output(tasks.run("echo hello", **{**config, "image": ahead})[0]) == "hello\n"
             key.write_text("another key\n")
             with stand_in("exit 12"), pytest.raises(DriverError):
                 tasks.start("echo hello", **config)

@@ -114,8 +114,11 @@ def test_image_pulled_ahead_of_time(
         registry.push("app", ImageParts.make([archive]), tag="1")
         address = f"docker://{registry.host}/app:1"
         assert pull(driver_file, address).returncode == 0
-    _, result = tasks.run("true", image=address, read_only=None)
-    assert result.exit_code == 0, "the registry is gone by now"
+        mirrored = "docker://registry.invalid/app:1"
+        assert pull(driver_file, mirrored, "--mirror", f"registry.invalid={registry.host}").returncode == 0
+    for image in (address, mirrored):
+        _, result = tasks.run("true", image=image, read_only=None)
+        assert result.exit_code == 0, "the registry is gone by now"
     failed = pull(driver_file, f"{server.url}/nothing")
     assert failed.returncode == 1 and "404" in failed.stderr and failed.stderr.count("\n") == 1
 

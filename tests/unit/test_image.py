@@ -26,6 +26,7 @@ from nspawn.images import (
     ImageConfig,
     Origin,
     apply_image,
+    demand_signature,
     find_archive,
     find_image,
     image_places,
@@ -529,6 +530,39 @@ def test_an_image_that_is_here_is_not_fetched(machines: Path) -> None:
     assert plan(machines, "x", url="http://h/x", force=True) is not None
     assert plan(machines, "y", url="http://h/x") is not None
     assert plan(machines, "y") is None
+
+
+def test_demand_for_a_signature(tmp_path: Path) -> None:
+    """The longest name that fits counts, however the job spells the registry."""
+    keys = {}
+    for name, rule in (("any", "*"), ("hub", "docker.io"), ("team", "ghcr.io/team"), ("app", "ghcr.io/team/app")):
+        (tmp_path / name).write_text(name)
+        keys[rule] = str(tmp_path / name)
+
+    def demand(address: str, keys: Mapping[str, str] = keys, type: str = "docker") -> str:
+        return demand_signature(Origin(type, address, address), keys).signer
+
+    for address in (
+        "ghcr.io/team/x",
+        "GHCR.io/team/x",
+        "ghcr.io./team/x",
+        "ghcr.io:443/team/x",
+        "ghcr.io:0443/team/x",
+    ):
+        assert demand(address) == "team", address
+    for address in (
+        "x",
+        "docker.io/x",
+        "index.docker.io/a/x",
+        "registry-1.docker.io/library/x",
+        "Docker.io/library/x",
+    ):
+        assert demand(address) == "hub", address
+    assert demand("ghcr.io/team/app:1") == demand(f"ghcr.io/team/app/x@sha256:{'0' * 64}") == "app"
+    assert demand("ghcr.io/teams/app") == demand("ghcr.io:5000/team/app") == "any"
+    assert demand("ghcr.io/x", {"docker.io": "/nothing"}) == demand("x", keys, "tar") == ""
+    unsigned, signed = Origin("docker", "x", "x"), Origin("docker", "x", "x", signer="key")
+    assert unsigned.key != signed.key
 
 
 @pytest.mark.parametrize(
