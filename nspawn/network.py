@@ -115,6 +115,9 @@ class NetworkPlan:
         return tuple(Mount(f"{directory}{path}", path, read_only=True) for path in self.files)
 
 
+SHORT_NAME = 11  # characters of a name of over 15 that nspawn keeps; a hash of four follows
+
+
 def plan_link(options: JobOptions, machine: str) -> str:
     """Return nspawn's name for the host's end of its link, "" if it makes none beside network_veth_extra."""
     if options.network_bridge or options.network_zone:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import time
 from collections import deque
@@ -38,7 +39,7 @@ from nspawn.host import CgroupMode, read_boot_id, read_cgroup_mode
 from nspawn.job import UUID, Mode, TaskConfig, plan_machine, render_id_prefix, state_directory
 from nspawn.linux import WRITE_LOCK, delete_link, is_locked
 from nspawn.logs import find_holders
-from nspawn.network import find_port_maps
+from nspawn.network import SHORT_NAME, find_port_maps
 from nspawn.plan import JOURNALS, name_journal
 from nspawn.process import NO_PROCESS, ProcessId, find_children, read_stat, read_status, run_in_thread, run_tool
 from nspawn.quota import release_directory
@@ -309,12 +310,26 @@ async def remove_network(state: State) -> None:
     """
     if state.link:
         await run_in_thread(lambda: delete_link(state.link))
+        if state.leader is None:
+            await wait_short_link(state.link)
     if state.zone and is_empty_bridge(f"vz-{state.zone}"):
         await run_in_thread(lambda: delete_link(f"vz-{state.zone}"))
     if state.ports:
         others = {port for other in read_states() if other.task_id != state.task_id for port in other.ports}
         if ports := [port for port in state.ports if port not in others]:
             await remove_port_maps(ports)
+
+
+LINK_LIMIT = 5.0  # seconds
+
+
+async def wait_short_link(link: str) -> None:
+    """Wait for the kernel to remove a link that nspawn had made when it was killed, without its long name yet.
+    Otherwise the next start of the task fails. Only the start of its short name is known: it may be another
+    container's, so it is not deleted, and the wait has a limit. Raises OSError."""
+    begin, deadline = link[:SHORT_NAME], time.monotonic() + LINK_LIMIT
+    while any(name.startswith(begin) for _, name in socket.if_nameindex()) and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
 
 
 def is_empty_bridge(name: str) -> bool:

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from nspawn.host import read_cgroup_mode
-from tests.agent import Allocation, Task, launch_like_agent
+from tests.agent import HANG, Allocation, Task, launch_like_agent
 from tests.built import find_changed
 
 TOP = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def plugin(file: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
         finally:
             process.terminate()  # then it removes its socket
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+                process.wait(HANG)
             process.kill()
 
 
@@ -440,7 +440,7 @@ def test_place_that_takes_no_sockets(driver_file: Path, tmp_path: Path) -> None:
     try:
         with plugin(driver_file, SHIV_ROOT=str(tmp_path / "cache"), PLUGIN_UNIX_SOCKET_DIR=str(cgroup)) as process:
             assert first_line(process).startswith(f"{NAME}: the plugin cannot listen at {cgroup}/")
-            assert process.wait(10) == 1
+            assert process.wait(HANG) == 1
     finally:
         for path in (*cgroup.glob("plugin-*"), cgroup):
             path.rmdir()

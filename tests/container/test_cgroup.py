@@ -212,7 +212,7 @@ def test_spinner_is_held_to_its_quota(tasks: Tasks) -> None:
     time.sleep(5)
     used = (cpu_seconds(task) - before) / (time.monotonic() - start)
     assert 0.02 < used < 0.3
-    assert read_counters(str(task.cgroup.path / "cpu.stat"))["nr_throttled"] > 0
+    eventually(lambda: read_counters(str(task.cgroup.path / "cpu.stat"))["nr_throttled"])  # a busy host gives less
     stats = task.stats(1)
     sample = next(stats)
     assert sample.agg_resource_usage.cpu.throttled_periods > 0
@@ -285,7 +285,7 @@ def test_killed_for_other_reasons(tasks: Tasks, how: str) -> None:
 @needs_cgroup2
 def test_booted_system_sets_limits_of_its_own(tasks: Tasks) -> None:
     unit = "[Service]\nMemoryMax=20M\nExecStart=/bin/sleep 600\n"
-    task = tasks.boot(resources=agent.Resources(memory=256), env={}, kill_timeout=60)
+    task = tasks.boot(resources=agent.Resources(memory=256), env={}, kill_timeout=HANG)
     root = Path(f"/proc/{leader(task)}/root")
     eventually(lambda: (root / "run/systemd/private").exists())
     (root / "run/systemd/system/limited.service").write_text(unit)

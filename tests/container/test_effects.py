@@ -439,7 +439,7 @@ def test_mount(tasks: Tasks, tmp_path: Path) -> None:
     (own / "local/dir/file").write_text("own")
     (own / "local/dir").chmod(0o777)
     task.start()
-    assert task.wait(30).successful
+    assert task.wait().successful
     assert output(task) == "hosthostownno\n0\n"
     assert (tmp_path / "private/x").stat().st_uid == 0 and (own / "local/dir/x").exists()
 
@@ -721,7 +721,7 @@ def test_udev_fetched_disk_image(tasks: Tasks, image: Path, tmp_path: Path) -> N
             task = tasks.start(
                 name=name, image="disk", image_download=download, boot=True, command=None, console="pipe"
             )
-            task.logmon.wait_for("booted", timeout=120)
+            task.logmon.wait_for("booted")
             assert task.logmon.stdout == b"booted\n"
         assert len(server.seen) == 1
 

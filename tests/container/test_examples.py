@@ -20,6 +20,7 @@ from nspawn.host import CgroupMode, Host
 from nspawn.options import decode_options
 from nspawn.rules import check_rules, decode_job
 from tests.agent import (
+    HANG,
     Allocation,
     Task,
     decode_config,
@@ -97,12 +98,14 @@ def run_example(
     with launch_like_agent(driver_file, f'image_dir = "{image_dir}"') as plugin, Allocation() as allocation:
         for group in parse_job(job).groups:
             for spec in group.tasks:
-                task = Task(plugin, allocation, spec.name, spec.config, templates=spec.templates, kill_timeout=20)
+                task = Task(
+                    plugin, allocation, spec.name, spec.config, templates=spec.templates, kill_timeout=HANG
+                )
                 with task:
                     task.start()
                     yield task
                     task.stop()
-                    assert task.wait(60)
+                    assert task.wait()
 
 
 def test_units_of_the_job_run(driver_file: Path, image_dir: Path) -> None:
@@ -112,7 +115,7 @@ def test_units_of_the_job_run(driver_file: Path, image_dir: Path) -> None:
 
 def test_booted_batch_job_ends_with_the_code_of_its_unit(driver_file: Path, image_dir: Path) -> None:
     for task in run_example("nightly.hcl", driver_file, image_dir):
-        assert task.wait(60).exit_code == 7
+        assert task.wait().exit_code == 7
         task.logmon.wait_eof()
         assert task.logmon.stdout.decode().endswith(" programs in the image\n")
 
@@ -130,7 +133,7 @@ def test_fetched_system_runs(driver_file: Path, image_dir: Path, archive: bytes)
         for task in run_example("download.hcl", driver_file, image_dir, {"http://127.0.0.1:8000": server.url}):
             task.logmon.wait_for("\nmine\n")
             assert task.logmon.stdout.startswith(b"A root of my own\n")
-            assert task.wait(60).exit_code == 0
+            assert task.wait().exit_code == 0
 
 
 def test_image_of_a_registry_runs(driver_file: Path, image_dir: Path, archive: bytes, tmp_path: Path) -> None:

@@ -502,19 +502,24 @@ def test_interactive_shell_with_job_control(kind: Task) -> None:
     session.send(b"PS1='ready> '\n")
     session.wait_for(b"ready> ")
     session.send(b"sleep 1000\n")
-    time.sleep(0.3)
+    eventually(lambda: in_foreground(kind, b"sleep\x001000"))
     session.send(b"\x1a")  # Ctrl-Z
     session.wait_for(b"Stopped")
     session.send(b"jobs; bg; fg\n")
     session.wait_for(b"sleep 1000 &")
-    time.sleep(0.3)
+    eventually(lambda: in_foreground(kind, b"sleep\x001000"))
     session.send(b"\x03")  # Ctrl-C
-    time.sleep(0.3)
     session.send(b"echo code $?\n")
     session.wait_for(b"code 130")
     session.send(b"exit 7\n")
     assert session.wait().exit_code == 7
     assert b"no job control" not in session.stdout and b"cannot set terminal" not in session.stdout
+
+
+def in_foreground(task: Task, name: bytes) -> bool:
+    """Whether a program of this name is what the keys of its terminal are for."""
+    fields = read_stat(child_of(task, name))
+    return bool(fields and fields[2] == fields[5])  # its process group, and the terminal's
 
 
 def test_full_screen_program(task: Task) -> None:
@@ -967,4 +972,4 @@ def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.sleep(0.05)
         assert helper.socket is None
 
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    asyncio.run(asyncio.wait_for(scenario(), HANG))

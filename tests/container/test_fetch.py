@@ -286,9 +286,9 @@ def test_a_slow_download_takes_its_time(fetcher: Fetcher, server: FileServer) ->
         for start in range(0, len(data), 4096):
             request.wfile.write(data[start : start + 4096])
             request.wfile.flush()
-            time.sleep(0.2)
+            time.sleep(0.4)
 
-    fetcher.settings["stall"] = 1.0
+    fetcher.settings["stall"] = 3.0
     server.answers["/image"] = answer
     fetcher.fetch(url_origin(f"{server.url}/image"))
 

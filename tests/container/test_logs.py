@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.agent import MIB, DriverError
+from tests.agent import HANG, MIB, DriverError
 from tests.containers import Tasks, eventually, is_alive, leader, output
 from tests.leftovers import leftovers
 
@@ -94,7 +94,7 @@ def test_nothing_is_lost_while_nobody_reads(tasks: Tasks) -> None:
         time.sleep(pause)
         task.logmon.restart()
         time.sleep(0.1)
-    assert task.wait(60).successful
+    assert task.wait().successful
     task.logmon.wait_eof()
     lines = task.logmon.stdout.decode().splitlines()
     # A reader that is closed takes what it has read; what the agent's reader loses then is not the driver's.
@@ -127,7 +127,7 @@ def test_a_full_pipe_does_not_keep_a_task_from_being_stopped(tasks: Tasks) -> No
 
 
 def test_console_of_a_booted_system_is_plain_text(tasks: Tasks) -> None:
-    task = tasks.boot(kill_timeout=30)
+    task = tasks.boot(kill_timeout=HANG)
     task.logmon.wait_for("Reached target multi-user.target")
     task.stop()
     assert task.wait().successful

@@ -23,6 +23,7 @@ import pytest
 from nspawn.common import DriverError
 from nspawn.images import ImageConfig, Origin, Reference, read_in_image
 from nspawn.registry import read_image_config
+from tests.agent import HANG
 from tests.fetching import Fetcher, docker_origin, layer_name, origin_of, stacked
 from tests.servers import (
     DOCKER_INDEX,
@@ -223,7 +224,7 @@ def test_four_layers_at_once(fetcher: Fetcher, liar: Liar) -> None:
     def answer(request: Any) -> None:
         under_way[0] += 1
         most[0] = max(most[0], under_way[0])
-        meeting.wait(60)
+        meeting.wait(HANG)
         under_way[0] -= 1
         liar.send_file(request, liar.files[request.path])
 
@@ -244,12 +245,12 @@ def test_a_layer_that_fails_ends_the_others(fetcher: Fetcher, liar: Liar, silent
     asked = threading.Barrier(3)
 
     def be_silent(request: Any) -> None:
-        asked.wait(60)
+        asked.wait(HANG)
         silence = stall(liar.files[request.path], silent_from)
         silence(request) if silent_from else request.connection.recv(1)
 
     def fail(request: Any) -> None:
-        asked.wait(60)
+        asked.wait(HANG)
         send(request, 404)
 
     places = [f"/v2/x/blobs/{layer.digest}" for layer in image.layers]
@@ -469,18 +470,19 @@ def test_certificates_of_single_registries(fetcher: Fetcher, tmp_path: Path) -> 
 
 
 def test_plain_http_is_for_this_machine_and_the_operators_list(fetcher: Fetcher) -> None:
-    """Here 192.0.2.7, where nobody listens."""
+    """Here an address of this machine where nobody listens."""
+    address = f"192.0.2.{os.getpid() % 200 + 20}"
     with FileServer() as server:
-        subprocess.run(["ip", "address", "add", "192.0.2.7/32", "dev", "lo"], check=True)
+        subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
         try:
-            listener = f"192.0.2.7:{server.port}"
+            listener = f"{address}:{server.port}"
             text, kind = fetcher.refuse(docker_origin(f"{listener}/x"))
             assert f"https://{listener}" in text
             assert kind == "TransientError"
             fetcher.insecure = [listener]
             assert f"http://{listener}" in fetcher.refuse(docker_origin(f"{listener}/x"))[0]
         finally:
-            subprocess.run(["ip", "address", "del", "192.0.2.7/32", "dev", "lo"], check=True)
+            subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=True)
 
 
 # -- mirrors -------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def count_threads(pid: int) -> int:
 
 def plugin_info_seconds(plugin: Plugin) -> float:
     begin = time.monotonic()
-    call(plugin.base.PluginInfo, base_pb2.PluginInfoRequest(), 20)
+    call(plugin.base.PluginInfo, base_pb2.PluginInfoRequest(), HANG)
     return time.monotonic() - begin
 
 
@@ -214,7 +214,7 @@ def plugin_info_seconds(plugin: Plugin) -> float:
 
 
 def fingerprint_with(plugin: Plugin, raw: bytes) -> driver_pb2.FingerprintResponse:
-    call(plugin.base.SetConfig, base_pb2.SetConfigRequest(msgpack_config=raw), 10)
+    call(plugin.base.SetConfig, base_pb2.SetConfigRequest(msgpack_config=raw), HANG)
     stream: Any = plugin.driver.Fingerprint(driver_pb2.FingerprintRequest(), timeout=HANG)
     try:
         return next(iter(stream))  # type: ignore[no-any-return]
@@ -245,7 +245,7 @@ def test_empty_plugin_config_gives_the_defaults(fresh: Plugin, raw: bytes) -> No
     assert response.attributes["driver.nspawn"].bool_val
     assert response.attributes["driver.nspawn.volumes"].bool_val
     assert set(response.attributes) == documented_attributes()
-    capabilities = call(fresh.driver.Capabilities, driver_pb2.CapabilitiesRequest(), 10).capabilities
+    capabilities = call(fresh.driver.Capabilities, driver_pb2.CapabilitiesRequest(), HANG).capabilities
     assert capabilities.mount_configs == driver_pb2.DriverCapabilities.ANY_MOUNTS
 
 
@@ -253,14 +253,14 @@ def test_set_config_may_be_called_again(fresh: Plugin) -> None:
     for _ in range(2):
         fresh.set_config({"volumes": False}, nomad=False)
     fresh.set_config({"volumes": False})
-    capabilities = call(fresh.driver.Capabilities, driver_pb2.CapabilitiesRequest(), 10).capabilities
+    capabilities = call(fresh.driver.Capabilities, driver_pb2.CapabilitiesRequest(), HANG).capabilities
     assert capabilities.mount_configs == driver_pb2.DriverCapabilities.NO_MOUNTS
 
 
 def test_disabled_driver_starts_nothing(fresh: Plugin) -> None:
     fresh.set_config({"enabled": False})
     with pytest.raises(DriverError, match="enabled = false") as caught:
-        call(fresh.driver.StartTask, driver_pb2.StartTaskRequest(task=driver_pb2.TaskConfig(id="a/b/c")), 10)
+        call(fresh.driver.StartTask, driver_pb2.StartTaskRequest(task=driver_pb2.TaskConfig(id="a/b/c")), HANG)
     assert not caught.value.recoverable
 
 
@@ -283,7 +283,7 @@ def test_disabled_driver_starts_nothing(fresh: Plugin) -> None:
 def test_what_nomad_never_sends_is_refused(shared: Plugin, field: str, value: Any, sentence: str) -> None:
     config = driver_pb2.TaskConfig(**{"id": "a/b/c", "name": "b", "alloc_dir": "/a", field: value})
     with pytest.raises(DriverError) as caught:
-        call(shared.driver.StartTask, driver_pb2.StartTaskRequest(task=config), 10)
+        call(shared.driver.StartTask, driver_pb2.StartTaskRequest(task=config), HANG)
     assert caught.value.text == f"the task cannot be started: {sentence}"
 
 
@@ -318,7 +318,7 @@ def test_plugin_config_that_is_no_map_of_options_is_refused(shared: Plugin, raw:
 
 def test_refused_plugin_config_changes_nothing(shared: Plugin) -> None:
     set_config(shared, {"enabled": False, "volumes": 3})
-    capabilities = call(shared.driver.Capabilities, driver_pb2.CapabilitiesRequest(), 10).capabilities
+    capabilities = call(shared.driver.Capabilities, driver_pb2.CapabilitiesRequest(), HANG).capabilities
     assert capabilities.mount_configs == driver_pb2.DriverCapabilities.ANY_MOUNTS
 
 
@@ -326,10 +326,10 @@ def test_refused_plugin_config_changes_nothing(shared: Plugin) -> None:
 
 
 def test_health_is_told_for_the_plugin_only(shared: Plugin) -> None:
-    response = call(shared.health.Check, health_pb2.HealthCheckRequest(service="plugin"), 5)
+    response = call(shared.health.Check, health_pb2.HealthCheckRequest(service="plugin"), HANG)
     assert response.status == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(DriverError) as caught:
-        call(shared.health.Check, health_pb2.HealthCheckRequest(service="another"), 5)
+        call(shared.health.Check, health_pb2.HealthCheckRequest(service="another"), HANG)
     assert caught.value.code == "NOT_FOUND"
     check_text(caught.value.text)
 
@@ -352,7 +352,7 @@ def test_names_of_nomad_0_10_0_work(driver_file: Path) -> None:
         "/proto.GRPCController/Shutdown", empty.SerializeToString, empty.FromString
     )
     plugin.closing = True
-    call(shutdown, empty(), 2)
+    call(shutdown, empty(), HANG)
     assert plugin.exited(2)
     end.set()
     plugin.kill_hard()
@@ -436,7 +436,7 @@ def test_strangers_on_the_socket_disturb_nobody(shared: Plugin, junk: bytes) -> 
     for _ in range(3):
         with raw_connection(shared) as client, contextlib.suppress(OSError):
             client.sendall(junk)
-    call(shared.base.PluginInfo, base_pb2.PluginInfoRequest(), 5)
+    call(shared.base.PluginInfo, base_pb2.PluginInfoRequest(), HANG)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -446,7 +446,7 @@ def test_message_that_cannot_be_parsed_is_answered_and_leaves_the_log_readable(s
         method(b"\xff\xff\xff", timeout=HANG)
     raw: Any = caught.value
     assert raw.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-    call(shared.base.PluginInfo, base_pb2.PluginInfoRequest(), 5)
+    call(shared.base.PluginInfo, base_pb2.PluginInfoRequest(), HANG)
 
 
 def test_environment_of_16_mib_is_refused_by_its_size(shared: Plugin, image: Path) -> None:
@@ -549,7 +549,7 @@ def test_connections_that_come_and_go_leave_nothing(shared: Plugin) -> None:
     before = count_fds(shared.pid)
     for _ in range(20):
         channel = open_channel(shared)
-        call(base_pb2_grpc.BasePluginStub(channel).PluginInfo, base_pb2.PluginInfoRequest(), 5)
+        call(base_pb2_grpc.BasePluginStub(channel).PluginInfo, base_pb2.PluginInfoRequest(), HANG)
         channel.close()
     eventually(lambda: count_fds(shared.pid) <= before)
 
@@ -673,7 +673,7 @@ def test_handle_is_complete(running: Task) -> None:
 
 def test_result_is_there_for_code_0_too(shared: Plugin, ended: Task) -> None:
     for _ in range(2):
-        response = call(shared.driver.WaitTask, driver_pb2.WaitTaskRequest(task_id=ended.id), 5)
+        response = call(shared.driver.WaitTask, driver_pb2.WaitTaskRequest(task_id=ended.id), HANG)
         assert response.HasField("result")
         assert response.result == driver_pb2.ExitResult()
         assert response.err == ""
@@ -867,7 +867,7 @@ def test_log_of_a_whole_session_is_readable_and_keeps_secrets(driver_file: Path,
                 task.start()
                 task.wait()
             with pytest.raises(DriverError):
-                call(plugin.driver.WaitTask, driver_pb2.WaitTaskRequest(task_id=UNKNOWN), 5)
+                call(plugin.driver.WaitTask, driver_pb2.WaitTaskRequest(task_id=UNKNOWN), HANG)
         plugin.kill(driver_shutdown=True)
     assert not plugin.violations
     assert plugin.log

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from nomad_pb import driver_pb2
-from tests.agent import Allocation, DriverError, Plugin, Port, Resources, Task, call, launch_like_agent
+from tests.agent import HANG, Allocation, DriverError, Plugin, Port, Resources, Task, call, launch_like_agent
 from tests.containers import Tasks, driver_state, eventually, is_alive, kill, leader, nspawn, output, shim
 from tests.leftovers import STATE, leftovers
 
@@ -88,7 +88,7 @@ def test_task_goes_on_and_loses_nothing(tasks: Tasks, launch: Launch, agent_rest
 
 @RESTARTS
 def test_booted_system_goes_on(tasks: Tasks, launch: Launch, agent_restart: bool) -> None:
-    task = tasks.boot(kill_timeout=30)
+    task = tasks.boot(kill_timeout=HANG)
     recover(tasks, launch, task, agent_restart=agent_restart)
     task.logmon.wait_for("Reached target multi-user.target")
     task.stop()
@@ -128,7 +128,7 @@ def test_everything_works_after_recovery(tasks: Tasks, launch: Launch) -> None:
     assert abs(status.started_at.ToNanoseconds() / 1e9 - time.time()) < 60
     with pytest.raises(DriverError, match="running"):
         task.destroy(force=False)
-    task.stop(timeout=10)
+    task.stop(timeout=HANG)
     assert task.wait().exit_code == 6
     task.destroy()
     assert leftovers(task.allocation.id) == []
@@ -208,7 +208,7 @@ def test_many_crashes(tasks: Tasks, launch: Launch) -> None:
         recover(tasks, launch, task)
         with pytest.raises(TimeoutError):
             task.wait(0.05)
-    task.stop(timeout=10)
+    task.stop(timeout=HANG)
     assert task.wait().exit_code == 8
 
 
@@ -270,7 +270,7 @@ def test_last_words_survive_a_destroy_that_comes_first(tasks: Tasks, launch: Lau
 
 
 def test_last_words_of_a_booted_system_wait_for_a_reader(tasks: Tasks) -> None:
-    task = tasks.boot(kill_timeout=30)
+    task = tasks.boot(kill_timeout=HANG)
     task.logmon.wait_for("Reached target multi-user.target")
     task.logmon.stop(0)
     task.stop()
@@ -345,7 +345,7 @@ def test_handle_of_another_task_is_refused(tasks: Tasks) -> None:
     handle.CopyFrom(one.handle)
     handle.config.id = other.id
     with pytest.raises(DriverError):
-        call(tasks.plugin.driver.RecoverTask, driver_pb2.RecoverTaskRequest(handle=handle), 10)
+        call(tasks.plugin.driver.RecoverTask, driver_pb2.RecoverTaskRequest(handle=handle), HANG)
 
 
 def test_recovery_needs_the_handle_alone(tasks: Tasks, launch: Launch) -> None:
@@ -356,7 +356,7 @@ def test_recovery_needs_the_handle_alone(tasks: Tasks, launch: Launch) -> None:
     whole = (directory / "state.json").read_text()
     (directory / "state.json").write_text("{ damaged")
     recover(tasks, launch, task)
-    task.stop(timeout=10)
+    task.stop(timeout=HANG)
     assert task.wait().exit_code == 7
     task.destroy()
     assert leftovers(task.allocation.id) == [], whole
@@ -386,7 +386,7 @@ def test_killed_shim_does_not_take_the_task_along(tasks: Tasks) -> None:
     with pytest.raises(TimeoutError):
         task.wait(0.5)
     assert is_alive(leader(task))
-    task.stop(timeout=10)
+    task.stop(timeout=HANG)
     result = task.wait()
     assert not result.successful
     assert "shim was killed" in result.err and "exit code" in result.err
@@ -471,7 +471,7 @@ def test_two_plugins_at_once(tasks: Tasks, launch: Launch) -> None:
     first, second = tasks.plugin, launch()
     task.recover(second)
     others = tasks.start(FOREVER, plugin=second)
-    task.stop(timeout=10)
+    task.stop(timeout=HANG)
     assert task.wait().exit_code == 12
     task.plugin = first
     assert task.wait().exit_code == 12

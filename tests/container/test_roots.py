@@ -32,7 +32,7 @@ from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Image
 from nspawn.linux import enter_namespace, take_lock
 from nspawn.roots import UID_LOCKS, PrivateRoot, RootPlan, mount_root, pick_users, plan_root
-from tests.agent import Allocation, DriverError, Task, call, launch_like_agent
+from tests.agent import HANG, Allocation, DriverError, Task, call, launch_like_agent
 from tests.containers import (
     Tasks,
     eventually,
@@ -400,7 +400,7 @@ def test_the_roots_own_mode_and_owner_are_the_images(tasks: Tasks, small: Path) 
 
 @USERS
 def test_booted_system(tasks: Tasks, namespaces: bool) -> None:
-    task = tasks.boot(volatile=None, ephemeral=True, user_namespacing=namespaces, kill_timeout=30)
+    task = tasks.boot(volatile=None, ephemeral=True, user_namespacing=namespaces, kill_timeout=HANG)
     task.logmon.wait_for("Reached target multi-user.target")
     found = Path(f"/proc/{leader(task)}/root/etc/machine-id").read_text().strip()
     assert found == task.allocation.id.replace("-", ""), "as it can write to its root, unlike to the image"
@@ -758,7 +758,7 @@ def test_kill_at_any_moment(driver_file: Path, small: Path, whom: str) -> None:
             os.kill(doomed.pid, signal.SIGKILL)
             doomed.kill_hard()
             start.cancel()
-            call(cleaner.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True), 60)
+            call(cleaner.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True), HANG)
             wait_clean(task, small)
         task, result = tasks.run("echo works", ephemeral=True)
         assert output(task) == "works\n", result

@@ -131,7 +131,7 @@ def test_task_from_an_archive_in_its_directory(tasks: Tasks, archive: bytes, nam
     place = Path(task.task_config().alloc_dir, task.name, "local", name)
     place.write_bytes(gzip.compress(archive, 1) if name.endswith("gz") else archive)
     task.start()
-    assert task.wait(60).exit_code == 0
+    assert task.wait().exit_code == 0
     assert output(task) == "hello\n"
 
 
@@ -309,7 +309,7 @@ def test_several_tasks_at_once_fetch_once(tasks: Tasks, server: FileServer, arch
         thread.start()
     for thread in threads:
         thread.join()
-    assert [task.wait(60).exit_code for task in made] == [0] * 6
+    assert [task.wait().exit_code for task in made] == [0] * 6
     assert len(server.seen) == 1
 
 
@@ -320,7 +320,7 @@ def test_several_processes_at_once_fetch_once(server: FileServer, archive: bytes
     request = fetcher.request(url_origin(f"{server.url}/image"))
     processes = [fetcher.start(request) for _ in range(5)]
     for process in processes:
-        assert b'"image"' in process.communicate(timeout=60)[0]
+        assert b'"image"' in process.communicate(timeout=HANG)[0]
     assert len(server.seen) == 1
 
 
@@ -367,7 +367,7 @@ class Starting:
     def join(self) -> BaseException | None:
         """Return what the call has failed with, if it has."""
         try:
-            error = self.call.exception(timeout=60)
+            error = self.call.exception(timeout=HANG)
         except grpc.FutureCancelledError as cancelled:
             return cancelled
         return driver_error(error) if isinstance(error, grpc.RpcError) else error
@@ -477,7 +477,7 @@ def test_the_plugin_collects_without_any_task(
             await asyncio.sleep(0.02)
         looking.cancel()
 
-    asyncio.run(asyncio.wait_for(collect(), 20))
+    asyncio.run(asyncio.wait_for(collect(), HANG))
 
 
 @pytest.mark.parametrize("read_only", [False, True])

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from nomad_pb import driver_pb2
-from tests.agent import ExitResult, Plugin, Task, launch_like_agent
+from tests.agent import HANG, ExitResult, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, kill, leader, make_small_image, nspawn, shim, zombies
 from tests.leftovers import leftovers
 
@@ -76,7 +76,7 @@ def make(tasks: Tasks, kind: dict[str, Any], fate: str) -> Task:
 def meet(task: Task, fate: str) -> None:
     """Bring a task to its end. It may have ended already."""
     if fate == "stopped":
-        task.stop(timeout=20)
+        task.stop(timeout=HANG)
     elif fate == "killed":
         task.stop(timeout=0)
     elif fate == "destroyed":
@@ -117,9 +117,9 @@ def live(tasks: Tasks, chance: random.Random, restart: Any = None) -> None:
         list(pool.map(lambda item: meet(item[0], item[2]), chosen))
         for task, kind, fate in chosen:
             if fate == "left to end" and kind.get("boot"):
-                task.stop(timeout=20)
+                task.stop(timeout=HANG)
             if fate != "destroyed":
-                check(kind, fate, task.wait(60))
+                check(kind, fate, task.wait())
         list(pool.map(lambda item: item[0].destroy(), chosen))
     left = [line for task, _, _ in chosen for line in leftovers(task.allocation.id)]
     assert not left, "left behind:\n" + "\n".join(left)

@@ -135,7 +135,7 @@ def trapping(*names: str) -> str:
 @pytest.mark.parametrize("kill_signal", ["", "SIGTERM", "SIGINT", "SIGUSR1"])
 def test_stop_sends_the_kill_signal(tasks: Tasks, mode: Options, kill_signal: str) -> None:
     name = (kill_signal or "SIGTERM").removeprefix("SIG")
-    task = tasks.start(trapping(name), kill_signal=kill_signal, kill_timeout=30, **mode)
+    task = tasks.start(trapping(name), kill_signal=kill_signal, kill_timeout=HANG, **mode)
     task.logmon.wait_for("ready\n")
     task.stop()
     result = task.wait()
@@ -144,7 +144,7 @@ def test_stop_sends_the_kill_signal(tasks: Tasks, mode: Options, kill_signal: st
 
 
 def test_process_two_without_a_handler_ends_by_the_kill_signal(tasks: Tasks) -> None:
-    task = tasks.start(["/bin/sleep", "60"], process_two=True, kill_timeout=30)
+    task = tasks.start(["/bin/sleep", "60"], process_two=True, kill_timeout=HANG)
     task.stop(kill_signal="SIGINT")
     result = task.wait()
     assert (result.exit_code, result.signal) == (130, 2)
@@ -187,7 +187,7 @@ def test_stop_while_others_wait(tasks: Tasks) -> None:
     task.logmon.wait_for("ready\n")
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(task.wait) for _ in range(2)]
-        for stopping in [pool.submit(task.stop, timeout=30) for _ in range(2)]:
+        for stopping in [pool.submit(task.stop, timeout=HANG) for _ in range(2)]:
             stopping.result(HANG)
         assert {pending.result(HANG).exit_code for pending in waiting} == {5}
 
@@ -254,7 +254,7 @@ def test_unknown_kill_signal_gives_way_to_the_usual_one(tasks: Tasks) -> None:
     """Refusing would keep the task running: an agent repeats a failed StopTask for minutes."""
     task = tasks.start(trapping("TERM"))
     task.logmon.wait_for("ready\n")
-    task.stop(timeout=30, kill_signal="SIGNONSENSE")
+    task.stop(timeout=HANG, kill_signal="SIGNONSENSE")
     assert task.wait().exit_code == 5
     task.plugin.wait_for(lambda: any('"SIGNONSENSE"' in event.message for event in task.events))
 
@@ -296,7 +296,7 @@ def test_signal_to_an_ended_or_unknown_task_is_an_error(tasks: Tasks) -> None:
 @pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "none"])
 def test_booted_system_runs_and_shuts_down_in_order(tasks: Tasks, namespaces: bool) -> None:
     mode: Options = {"volatile": None, "read_only": True} if namespaces else {"volatile": "overlay"}
-    task = tasks.boot(user_namespacing=namespaces, kill_timeout=30, **mode)
+    task = tasks.boot(user_namespacing=namespaces, kill_timeout=HANG, **mode)
     task.logmon.wait_for(BOOTED)
     task.stop()
     assert task.wait().successful
@@ -306,7 +306,7 @@ def test_booted_system_runs_and_shuts_down_in_order(tasks: Tasks, namespaces: bo
 @pytest.mark.parametrize("kill_signal", ["SIGTERM", "SIGINT", "SIGRTMIN+4"])
 def test_booted_system_ends_in_order_by_its_kill_signal(tasks: Tasks, tmp_path: Path, kill_signal: str) -> None:
     """For systemd itself SIGTERM would mean "re-exec" and SIGINT "reboot"."""
-    task = boot_unit(tasks, tmp_path, "ExecStart=/bin/sleep 600", kill_signal=kill_signal, kill_timeout=30)
+    task = boot_unit(tasks, tmp_path, "ExecStart=/bin/sleep 600", kill_signal=kill_signal, kill_timeout=HANG)
     task.stop()
     result = task.wait()
     assert result.successful, result
@@ -1253,7 +1253,7 @@ def test_destroy_from_the_id_alone(tasks: Tasks, driver_file: Path, kind: str) -
     link = peer(leader(task)) if kind != "command" else 0
     assert not link or link in interface_indexes()
     with launch_like_agent(driver_file) as second:
-        call(second.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True), 30)
+        call(second.driver.DestroyTask, driver_pb2.DestroyTaskRequest(task_id=task.id, force=True), HANG)
     assert leftovers(task.allocation.id) == []
     assert link not in interface_indexes()
     assert not task.wait().successful, "the first plugin notices"
@@ -1286,7 +1286,7 @@ def test_restart_in_the_same_allocation(tasks: Tasks) -> None:
 def test_start_of_a_running_task_is_refused(tasks: Tasks) -> None:
     task = tasks.start(FOREVER)
     with pytest.raises(DriverError, match="running already"):
-        call(task.plugin.driver.StartTask, driver_pb2.StartTaskRequest(task=task.task_config()), 30)
+        call(task.plugin.driver.StartTask, driver_pb2.StartTaskRequest(task=task.task_config()), HANG)
     assert is_alive(leader(task))
 
 
@@ -1308,7 +1308,7 @@ def test_start_repeated_after_a_crash_in_the_middle(tasks: Tasks, driver_file: P
     os.kill(doomed.pid, signal.SIGKILL)
     doomed.kill_hard()
     pending.cancel()
-    call(task.plugin.driver.StartTask, request, 30)
+    call(task.plugin.driver.StartTask, request, HANG)
     time.sleep(0.3)
     running = [pid for pid, command in processes(task.allocation.id) if command == "/bin/sleep 60 "]
     assert len(running) == 1, "not doubled, and running"
@@ -1398,5 +1398,5 @@ def test_signal_reaches_a_users_command_under_the_stub(tasks: Tasks) -> None:
     task.logmon.wait_for("ready")
     task.signal("SIGUSR1")
     task.logmon.wait_for("USR1")
-    task.stop(timeout=10)
+    task.stop(timeout=HANG)
     assert task.wait().exit_code == 5

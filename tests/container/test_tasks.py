@@ -17,7 +17,7 @@ import pytest
 
 from nomad_pb import driver_pb2
 from nspawn.job import state_directory
-from tests.agent import Allocation, DriverError, Plugin, Task, launch_like_agent
+from tests.agent import HANG, Allocation, DriverError, Plugin, Task, launch_like_agent
 from tests.containers import Tasks, eventually, is_alive, leader, nspawn, shim
 from tests.leftovers import leftovers, processes
 
@@ -95,7 +95,7 @@ def test_task_without_its_state_directory_is_taken_up(tasks: Tasks, plugins: Plu
     assert task.inspect().task.state == driver_pb2.RUNNING
     with pytest.raises(DriverError, match="was removed"):
         task.exec(["true"])
-    task.stop(timeout=10)
+    task.stop(timeout=HANG)
     assert task.wait().exit_code == 9
     task.destroy()
     assert leftovers(task.allocation.id) == []
@@ -125,7 +125,7 @@ def test_state_directory_of_a_known_task_is_made_anew(tasks: Tasks) -> None:
     next(stream)
     stream.cancel()
     eventually(lambda: said(tasks.plugin, "made anew", task))
-    task.stop(timeout=10)
+    task.stop(timeout=HANG)
     assert task.wait().exit_code == 9
 
 
@@ -182,9 +182,9 @@ def test_only_own_tasks_that_nobody_has_are_reaped(tasks: Tasks, plugins: Plugin
     for task in (taken, foreign, held):
         assert is_alive(leader(task)), task.name
     assert not said(tasks.plugin, "nobody", foreign)
-    held.stop(timeout=10)
+    held.stop(timeout=HANG)
     foreign.recover(tasks.plugin)
-    foreign.stop(timeout=10)
+    foreign.stop(timeout=HANG)
     assert held.wait().exit_code == foreign.wait().exit_code == 9
 
 
