@@ -10,12 +10,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 from nspawn.common import DriverError, HostError, TransientError, shorten
 from nspawn.download import start_tool, telling
-from nspawn.files import find_tool
 from nspawn.registry import CERTIFICATES, Credentials, Registry
 
 # More than this process may have: Go's runtime reserves much address space.
@@ -29,7 +29,7 @@ def check_signature(registry: Registry, digest: str, key: str, work: Path, timeo
     """Raise DriverError unless a public key has signed a manifest. `key` is in PEM, `work` a directory for files,
     `timeout` the seconds that cosign may take."""
     demand = f"{registry.shown} must be signed (require_signature)"
-    if not find_tool("cosign"):
+    if not shutil.which("cosign"):
         raise HostError(f"{demand}, and cosign is not installed: put it into a directory such as /usr/local/bin")
     home = work / "cosign"
     home.mkdir(mode=0o700, exist_ok=True)
@@ -50,6 +50,7 @@ def check_signature(registry: Registry, digest: str, key: str, work: Path, timeo
         finally:
             process.kill()
             process.wait()
+            (home / "config.json").unlink()
         said.seek(0)
         lines = said.read(1 << 16).decode(errors="replace").strip().splitlines()
     if status:

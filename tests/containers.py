@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -198,6 +199,15 @@ def on_overlay(image: Path, folder: Path) -> Iterator[Path]:
         yield images / image.name
     finally:
         eventually(lambda: subprocess.run(["umount", str(images)], check=False, timeout=30).returncode == 0)
+
+
+def make_client(driver_file: Path, program: Path, mounts: Mapping[Path, str]) -> Path:
+    """A program that is the plugin on a client of its own: there, these directories stand over others."""
+    binds = [shlex.join(["mount", "--bind", str(source), target]) for source, target in mounts.items()]
+    script = "; ".join([*binds, f'exec {shlex.quote(str(driver_file))} "$@"'])
+    program.write_text(f'#!/bin/sh\nexec unshare --mount sh -ec {shlex.quote(script)} sh "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None:

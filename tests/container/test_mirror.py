@@ -11,22 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.agent import Plugin
-from tests.containers import Tasks, output
+from tests.containers import Tasks, make_client, output
 from tests.servers import CachingMirror, Entry, ImageParts, Liar, folder, make_tar
 
 CLIENTS = 20
 
-# The plugin in a mount namespace of its own, where the store is a directory of this client alone.
-CLIENT = """\
-#!/bin/sh
-exec unshare --mount sh -ec 'mount --bind "$CLIENT_STORE" /var/lib/nomad-driver-nspawn; exec "$0"' "{driver}"
-"""
-
 
 @contextlib.contextmanager
-def start_client(program: Path, store: Path, block: str) -> Iterator[Plugin]:
+def start_client(driver_file: Path, store: Path, block: str) -> Iterator[Plugin]:
     store.mkdir()
-    with Plugin(program, env={**os.environ, "CLIENT_STORE": str(store)}) as plugin:
+    program = make_client(driver_file, store.with_suffix(".sh"), {store: "/var/lib/nomad-driver-nspawn"})
+    with Plugin(program) as plugin:
         plugin.set_config(block)
         plugin.open_streams()
         yield plugin
@@ -35,9 +30,6 @@ def start_client(program: Path, store: Path, block: str) -> Iterator[Plugin]:
 
 def test_twenty_clients_ask_upstream_once(driver_file: Path, image: Path, archive: bytes, tmp_path: Path) -> None:
     """All at a time; each runs a task from the image, and each layer leaves the registry once."""
-    program = tmp_path / "client"
-    program.write_text(CLIENT.format(driver=driver_file))
-    program.chmod(0o755)
     Path("/var/lib/nomad-driver-nspawn").mkdir(mode=0o700, exist_ok=True)
     layers = [
         archive,
@@ -52,7 +44,7 @@ def test_twenty_clients_ask_upstream_once(driver_file: Path, image: Path, archiv
 
         def run(number: int) -> str:
             with (
-                start_client(program, tmp_path / f"store{number}", block) as plugin,
+                start_client(driver_file, tmp_path / f"store{number}", block) as plugin,
                 Tasks(plugin, image) as tasks,
             ):
                 reference = f"docker://{upstream.host}/x:1"

@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import pytest
 
 from nspawn.common import SAFE_PATH
 from tests.agent import DriverError, launch_like_agent
-from tests.containers import Tasks, output
+from tests.containers import Tasks, make_client, output
 from tests.fetching import Fetcher, docker_origin, layer_name, origin_of
 from tests.servers import (
     DOCKER_INDEX,
@@ -100,16 +97,22 @@ def test_signatures(fetcher: Fetcher, tmp_path: Path) -> None:
         fetcher.fetch(replace(origin, address=f"{registry.host}/many"))
 
 
-@contextlib.contextmanager
-def stand_in(script: str) -> Iterator[None]:
-    """A `cosign` that is found before any other."""
-    path = Path(SAFE_PATH.split(":")[0], "cosign")
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    try:
-        yield
-    finally:
-        path.unlink()
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A directory for a stand-in, with the other tools that it is called by."""
+    path = tmp_path / "tools"
+    path.mkdir()
+    for tool in ("setpriv", "prlimit", "sh", "sleep", "yes", "cat"):
+        found = shutil.which(tool)
+        assert found
+        (path / tool).symlink_to(found)
+    return path
+
+
+def stand_in(tools: Path, script: str) -> None:
+    """Make a `cosign` of our own."""
+    (tools / "cosign").write_text(f"#!/bin/sh\n{script}\n")
+    (tools / "cosign").chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -124,63 +127,64 @@ def stand_in(script: str) -> Iterator[None]:
     ],
 )  # fmt: skip
 def test_without_a_verdict_nothing_is_fetched(
-    fetcher: Fetcher, liar: Liar, script: str | None, words: str, kind: str
+    fetcher: Fetcher, liar: Liar, tools: Path, script: str | None, words: str, kind: str
 ) -> None:
     """Not even the image's configuration."""
-    if script is None and COSIGN:
-        pytest.skip(f"{COSIGN} is installed, so it cannot be missing")
+    if script is not None:
+        stand_in(tools, script)
     liar.serve(ImageParts.make([BASE]))
     fetcher.settings["stall"] = 1.0
-    with stand_in(script) if script else contextlib.nullcontext():
-        text, found = fetcher.refuse(replace(origin_of(liar), signer="key"))
+    fetcher.environ["PATH"] = str(tools)
+    text, found = fetcher.refuse(replace(origin_of(liar), signer="key"))
     assert words.partition("{}")[0] in text and words.partition("{}")[2] in text and found == kind
     assert [seen.path for seen in liar.seen] == ["/v2/x/manifests/latest"]
 
 
-def test_a_mirror_with_an_unsigned_image_is_passed_over(fetcher: Fetcher, liar: Liar) -> None:
+def test_a_mirror_with_an_unsigned_image_is_passed_over(fetcher: Fetcher, liar: Liar, tools: Path) -> None:
     """What is verified is the digest that came, and at the place it came from."""
     with Liar() as mirror:
         liar.serve(ImageParts.make([BASE]))
         mirror.serve(ImageParts.make([OTHER]))
         fetcher.mirrors = {liar.host: [mirror.host]}
         cases = f"{mirror.host}/x@*) exit 12;; {liar.host}/x@sha256:*) ;; *) exit 1;;"
-        with stand_in(f"for place; do :; done; case $place in {cases} esac"):
-            assert fetcher.fetch(replace(origin_of(liar), signer="key")).layers[0] == layer_name(BASE)
+        stand_in(tools, f"for place; do :; done; case $place in {cases} esac")
+        fetcher.environ["PATH"] = str(tools)
+        assert fetcher.fetch(replace(origin_of(liar), signer="key")).layers[0] == layer_name(BASE)
 
 
-def test_task_from_a_signed_image(driver_file: Path, image: Path, archive: bytes, tmp_path: Path) -> None:
+def test_task_from_a_signed_image(
+    driver_file: Path, image: Path, archive: bytes, tmp_path: Path, tools: Path
+) -> None:
     """An image that is in the store unverified is verified before it is used. Then the registry may go."""
-    key, seen = tmp_path / "key.pub", tmp_path / "seen"
+    key, seen, store = tmp_path / "key.pub", tmp_path / "seen", tmp_path / "store"
     key.write_text("the key\n")
+    store.mkdir()
+    mounts = {store: "/var/lib/nomad-driver-nspawn", tools: "/usr/local/sbin"}
+    program = make_client(driver_file, tmp_path / "client.sh", mounts)
     with Registry(tmp_path / "registry") as registry:
-        registry.push("team/app", ImageParts.make([archive]), tag="1")
+        for name in ("app", "ahead"):
+            registry.push(f"team/{name}", ImageParts.make([archive]), tag="1")
         where = f"{registry.host}/team"
-        config = {"image": f"docker://{where.upper().replace('/TEAM', '/team')}/app:1", "read_only": None}
-        with launch_like_agent(driver_file) as plugin, Tasks(plugin, image) as tasks:
+        config = {"image": f"docker://{where.replace('localhost', 'LOCALHOST')}/app:1", "read_only": None}
+        with launch_like_agent(program) as plugin, Tasks(plugin, image) as tasks:
             assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
+        stand_in(tools, "exit 0")
+        argv = [str(program), "pull", "--require-signature", f"{where}={key}", f"docker://{where}/ahead:1"]
+        subprocess.run(argv, check=True, capture_output=True, timeout=60)
         block = f'require_signature = {{ "*" = "/nothing", "{where}" = "{key}" }}'
-        with launch_like_agent(driver_file, block) as plugin, Tasks(plugin, image) as tasks:
-            refused = pytest.raises(
-                DriverError, match=r"must be signed .require_signature.*no matching signatures"
-            )
-            with stand_in("echo Error: no matching signatures >&2; exit 12"), refused:
+        with launch_like_agent(program, block) as plugin, Tasks(plugin, image) as tasks:
+            stand_in(tools, "echo Error: no matching signatures >&2; exit 12")
+            with pytest.raises(DriverError, match=r"must be signed .require_signature.*no matching signatures"):
                 tasks.start("echo hello", **config)
             with pytest.raises(DriverError, match="the public key /nothing of require_signature cannot be read"):
                 tasks.start("echo hello", image=f"docker://{registry.host}/other:1", read_only=None)
-            with stand_in(
-                f"for key; do case $key in --key=*) cat ${{key#--key=}} >{shlex.quote(str(seen))};; esac; done"
-            ):
-                assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
+            stand_in(tools, f"for key; do case $key in --key=*) cat ${{key#--key=}} >{seen};; esac; done")
+            assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
             assert seen.read_text() == key.read_text()
-            ahead = f"docker://{where}/ahead:1"
-            registry.push("team/ahead", ImageParts.make([archive]), tag="1")
-            with stand_in("exit 0"):
-                demand = ["--require-signature", f"{where}={key}"]
-                subprocess.run([driver_file, "pull", *demand, ahead], check=True, capture_output=True, timeout=60)
             registry.close()
-            with stand_in("exit 12"):
-                assert output(tasks.run("echo hello", **config)[0]) == "hello\n"
-                assert output(tasks.run("echo hello", **{**config, "image": ahead})[0]) == "hello\n"
+            stand_in(tools, "exit 12")
+            for address in (config["image"], f"docker://{where}/ahead:1"):
+                assert output(tasks.run("echo hello", image=address, read_only=None)[0]) == "hello\n"
             key.write_text("another key\n")
-            with stand_in("exit 12"), pytest.raises(DriverError):
+            with pytest.raises(DriverError):
                 tasks.start("echo hello", **config)
