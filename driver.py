@@ -1981,6 +1981,7 @@ class DriverService:
                 ephemeral_dir=self.config.ephemeral_dir or "",
                 root_size=self.config.root_size,
                 account=account,
+                hooks=edits.hooks,
                 journal_obstacle=find_journal_obstacle(config),
             )
             plan = plan_task(TASK_OPTIONS, config, options, host, found)

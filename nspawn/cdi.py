@@ -27,7 +27,19 @@ T = TypeVar("T")
 DIRECTORIES = ("/etc/cdi", "/var/run/cdi")  # what a device is in the later one counts
 VERSION = (1, 1)  # of the format, the newest that is known here
 KIND = re.compile(r"[A-Za-z0-9][\w.-]{0,252}/[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", re.ASCII)
+HOOK_LIMIT = 60  # seconds for a hook whose file says none
 MAX_SHOWN = 20  # names of devices in a sentence
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A program of the host that prepares the container's root."""
+
+    path: str
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    limit: int = HOOK_LIMIT  # seconds
+    device: str = ""  # for which it is run
 
 
 @dataclass(frozen=True)
@@ -38,13 +50,15 @@ class Edits:
     nodes: tuple[CdiNode, ...] = ()
     mounts: tuple[Mount, ...] = ()
     groups: tuple[int, ...] = ()
+    hooks: tuple[Hook, ...] = ()
 
     def then(self, other: Edits) -> Edits:
         """Return both. The other's count where they are about the same variable or path."""
         nodes = {node.target: node for node in (*self.nodes, *other.nodes)}
         mounts = {os.path.normpath(mount.target): mount for mount in (*self.mounts, *other.mounts)}
         groups = tuple(dict.fromkeys((*self.groups, *other.groups)))
-        return Edits({**self.env, **other.env}, tuple(nodes.values()), tuple(mounts.values()), groups)
+        hooks = (*self.hooks, *other.hooks)
+        return Edits({**self.env, **other.env}, tuple(nodes.values()), tuple(mounts.values()), groups, hooks)
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,10 @@ def take_texts(raw: Mapping[str, Any], key: str) -> list[str]:
     return values
 
 
+def take_variables(raw: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value for name, _, value in (text.partition("=") for text in take_texts(raw, "env"))}
+
+
 def check_keys(raw: Mapping[str, Any], known: Iterable[str]) -> None:
     """Refuse what would be ignored. Raises ValueError."""
     for key in {*raw} - {*known}:
@@ -164,18 +182,30 @@ def take_path(raw: Mapping[str, Any], key: str, default: str = "") -> str:
 def parse_edits(raw: Mapping[str, Any]) -> Edits:
     """Return edits of a file. Looks at the device nodes and files that they name. Raises ValueError or OSError."""
     check_keys(raw, {"env", "deviceNodes", "mounts", "hooks", "additionalGids", "additionalGIDs"})
-    if hooks := take_objects(raw, "hooks"):
-        raise ValueError(f"it has a hook ({take(hooks[0], 'path', str, '')}), and this driver runs none")
-    variables = [text.partition("=") for text in take_texts(raw, "env")]
     groups = [*take(raw, "additionalGids", list, []), *take(raw, "additionalGIDs", list, [])]
     if not all(type(group) is int and 0 <= group < 1 << 32 for group in groups):
         raise ValueError("additionalGids must be numbers of groups")
     return Edits(
-        env={name: value for name, _, value in variables},
+        env=take_variables(raw),
         nodes=tuple(map(parse_node, take_objects(raw, "deviceNodes"))),
         mounts=tuple(map(parse_mount, take_objects(raw, "mounts"))),
         groups=tuple(filter(None, groups)),
+        hooks=tuple(map(parse_hook, take_objects(raw, "hooks"))),
     )
+
+
+def parse_hook(raw: Mapping[str, Any]) -> Hook:
+    """Raises ValueError, or OSError if there is no such program."""
+    check_keys(raw, ("hookName", "path", "args", "env", "timeout"))
+    path, name = take_path(raw, "path"), take(raw, "hookName", str, "")
+    if name != "createContainer":
+        raise ValueError(
+            f"its hook {path} is for {quote(name)}, and this driver runs those for createContainer only"
+        )
+    if (limit := take(raw, "timeout", int, HOOK_LIMIT)) <= 0:
+        raise ValueError("timeout must be a number of seconds above 0")
+    os.stat(path)
+    return Hook(path, tuple(take_texts(raw, "args")[1:]), take_variables(raw), limit)
 
 
 NODE_KEYS = ("path", "hostPath", "type", "major", "minor", "fileMode", "permissions", "uid", "gid")
@@ -248,7 +278,8 @@ def find_edits(names: Iterable[str], catalog: Catalog) -> Edits:
         used.add(spec.path)
         for raw in (*parts, spec.devices[name.partition("=")[2]]):
             try:
-                edits = edits.then(parse_edits(raw))
+                found = parse_edits(raw)
+                edits = edits.then(replace(found, hooks=tuple(replace(hook, device=name) for hook in found.hooks)))
             except OSError as error:
                 check_shortage(error)
                 rule = f"{spec.path} names {quote(str(error.filename))}: {error.strerror}"

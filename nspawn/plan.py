@@ -17,6 +17,7 @@ from nspawn.bundle import (
     render_bundle,
     select_variables,
 )
+from nspawn.cdi import Hook
 from nspawn.cgroup import plan_cgroup, plan_limits
 from nspawn.checks import (
     Device,
@@ -165,6 +166,7 @@ class HostInputs:
     ephemeral_dir: str = ""  # the operator's, "" for the task's directory
     root_size: Size | None = None  # the operator's limit of private roots
     account: Account | None = None
+    hooks: tuple[Hook, ...] = ()  # of devices
     journal_obstacle: str = ""  # why the host cannot show the task's journal, "" if it can
 
 
@@ -227,10 +229,23 @@ def plan_image(
     check_image_rules(options, found.image, task.network)
     upper_dir = plan_upper_dir(task.task_dir, found.ephemeral_dir, plan_machine(task.name, task.alloc_id))
     root = plan_root(found.image, options, host, found.mounts, upper_dir, found.root_size)
+    root = add_hooks(root, found.hooks)
     staged = stage_image(root, options, found.image, state_directory(task.id))
     if staged and root.private:
         root = replace(root, private=replace(root.private, layers=(staged.path,)))
     return root, staged
+
+
+def add_hooks(root: RootPlan, hooks: tuple[Hook, ...]) -> RootPlan:
+    """Refuse hooks of devices if what they change would be changed in the image. Raises ConfigError."""
+    if not hooks:
+        return root
+    if not root.private:
+        rule, remedy = f"its hook {hooks[0].path} needs a root of the task's own", "set ephemeral = true"
+        raise ConfigError(
+            "devices.host_path", hooks[0].device, rule, f"{remedy}, with an image that is a directory"
+        )
+    return replace(root, private=replace(root.private, hooks=hooks))
 
 
 def find_gaps(task: TaskConfig, options: JobOptions, host: Host, found: HostInputs) -> Iterator[str]:

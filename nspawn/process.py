@@ -346,6 +346,27 @@ def run(argv: Sequence[str], *, timeout: float) -> str:
     return done.stdout.decode(errors="replace")
 
 
+def run_program(argv: Sequence[str], given: bytes, *, pass_fds: Sequence[int] = ()) -> tuple[int, str]:
+    """Run a program and return its exit status, as subprocess has it, and the start of its stderr. `given`: its
+    stdin. Blocks until the program ends, even if it leaves processes behind. Raises OSError."""
+    with open(os.memfd_create("stdin"), "w+b") as stdin, open(os.memfd_create("stderr"), "w+b") as stderr:
+        stdin.write(given)
+        stdin.seek(0)
+        process = subprocess.Popen(
+            argv,
+            env={"PATH": SAFE_PATH},
+            cwd="/",
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+        status = process.wait()
+        stderr.seek(0)
+        return status, stderr.read(4096).decode(errors="replace").strip()
+
+
 class SpareThread:
     """A thread that waits for work. It is started with the plugin, for the time when no thread can be started:
     then the removal of a task still works. It does one thing after the other."""

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nspawn.cdi import Hook
 from nspawn.checks import IdRange
 from nspawn.common import SETTINGS_ROOT, ConfigError, DriverError, TransientError, check_shortage, quote
 from nspawn.files import read_text
@@ -81,6 +82,7 @@ class PrivateRoot:
     is_mapped: bool  # the layers are id-mapped to the users; otherwise files keep the ids they have
     is_usr_mounted: bool = False  # nspawn binds its /usr, by path
     size: int = 0  # bytes that the task may write, 0: any number on disk, and a tenth of the machine's memory
+    hooks: tuple[Hook, ...] = ()  # to be run before nspawn
 
 
 # The name in the task's directory, where no task can see it. In `ephemeral_dir` it follows the machine's name.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nspawn.common import DriverError, HostError, check_shortage
 from nspawn.files import write_file, write_new_file
+from nspawn.hooks import run_hooks
 from nspawn.linux import (
     MNT_DETACH,
     MS_BIND,
@@ -239,6 +240,11 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
         raise explain_mount(plan, error) from None
     if plan.image.key:
         complete_root(directory / "root")
+    if plan.private.hooks:
+        mounts = [mount for mount in plan.mounts if mount.option == "devices"]
+        run_hooks(
+            plan.private.hooks, mounts, directory / "root", plan.machine, (base, users.count) if users else None
+        )
     return arguments
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -246,6 +247,15 @@ def test_class_of_devices(tasks: Tasks, tmp_path: Path, loop_control: Path, name
     assert text.decode().splitlines() == [mode, f"{loop_control} r", "/mnt/misc r", "/mnt/tty", "/dev/fuse r w"]
 
 
+HOOK = """
+    state=$(cat); bundle=${state##*'"bundle": "'}; root=${bundle%%'"'*}/rootfs
+    mount -t tmpfs none "$root/mnt" # needs the rights of hooks as NVIDIA's; nobody else sees it
+    cp "$root/tmp/l" "$root/var/made"
+    ln -s made "$root/var/link"
+    echo "$root $VALUE $1 $(id -u) $(grep -c ' 0 *0 ' /proc/self/uid_map)" >"$root/var/said"
+"""
+
+
 @pytest.fixture
 def vendor(node: Path) -> Iterator[str]:
     """The name of a device in a file of CDI on this host."""
@@ -264,12 +274,23 @@ def vendor(node: Path) -> Iterator[str]:
         "env": ["DEVICES=one"],
         "additionalGids": [44],
     }  # fmt: skip
+
+    def hook(*words: str) -> dict[str, object]:
+        args = ["sh", *words]
+        return {"hookName": "createContainer", "path": "/bin/sh", "args": args, "env": ["VALUE=v"], "timeout": 1}
+
     library = {"hostPath": f"{node.parent}/library", "containerPath": "/tmp/l", "options": ["ro", "bind"]}
     spec = {
         "cdiVersion": "0.7.0",
         "kind": name,
         "containerEdits": {"mounts": [library], "env": ["DRIVER=1"]},
-        "devices": [{"name": "0", "containerEdits": edits}, {"name": "all", "containerEdits": {}}],
+        "devices": [
+            {"name": "0", "containerEdits": edits},
+            {"name": "all", "containerEdits": {}},
+            {"name": "hook", "containerEdits": {"hooks": [hook("-ec", HOOK, "sh", "word")]}},
+            {"name": "slow", "containerEdits": {"hooks": [hook("-c", "sleep 60 & wait")]}},
+            {"name": "broken", "containerEdits": {"hooks": [hook("-c", "echo first; echo no GPU >&2; exit 7")]}},
+        ],
     }
     place = Path(f"/run/cdi/{node.parent.name}.json")
     place.parent.mkdir(exist_ok=True)
@@ -280,7 +301,7 @@ def vendor(node: Path) -> Iterator[str]:
 
 def test_check_lists_devices_of_cdi(driver_file: Path, vendor: str) -> None:
     said = subprocess.run([driver_file, "check"], capture_output=True, text=True, check=False).stdout
-    assert f".json has the devices {vendor}=0, {vendor}=all." in " ".join(said.split())
+    assert f".json has the devices {vendor}=0, {vendor}=all, " in " ".join(said.split())
 
 
 @USERS
@@ -293,6 +314,28 @@ def test_devices_of_cdi(tasks: Tasks, vendor: str, namespaces: bool, mode: str) 
     lines = inside(tasks, script, **options, user_namespacing=namespaces, **MODES[mode])
     groups = "0" if mode == "booted" else "0 44"  # a command beside a booted system has those of its user
     assert lines == ["640 1 44", "found", "kept", "1 one", "nosuid", groups, "/dev/my/control r"]
+
+
+@USERS
+@pytest.mark.parametrize("more", [{"ephemeral": True}, {"volatile": "overlay", "boot": True}], ids=str)
+def test_hooks_of_cdi(tasks: Tasks, vendor: str, namespaces: bool, more: dict[str, Any]) -> None:
+    """They see the root with the device's mounts, as the container's root."""
+    options = {"options": {"devices": [{"host_path": f"{vendor}=hook"}]}, "read_only": None, **more}
+    script = "cd /var; cat said; cat link; echo; stat -c %u said; ls /mnt"
+    root = "/run/nomad-driver-nspawn/rootfs"
+    lines = inside(tasks, script, **options, user_namespacing=namespaces)
+    assert lines == [f"{root} v word 0 {0 if namespaces else 1}", "found", "0"]
+
+
+def test_hooks_that_fail(tasks: Tasks, vendor: str) -> None:
+    for name, sentence in (
+        ("hook", f'devices.host_path = "{vendor}=hook": its hook /bin/sh needs a root of the task\'s own; set'),
+        ("broken", f"the hook /bin/sh of {vendor}=broken failed with the exit code 7: no GPU"),
+        ("slow", f"the hook /bin/sh of {vendor}=slow was killed after 1 s"),
+    ):
+        options = {"devices": [{"host_path": f"{vendor}={name}"}], "ephemeral": name != "hook"}
+        with pytest.raises(DriverError, match=re.escape(sentence)):
+            tasks.start("true", options=options, read_only=None)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nspawn.cdi import Catalog, Edits, find_edits, read_catalog
+from nspawn.cdi import Catalog, Edits, Hook, find_edits, read_catalog
 from nspawn.checks import CdiNode, Mount
 from nspawn.common import ConfigError
 
@@ -43,13 +43,15 @@ def test_edits(tmp_path: Path) -> None:
     common = {"env": ["A=1", "B=x=y"], "additionalGids": [0, 44], "mounts": []}
     node = {"path": "/dev/n", "hostPath": "/dev/null", "permissions": "rw", "uid": 7}
     mount = {"hostPath": "/etc", "containerPath": "/e", "options": ["ro", "nosuid", "nodev", "rbind", "rprivate"]}
-    edits = {"env": ["A=2"], "deviceNodes": [node, {"path": "/dev/zero"}], "mounts": [mount]}
+    hook = {"hookName": "createContainer", "path": "/bin/sh", "args": ["sh", "-e"], "env": ["C=3"], "timeout": 5}
+    edits = {"hooks": [hook], "env": ["A=2"], "deviceNodes": [node, {"path": "/dev/zero"}], "mounts": [mount]}
     write(tmp_path / "etc/a.json", edits, "0", "1", common=common)
     assert find(tmp_path, "0", "1") == Edits(
         env={"A": "2", "B": "x=y"},
         nodes=(CdiNode("/dev/null", "/dev/n", "rw", uid=7), CdiNode("/dev/zero", "/dev/zero")),
         mounts=(Mount("/etc", "/e", True, propagation="private", option="devices", is_nosuid=True),),
         groups=(44,),
+        hooks=tuple(Hook("/bin/sh", ("-e",), {"C": "3"}, 5, f"{KIND}={name}") for name in "01"),
     )
 
 
@@ -83,7 +85,11 @@ def test_unknown_device(tmp_path: Path) -> None:
     [
         ({"netDevices": []}, "netDevices is not supported by this driver"),
         ({"intelRdt": {}}, "intelRdt is not supported by this driver"),
-        ({"hooks": [{"hookName": "poststop", "path": "/h"}]}, "it has a hook (/h), and this driver runs none"),
+        (
+            {"hooks": [{"hookName": "poststop", "path": "/h"}]},
+            "its hook /h is for poststop, and this driver runs those for createContainer only",
+        ),
+        ({"hooks": [{"hookName": "createContainer", "path": "/none"}]}, "names /none: No such file or directory"),
         ({"env": "A=1"}, "env must be a list"),
         ({"additionalGids": [True]}, "additionalGids must be numbers of groups"),
         ({"deviceNodes": [{"path": "null"}]}, 'path must be an absolute path without ".."'),

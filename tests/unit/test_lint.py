@@ -21,11 +21,11 @@ TOP = Path(__file__).resolve().parents[2]
 BUILT = "nomad-driver-nspawn"
 # The rooms of the house, the lowest first: a room imports only what stands before it.
 ROOMS = (
-    "common", "notify", "linux", "files", "quota", "process", "permissions", "options", "checks", "job", "devices",
-    "host", "cgroup", "images", "accounts", "view", "sources", "cdi", "network", "sysctl", "roots", "unit",
-    "rules", "bundle", "plan", "outcome", "record", "logs", "store", "fetches", "state", "setup", "machined",
-    "running", "reaper", "entries", "exec", "inits", "download", "unpack", "registry", "signature", "fetch",
-    "diagnosis", "commands",
+    "common", "notify", "linux", "files", "quota", "process", "permissions", "options", "checks", "job",
+    "devices", "host", "cgroup", "images", "accounts", "view", "sources", "cdi", "network", "sysctl", "roots",
+    "hooks", "unit", "rules", "bundle", "plan", "outcome", "record", "logs", "store", "fetches", "state",
+    "setup", "machined", "running", "reaper", "entries", "exec", "inits", "download", "unpack", "registry",
+    "signature", "fetch", "diagnosis", "commands",
 )  # fmt: skip
 APART = ("enter", "bootstrap", "pack")  # programs of their own, which import nothing of ours
 FETCHING = ("download", "unpack", "registry", "signature", "fetch")  # a process without gRPC
