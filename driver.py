@@ -149,7 +149,7 @@ from nspawn.common import (
 from nspawn.devices import can_restrict_devices, restrict_devices
 from nspawn.entries import ExecServer
 from nspawn.exec import Exec, is_confined
-from nspawn.fetches import Fetches, plan_fetching
+from nspawn.fetches import Fetches, plan_fetching, plan_retention
 from nspawn.files import close_all, remove_tree, write_file
 from nspawn.host import (
     FINGERPRINT_PERIOD,
@@ -162,7 +162,17 @@ from nspawn.host import (
     read_host,
     read_mounts,
 )
-from nspawn.images import Image, apply_image, check_tree, choose_image_dir, find_archive, find_image, plan_origin
+from nspawn.images import (
+    Image,
+    apply_image,
+    check_image_patterns,
+    check_preload,
+    check_tree,
+    choose_image_dir,
+    find_archive,
+    find_image,
+    plan_origin,
+)
 from nspawn.inits import (
     AGAIN,
     AGAIN_LATER,
@@ -242,7 +252,14 @@ from nspawn.process import (
 from nspawn.quota import forbid_attributes
 from nspawn.reaper import AgentTasks, Reaper, Reaping
 from nspawn.record import add_note, find_exit, read_messages, read_record, reserve_room
-from nspawn.rules import check_own_settings, check_permissions, check_rules, check_targets, decode_job
+from nspawn.rules import (
+    check_own_settings,
+    check_permissions,
+    check_plugin,
+    check_rules,
+    check_targets,
+    decode_job,
+)
 from nspawn.running import (
     check_leader,
     check_shim,
@@ -759,6 +776,19 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
     Option("image_gc", Kind.BOOL, "Whether fetched images that no task uses are removed.", "false", default=True),
     Option("image_gc_delay", Kind.STRING, "How long a fetched image is kept after its last use. By default a day.",
            '"30m"', check=parse_duration),
+    Option("image_store_max", Kind.STRING,
+           "How much all fetched images may take on the disk, unpacked. Beyond that those that no task uses are "
+           "removed before their delay is over, the least recently used first. A fetch is never refused for it.",
+           '"20 GiB"', check=parse_least_size),
+    Option("image_keep", Kind.STRINGS,
+           "Fetched images that are never removed, by their names as `nomad-driver-nspawn images` shows them. `*` "
+           "stands for anything, slashes as well.",
+           '["docker://ghcr.io/team/*"]', default=(), check=check_image_patterns),
+    Option("preload", Kind.STRINGS,
+           "Images to fetch when the agent starts, one after another, in the background: `docker://...`, or the "
+           "address of a tar archive. They are not removed while they are listed. For one with the tag `latest` "
+           "the registry is asked at each start of the agent.",
+           '["docker://ghcr.io/team/app:1.2"]', default=(), check=check_preload),
     Option("image_size_limit", Kind.NUMBER,
            "How many megabytes a fetched image may have when it is unpacked.", "20000",
            default=65536, check=check_positive),
@@ -1717,9 +1747,9 @@ class BaseService:
     async def SetConfig(self, request: base_pb2.SetConfigRequest) -> base_pb2.SetConfigResponse:
         """Takes the plugin block. It changes nothing on the machine: the agent also calls it in short-lived
         processes, while another process looks after running tasks."""
-        self.driver.config = PluginOptions(
-            **decode_options(PLUGIN_OPTIONS, unpack_options(request.msgpack_config))
-        )
+        config = PluginOptions(**decode_options(PLUGIN_OPTIONS, unpack_options(request.msgpack_config)))
+        check_plugin(config)
+        self.driver.config = config
         if request.HasField("nomad_config") and request.nomad_config.driver.HasField("Topology"):
             self.driver.core_mhz = parse_core_mhz(request.nomad_config.driver.Topology)
         return base_pb2.SetConfigResponse()
@@ -1736,7 +1766,6 @@ def parse_core_mhz(topology: base_pb2.ClientTopology) -> float:
 
 
 START_DESCRIPTORS = 32  # that a start has open at a time; afterwards a task has three
-COLLECTION_DELAY = 86400.0  # seconds
 REAP_AFTER = 900.0  # seconds
 FIRST_SAMPLE = 0.2  # seconds for the first measurement of CPU use
 
@@ -1793,6 +1822,7 @@ class DriverService:
         self.agents += 1
         self.tasks.hold()
         reaping = asyncio.create_task(self.reaper.run())
+        preloading = asyncio.create_task(self.fetches.preload(self.config))
         try:
             while True:
                 current = self.look_at_host(last)
@@ -1806,6 +1836,7 @@ class DriverService:
         finally:
             self.agents -= 1
             reaping.cancel()
+            preloading.cancel()
             if not self.agents:
                 self.tasks.release()
 
@@ -2052,9 +2083,7 @@ class DriverService:
         return driver_pb2.DestroyTaskResponse()
 
     def collect_images(self) -> None:
-        if self.config.image_gc:
-            delay = self.config.image_gc_delay
-            self.fetches.collect(COLLECTION_DELAY if delay is None else delay)
+        self.fetches.collect(plan_retention(self.config))
 
     @unary
     async def InspectTask(self, request: driver_pb2.InspectTaskRequest) -> driver_pb2.InspectTaskResponse:

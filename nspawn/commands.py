@@ -20,7 +20,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nspawn.checks import parse_duration
@@ -35,7 +35,7 @@ from nspawn.process import ProcessId
 from nspawn.rules import decode_job
 from nspawn.running import find_nspawn, find_states, is_held
 from nspawn.state import State, split_id
-from nspawn.store import Store
+from nspawn.store import Retention, Store, StoredImage, find_sizes
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ removed, too. An agent that has it may start it again: nomad alloc stop ends it 
 PULL_RULES = """\
 The rules are those for jobs. A job uses the image if it names it in the same way: the same address, type, verify,
 checksum and platform, no auth block of its own, and the same key if it has to be signed. An image that no task
-uses is removed after the plugin's image_gc_delay, by default a day.
+uses is removed after the plugin's image_gc_delay, by default a day; preload and image_keep keep it.
 """
 
 
@@ -341,28 +341,43 @@ def check_root(command: str, why: str) -> None:
 
 def render_images(store: Store, now: float) -> str:
     """Return a table of the images in the store, for people."""
-    uses = store.read_uses()
-    rows = [("IMAGE", "TYPE", "SIZE", "FETCHED", "LAST USE", "USED BY")]
-    for image in store.read_all():
+    uses, images, retention = store.read_uses(), store.read_all(), store.read_retention()
+    rows = [("IMAGE", "TYPE", "SIZE", "FETCHED", "LAST USE", "KEPT")]
+    for image in images:
         tasks = [use.task_id.rpartition("/")[0] for use in uses if use.key == image.key]
-        ages = (render_age(now - image.fetched_at), "now" if tasks else render_age(now - store.last_use(image)))
-        rows.append((image.name, image.type, render_size(image.size), *ages, ", ".join(tasks) or "-"))
+        idle = now - store.last_use(image)
+        ages = (render_age(now - image.fetched_at), "now" if tasks else render_age(idle))
+        rows.append((image.name, image.type, render_size(image.size), *ages,
+                     ", ".join([*tasks, *explain_kept(image, idle, retention)]) or "-"))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    layers = {
-        name: size for image in store.read_all() for name, size in zip(image.layers, image.sizes, strict=True)
-    }
-    lines.append(
-        f"{len(rows) - 1} images in {store.root}, {render_size(sum(layers.values()))}; layers may be shared"
-    )
+    size = render_size(sum(find_sizes(images).values()))
+    if retention and retention.max_size:
+        size += f" of {render_size(retention.max_size)}"
+    lines.append(f"{len(images)} images in {store.root}, {size}; layers may be shared")
     return "\n".join(lines) + "\n"
 
 
+def explain_kept(image: StoredImage, idle: float, retention: Retention | None) -> list[str]:
+    """Return what keeps an image beside the tasks that use it: an option of the plugin's block, or its delay."""
+    if retention is None:  # no plugin has served an agent here
+        return []
+    if option := retention.find_option(image):
+        return [option]
+    if not retention.is_on:
+        return ["image_gc = false"]
+    return [f"for {render_span(retention.delay - idle)}"] if retention.delay > idle else []
+
+
 def render_age(seconds: float) -> str:
+    return f"{render_span(seconds)} ago"
+
+
+def render_span(seconds: float) -> str:
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
-            return f"{int(seconds / size)} {name} ago"
-    return f"{max(int(seconds), 0)} seconds ago"
+            return f"{int(seconds / size)} {name}"
+    return f"{max(int(seconds), 0)} seconds"
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------
@@ -451,8 +466,14 @@ def pull_image(program: Program, given: argparse.Namespace) -> int:
     origin = plan_origin(options, choose_image_dir(options.image, config.image_dir))
     assert origin
 
+    store = Store()
+    settings = replace(plan_fetching(config), retention=store.read_retention() or Retention())
+
     async def fetch() -> int:
-        stored, kept = await Fetches(Store()).provide(origin, plan_fetching(config), print)
+        fetches = Fetches(store)
+        stored, kept = await fetches.provide(origin, settings, print)
+        if fetches.collecting:
+            await fetches.collecting
         os.close(kept)
         return stored.size
 

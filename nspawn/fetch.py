@@ -71,7 +71,7 @@ from nspawn.registry import (
     want_size,
 )
 from nspawn.signature import check_signature
-from nspawn.store import Store, StoredImage
+from nspawn.store import Retention, Store, StoredImage
 from nspawn.unpack import MeteredStream, Room, Unpacker, copy_sparse, decompressed
 
 LAYERS_AT_ONCE = 4  # downloads of one image; as many layers wait on disk until they are unpacked
@@ -102,10 +102,12 @@ class Fetch:
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     brought: set[tuple[str, str]] = field(default_factory=set)  # digests and names of layers that came this time
     room: Room = field(init=False)
+    retention: Retention = field(init=False)
 
     def __post_init__(self) -> None:
         self.limit = int(self.values["limit"])
         self.room = Room(self.limit)
+        self.retention = Retention.parse(self.values["retention"])
         self.client = Client(float(self.values["stall"]))
         self.work = self.store.work / self.key
 
@@ -160,14 +162,26 @@ class Fetch:
         path = Path(self.values["address"]) if kind == "archive" else self.download()
         if kind == "archive":
             path = self.hold_archive(path)
+        self.make_room(path.stat().st_size)
         image = self.image((self.convert(path),)) if kind == "raw" else self.load(path)
         self.discard_parts()
         return image
 
+    def make_room(self, size: int) -> None:
+        """Remove images if the store would be too large with as many bytes more. They take more when unpacked, so
+        the plugin looks again afterwards."""
+        if self.retention.max_size:
+            with telling():
+                self.store.collect(self.retention, size)
+
+    def measure(self, layer: str) -> int:
+        """Return the bytes on disk of a layer that is there."""
+        with telling():
+            return self.store.read_size(layer) or measure(self.store.layer(layer))
+
     def image(self, layers: tuple[str, ...], **more: Any) -> StoredImage:
         now = time.time()
-        with telling():
-            sizes = tuple(measure(self.store.layer(name)) for name in layers)
+        sizes = tuple(map(self.measure, layers))
         return StoredImage(self.key, self.values["name"], self.values["type"], layers, sizes, now, now, **more)
 
     def hold_archive(self, path: Path) -> Path:
@@ -262,9 +276,11 @@ class Fetch:
         self.keep(name)
         with telling():  # without the sync, a power failure might leave the name without the data
             run(["sync", "--file-system", str(made)], timeout=600)
+            size = measure(made)
         target = self.store.layer(name)
         try:
             if not target.exists():
+                (self.store.sizes / name).write_text(str(size))
                 made.rename(target)
         except OSError:
             if not target.exists():
@@ -344,6 +360,8 @@ class Fetch:
                 for descriptor, name in zip(descriptors, layers, strict=True)}  # fmt: skip
         for name in dict.fromkeys(layers):
             self.keep(name)
+        self.make_room(sum(want_size(descriptor, self.limit) for (_, name), descriptor in once.items()
+                           if not self.store.layer(name).exists()))  # fmt: skip
         acts = [
             functools.partial(
                 self.fetch_layer, copy.copy(registry), descriptor, name, f"layer {number} of {len(once)}"
@@ -377,7 +395,7 @@ class Fetch:
     def bring_fetched(self, layer: FetchedLayer) -> None:
         """Bring a layer into the store; only for its size, if it is there and this job may have it."""
         if layer.part is None:
-            self.room.take(measure(self.store.layer(layer.name)))
+            self.room.take(self.measure(layer.name))
             return
         try:
             self.bring_layer(layer.part, layer.name)
@@ -394,7 +412,7 @@ class Fetch:
                 source = MeteredStream(stream, 2 * self.limit, "checking")
                 source.drain()
             check_contents(source.digest.hexdigest(), wanted)
-            self.room.take(measure(self.store.layer(name)))
+            self.room.take(self.measure(name))
             return
         tree = self.work / "layer"
         self.unpack(path, tree, self.room, wanted)
@@ -471,7 +489,7 @@ def main() -> None:
     store = Store(Path(request["root"]))
     try:
         if request["action"] == "collect":
-            tell(collected=store.collect(request["delay"]))
+            tell(collected=store.collect(Retention.parse(request["retention"])))
             return
         image = Fetch(store, request).run()
     except DriverError as error:

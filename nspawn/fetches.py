@@ -20,13 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nspawn.common import MAX_LINE, SAFE_PATH, DriverError, HostError, TransientError, log
-from nspawn.images import Origin, demand_signature
+from nspawn.common import MAX_LINE, SAFE_PATH, DriverError, HostError, TransientError, explain_host, log
+from nspawn.images import Origin, demand_signature, plan_preload
 from nspawn.permissions import PluginOptions, RegistryAuth
 from nspawn.process import CHILDREN, NO_PROCESS, run_in_thread, start_process, wait_readable
-from nspawn.store import Store, StoredImage
+from nspawn.store import Retention, Store, StoredImage
 
 FETCH = "import sys; sys.path.insert(0, sys.argv[1]); from nspawn import fetch; fetch.main()"
+COLLECTION_DELAY = 86400.0  # seconds
+PRELOAD_PAUSE, MAX_PRELOAD_PAUSE = 30.0, 3600.0  # seconds until what has failed is tried again: first, and at most
 FETCHES_AT_ONCE = 16  # each may take a processor and a gigabyte of memory; a slow server holds up one
 SILENCE_LIMIT = 60.0  # seconds beyond the limit on stalls; the process usually writes a line every second
 PROGRESS_PERIOD = 15.0  # seconds between two events
@@ -44,6 +46,7 @@ class FetchSettings:
     insecure: tuple[str, ...]
     mirrors: Mapping[str, tuple[str, ...]]  # by the names of registries
     keys: Mapping[str, str]  # files of public keys that must have signed images, see demand_signature
+    retention: Retention
 
 
 def plan_fetching(config: PluginOptions) -> FetchSettings:
@@ -56,7 +59,17 @@ def plan_fetching(config: PluginOptions) -> FetchSettings:
         insecure=config.insecure_registries,
         mirrors=config.registry_mirrors,
         keys=config.require_signature,
+        retention=plan_retention(config),
     )
+
+
+def plan_retention(config: PluginOptions) -> Retention:
+    preload = tuple(plan_preload(reference).name for reference in config.preload)
+    if not config.image_gc:
+        return Retention(keep=config.image_keep, preload=preload)
+    delay = COLLECTION_DELAY if config.image_gc_delay is None else config.image_gc_delay
+    max_size = config.image_store_max.bytes if config.image_store_max else 0
+    return Retention(delay, max_size, config.image_keep, preload)
 
 
 class Fetching:
@@ -175,40 +188,70 @@ class Fetches:
         self.store = store
         self.running: dict[str, Fetching] = {}
         self.turns = asyncio.Semaphore(FETCHES_AT_ONCE)
+        self.preload_turn = asyncio.Semaphore(1)  # so that no start waits for a turn
+        self.wanted: list[str] = []  # keys of the images that callers of `provide` wait for
         self.collecting: asyncio.Task[None] | None = None
+        self.collect_next: Retention | None = None  # when the collection that runs has ended
+        self.has_excess = False
 
     async def provide(
-        self, origin: Origin, settings: FetchSettings, tell: Callable[[str], None]
+        self,
+        origin: Origin,
+        settings: FetchSettings,
+        tell: Callable[[str], None],
+        turns: asyncio.Semaphore | None = None,
     ) -> tuple[StoredImage, int]:
         """Return a stored image, fetched if need be, and a descriptor whose lock keeps it from being collected."""
         asked_at, is_fresh = time.time(), False
         if settings.keys:
             asked_for = origin
             origin = await run_in_thread(lambda: demand_signature(asked_for, settings.keys))
-        for _ in range(3):
-            fd = self.store.try_lock(origin.key)
-            image = self.store.read(origin.key) if fd is not None else None
-            wants_newer = (origin.force or origin.refresh) and not is_fresh
-            if fd is not None and image and not (wants_newer and image.checked_at < asked_at):
-                self.store.touch(origin.key)
-                return image, fd
-            if fd is not None:
-                os.close(fd)
-            await self.fetch(origin, settings, asked_at, tell)
-            is_fresh = True
-        raise TransientError(f"image {origin.name}: it was removed from the store again and again")
+        wanted = await self.want(origin, tell)
+        self.wanted.append(origin.key)
+        try:
+            for _ in range(3):
+                fd = self.store.try_lock(origin.key)
+                image = self.store.read(origin.key) if fd is not None else None
+                wants_newer = (origin.force or origin.refresh) and not is_fresh
+                if fd is not None and image and not (wants_newer and image.checked_at < asked_at):
+                    self.store.touch(origin.key)
+                    return image, fd
+                if fd is not None:
+                    os.close(fd)
+                await self.fetch(origin, settings, asked_at, tell, turns or self.turns)
+                is_fresh = True
+        finally:
+            self.wanted.remove(origin.key)
+            os.close(wanted)
+        raise TransientError(f"image {origin.name}: others fetch it or remove it again and again")
+
+    async def want(self, origin: Origin, tell: Callable[[str], None]) -> int:
+        """Return a descriptor whose lock keeps an image from being collected, from before its fetch on. If it is
+        just being removed, wait for the end of that: it is then fetched again."""
+        fd = self.store.try_start(origin.key)
+        if fd is None:
+            tell(f"Waiting for the image {origin.name}, which is just being removed.")
+        while fd is None:
+            await asyncio.sleep(0.05)
+            fd = self.store.try_start(origin.key)
+        return fd
 
     async def fetch(
-        self, origin: Origin, settings: FetchSettings, asked_at: float, tell: Callable[[str], None]
+        self,
+        origin: Origin,
+        settings: FetchSettings,
+        asked_at: float,
+        tell: Callable[[str], None],
+        turns: asyncio.Semaphore,
     ) -> None:
         """Fetch the image, or wait for the fetch that runs. The last caller to give up ends the process."""
         key = origin.key
         fetching = self.running.get(key)
         if fetching is None:
             request = self.render_request(origin, settings, asked_at)
-            fetching = self.running[key] = Fetching(request, settings.stall + SILENCE_LIMIT, self.turns)
+            fetching = self.running[key] = Fetching(request, settings.stall + SILENCE_LIMIT, turns)
         else:
-            tell(f"Waiting for the image {origin.name}, which another task fetches.")
+            tell(f"Waiting for the image {origin.name}, which is already being fetched.")
         fetching.listeners.append(tell)
         try:
             await asyncio.shield(fetching.task)
@@ -218,6 +261,36 @@ class Fetches:
                 fetching.task.cancel()
             if self.running.get(key) is fetching and (fetching.task.done() or not fetching.listeners):
                 del self.running[key]
+        self.collect(settings.retention)
+
+    async def preload(self, config: PluginOptions) -> None:
+        """Fetch the images that the plugin's block lists, one after another. Those that fail are tried again, with
+        growing pauses. Call it when an agent is there: SetConfig also comes to processes that only live for it."""
+        settings, pause = plan_fetching(config), PRELOAD_PAUSE
+        try:
+            self.store.write_retention(settings.retention)
+        except OSError as error:
+            log.warn("cannot write to the store of images", error=str(explain_host(error)))
+        origins = [plan_preload(reference) for reference in config.preload if config.enabled]
+        while origins:
+            origins = [origin for origin in origins if not await self.try_preload(origin, settings, pause)]
+            if origins:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_PRELOAD_PAUSE)
+
+    async def try_preload(self, origin: Origin, settings: FetchSettings, pause: float) -> bool:
+        """Fetch an image if it is not there. Return whether it is; if not, log why."""
+
+        def tell(text: str) -> None:
+            log.info(text)
+
+        try:
+            _, kept = await self.provide(origin, settings, tell, self.preload_turn)
+            os.close(kept)
+            return True
+        except (DriverError, OSError) as error:
+            log.warn("cannot preload an image", image=origin.name, error=str(error), again_in=f"{pause:g} s")
+            return False
 
     def render_request(self, origin: Origin, settings: FetchSettings, asked_at: float) -> dict[str, object]:
         return {
@@ -229,18 +302,32 @@ class Fetches:
             "asked_at": asked_at,
         }
 
-    def collect(self, delay: float) -> None:
-        """Start a collection in the background, if none runs and there is garbage. To look for it blocks."""
+    def collect(self, retention: Retention) -> None:
+        """Start a collection in the background if there is garbage, after the one that runs. To look for garbage
+        blocks."""
         if self.collecting is not None and not self.collecting.done():
+            self.collect_next = retention
             return
         try:
-            if self.store.find_garbage(delay):
-                self.collecting = asyncio.create_task(self.run_collection(delay))
+            garbage = self.store.find_garbage(retention, is_free=lambda name: name not in self.wanted)
         except OSError as error:
             log.warn("this machine keeps images from being collected", error=error.strerror)
+            return
+        if garbage.excess and not self.has_excess:
+            used = render_size(retention.max_size + garbage.excess)
+            log.warn("the images that are in use or kept need more than image_store_max allows", size=used)
+        self.has_excess = garbage.excess > 0
+        if garbage.paths:
+            self.collecting = asyncio.create_task(self.run_collection(retention))
+            self.collecting.add_done_callback(self.collect_again)
 
-    async def run_collection(self, delay: float) -> None:
-        request = {"action": "collect", "root": str(self.store.root), "delay": delay}
+    def collect_again(self, ended: asyncio.Task[None]) -> None:
+        retention, self.collect_next = self.collect_next, None
+        if retention and not ended.cancelled():
+            self.collect(retention)
+
+    async def run_collection(self, retention: Retention) -> None:
+        request = {"action": "collect", "root": str(self.store.root), "retention": asdict(retention)}
         try:
             async with contextlib.aclosing(talk_to_fetcher(request, 3600)) as lines:
                 async for line in lines:

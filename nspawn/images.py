@@ -14,7 +14,7 @@ import re
 import stat
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -390,6 +390,11 @@ def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:
         raise ConfigError("image", redact(name), rule, "give other addresses in image_download { url = ... }")
     elif not block or (not block.force and is_image_name(name) and has_image(image_dir, name)):
         return None
+    return make_origin(block, login)
+
+
+def make_origin(block: ImageDownload, login: Login) -> Origin:
+    """Return the source that a block names. Raises ConfigError."""
     check_download(block)
     is_docker = block.type == "docker"
     address = block.url.removeprefix(DOCKER)
@@ -406,6 +411,34 @@ def plan_origin(options: JobOptions, image_dir: Path) -> Origin | None:
         username=login.username or "",
         password=login.password or "",
     )
+
+
+def plan_preload(reference: str) -> Origin:
+    """Return the source of an image of `preload`: that of a job which says the same. Raises ConfigError."""
+    rule = f"must be {DOCKER}HOST/NAME:TAG, or the http(s) address of a tar archive"
+    if reference.startswith(DOCKER):
+        try:
+            Reference.parse(reference)
+        except DriverError:
+            raise ConfigError("preload", reference, rule) from None
+        return make_origin(ImageDownload(reference, "docker"), Login())
+    if not re.match(r"https?://[^/]", reference):
+        raise ConfigError("preload", redact(reference), rule)
+    return make_origin(ImageDownload(reference), Login())
+
+
+def check_preload(name: str, value: Sequence[str]) -> Sequence[str]:
+    for reference in value:
+        plan_preload(reference)
+    return value
+
+
+def check_image_patterns(name: str, value: Sequence[str]) -> Sequence[str]:
+    for pattern in value:
+        if not pattern.startswith((DOCKER, "http://", "https://", "/", "*")):
+            rule = f"must begin as the names of fetched images do: with {DOCKER}, http://, https://, / or *"
+            raise ConfigError(name, pattern, rule, "`nomad-driver-nspawn images` shows the names")
+    return value
 
 
 def has_image(image_dir: Path, name: str) -> bool:

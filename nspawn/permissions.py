@@ -148,6 +148,9 @@ class PluginOptions:
     root_size: Size | None
     image_gc: bool
     image_gc_delay: float | None  # seconds
+    image_store_max: Size | None
+    image_keep: tuple[str, ...]  # names of images, with * for anything
+    preload: tuple[str, ...]  # references of images
     image_size_limit: int  # megabytes
     image_stall_timeout: float | None  # seconds
     insecure_registries: tuple[str, ...]

@@ -40,6 +40,13 @@ def decode_job(
     return replace(options, network_veth=False, ports=())
 
 
+def check_plugin(config: PluginOptions) -> None:
+    """Raise ConfigError for options of the plugin's block that exclude each other."""
+    if config.image_store_max and not config.image_gc:
+        rule = "means nothing with image_gc = false, which keeps all images"
+        raise ConfigError("image_store_max", config.image_store_max, rule, "leave one of the two out")
+
+
 def choose_pids_limit(wanted: int | None, allowed: int) -> int:
     """Return how many processes a task may have, 0: any number. Raises ConfigError if it wants too many."""
     if wanted and allowed and wanted > allowed:

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.agent import HANG, AgentError, Allocation, ExitResult, Plugin, Task
+import grpc
+
+from nomad_pb import driver_pb2
+from tests.agent import HANG, AgentError, Allocation, ExitResult, Plugin, Task, driver_error
 from tests.leftovers import leftovers, processes
 
 T = TypeVar("T")
@@ -236,3 +239,24 @@ def make_small_image(image: Path, target: Path, programs: Sequence[str]) -> None
     for name in ("dev", "etc", "mnt", "proc", "run", "sys", "tmp", "var"):
         (target / name).mkdir(exist_ok=True)
     (target / "etc/machine-id").write_text("")
+
+
+class Starting:
+    """A StartTask that has not been answered yet."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        task.id = f"{task.allocation.id}/{task.name}/00000000"
+        task.prestart()
+        self.call: Any = task.plugin.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
+
+    def end(self, way: str) -> None:
+        {"cancel": self.call.cancel, "stop": self.task.stop, "destroy": self.task.destroy}[way]()
+
+    def join(self) -> BaseException | None:
+        """Return what the call has failed with, if it has."""
+        try:
+            error = self.call.exception(timeout=HANG)
+        except grpc.FutureCancelledError as cancelled:
+            return cancelled
+        return driver_error(error) if isinstance(error, grpc.RpcError) else error

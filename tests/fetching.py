@@ -17,8 +17,10 @@ from typing import Any
 
 from nspawn.common import SAFE_PATH
 from nspawn.fetches import FETCH
+from nspawn.files import read_text
 from nspawn.images import Origin, redact
-from nspawn.store import Store, StoredImage
+from nspawn.store import STORE_ROOT, Retention, Store, StoredImage
+from tests.agent import HANG
 from tests.servers import Entry, FileServer, Liar, folder, make_tar
 
 TOP = Path(__file__).resolve().parent.parent
@@ -40,7 +42,8 @@ class Fetcher:
     def __init__(self, root: Path) -> None:
         self.store = Store(root)
         self.environ: dict[str, str] = {}
-        self.settings: dict[str, Any] = {"limit": 1 << 30, "stall": 5.0, "auth_config": "", "auth_helper": ""}
+        self.settings: dict[str, Any] = {"limit": 1 << 30, "stall": 5.0, "auth_config": "", "auth_helper": "",
+                                         "retention": asdict(Retention())}  # fmt: skip
         self.insecure: list[str] = []
         self.mirrors: dict[str, list[str]] = {}
 
@@ -88,8 +91,9 @@ class Fetcher:
         assert "Traceback" not in text and "Error(" not in text, text
         return text, last["kind"]
 
-    def collect(self, delay: float = 0) -> int:
-        (message,) = self.talk({"action": "collect", "root": str(self.store.root), "delay": delay})
+    def collect(self, delay: float = 0, **more: Any) -> int:
+        retention = asdict(Retention(delay, **more))
+        (message,) = self.talk({"action": "collect", "root": str(self.store.root), "retention": retention})
         return int(message["collected"])
 
 
@@ -126,3 +130,26 @@ def stacked(layers: Sequence[Path], directory: Path) -> Iterator[Path]:
         yield directory / "merged"
     finally:
         subprocess.run(["umount", str(directory / "merged")], check=True)
+
+
+def download(url: str, **more: object) -> dict[str, Any]:
+    """The options of a job that fetches its image."""
+    return {"image": "fetched", "read_only": None, "image_download": {"url": url, **more}}
+
+
+def fetchers(plugin: int) -> list[int]:
+    """The processes of a plugin that fetch, or collect, images."""
+    shown = subprocess.run(["pgrep", "-P", str(plugin)], stdout=subprocess.PIPE, check=False, timeout=HANG)
+    return [
+        pid for pid in map(int, shown.stdout.split()) if "fetch.main" in read_text(Path(f"/proc/{pid}/cmdline"))
+    ]
+
+
+def use_store(driver_file: Path, store: Store, folder: Path) -> Path:
+    """Return a program that runs the built file with this store in the place of the real one."""
+    STORE_ROOT.mkdir(mode=0o700, exist_ok=True)
+    bind = f'mount --bind {store.root} {STORE_ROOT} && exec {driver_file} "$@"'
+    program = folder / "nomad-driver-nspawn"
+    program.write_text(f"#!/bin/sh\nexec unshare --mount --propagation slave sh -c '{bind}' sh \"$@\"\n")
+    program.chmod(0o755)
+    return program

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nspawn.store import STORE_ROOT, Store
 from tests.fetching import Fetcher
 
 
@@ -14,3 +17,10 @@ from tests.fetching import Fetcher
 def fetcher(tmp_path: Path) -> Fetcher:
     """Fetches images as the plugin does, into a store of its own."""
     return Fetcher(tmp_path / "store")
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """A store of the test's own, on the disk of the real one."""
+    with tempfile.TemporaryDirectory(prefix=f"{STORE_ROOT.name}-", dir=STORE_ROOT.parent) as root:
+        yield Store(Path(root))

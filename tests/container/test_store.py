@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,17 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 import driver
-from nomad_pb import driver_pb2
 from nspawn.fetches import Fetches
-from nspawn.files import read_text, remove_tree
-from nspawn.store import STORE_ROOT, Store, StoredImage
-from tests.agent import HANG, AgentError, DriverError, Plugin, Task, driver_error, launch_like_agent
-from tests.containers import Tasks, eventually, is_alive, kill, make_small_image, output
-from tests.fetching import Fetcher, docker_origin, url_origin
+from nspawn.files import remove_tree
+from nspawn.store import STORE_ROOT, Retention, Store
+from tests.agent import HANG, AgentError, DriverError, Plugin, Task, launch_like_agent
+from tests.containers import Starting, Tasks, eventually, is_alive, kill, make_small_image, output
+from tests.fetching import Fetcher, download, fetchers, url_origin, use_store
 from tests.leftovers import free_locks, processes
 from tests.servers import (
     Entry,
@@ -48,31 +45,14 @@ from tests.servers import (
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
-    """A store of the test's own, on the disk of the real one."""
-    with tempfile.TemporaryDirectory(prefix=f"{STORE_ROOT.name}-", dir=STORE_ROOT.parent) as root:
-        yield Store(Path(root))
-
-
-@pytest.fixture
 def driver_file(driver_file: Path, store: Store, tmp_path: Path) -> Path:
-    """The built file, which sees that store in the place of the real one."""
-    STORE_ROOT.mkdir(mode=0o700, exist_ok=True)
-    bind = f'mount --bind {store.root} {STORE_ROOT} && exec {driver_file} "$@"'
-    program = tmp_path / "nomad-driver-nspawn"
-    program.write_text(f"#!/bin/sh\nexec unshare --mount --propagation slave sh -c '{bind}' sh \"$@\"\n")
-    program.chmod(0o755)
-    return program
+    return use_store(driver_file, store, tmp_path)
 
 
 @pytest.fixture
 def tasks(plugin: Plugin, image: Path, store: Store) -> Iterator[Tasks]:
     with Tasks(plugin, image) as made:
         yield made
-
-
-def download(url: str, **more: object) -> dict[str, Any]:
-    return {"image": "fetched", "read_only": None, "image_download": {"url": url, **more}}
 
 
 # -- tasks from fetched images -------------------------------------------------------------------------------
@@ -352,34 +332,6 @@ def test_a_start_that_is_ended_ends_the_fetch(
     assert not plugin.violations
 
 
-class Starting:
-    """A StartTask that has not been answered yet."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        task.id = f"{task.allocation.id}/{task.name}/00000000"
-        task.prestart()
-        self.call: Any = task.plugin.driver.StartTask.future(driver_pb2.StartTaskRequest(task=task.task_config()))
-
-    def end(self, way: str) -> None:
-        {"cancel": self.call.cancel, "stop": self.task.stop, "destroy": self.task.destroy}[way]()
-
-    def join(self) -> BaseException | None:
-        """Return what the call has failed with, if it has."""
-        try:
-            error = self.call.exception(timeout=HANG)
-        except grpc.FutureCancelledError as cancelled:
-            return cancelled
-        return driver_error(error) if isinstance(error, grpc.RpcError) else error
-
-
-def fetchers(plugin: int) -> list[int]:
-    shown = subprocess.run(["pgrep", "-P", str(plugin)], stdout=subprocess.PIPE, check=False, timeout=HANG)
-    return [
-        pid for pid in map(int, shown.stdout.split()) if "fetch.main" in read_text(Path(f"/proc/{pid}/cmdline"))
-    ]
-
-
 def test_a_killed_plugin_takes_its_fetch_along(driver_file: Path, store: Store, server: FileServer) -> None:
     server.answers["/image"] = stall(bytes(100000), 1000)
     with launch_like_agent(driver_file) as plugin, Tasks(plugin, Path("/nothing")) as tasks:
@@ -420,27 +372,6 @@ def test_collection_spares_what_is_used(
     fetcher.collect(0)
     assert store.read_all() == [] and not list(store.layers.iterdir())
     assert not list(store.work.iterdir()) and not list(store.parts.iterdir())
-
-
-def test_shared_layers_stay(registry_images: tuple[Fetcher, list[StoredImage]]) -> None:
-    """Of two images with a common layer one goes."""
-    fetcher, (first, second) = registry_images
-    os.utime(fetcher.store.images / f"{first.key}.json", (1, 1))
-    time.sleep(1.1)
-    os.utime(fetcher.store.images / f"{second.key}.json")
-    fetcher.collect(1)
-    assert fetcher.store.read(first.key) is None
-    assert fetcher.store.read(second.key) == second
-
-
-@pytest.fixture
-def registry_images(tmp_path: Path) -> Iterator[tuple[Fetcher, list[StoredImage]]]:
-    fetcher = Fetcher(tmp_path / "store")
-    base, top = make_tar([folder("usr")]), make_tar([folder("top")])
-    with Registry(tmp_path / "registry") as registry:
-        registry.push("one", ImageParts.make([base, make_tar([folder("other")])]))
-        registry.push("two", ImageParts.make([base, top]))
-        yield fetcher, [fetcher.fetch(docker_origin(f"{registry.host}/{name}")) for name in ("one", "two")]
 
 
 def test_the_plugin_collects(driver_file: Path, image: Path, store: Store, server: FileServer,
@@ -496,7 +427,7 @@ def test_images_for_people(tasks: Tasks, server: FileServer, archive: bytes, dri
     printed = subprocess.run(
         [driver_file, "images"], stdout=subprocess.PIPE, check=True, text=True, timeout=60
     ).stdout
-    assert printed.splitlines()[0].split() == ["IMAGE", "TYPE", "SIZE", "FETCHED", "LAST", "USE", "USED", "BY"]
+    assert printed.splitlines()[0].split() == ["IMAGE", "TYPE", "SIZE", "FETCHED", "LAST", "USE", "KEPT"]
     line = printed.splitlines()[1]
     assert f"{server.url}/image" in line and task.allocation.id in line and "MB" in line and "ago" in line
 
@@ -607,4 +538,4 @@ def test_damaged_records_are_none(tmp_path: Path, text: str) -> None:
     (store.images / "abc.json").write_text(text)
     (store.in_use / "task").write_text(text)
     assert store.read("abc") is None and store.read_all() == [] and store.read_uses() == []
-    assert store.find_garbage(3600)
+    assert store.find_garbage(Retention(3600)).paths

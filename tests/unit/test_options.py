@@ -32,7 +32,7 @@ from nspawn.options import (
 )
 from nspawn.permissions import PERMISSIONS, Permission, PluginOptions, Size
 from nspawn.process import run
-from nspawn.rules import RULES, Rule, check_own_settings, check_permissions, check_rules, decode_job
+from nspawn.rules import RULES, Rule, check_own_settings, check_permissions, check_plugin, check_rules, decode_job
 from tests import agent
 from tests.options import CONFIG, read_options
 
@@ -449,6 +449,9 @@ def test_plugin_options() -> None:
         "root_size": None,
         "image_gc": True,
         "image_gc_delay": None,
+        "image_store_max": None,
+        "image_keep": (),
+        "preload": (),
         "image_size_limit": 65536,
         "image_stall_timeout": None,
         "insecure_registries": (),
@@ -630,6 +633,12 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
         ("image_gc_delay", ["soon"]), ("image_stall_timeout", ["1"]), ("address_timeout", ["5"]),
     ],
     "must be a number above 0": [("image_size_limit", [0])],
+    "must be docker://HOST/NAME:TAG, or the http(s) address of a tar archive": [
+        ("preload", [["debian"], ["docker://h.example/Team/app"], ["http:///x"], ["docker://h.example/a:1", ""]]),
+    ],
+    "must begin as the names of fetched images do: with docker://, http://, https://, / or *; `nomad-driver-nspawn images` shows the names": [
+        ("image_keep", [["ghcr.io/*"], [""]]),
+    ],
     "must be a list of strings": [
         ("insecure_registries", ["x:5000"]), ("registry_mirrors", [[{"x": "m"}]]), ("command", ["/bin/true"]), ("ports", ["http"]),
     ],
@@ -728,6 +737,7 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "must be a size such as 512M or 2G, or infinity": [("memory_swap_max", ["1.5G", "-1"])],
     "must be a size such as 512M or 2G, and at least 1M": [
         ("root_size", ["0", "1023K", "1.5G", "-1", "infinity", "1 gib", "2 G B"]),
+        ("image_store_max", ["20 GB", "1K"]),
     ],
     "must be a whole number from 1 to 10000": [("io_weight", [10001])],
     'must be an absolute path of the host without ".."': [
@@ -765,6 +775,11 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     ],
 }
 # fmt: on
+
+
+def test_plugin_options_that_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match='image_store_max = "1G": means nothing with image_gc = false'):
+        check_plugin(replace(CONFIG, image_gc=False, image_store_max=Size("1G", 1 << 30)))
 
 
 @pytest.mark.parametrize("rule", REFUSED)
