@@ -57,6 +57,7 @@ from nspawn.accounts import find_account
 from nspawn.cdi import add_groups, apply_devices
 from nspawn.cgroup import (
     Usage,
+    find_io_limits,
     find_mirrors,
     freeze_cgroup,
     is_frozen,
@@ -74,6 +75,7 @@ from nspawn.checks import (
     MAX_PIDS,
     RESOLV_CONF,
     Device,
+    IoLimit,
     Mount,
     MountBlock,
     any_of,
@@ -90,6 +92,7 @@ from nspawn.checks import (
     check_image_address,
     check_interface_name,
     check_interface_names,
+    check_io_limits,
     check_labels,
     check_mount_source,
     check_mount_type,
@@ -117,6 +120,7 @@ from nspawn.checks import (
     parse_mounts,
     parse_overlays,
     parse_permissions,
+    parse_rate,
     parse_rlimits,
     parse_signers,
     parse_single_capabilities,
@@ -706,6 +710,21 @@ RESOURCE_OPTIONS: tuple[Option, ...] = (
     Option("io_weight", Kind.NUMBER,
            "The task's share of disk time compared to other tasks: 1 to 10000. 100 is usual.",
            "200", check=check_range(1, 10000)),
+    Option("io_max", Kind.BLOCKS,
+           "What the task may read from and write to a disk in a second, one block for each disk. It needs cgroup "
+           "v2, see [limits](operations.md#limits).",
+           '{ write_bps = "10M" }', default=(), into=IoLimit, check=check_io_limits, fields=(
+               Option("device", Kind.STRING,
+                      "The disk, as the host names it. A part of a disk stands for the whole one. By default it "
+                      "is the disk of the task's directory.",
+                      '"/dev/sda"',
+                      check=check_pattern(r"/dev/(?!.*\.\.)[!-~]+",
+                                          "must be a device node of the host, such as /dev/sda")),
+               Option("read_bps", Kind.STRING, "Bytes to read.", '"50M"', check=parse_rate),
+               Option("write_bps", Kind.STRING, "Bytes to write.", '"10 MiB"', check=parse_rate),
+               Option("read_iops", Kind.NUMBER, "Read operations.", "1000", check=check_positive),
+               Option("write_iops", Kind.NUMBER, "Write operations.", "500", check=check_positive),
+           )),
 )  # fmt: skip
 
 INTEGRATION_OPTIONS: tuple[Option, ...] = (
@@ -1330,7 +1349,9 @@ class TaskStarter:
 
     def emit_missing_limits(self, controllers: Sequence[str]) -> None:
         """Emit an event about limits that the machine has but this cgroup lacks. The fingerprint reports those
-        that the machine lacks."""
+        that the machine lacks. Raises HostError for io_max."""
+        if "io" in controllers and self.plan.options.io_max:
+            raise HostError(f"io_max: the cgroup {self.plan.cgroup} has no controller io")
         here = [controller for controller in controllers if controller in read_host().controllers]
         if here:
             where = f"{self.plan.cgroup} has no such cgroup controllers"
@@ -2011,6 +2032,7 @@ class DriverService:
                 names=await run_in_thread(lambda: read_names(config.network, image, options), is_own=True),
                 ephemeral_dir=self.config.ephemeral_dir or "",
                 root_size=self.config.root_size,
+                io_limits=find_io_limits(options.io_max, config.task_dir if config.alloc_dir else ""),
                 account=account,
                 hooks=edits.hooks,
                 journal_obstacle=find_journal_obstacle(config),

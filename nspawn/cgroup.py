@@ -17,13 +17,15 @@ import itertools
 import math
 import os
 import select
+import stat
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nspawn.common import HostError, check_shortage, is_below, is_shortage
+from nspawn.checks import IoLimit
+from nspawn.common import ConfigError, HostError, check_shortage, is_below, is_shortage
 from nspawn.files import read_text
 from nspawn.host import CONTROLLERS, NO_CGROUPS, CgroupMode, read_cgroup_mode
 from nspawn.job import JobOptions, Resources
@@ -60,7 +62,44 @@ def plan_cpu_weight(resources: Resources) -> int:
     return min(max(math.ceil(10 ** ((bits * bits + 125 * bits) / 612 - 7 / 34)), 1), 10000)
 
 
-def plan_limits(resources: Resources, options: JobOptions, cpus: int) -> dict[str, str]:
+def find_io_limits(limits: Sequence[IoLimit], directory: str) -> tuple[str, ...]:
+    """Return the lines for io.max. `directory`: that of the task, "" if it has none. Raises ConfigError."""
+    found: dict[str, str] = {}
+    for limit in limits:
+        disk = find_disk(limit.device, directory)
+        if disk in found:
+            rule = "is on a disk that has a limit already"
+            raise ConfigError("io_max.device", limit.device or directory, rule, "write one block for each disk")
+        found[disk] = limit.render(disk)
+    return tuple(found.values())
+
+
+def find_disk(device: str | None, directory: str) -> str:
+    """Return MAJOR:MINOR of a disk, by a node of it or of a part of it, or else by a directory on it. The kernel
+    has no limits for parts. Raises ConfigError."""
+    number, remedy = 0, 'name the disk, as in device = "/dev/sda"'
+    try:
+        if device and not stat.S_ISBLK(os.stat(device).st_mode):
+            raise ConfigError("io_max.device", device, "is no block device of this machine", remedy)
+        if device or directory:
+            number = os.stat(device).st_rdev if device else os.stat(directory).st_dev
+    except OSError as error:
+        check_shortage(error)
+        raise ConfigError("io_max.device", device or directory, f"cannot be used: {error.strerror}") from None
+    place = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if os.path.exists(f"{place}/partition"):
+        place = os.path.dirname(place)
+    disk = read_text(Path(place, "dev")).strip()
+    if not disk:
+        raise ConfigError(
+            "io_max.device", device, f"is needed: {directory or 'the task'} is on no single disk", remedy
+        )
+    return disk
+
+
+def plan_limits(
+    resources: Resources, options: JobOptions, cpus: int, io_limits: Sequence[str] = ()
+) -> dict[str, str]:
     """Return the contents of the task's control files by name, as in `memory.max`.
 
     If memory_max is set, memory.low lets the kernel reclaim first what is above the reservation. There is no
@@ -83,6 +122,8 @@ def plan_limits(resources: Resources, options: JobOptions, cpus: int) -> dict[st
         limits["pids.max"] = str(options.pids_limit)
     if options.io_weight:
         limits["io.weight"] = str(options.io_weight)
+    if io_limits:
+        limits["io.max"] = "\n".join(io_limits)
     return limits
 
 
@@ -112,7 +153,8 @@ def make_cgroup(cgroup: str, limits: Mapping[str, str]) -> list[str]:
             name == "memory.swap.max" and not (place / name).exists()
         ):
             try:
-                write_control(place / name, value)
+                for line in value.split("\n"):  # io.max takes one disk at a time
+                    write_control(place / name, line)
             except OSError as error:
                 check_shortage(error)
                 raise HostError(

@@ -576,6 +576,38 @@ def parse_size(name: str, value: str) -> str:
     return "max" if size is None else str(size)
 
 
+def parse_rate(name: str, value: str) -> int:
+    """Return the bytes of a size that is not 0."""
+    size = find_size(value)
+    if not size:
+        raise ConfigError(name, value, "must be a size above 0, such as 512K or 10M")
+    return size
+
+
+@dataclass(frozen=True)
+class IoLimit:
+    """What a task may read from and write to a disk in a second."""
+
+    device: str | None = None  # the node of the disk or of a part of it; None: the disk of the task's directory
+    read_bps: int | None = None  # bytes
+    write_bps: int | None = None
+    read_iops: int | None = None  # operations
+    write_iops: int | None = None
+
+    def render(self, disk: str) -> str:
+        """Return a line for io.max. `disk`: MAJOR:MINOR."""
+        rates = {"rbps": self.read_bps, "wbps": self.write_bps, "riops": self.read_iops, "wiops": self.write_iops}
+        return " ".join([disk, *(f"{name}={rate or 'max'}" for name, rate in rates.items())])
+
+
+def check_io_limits(name: str, value: Sequence[IoLimit]) -> Sequence[IoLimit]:
+    for limit in value:
+        if limit == IoLimit(limit.device):
+            rule = "must have one of read_bps, write_bps, read_iops and write_iops"
+            raise ConfigError(name, limit, rule)
+    return value
+
+
 def parse_least_size(name: str, value: str) -> Size:
     """Return a size of at least a mebibyte."""
     size = find_size(value)

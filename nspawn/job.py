@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nspawn.checks import OWN_DIRECTORIES, Device, IdRange, Mount, Overlay
+from nspawn.checks import OWN_DIRECTORIES, Device, IdRange, IoLimit, Mount, Overlay
 from nspawn.common import STATE_ROOT, ConfigError
 from nspawn.permissions import Size
 
@@ -255,6 +255,7 @@ class JobOptions:
     pids_limit: int  # 0: any number
     memory_swap_max: str | None  # bytes, or "max", as the kernel wants it
     io_weight: int | None
+    io_max: tuple[IoLimit, ...]
 
     timezone: str | None
     link_journal: str | None

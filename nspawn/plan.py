@@ -165,6 +165,7 @@ class HostInputs:
     directories: Mapping[str, Source] = field(default_factory=dict)  # of the task, and volumes, by path
     ephemeral_dir: str = ""  # the operator's, "" for the task's directory
     root_size: Size | None = None  # the operator's limit of private roots
+    io_limits: tuple[str, ...] = ()  # lines for io.max
     account: Account | None = None
     hooks: tuple[Hook, ...] = ()  # of devices
     journal_obstacle: str = ""  # why the host cannot show the task's journal, "" if it can
@@ -205,7 +206,7 @@ def plan_task(
             {**options.mode.environ, **variables, **plan_unit_environ(options, variables)}, found.account
         ),
         cgroup=plan_cgroup(host.cgroups, task.cgroup, task.alloc_id, task.name),
-        limits=plan_limits(task.resources, options, host.cpus),
+        limits=plan_limits(task.resources, options, host.cpus, found.io_limits),
         log_paths=(task.stdout_path, task.stderr_path),
         image=found.image,
         private=root.private,

@@ -239,6 +239,11 @@ def check_rules(rows: Sequence[Option], options: JobOptions, host: Host, *, has_
     for name in ("selinux_context", "selinux_apifs_context"):
         if (value := getattr(options, name)) and not host.has_selinux:
             raise ConfigError(name, value, "needs SELinux, which is off on this host", "leave it out")
+    if options.io_max and "io" not in host.controllers:
+        rule = "needs the cgroup v2 controller io, which this machine does not have"
+        remedy = "constrain the job to clients whose attribute driver.nspawn.limits has io"
+        given = [{key: value for key, value in vars(limit).items() if value} for limit in options.io_max]
+        raise ConfigError("io_max", given, rule, remedy)
     for broken in RULES:
         if (has_image or not broken.needs_image) and broken.is_broken(options):
             raise ConfigError(broken.option, getattr(options, broken.option), broken.rule, broken.remedy)

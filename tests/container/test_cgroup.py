@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -16,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from nspawn.cgroup import plan_cpu_weight, plan_limits, read_counters
-from nspawn.checks import parse_size
+from nspawn.cgroup import find_disk, find_io_limits, plan_cpu_weight, plan_limits, read_counters
+from nspawn.checks import IoLimit, parse_size
 from nspawn.common import ConfigError
 from nspawn.job import Mode, Resources
 from nspawn.outcome import Ending, ExitRecord, ExitResult, OomReport, explain_exit
 from nspawn.rules import choose_pids_limit
 from tests import agent
-from tests.agent import HANG, Task, launch_like_agent
+from tests.agent import HANG, Allocation, Task, launch_like_agent
 from tests.containers import Tasks, eventually, kill, leader, output, shim
 from tests.hosts import needs_cgroup2
 from tests.options import read_options
@@ -87,6 +89,40 @@ def test_other_limits() -> None:
     found = limits(Resources(cores="1,3"), pids_limit=50, io_weight=200)
     assert found == {"cpuset.cpus": "1,3", "pids.max": "50", "io.weight": "200"}
     assert limits(Resources()) == {}
+
+
+def test_io_limits() -> None:
+    disk = find_disk(None, "/var/tmp")
+    rates = IoLimit(read_bps=MIB, write_iops=5)
+    assert find_io_limits([rates], "/var/tmp") == (f"{disk} rbps={MIB} wbps=max riops=max wiops=5",)
+    assert plan_limits(Resources(), read_options(), 1, ["8:0 rbps=1", "8:16 rbps=2"])["io.max"] == (
+        "8:0 rbps=1\n8:16 rbps=2"
+    )
+    for device, directory, sentence in (
+        ("/dev/null", "", 'io_max.device = "/dev/null": is no block device of this machine'),
+        ("/dev/nix", "", 'io_max.device = "/dev/nix": cannot be used: No such file or directory'),
+        (None, "/proc", "io_max.device = null: is needed: /proc is on no single disk"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            find_disk(device, directory)
+
+
+def test_a_part_stands_for_its_disk(tmp_path: Path) -> None:
+    (tmp_path / "disk").touch()
+    os.truncate(tmp_path / "disk", 8 * MIB)
+    attach = ["losetup", "--find", "--show", str(tmp_path / "disk")]
+    disk = subprocess.run(attach, capture_output=True, check=True, timeout=HANG).stdout.decode().strip()
+    try:
+        subprocess.run(["addpart", disk, "1", "0", "2048"], check=True, timeout=HANG)
+        number = find_disk(disk, "")
+        assert number.split(":")[0] == "7", "that of loop devices"
+        eventually(lambda: Path(f"{disk}p1").exists())
+        assert find_disk(f"{disk}p1", "") == number
+        with pytest.raises(ConfigError, match="is on a disk that has a limit already; write one block for each"):
+            find_io_limits([IoLimit(disk, 1), IoLimit(f"{disk}p1", 1)], "")
+        subprocess.run(["delpart", disk, "1"], check=True, timeout=HANG)
+    finally:
+        subprocess.run(["losetup", "--detach", disk], check=True, timeout=HANG)
 
 
 def test_pids_are_the_operators() -> None:
@@ -167,6 +203,17 @@ def test_limits_are_in_the_kernels_files(tasks: Tasks) -> None:
     inside = Path(f"/proc/{leader(task)}/cgroup").read_text()
     assert f"{task.cgroup.path.name}/payload" in inside
     assert {"cpu", "cpuset", "io", "memory", "pids"} <= set(read(task, "payload/cgroup.controllers").split())
+
+
+@needs_cgroup2
+def test_writing_is_held_to_its_rate(tasks: Tasks) -> None:
+    """The disk is that of the task's directory."""
+    script = "exec dd if=/dev/zero of=/local/file bs=64K count=48 oflag=direct"
+    began = time.monotonic()
+    task = tasks.start(script, allocation=Allocation("/var/tmp"), io_max=[{"write_bps": "1 MiB"}])
+    assert f"{find_disk(None, '/var/tmp')} rbps=max wbps={MIB} riops=max wiops=max" in read(task, "io.max")
+    assert task.wait(HANG).successful
+    assert time.monotonic() - began > 2, "three MiB take three seconds"
 
 
 @needs_cgroup2

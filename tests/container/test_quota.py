@@ -37,12 +37,11 @@ from nspawn.quota import (
     write_project,
 )
 from nspawn.roots import plan_root
-from tests.agent import DriverError, launch_like_agent
+from tests.agent import HANG, DriverError, launch_like_agent
 from tests.containers import Tasks, output
 from tests.options import read_options
 
 MIB = 1 << 20
-PATIENCE = 120  # seconds; a virtual machine is slow
 
 # -- which tasks get a limit; no container is started --------------------------------------------------------
 
@@ -163,9 +162,9 @@ def make_filesystem(kind: str, folder: Path) -> Path:
     disk.touch()
     os.truncate(disk, 320 * MIB)  # xfs needs 300
     features = ["-O", "quota,project"] if kind == "ext4" else []
-    subprocess.run([f"mkfs.{kind}", "-q", *features, disk], check=True, timeout=PATIENCE)
+    subprocess.run([f"mkfs.{kind}", "-q", *features, disk], check=True, timeout=HANG)
     mount = ["mount", "-o", "loop,prjquota", str(disk), str(point)]
-    if subprocess.run(mount, capture_output=True, check=False, timeout=PATIENCE).returncode:
+    if subprocess.run(mount, capture_output=True, check=False, timeout=HANG).returncode:
         pytest.skip("this kernel has no project quotas: runs in virtual machines, see test_hosts.py")
     return point
 
@@ -176,7 +175,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     try:
         yield point
     finally:
-        subprocess.run(["umount", str(point)], check=True, timeout=PATIENCE)
+        subprocess.run(["umount", str(point)], check=True, timeout=HANG)
 
 
 def read_limit(place: Path, project: int) -> int:
@@ -210,7 +209,7 @@ def test_task_fills_its_own_root_and_no_neighbours(driver_file: Path, image: Pat
     config = {"ephemeral_dir": str(disk / "roots"), "root_size": "8M"}
     with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
         full = tasks.start(FILL, ephemeral=True, root_size="2 MiB")
-        full.logmon.wait_for("ready", timeout=PATIENCE)
+        full.logmon.wait_for("ready")
         lines = full.logmon.stdout.decode().split()
         used = sum(os.lstat(path).st_blocks * 512 for path in (disk / "roots").rglob("*"))
         assert used <= 2 * MIB
@@ -220,7 +219,7 @@ def test_task_fills_its_own_root_and_no_neighbours(driver_file: Path, image: Pat
         assert int(lines[1]) == 2 * MIB, "df shows the limit"
 
         neighbour = tasks.start("head -c 4M /dev/zero >/big && echo fits; exec sleep 600", ephemeral=True)
-        neighbour.logmon.wait_for("fits", timeout=PATIENCE)
+        neighbour.logmon.wait_for("fits")
         assert [read_limit(disk, FIRST_PROJECT + number) for number in range(3)] == [2 * MIB, 8 * MIB, 0]
         with pytest.raises(DriverError, match="the operator of this client allows a task's root 8M"):
             tasks.start("true", ephemeral=True, root_size="9M")

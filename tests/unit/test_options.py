@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import driver
 from driver import PLUGIN_OPTIONS, TASK_OPTIONS
-from nspawn.checks import Device, IdRange, Mount, Overlay, any_of, parse_binds
+from nspawn.checks import Device, IdRange, IoLimit, Mount, Overlay, any_of, parse_binds
 from nspawn.common import ConfigError, DriverError
 from nspawn.host import CgroupMode, Host
 from nspawn.job import ImageDownload, JobOptions
@@ -382,6 +382,7 @@ DECODED: list[tuple[str, object, object]] = [
     ("private_users", "identity", IdRange("identity", 0)),
     ("address_timeout", "1m", 60.0),
     ("memory_swap_max", "1K", "1024"),
+    ("io_max", [{"write_bps": "10 MiB", "read_iops": 7}], (IoLimit(write_bps=10 << 20, read_iops=7),)),
     ("root_size", "2 GiB", Size("2 GiB", 2 << 30)),
     ("root_size", "1024K", Size("1024K", 1 << 20)),
     ("extra_hosts", ["db:fd00::5", "web:[fd00::6]"], ("fd00::5 db", "fd00::6 web")),
@@ -632,7 +633,7 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "must be a duration such as 500ms, 5s or 1m": [
         ("image_gc_delay", ["soon"]), ("image_stall_timeout", ["1"]), ("address_timeout", ["5"]),
     ],
-    "must be a number above 0": [("image_size_limit", [0])],
+    "must be a number above 0": [("io_max", [[{"read_iops": 0}], [{"write_iops": -1}]]), ("image_size_limit", [0])],
     "must be docker://HOST/NAME:TAG, or the http(s) address of a tar archive": [
         ("preload", [["debian"], ["docker://h.example/Team/app"], ["http:///x"], ["docker://h.example/a:1", ""]]),
     ],
@@ -740,6 +741,11 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
         ("image_store_max", ["20 GB", "1K"]),
     ],
     "must be a whole number from 1 to 10000": [("io_weight", [10001])],
+    "must be a device node of the host, such as /dev/sda": [
+        ("io_max", [[{"device": "sda", "read_bps": "1M"}], [{"device": "/dev/../x", "read_bps": "1M"}]]),
+    ],
+    "must be a size above 0, such as 512K or 10M": [("io_max", [[{"read_bps": "0"}], [{"write_bps": "max"}]])],
+    "must have one of read_bps, write_bps, read_iops and write_iops": [("io_max", [[{"device": "/dev/sda"}]])],
     'must be an absolute path of the host without ".."': [
         ("allow_paths", [["srv"], ["/srv/../x"]]), ("ephemeral_dir", ["x"]), ("devices", [[{"host_path": "/a/.."}]]),
         ("image_dir", ["images"]),
@@ -950,6 +956,12 @@ BROKEN: list[tuple[dict[str, object], int, str]] = [
         249,
         "suppress_sync = true: needs systemd 250 or newer, and this host has 249; "
         "leave it out, or constrain the job to newer hosts",
+    ),
+    (
+        {"io_max": [{"read_iops": 5}]},
+        252,
+        'io_max = [{"read_iops": 5}]: needs the cgroup v2 controller io, which this machine does not have; '
+        "constrain the job to clients whose attribute driver.nspawn.limits has io",
     ),
     (
         {"private_users_ownership": "foreign"},
