@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from nspawn.common import ConfigError
-from nspawn.host import CgroupMode, Host, Mounts
+from nspawn.diagnosis import judge_quotas
+from nspawn.host import CgroupMode, Host, Mounts, read_mounts
 from nspawn.images import Image
 from nspawn.linux import PRJQUOTA, quotactl_fd
 from nspawn.permissions import Size
@@ -37,9 +38,9 @@ from nspawn.quota import (
     write_project,
 )
 from nspawn.roots import plan_root
-from tests.agent import HANG, DriverError, launch_like_agent
+from tests.agent import HANG, Allocation, DriverError
 from tests.containers import Tasks, output
-from tests.options import read_options
+from tests.options import CONFIG, read_options
 
 MIB = 1 << 20
 
@@ -67,6 +68,16 @@ def test_limit_is_the_jobs_or_the_operators() -> None:
     assert find_size({**ephemeral, "root_size": "512 MiB"}, OPERATORS) == 512 * MIB
     assert find_size({"root_size": "512M"}, OPERATORS, LAYERED) == 512 * MIB
     assert find_size({}, OPERATORS) is None, "a task that writes to its image has no limit"
+
+
+def test_operators_limit_is_the_maximum() -> None:
+    config = replace(CONFIG, root_size=OPERATORS)
+    assert read_options(config, root_size="1024M").root_size == Size("1024M", 1 << 30)
+    with pytest.raises(ConfigError) as caught:
+        read_options(config, root_size="2G")
+    assert str(caught.value) == (
+        'root_size = "2G": the operator of this client allows a task\'s root 1G; ask for less'
+    )
 
 
 def test_memory_has_the_jobs_limit_only() -> None:
@@ -205,37 +216,32 @@ echo ready; exec sleep 600
 """
 
 
-def test_task_fills_its_own_root_and_no_neighbours(driver_file: Path, image: Path, disk: Path) -> None:
-    config = {"ephemeral_dir": str(disk / "roots"), "root_size": "8M"}
-    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image) as tasks:
-        full = tasks.start(FILL, ephemeral=True, root_size="2 MiB")
-        full.logmon.wait_for("ready")
-        lines = full.logmon.stdout.decode().split()
-        used = sum(os.lstat(path).st_blocks * 512 for path in (disk / "roots").rglob("*"))
-        assert used <= 2 * MIB
-        assert "escaped" not in lines
-        assert full.exec(["sh", "-c", "chattr -P /home || echo refused"])[0].endswith(b"refused\n")
-        assert MIB < int(lines[0]) <= 2 * MIB
-        assert int(lines[1]) == 2 * MIB, "df shows the limit"
+def test_task_fills_its_own_root_and_no_neighbours(disk: Path, tasks: Tasks) -> None:
+    full = tasks.start(FILL, allocation=Allocation(disk), ephemeral=True, root_size="2 MiB")
+    full.logmon.wait_for("ready")
+    lines = full.logmon.stdout.decode().split()
+    root = full.dir / ".nspawn-root"
+    assert sum(os.lstat(path).st_blocks * 512 for path in root.rglob("*")) <= 2 * MIB
+    assert "escaped" not in lines
+    assert full.exec(["sh", "-c", "chattr -P /home || echo refused"])[0].endswith(b"refused\n")
+    assert MIB < int(lines[0]) <= 2 * MIB
+    assert int(lines[1]) == 2 * MIB, "df shows the limit"
 
-        neighbour = tasks.start("head -c 4M /dev/zero >/big && echo fits; exec sleep 600", ephemeral=True)
-        neighbour.logmon.wait_for("fits")
-        assert [read_limit(disk, FIRST_PROJECT + number) for number in range(3)] == [2 * MIB, 8 * MIB, 0]
-        with pytest.raises(DriverError, match="the operator of this client allows a task's root 8M"):
-            tasks.start("true", ephemeral=True, root_size="9M")
-
-        plugin.kill_hard()
-        with launch_like_agent(driver_file, config) as successor:
-            for task in (full, neighbour):
-                task.recover(successor)
-                task.stop(timeout=0)
-                task.destroy()
-        assert not [*(disk / "roots").iterdir()]
-        assert [read_limit(disk, FIRST_PROJECT + number) for number in range(3)] == [0, 0, 0]
+    script = "head -c 4M /dev/zero >/big && echo fits; exec sleep 600"
+    neighbour = tasks.start(script, allocation=Allocation(disk), ephemeral=True, root_size="8M")
+    neighbour.logmon.wait_for("fits")
+    assert [read_limit(disk, FIRST_PROJECT + number) for number in range(3)] == [2 * MIB, 8 * MIB, 0]
+    for task in (full, neighbour):
+        task.stop(timeout=0)
+        task.destroy()
+    assert not root.exists()
+    assert [read_limit(disk, FIRST_PROJECT + number) for number in range(3)] == [0, 0, 0]
 
 
 def test_projects_of_others_are_left_alone(disk: Path) -> None:
     """An id with a file in it is taken. One with only a limit is what a crash has left."""
+    ready = f"ok: {disk} has project quotas, so root_size can limit what tasks write to their roots."
+    assert str(judge_quotas(str(disk), read_mounts())) == ready
     others, first, second = (disk / name for name in ("others", "first", "second"))
     for folder in (others, first, second):
         folder.mkdir()
