@@ -8,9 +8,11 @@ tests/host/test_hosts.py. There each limit is read back from the kernel's file a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
-import os
+import fcntl
 import re
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -107,20 +109,26 @@ def test_io_limits() -> None:
             find_disk(device, directory)
 
 
+def change_part(disk: str, operation: int) -> None:
+    """Add (1) or remove (2) the first part of a disk by BLKPG, as `partx` does: not every Debian has that."""
+    part = ctypes.create_string_buffer(struct.pack("qqi132x", MIB, MIB, 1))
+    with open(disk, "rb") as file:
+        fcntl.ioctl(file, 0x1269, struct.pack("iiiP", operation, 0, len(part), ctypes.addressof(part)))
+
+
 def test_a_part_stands_for_its_disk(tmp_path: Path) -> None:
-    (tmp_path / "disk").touch()
-    os.truncate(tmp_path / "disk", 8 * MIB)
+    (tmp_path / "disk").write_bytes(bytes(8 * MIB))
     attach = ["losetup", "--find", "--show", str(tmp_path / "disk")]
     disk = subprocess.run(attach, capture_output=True, check=True, timeout=HANG).stdout.decode().strip()
     try:
-        subprocess.run(["addpart", disk, "1", "0", "2048"], check=True, timeout=HANG)
+        change_part(disk, 1)
         number = find_disk(disk, "")
         assert number.split(":")[0] == "7", "that of loop devices"
         eventually(lambda: Path(f"{disk}p1").exists())
         assert find_disk(f"{disk}p1", "") == number
         with pytest.raises(ConfigError, match="is on a disk that has a limit already; write one block for each"):
             find_io_limits([IoLimit(disk, 1), IoLimit(f"{disk}p1", 1)], "")
-        subprocess.run(["delpart", disk, "1"], check=True, timeout=HANG)
+        change_part(disk, 2)
     finally:
         subprocess.run(["losetup", "--detach", disk], check=True, timeout=HANG)
 
