@@ -54,6 +54,7 @@ from nomad_pb import (
     rpc_status_pb2,
 )
 from nspawn.accounts import find_account
+from nspawn.addresses import check_ip, set_addresses
 from nspawn.cdi import add_groups, apply_devices
 from nspawn.cgroup import (
     Usage,
@@ -94,6 +95,7 @@ from nspawn.checks import (
     check_interface_names,
     check_io_limits,
     check_labels,
+    check_mac,
     check_mount_source,
     check_mount_type,
     check_pattern,
@@ -114,7 +116,9 @@ from nspawn.checks import (
     parse_capabilities,
     parse_duration,
     parse_extra_hosts,
+    parse_gateways,
     parse_id_range,
+    parse_interfaces,
     parse_least_size,
     parse_mirrors,
     parse_mounts,
@@ -295,6 +299,7 @@ from nspawn.state import (
     STATE_VERSION,
     Events,
     State,
+    find_address_owner,
     find_alloc_dirs,
     find_journal_obstacle,
     find_locks,
@@ -528,6 +533,21 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            "Interfaces of the host to move into the container while it runs.",
            '["eth1"]', default=(), check=check_interface_names, permission=Permission.HOST_INTERFACES,
            argument="--network-interface"),
+    Option("network_address", Kind.STRINGS,
+           "Fixed addresses of the container, each with the length of its network's prefix. It has them before "
+           "its command or init starts, and needs no DHCP client. With several interfaces, the first gets them. "
+           "On a link to the host that leads to no bridge they need the permission. See "
+           "[fixed addresses](network.md#fixed-addresses).",
+           '["10.0.0.7/24", "fd00::7/64"]', default=(), check=parse_interfaces,
+           permission=Permission.HOST_INTERFACES, needs_permission=never),  # see check_permissions
+    Option("network_gateway", Kind.STRINGS,
+           "The default gateways, at most one for IPv4 and one for IPv6, in the networks of `network_address`. On "
+           "a link to the host that leads to no bridge, the host's end gets these addresses, and one is required.",
+           '["10.0.0.1"]', default=(), check=parse_gateways),
+    Option("network_mac", Kind.STRING,
+           "The MAC address of the interface that `network_address` is for, or that asks for an address by DHCP. "
+           "By default the same for each task and allocation.",
+           '"02:00:00:00:00:07"', check=check_mac),
     Option("private_network", Kind.BOOL,
            "Give the container a network of its own. It holds only the loopback interface and what other options "
            "of this table add.",
@@ -1261,6 +1281,7 @@ class TaskStarter:
             link=plan.network.link,
             zone=plan.network.zone,
             ports=tuple((port.host, port.inside) for port in plan.network.ports.values()),
+            addresses=plan.network.fixed.pairs if plan.network.fixed else (),
             stop_signal="" if plan.options.unit else plan.image.config.stop_signal,  # that is for the init
             unit=plan.options.unit or "",
             job=task.job,
@@ -1282,8 +1303,8 @@ class TaskStarter:
                 stack.callback(os.close, may_go)
                 await finish(self.start_shim(go))  # a cancel does not stop its thread, and the shim must be known
                 os.write(may_go, b"go\n")
-                if self.plan.options.sysctl:
-                    await self.write_sysctls()
+                if self.needs_hold:
+                    await self.furnish_payload()
                 leader, users = await self.wait_ready(notify)
                 locks = {*self.state.locks, *find_locks(self.state.shim, self.state.image)}
                 self.save(leader=leader, users=users, locks=tuple(sorted(locks)))
@@ -1310,6 +1331,7 @@ class TaskStarter:
     async def prepare(self) -> None:
         STATE_ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory.mkdir(mode=0o700)
+        self.check_addresses()
         self.save()  # before the first process: if we die from here on, the task id alone leads to the cgroup
         reserve_room(self.directory)
         Store().use(self.directory.name, self.plan.task_id, self.plan.image)
@@ -1323,6 +1345,15 @@ class TaskStarter:
         if self.plan.private and self.plan.private.upper_dir:
             self.locks.append(await make_upper_dir(Path(self.plan.private.upper_dir), self.plan.private.size))
         make_files(self.plan, self.directory)
+
+    def check_addresses(self) -> None:
+        """Refuse an address that another task here has. Raises TransientError: that one may be about to end."""
+        if found := find_address_owner(self.state):
+            address, owner = found
+            raise TransientError(
+                f"network_address: {address} is the address of the task {quote(owner.task_id)} on this client; "
+                "give this one another, or keep the two apart by a constraint"
+            )
 
     async def wait_ready(self, notify: socket.socket) -> tuple[ProcessId, tuple[tuple[int, int], ...]]:
         """Wait until nspawn says READY; return the leader and its ranges of ids, or NO_PROCESS and () if it has
@@ -1369,16 +1400,22 @@ class TaskStarter:
             if can_restrict_devices():  # else the fingerprint reports it
                 self.events.emit(self.task, f"The task runs without a device policy: {error.strerror}.")
 
+    @property
+    def needs_hold(self) -> bool:
+        """Whether the namespaces that nspawn makes need something before the payload starts."""
+        return bool(self.plan.options.sysctl or self.plan.network.fixed)
+
     def hold_payload(self) -> None:
         """Let the payload's first process stop as soon as nspawn has moved it into its cgroup."""
-        if self.plan.options.sysctl:
+        if self.needs_hold:
             payload = Path(self.plan.cgroup, "payload")
             payload.mkdir(exist_ok=True)
             freeze_cgroup(str(payload), is_frozen=True)
 
-    async def write_sysctls(self) -> None:
-        """Wait for the payload's first process, give its namespaces the job's settings, and let it go on. Does
-        nothing if nspawn ends before. Raises DriverError or OSError."""
+    async def furnish_payload(self) -> None:
+        """Wait for the payload's first process, give its namespaces the job's settings and addresses, and let it
+        go on. Does nothing if nspawn ends before. Raises DriverError or OSError."""
+        settings, network = self.plan.options.sysctl, self.plan.network
         payload = f"{self.plan.cgroup}/payload"
         ended = asyncio.create_task(self.state.shim.wait())
         try:
@@ -1387,10 +1424,11 @@ class TaskStarter:
             raise TransientError(f"the container was not up within {START_LIMIT:g} s") from None
         finally:
             ended.cancel()
-        if pids:
+        if pids and settings:
             root = read_ranges(pids[0])[0][0]
-            settings = self.plan.options.sysctl
             await run_in_thread(lambda: write_sysctls(settings, pids[0], root), is_own=True)
+        if pids and (fixed := network.fixed):
+            await finish(run_in_thread(lambda: set_addresses(payload, fixed, network.link)))
         freeze_cgroup(payload, is_frozen=False)
 
     async def emit_copying(self) -> None:
@@ -1960,7 +1998,8 @@ class DriverService:
         up to `address_timeout`. On an outside network without mapped ports, "auto" uses it too."""
         if not network.mode.has_address:
             return None
-        address = await task.find_address(network.address_timeout)
+        fixed = network.fixed.address if network.fixed else ""
+        address = fixed or await task.find_address(network.address_timeout)
         late = "" if address else LATE_ADDRESS.format(limit=network.address_timeout)
         task.announcing = asyncio.create_task(task.emit_address(network.mode, late))
         if not address:
@@ -2011,6 +2050,7 @@ class DriverService:
         if is_in_group:
             check_namespace(config.network.namespace)
         check_interfaces(options)
+        check_ip(options)
         with contextlib.ExitStack() as stack:
             directories = stack.enter_context(open_directories(config.alloc_dir, config.directory_names))
             own = {name: directories[path] for name, path in config.own_directories.items()}

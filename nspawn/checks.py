@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address, ip_interface
 from typing import Any
 
 from nspawn.common import ConfigError, name_entry
@@ -334,6 +335,60 @@ def is_address(text: str) -> bool:
             socket.inet_pton(family, text)
             return True
     return False
+
+
+Address = IPv4Address | IPv6Address
+Interface = IPv4Interface | IPv6Interface  # an address with the length of its network's prefix
+
+
+def parse_interfaces(name: str, value: Sequence[str]) -> tuple[Interface, ...]:
+    """Return addresses that an interface can have and others can reach."""
+    found: list[Interface] = []
+    for item in value:
+        interface = None
+        if re.fullmatch(r"[0-9A-Fa-f.:]+/\d{1,3}", item, re.ASCII):
+            with contextlib.suppress(ValueError):
+                interface = ip_interface(item)
+        if interface is None:
+            rule = "must be an address with the length of its network's prefix, as in 10.0.0.7/24 or fd00::7/64"
+            raise ConfigError(name, item, rule)
+        check_usable(name, item, interface.ip)
+        network = interface.network
+        ends = [network.network_address]
+        if interface.version == 4:
+            ends.append(network.broadcast_address)
+        if network.num_addresses > 2 and interface.ip in ends:
+            raise ConfigError(name, item, "is the address of the network, or its broadcast address")
+        if interface.ip in (other.ip for other in found):
+            raise ConfigError(name, item, "is there twice")
+        found.append(interface)
+    return tuple(found)
+
+
+def parse_gateways(name: str, value: Sequence[str]) -> tuple[Address, ...]:
+    found: list[Address] = []
+    for item in value:
+        if not is_address(item):
+            raise ConfigError(name, item, "must be an address, as in 10.0.0.1 or fd00::1")
+        found.append(ip_address(item))
+        check_usable(name, item, found[-1])
+    return tuple(found)
+
+
+def check_usable(name: str, item: str, address: Address) -> None:
+    kinds = ("multicast", "loopback", "unspecified", "link_local", "reserved")
+    if kind := next((kind for kind in kinds if getattr(address, f"is_{kind}")), ""):
+        rule = f"must be an address by which others can reach it, and this one is {kind.replace('_', '-')}"
+        raise ConfigError(name, item, rule)
+
+
+def check_mac(name: str, value: str) -> str:
+    if not re.fullmatch(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", value):
+        raise ConfigError(name, value, "must be a MAC address, as in 02:00:00:00:00:07")
+    if int(value[:2], 16) & 1 or not int(value.replace(":", ""), 16):
+        rule = "is no address of one interface: it is all zero, or the first byte is odd, as for groups"
+        raise ConfigError(name, value, rule)
+    return value.lower()
 
 
 def check_variables(name: str, value: Mapping[str, str]) -> Mapping[str, str]:

@@ -148,6 +148,7 @@ def judge_services() -> Iterator[Finding]:
 
 TOOLS_BY_USE = {  # tool to its package and to what lacks without it
     "nft": ("nftables", "ports that a killed systemd-nspawn has mapped stay mapped (ports, port_map)"),
+    "ip": ("iproute2", "containers can have no fixed addresses (network_address, network_mac)"),
     "gpg": ("gnupg", 'signatures of images cannot be verified (verify = "signature")'),
     "cosign": ("cosign", "images that have to be signed are refused (require_signature in the plugin's block)"),
     "zstd": ("zstd", "images compressed with zstd cannot be unpacked"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nspawn.checks import OWN_DIRECTORIES, Device, IdRange, IoLimit, Mount, Overlay
+from nspawn.checks import OWN_DIRECTORIES, Address, Device, IdRange, Interface, IoLimit, Mount, Overlay
 from nspawn.common import STATE_ROOT, ConfigError
 from nspawn.permissions import Size
 
@@ -221,6 +221,9 @@ class JobOptions:
     network_macvlan: tuple[str, ...]
     network_ipvlan: tuple[str, ...]
     network_interface: tuple[str, ...]
+    network_address: tuple[Interface, ...]
+    network_gateway: tuple[Address, ...]
+    network_mac: str | None
     private_network: bool
     ports: tuple[str, ...]
     port_map: Mapping[str, int]

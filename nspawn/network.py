@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nspawn.addresses import FixedLink, plan_fixed_link, render_networkd
 from nspawn.checks import Mount
 from nspawn.common import ConfigError, HostError, check_shortage, shorten
 from nspawn.files import read_text
@@ -39,9 +40,11 @@ class NetworkInputs:
     addresses: tuple[str, ...] = ()  # those of the group's namespace
     missing: frozenset[str] = frozenset()  # files of NAME_FILES that cannot be mounted in the image
     expects_address: bool = False  # see is_address_expected
+    has_networkd: bool = False  # a container with fixed addresses runs systemd-networkd
 
 
 NAME_FILES = ("/etc/resolv.conf", "/etc/hosts")
+NETWORKD_FILE = "/etc/systemd/network/00-nomad.network"  # comes before the image's own files
 
 
 # Starts the shim in the group's namespace. Root in a user namespace has no rights over a network namespace made
@@ -102,6 +105,7 @@ class NetworkPlan:
     zone: str = ""
     link: str = ""  # the host's end; over 15 characters it is an alternative name
     address_timeout: float = 0.0  # seconds
+    fixed: FixedLink | None = None
     ports: Mapping[str, Port] = field(default_factory=dict)  # those that nspawn maps, by label
     entry: tuple[str, ...] = ()  # starts the shim in another network namespace
     argv: tuple[str, ...] = ()  # further arguments of nspawn
@@ -130,10 +134,13 @@ def plan_network(
 ) -> NetworkPlan:
     """Return how a task gets its network. Raises ConfigError."""
     default = ADDRESS_TIMEOUT if names.expects_address else 0.0
-    files = plan_name_files(group, options, names, machine)
+    files, fixed = plan_name_files(group, options, names, machine), plan_fixed_link(options)
+    if fixed and names.has_networkd and not {mount.target for mount in options.binds} & {NETWORKD_FILE, "/etc"}:
+        files[NETWORKD_FILE] = render_networkd(fixed)
     network = NetworkPlan(
         mode=NetworkMode.of(group, options),
         address_timeout=default if options.address_timeout is None else options.address_timeout,
+        fixed=fixed,
         zone=options.network_zone or "",
         link=plan_link(options, machine),
         files=files,
@@ -167,7 +174,12 @@ def is_address_expected(group: GroupNetwork, options: JobOptions, image: Image) 
     """Whether a container will ask for an address while it boots, and somebody may give it one. May block."""
     mode = NetworkMode.of(group, options)
     is_served = mode is NetworkMode.BRIDGE or (mode is NetworkMode.VETH and have_networkd())
-    if not is_served or not options.boot or options.volatile == "yes":  # that hides the image's /etc
+    return is_served and starts_networkd(options, image)
+
+
+def starts_networkd(options: JobOptions, image: Image) -> bool:
+    """Whether a container will run systemd-networkd. False for a disk image. May block."""
+    if not options.boot or options.volatile == "yes":  # that hides the image's /etc
         return False
     return enables_unit(image, options.root, "systemd-networkd.service")
 
@@ -374,11 +386,14 @@ def read_group_addresses(namespace: str) -> tuple[str, ...]:
 def read_names(group: GroupNetwork, image: Image, options: JobOptions) -> NetworkInputs:
     """Read what the container's name files are made from, if the driver makes any. Leaves its thread in the
     group's network: for `run_in_thread`. Raises OSError."""
-    expects_address = is_address_expected(group, options, image)
+    if options.network_address:
+        inputs = NetworkInputs(has_networkd=starts_networkd(options, image))
+    else:
+        inputs = NetworkInputs(expects_address=is_address_expected(group, options, image))
     if not group.namespace and group.dns.is_empty and not options.extra_hosts:
-        return NetworkInputs(expects_address=expects_address)
-    return NetworkInputs(
-        expects_address=expects_address,
+        return inputs
+    return replace(
+        inputs,
         resolv_conf=read_resolv_conf(),
         hosts=read_in_image(image, f"{options.root}/etc/hosts"),
         addresses=read_group_addresses(group.namespace) if group.namespace else (),

@@ -84,7 +84,8 @@ PERMISSIONS: Mapping[Permission, PermissionInfo] = {
     ),
     Permission.SYSTEM_CALLS: PermissionInfo("make system calls that nspawn forbids: more of the kernel to attack"),
     Permission.HOST_INTERFACES: PermissionInfo(
-        "take interfaces away from the host, make others on it, and be a machine of its own in the host's LAN"
+        "take interfaces away from the host, make others on it, be a machine of its own in the host's LAN, and "
+        "get what the host sends to an address of its choice"
     ),
     Permission.HOST_ACCOUNTS: PermissionInfo(
         "write to the home directories of the host's users, and so act as them", gives_host=True

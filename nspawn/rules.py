@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from nspawn.addresses import LINK_OPTIONS, check_fixed, needs_host_end, show
 from nspawn.checks import IdRange
 from nspawn.common import ConfigError, name_entry, quote
 from nspawn.host import Host
-from nspawn.job import JobOptions, TaskConfig
+from nspawn.job import GroupNetwork, JobOptions, TaskConfig
+from nspawn.network import NetworkMode
 from nspawn.options import Option, decode_options, is_set
 from nspawn.permissions import Permission, PluginOptions, Size, check_permission
 from nspawn.sysctl import is_of_network
@@ -75,12 +77,25 @@ OWN_NETWORK = (
 
 def check_group_options(options: JobOptions) -> None:
     """Refuse a second network or a second mapping of ports beside those of the group."""
-    for name in ("port_map", *OWN_NETWORK):
+    for name in ("port_map", *OWN_NETWORK, *LINK_OPTIONS):
         if value := getattr(options, name):
             remedy = "leave it out, or the group's network block"
             if name == "port_map":
                 remedy = "write `to = PORT` into the port's block of the group's network"
-            raise ConfigError(name, value, "cannot be combined with the network of the group", remedy)
+            raise ConfigError(name, show(value), "cannot be combined with the network of the group", remedy)
+
+
+def check_link(options: JobOptions) -> None:
+    """Refuse fixed addresses without an interface that could have them. Raises ConfigError."""
+    mode = NetworkMode.of(GroupNetwork(), options)
+    for name in LINK_OPTIONS:
+        if not (value := getattr(options, name)) or mode.has_address:
+            continue
+        rule = "needs a network of the container's own"
+        if mode is NetworkMode.NONE:
+            rule = "needs an interface, and this network has none but loopback and extra links"
+        raise ConfigError(name, show(value), rule, "use network_veth = true, network_zone or network_bridge")
+    check_fixed(options)
 
 
 def has_own_network(options: JobOptions) -> bool:
@@ -247,6 +262,7 @@ def check_rules(rows: Sequence[Option], options: JobOptions, host: Host, *, has_
     for broken in RULES:
         if (has_image or not broken.needs_image) and broken.is_broken(options):
             raise ConfigError(broken.option, getattr(options, broken.option), broken.rule, broken.remedy)
+    check_link(options)
 
 
 def check_permissions(
@@ -260,6 +276,8 @@ def check_permissions(
             check_permission(option.name, value, option.permission, config)
     if not is_in_group and not has_own_network(options):
         check_permission("network_veth", options.network_veth, Permission.HOST_NETWORK, config)
+    if needs_host_end(options):  # the host sends what is for this address to the container
+        check_permission("network_address", show(options.network_address), Permission.HOST_INTERFACES, config)
     for name in ("capability", "ambient_capability"):
         refused = [item for item in dict.fromkeys(getattr(options, name)) if item not in config.allow_caps]
         if refused and "all" not in config.allow_caps:

@@ -94,7 +94,7 @@ def make_files(plan: Plan, directory: Path) -> None:
         make_unit(directory, plan.options.unit)
     for path, text in plan.network.files.items():
         file = Path(f"{directory}{path}")
-        file.parent.mkdir(mode=0o700, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(file, text, 0o644)
     for staged in plan.staged_sources:
         make_place(Path(staged.path), staged.source.is_directory)

@@ -73,6 +73,7 @@ class State:
     link: str = ""  # the host's end of nspawn's link to the container
     zone: str = ""  # nspawn's bridge vz-<zone>
     ports: tuple[tuple[int, int], ...] = ()  # that nspawn maps: the host's port and the one inside
+    addresses: tuple[tuple[str, str], ...] = ()  # fixed ones: see FixedLink.pairs
     stop_signal: str = ""  # from the image, for jobs without a kill_signal
     unit: str = ""  # the unit that is the task, if one is
     users: tuple[tuple[int, int], ...] = ()  # ranges of the host's ids for the container's users: begin and count
@@ -105,6 +106,7 @@ class State:
                     "shim": ProcessId(**values["shim"]),
                     "leader": ProcessId(**leader) if leader else None,
                     "ports": tuple((host, inside) for host, inside in values.get("ports", ())),
+                    "addresses": tuple((network, address) for network, address in values.get("addresses", ())),
                     "users": tuple((begin, count) for begin, count in values.get("users", ())),
                     "locks": tuple(values.get("locks", ())),
                     "labels": tuple((name, text) for name, text in values.get("labels", ())),
@@ -126,6 +128,7 @@ class State:
         numbers += [number for pair in (*self.ports, *self.users) for number in pair]
         texts = [getattr(self, name.name) for name in fields(self) if name.type == "str"]
         texts += [text for label in self.labels for text in label]
+        texts += [text for pair in self.addresses for text in pair]
         removed = [path for path in (self.cgroup, self.upper_dir, self.journal, *self.locks) if path]
         if not (
             all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
@@ -174,6 +177,17 @@ def read_states(alloc_id: str = "") -> Iterator[State]:
         for name in sorted(os.listdir(STATE_ROOT)):
             if name.startswith(prefix) and (state := read_state(STATE_ROOT / name)):
                 yield state
+
+
+def find_address_owner(state: State) -> tuple[str, State] | None:
+    """Return a fixed address of a task that is to start and the other task on this machine that has it. Raises
+    OSError."""
+    for other in read_states() if state.addresses else ():
+        shared = [address for network, address in state.addresses if (network, address) in other.addresses]
+        is_there = other.shim == NO_PROCESS or other.shim.is_alive or bool(other.leader and other.leader.is_alive)
+        if shared and is_there and other.task_id != state.task_id:
+            return shared[0], other
+    return None
 
 
 def split_id(task_id: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -21,6 +22,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -622,6 +624,122 @@ def test_system_that_will_ask_for_its_address_is_waited_for(tasks: Tasks, small:
     eventually(lambda: any("198.19.255.241. A service" in event.message for event in task.events))
 
 
+# -- fixed addresses -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Net:
+    """Networks of two kinds, and addresses in them."""
+
+    gateway: str
+    gateway6: str
+    first: str
+    second: str
+    first6: str
+
+    @classmethod
+    def make(cls) -> Net:
+        number = next(numbers) * 8 % 65536
+        four, six = f"198.18.{number // 256}", f"fd00:18:{number:x}:"
+        low = number % 256
+        return cls(f"{four}.{low + 1}", f"{six}:1", f"{four}.{low + 2}", f"{four}.{low + 3}", f"{six}:2")
+
+
+SHOW_NETWORK = "cat /proc/net/fib_trie /proc/net/if_inet6 /proc/net/route; cat /sys/class/net/host0/address"
+
+
+@USER_NAMESPACES
+def test_fixed_address_on_the_link_to_the_host(tasks: Tasks, user_namespacing: bool) -> None:
+    """The command's first look finds it, the host reaches it, and ports lead to it. Nobody runs networkd here."""
+    net, ports = Net.make(), {"http": GivenPort(free_port(), host_ip="192.0.2.2")}
+    script = f'{SHOW_NETWORK}; exec /usr/bin/perl -e "$0" 80 task'
+    task = tasks.start(
+        ["/bin/sh", "-c", script, SERVER], network_veth=True, user_namespacing=user_namespacing,
+        network_address=[f"{net.first}/29", f"{net.first6}/64"], network_gateway=[net.gateway, net.gateway6],
+        network_mac="02:00:00:00:00:07", resources=Resources(ports=ports), port_map=[{"http": 80}],
+    )  # fmt: skip
+    override = task.network_override
+    assert override and (override.addr, dict(override.port_map)) == (net.first, {"http": 80})
+    assert not override.auto_advertise
+    task.logmon.wait_for("listening\n")
+    seen = output_so_far(task)
+    assert f"-- {net.first}\n" in seen and "02:00:00:00:00:07\n" in seen
+    assert socket.inet_pton(socket.AF_INET6, net.first6).hex() in seen
+    assert read_port(net.first, 80) == read_port(net.gateway, ports["http"].value) == "hello from task\n"
+    with socket.create_server((net.gateway6, 0), family=socket.AF_INET6) as server:
+        inside(task, "bash", "-c", f"</dev/tcp/{net.gateway6}/{server.getsockname()[1]}")
+    task.stop(timeout=0)
+    task.wait()
+    assert port_maps(ports["http"].value) == []
+
+
+@pytest.mark.parametrize("kind", ["network_bridge", "network_zone"])
+def test_containers_with_fixed_addresses_reach_each_other(tasks: Tasks, bridge: str, kind: str) -> None:
+    """And a second task does not get the first one's address, as long as that one runs."""
+    net, place = Net.make(), bridge if kind == "network_bridge" else f"z{next(numbers)}"
+    options: dict[str, Any] = {kind: place, "network_veth": None}
+    first = tasks.start(serve(80, "first"), name="first", network_address=[f"{net.first}/29"], **options)
+    override = first.network_override
+    assert override and (override.addr, override.auto_advertise) == (net.first, kind == "network_bridge")
+    first.logmon.wait_for("listening\n")
+    reader = f"use IO::Socket::INET; print IO::Socket::INET->new('{net.first}:80')->getline"
+    second, _ = tasks.run(["/usr/bin/perl", "-e", reader], name="second", network_address=[f"{net.second}/29"],
+                          **options)  # fmt: skip
+    assert output(second) == "hello from first\n"
+    twin = tasks.make(FOREVER, name="twin", network_address=[f"{net.first}/24"], **options)
+    with pytest.raises(DriverError, match=f"{net.first} is the address of the task .*/first/"):
+        twin.start()
+    first.stop(timeout=0)
+    first.wait()
+    twin.start()
+
+
+@NEEDS_UDEV
+def test_fixed_address_on_an_interface_of_the_host(tasks: Tasks, bridge: str) -> None:
+    net = Net.make()
+    task, _ = tasks.run(
+        f"cat /proc/net/fib_trie /sys/class/net/mv-{bridge}/address /proc/net/route", network_veth=None,
+        network_macvlan=[bridge], network_address=[f"{net.first}/29"],
+        network_gateway=[net.gateway], network_mac="02:00:00:00:00:09",
+    )  # fmt: skip
+    assert f"-- {net.first}\n" in output(task) and "02:00:00:00:00:09\n" in output(task)
+    routes = [line.split()[:2] for line in output(task).splitlines() if line.startswith("mv-")]
+    assert [f"mv-{bridge}"[:15], "00000000"] in routes
+
+
+@pytest.mark.parametrize("victim", ["nspawn", "all", "plugin"])
+def test_fixed_address_after_a_crash(tasks: Tasks, driver_file: Path, victim: str) -> None:
+    """What is killed leaves nothing, and a new plugin finds the container with its address."""
+    net = Net.make()
+    with launch_like_agent(driver_file, 'allow = ["all"]') as plugin:
+        task = tasks.start(serve(80), plugin=plugin, network_veth=True, network_address=[f"{net.first}/29"],
+                           network_gateway=[net.gateway])  # fmt: skip
+        task.logmon.wait_for("listening\n")
+        link = find_link(task)
+        if victim == "plugin":
+            os.kill(plugin.pid, signal.SIGKILL)
+            plugin.kill_hard()
+            task.recover(tasks.plugin)
+            assert read_port(net.first, 80) == "hello from task\n"
+        elif victim == "all":
+            kill_all(task)
+        else:
+            kill(nspawn(task))
+        task.destroy()
+        assert link not in links()
+
+
+def test_address_that_cannot_be_set(tasks: Tasks) -> None:
+    """What `ip` says is told, and nothing is left of the container that waited for its address."""
+    zone = f"z{next(numbers)}"
+    task = tasks.make(FOREVER, network_zone=zone, network_veth=None,
+                      network_address=["198.18.0.9/29"], network_gateway=["198.18.0.15"])  # fmt: skip
+    with pytest.raises(DriverError, match=r"cannot be set: `ip -4 route add default via 198\.18\.0\.15 dev"):
+        task.start()
+    assert leftovers(task.allocation.id) == []
+    assert f"vz-{zone}" not in links()
+
+
 def test_hostname_and_extra_hosts(tasks: Tasks, small: Path) -> None:
     script = "cat /proc/sys/kernel/hostname; cat /etc/hosts"
     task, result = tasks.run(script, image=str(small), hostname="web1.example", extra_hosts=["db:192.0.2.7"])
@@ -725,8 +843,10 @@ def test_address_by_dhcp_and_a_port(
     network = network | ({"network_zone": f"z{next(numbers)}"} if "network_zone" in network else {})
     resources = Resources(ports={"http": GivenPort(free_port(), 80, "192.0.2.2")})
     port = resources.ports["http"].value
+    # By default the start waits for ten seconds, because the image enables networkd.
+    limit = "2m" if ending == "stop" else None
     task = tasks.boot(image=str(tmp_path / "with-dhcp"), volatile=None, user_namespacing=True, ports=["http"],
-                      resources=resources, address_timeout="2m", kill_timeout=HANG, **network)  # fmt: skip
+                      resources=resources, address_timeout=limit, kill_timeout=HANG, **network)  # fmt: skip
     link, override = find_link(task), task.network_override
     assert override and dict(override.port_map) == {"http": 80} and not override.auto_advertise
     eventually(lambda: any(f"has the address {override.addr}" in event.message for event in task.events))
@@ -744,6 +864,24 @@ def test_address_by_dhcp_and_a_port(
     task.destroy()
     assert port_maps(port) == []
     assert not {link, f"vz-{network.get('network_zone')}"} & set(links())
+
+
+@NEEDS_HOST
+@pytest.mark.usefixtures("networkd")
+def test_fixed_address_of_a_booted_system(tasks: Tasks, image: Path, tmp_path: Path) -> None:
+    """Its networkd finds it, keeps it, and asks for no other one, though the host would give it one."""
+    make_dhcp_image(image, tmp_path / "with-dhcp")
+    net = Net.make()
+    task = tasks.boot(image=str(tmp_path / "with-dhcp"), volatile="overlay", user_namespacing=True,
+                      network_veth=True, network_address=[f"{net.first}/29", f"{net.first6}/64"],
+                      network_gateway=[net.gateway, net.gateway6])  # fmt: skip
+    assert task.network_override and task.network_override.addr == net.first
+    link = json.loads(inside(task, "ip", "-json", "link", "show", "host0"))[0]["ifindex"]
+    state = Path(f"/proc/{leader(task)}/root/run/systemd/netif/links/{link}")
+    eventually(lambda: state.exists() and "ADMIN_STATE=configured\n" in state.read_text())
+    assert eventually(lambda: try_port(net.first, 80)) == "hello from systemd\n"
+    found = json.loads(inside(task, "ip", "-json", "address", "show", "host0", "scope", "global"))[0]["addr_info"]
+    assert {entry["local"] for entry in found if entry} == {net.first, str(ip_address(net.first6))}
 
 
 def try_port(address: str, port: int) -> str:

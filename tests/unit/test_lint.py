@@ -22,8 +22,8 @@ BUILT = "nomad-driver-nspawn"
 # The rooms of the house, the lowest first: a room imports only what stands before it.
 ROOMS = (
     "common", "notify", "linux", "files", "quota", "process", "permissions", "options", "checks", "job",
-    "devices", "host", "cgroup", "images", "accounts", "view", "sources", "cdi", "network", "sysctl", "roots",
-    "hooks", "unit", "rules", "bundle", "plan", "outcome", "record", "logs", "store", "fetches", "state",
+    "devices", "host", "cgroup", "images", "accounts", "view", "sources", "cdi", "addresses", "network", "sysctl",
+    "roots", "hooks", "unit", "rules", "bundle", "plan", "outcome", "record", "logs", "store", "fetches", "state",
     "setup", "machined", "running", "reaper", "entries", "exec", "inits", "download", "unpack", "registry",
     "signature", "fetch", "diagnosis", "commands",
 )  # fmt: skip

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from nspawn.addresses import plan_inside, plan_outside
 from nspawn.common import ConfigError, HostError
 from nspawn.images import Image, enables_unit, read_in_image
 from nspawn.job import Dns, GroupNetwork, Port, state_directory
 from nspawn.network import (
     NAME_FILES,
+    NETWORKD_FILE,
     NetworkInputs,
     NetworkMode,
     can_mount_file,
@@ -336,6 +338,9 @@ def test_mode(options: dict[str, Any], mode: NetworkMode) -> None:
         ("network_macvlan", ["eth0"]),
         ("network_ipvlan", ["eth0"]),
         ("network_interface", ["eth1"]),
+        ("network_address", ["10.0.0.7/24"]),
+        ("network_gateway", ["10.0.0.1"]),
+        ("network_mac", "02:00:00:00:00:07"),
     ],
 )
 def test_second_network_beside_the_groups_is_refused(option: str, value: object) -> None:
@@ -465,3 +470,104 @@ def test_port_maps_are_found() -> None:
         "17 . 8080 : 192.168.233.150 . 80",
     ]
     assert find_port_maps(NFT, [(8080, 82)]) == []
+
+
+# -- fixed addresses -----------------------------------------------------------------------------------------
+
+FOUR, BOTH, MAC = ["10.0.0.7/24"], ["10.0.0.7/24", "fd00::7/64"], "02:00:00:00:00:07"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"network_veth": False}, 'network_address = ["10.0.0.7/24"]: needs a network of the container\'s own; '),
+        (
+            {"private_network": True},
+            'network_address = ["10.0.0.7/24"]: needs an interface, and this network has ',
+        ),
+        (
+            {},
+            'network_address = "10.0.0.7/24": needs an address in the same network for the host\'s end of',
+        ),
+        (
+            {"network_gateway": ["10.0.1.1"]},
+            'network_gateway = "10.0.1.1": must be another address in the network',
+        ),
+        (
+            {"network_gateway": ["10.0.0.7"]},
+            'network_gateway = "10.0.0.7": must be another address in the network',
+        ),
+        (
+            {"network_gateway": ["fd00::1"]},
+            'network_gateway = "fd00::1": must be another address in the network of',
+        ),
+        (
+            {"network_address": BOTH, "network_gateway": ["10.0.0.1"]},
+            'network_address = "fd00::7/64": needs an address in the same network for the host\'s end of the link',
+        ),
+        (
+            {"network_zone": "web", "network_gateway": ["10.0.0.1", "10.0.0.2"]},
+            'network_gateway = ["10.0.0.1", "10.0.0.2"]: names two gateways of one kind; ',
+        ),
+        (
+            {"network_ipvlan": ["eth0"], "network_mac": MAC},
+            f'network_mac = "{MAC}": is for interfaces that are made',
+        ),
+        (
+            {"network_interface": ["eth0"], "network_mac": MAC},
+            f'network_mac = "{MAC}": is for interfaces that are',
+        ),
+    ],
+)
+def test_fixed_address_that_cannot_work(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan({"network_address": FOUR, **options})
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("options", "interface", "network"),
+    [
+        ({}, "host0", ""),
+        ({"network_zone": "web"}, "host0", "vz-web"),
+        ({"network_bridge": "br0", "network_macvlan": ["eth0"]}, "host0", "br0"),
+        ({"network_macvlan": ["eth0", "eth1"], "network_veth": True}, "mv-eth0", "eth0"),
+        ({"network_macvlan": ["eth0:lan"]}, "lan", "eth0"),
+        ({"network_ipvlan": ["eth0"]}, "iv-eth0", "eth0"),
+        ({"network_interface": ["eth1"]}, "eth1", "eth1"),
+    ],
+)
+def test_interface_that_gets_the_address(options: dict[str, Any], interface: str, network: str) -> None:
+    fixed = plan({"network_address": FOUR, "network_gateway": ["10.0.0.1"], **options}).network.fixed
+    assert fixed and (fixed.interface, fixed.network, fixed.address) == (interface, network, "10.0.0.7")
+    assert fixed.pairs == ((network, "10.0.0.7"),)
+
+
+def test_what_ip_does_for_a_fixed_address() -> None:
+    options = {"network_address": BOTH, "network_gateway": ["10.0.0.1", "fd00::1"], "network_mac": MAC}
+    fixed = plan(options).network.fixed
+    assert fixed and [" ".join(words) for words in plan_inside(fixed)] == [
+        f"link set dev host0 address {MAC}",
+        "address add 10.0.0.7/24 broadcast + dev host0",
+        "address add fd00::7/64 dev host0 nodad",
+        "link set dev host0 up",
+        "-4 route add default via 10.0.0.1 dev host0 proto static",
+        "-6 route add default via fd00::1 dev host0 proto static",
+    ]
+    assert [" ".join(words) for words in plan_outside(fixed, "ve-x")] == [
+        "link set dev ve-x up",
+        "address add 10.0.0.1 peer 10.0.0.7 dev ve-x",
+        "address add fd00::1 peer fd00::7 dev ve-x nodad",
+    ]
+    only_mac = plan({"network_mac": MAC}).network.fixed
+    assert only_mac and list(plan_inside(only_mac)) == [("link", "set", "dev", "host0", "address", MAC)]
+    assert list(plan_outside(only_mac, "ve-x")) == []
+
+
+def test_networkd_of_the_image_is_told_the_address() -> None:
+    options = {"network_address": BOTH, "network_gateway": ["10.0.0.1"], "network_zone": "web"}
+    found = plan(options, names=NetworkInputs(has_networkd=True))
+    head, addresses = "[Match]\nName=host0\n\n[Network]\n", "Address=10.0.0.7/24\nAddress=fd00::7/64\n"
+    assert found.network.files == {NETWORKD_FILE: f"{head}{addresses}Gateway=10.0.0.1\n"}
+    assert any(word.endswith(f"{NETWORKD_FILE}:{NETWORKD_FILE}") for word in found.argv)
+    assert plan(options).network.files == {}

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from ipaddress import ip_address, ip_interface
 from typing import Any
 
 import msgpack
@@ -381,6 +382,9 @@ DECODED: list[tuple[str, object, object]] = [
     ("private_users", "131072:10", IdRange("131072:10", 131072, 10)),
     ("private_users", "identity", IdRange("identity", 0)),
     ("address_timeout", "1m", 60.0),
+    ("network_address", ["10.0.0.7/24", "fd00::07/64"], (ip_interface("10.0.0.7/24"), ip_interface("fd00::7/64"))),
+    ("network_gateway", ["10.0.0.1", "fd00::1"], (ip_address("10.0.0.1"), ip_address("fd00::1"))),
+    ("network_mac", "02:00:00:00:00:AF", "02:00:00:00:00:af"),
     ("memory_swap_max", "1K", "1024"),
     ("io_max", [{"write_bps": "10 MiB", "read_iops": 7}], (IoLimit(write_bps=10 << 20, read_iops=7),)),
     ("root_size", "2 GiB", Size("2 GiB", 2 << 30)),
@@ -701,6 +705,30 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "must be the name of an interface of the host, or HOST:CONTAINER, each of up to 15 characters": [
         ("network_veth_extra", [["a:b:c"]]), ("network_macvlan", [["a/b"]]), ("network_ipvlan", [[".."]]),
         ("network_interface", [["eth0 "]]),
+    ],
+    "must be an address with the length of its network's prefix, as in 10.0.0.7/24 or fd00::7/64": [
+        ("network_address", [["10.0.0.7"], ["10.0.0.7/33"], ["10.0.0.7/255.255.255.0"], ["fe80::1%eth0/64"], ["a/8"]])
+    ],
+    "is the address of the network, or its broadcast address": [
+        ("network_address", [["10.0.0.0/24"], ["10.0.0.255/24"], ["fd00::/64"]])
+    ],
+    "is there twice": [("network_address", [["10.0.0.7/24", "10.0.0.7/8"]])],
+    "must be an address by which others can reach it, and this one is loopback": [
+        ("network_address", [["127.0.0.7/8"], ["::1/128"]]), ("network_gateway", [["127.0.0.1"]]),
+    ],
+    "must be an address by which others can reach it, and this one is multicast": [
+        ("network_address", [["224.0.0.7/24"], ["ff02::1/64"]]), ("network_gateway", [["224.0.0.1"]]),
+    ],
+    "must be an address by which others can reach it, and this one is link-local": [
+        ("network_address", [["169.254.0.7/16"], ["fe80::7/64"]]),
+    ],
+    "must be an address by which others can reach it, and this one is unspecified": [
+        ("network_address", [["0.0.0.0/0"]])
+    ],
+    "must be an address, as in 10.0.0.1 or fd00::1": [("network_gateway", [["10.0.0.1/24"], ["a"]])],
+    "must be a MAC address, as in 02:00:00:00:00:07": [("network_mac", ["02:00:00:00:00", "02-00-00-00-00-07"])],
+    "is no address of one interface: it is all zero, or the first byte is odd, as for groups": [
+        ("network_mac", ["01:00:00:00:00:07", "00:00:00:00:00:00"])
     ],
     "must be a port from 1 to 65535": [("port_map", [[{"http": 0}], [{"http": -1}], [{"http": 65536}]])],
     "must be NAME:ADDRESS, as in db:192.0.2.7 or db:2001:db8::7": [("extra_hosts", [["db"]])],
@@ -1068,6 +1096,7 @@ FORBIDDEN: list[tuple[dict[str, object], str, str]] = [
     ({"network_macvlan": ["a"]}, 'network_macvlan = ["a"]', "host_interfaces"),
     ({"network_ipvlan": ["a"]}, 'network_ipvlan = ["a"]', "host_interfaces"),
     ({"network_interface": ["a"]}, 'network_interface = ["a"]', "host_interfaces"),
+    ({"network_address": ["10.0.0.7/24"]}, 'network_address = ["10.0.0.7/24"]', "host_interfaces"),
     ({"user_namespacing": False}, "user_namespacing = false", "host_users"),
     ({"private_users": "no"}, "user_namespacing = false", "host_users"),
     ({"private_users": "identity"}, 'private_users = "identity"', "host_users"),
