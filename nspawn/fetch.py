@@ -358,8 +358,9 @@ class Fetch:
             raise too_large(f"{registry.shown} has layers of {total} bytes", self.limit)
         once = {(want_digest(descriptor), name): descriptor
                 for descriptor, name in zip(descriptors, layers, strict=True)}  # fmt: skip
-        for name in dict.fromkeys(layers):
-            self.keep(name)
+        for digest, name in once:
+            if find_proof(self.store, name, registry.server, digest).exists():  # it need not be downloaded
+                self.keep(name)
         self.make_room(sum(want_size(descriptor, self.limit) for (_, name), descriptor in once.items()
                            if not self.store.layer(name).exists()))  # fmt: skip
         acts = [
@@ -384,9 +385,11 @@ class Fetch:
         proof = find_proof(self.store, name, registry.server, digest)
         if (digest, name) in self.brought:
             return FetchedLayer(name, digest, proof)
-        if proof.exists() and registry.server.startswith("https://") and self.store.layer(name).exists():
-            registry.check_access(descriptor)
-            return FetchedLayer(name, digest, proof)
+        if proof.exists() and registry.server.startswith("https://"):
+            self.keep(name)
+            if self.store.layer(name).exists():
+                registry.check_access(descriptor)
+                return FetchedLayer(name, digest, proof)
         # Each image has its own part: what another image has begun may be another job's secret, or nonsense.
         part = self.store.part(f"{self.key}.{digest.partition(':')[2]}.{name}")
         registry.download(descriptor, part, self.limit, f"downloading {which}")
@@ -398,6 +401,7 @@ class Fetch:
             self.room.take(self.measure(layer.name))
             return
         try:
+            self.keep(layer.name)  # not while it is downloaded: a server can make that last forever
             self.bring_layer(layer.part, layer.name)
         finally:
             discard(layer.part)
