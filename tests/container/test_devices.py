@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -231,20 +232,28 @@ def loop_control() -> Iterator[Path]:
         place.unlink()
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A directory for device nodes: other file systems may be mounted nodev."""
+    place = Path(f"/dev/{tmp_path.name}")
+    place.mkdir()
+    yield place
+    shutil.rmtree(place)
+
+
 @USERS
-def test_class_of_devices(tasks: Tasks, tmp_path: Path, loop_control: Path, namespaces: bool) -> None:
+def test_class_of_devices(tasks: Tasks, folder: Path, loop_control: Path, namespaces: bool) -> None:
     """The nodes that there are, as the host has them; and any that comes later, in a directory that is bound."""
-    (tmp_path / "later").mkdir()
     options = {"devices": [{"host_path": "char-mi*c", "cgroup_permissions": "r"}]}
-    bound = {"bind": [{str(tmp_path / "later"): "/mnt"}], "user_namespacing": namespaces}
+    bound = {"bind": [{str(folder): "/mnt"}], "user_namespacing": namespaces}
     task = tasks.start("sleep 60", options=options, **bound)
     for name, number in (("misc", LOOP_CONTROL), ("tty", (4, 64))):
-        os.mknod(tmp_path / "later" / name, stat.S_IFCHR, os.makedev(*number))
-        (tmp_path / "later" / name).chmod(0o666)
-    script = f"stat -c '%a %u' {loop_control};" + say(str(loop_control), "/mnt/misc", "/mnt/tty", "/dev/fuse")
+        os.mknod(folder / name, stat.S_IFCHR, os.makedev(*number))
+        (folder / name).chmod(0o666)
+    script = f"stat -c '%a %u' {loop_control};" + say(str(loop_control), "/mnt/misc", "/mnt/tty", "/dev/net/tun")
     text, _ = task.exec(["/bin/sh", "-c", script])
     mode = f"{stat.S_IMODE(loop_control.stat().st_mode):o} 0"
-    assert text.decode().splitlines() == [mode, f"{loop_control} r", "/mnt/misc r", "/mnt/tty", "/dev/fuse r w"]
+    assert text.decode().splitlines() == [mode, f"{loop_control} r", "/mnt/misc r", "/mnt/tty", "/dev/net/tun r w"]
 
 
 HOOK = """
