@@ -67,11 +67,16 @@ def clone_tree(path: str) -> int:
 
 
 def run_hooks(
-    hooks: Sequence[Hook], mounts: Sequence[Mount], root: Path, machine: str, ids: tuple[int, int] | None
+    hooks: Sequence[Hook],
+    mounts: Sequence[Mount],
+    root: Path,
+    machine: str,
+    cgroup: str,
+    ids: tuple[int, int] | None,
 ) -> None:
-    """Run hooks on a private root of a machine. `mounts`: what is mounted in it for the devices. `ids`: the host's
-    id of the container's root and the number of its ids, None without a user namespace. Blocks. Raises
-    DriverError or OSError."""
+    """Run hooks on a machine's private root, in a cgroup of the task, whose limits and end are theirs. `mounts`:
+    what is mounted in the root for the devices. `ids`: the host's id of the container's root and the number of its
+    ids, None without a user namespace. Blocks. Raises DriverError or OSError."""
     with contextlib.ExitStack() as stack:
         tree = clone_tree(str(root))
         stack.callback(os.close, tree)
@@ -95,7 +100,7 @@ def run_hooks(
                     check_shortage(error)
                 raise HostError(f"devices: {mount.target} cannot be mounted in the image: {why}") from None
         for hook in hooks:
-            run_hook(hook, machine, users_fd)
+            run_hook(hook, machine, cgroup, users_fd)
 
 
 def attach_in_root(tree: int, root: Path, mount: Mount) -> None:
@@ -121,9 +126,17 @@ def attach_in_root(tree: int, root: Path, mount: Mount) -> None:
         os.close(top)
 
 
-def plan_hook(hook: Hook, users_fd: int | None) -> list[str]:
-    """Return the command that runs a hook, as root of a user namespace if one is given."""
-    argv = ["timeout", "--signal=KILL", str(hook.limit)]  # also counts after the plugin's end
+def plan_hook(hook: Hook, cgroup: str, users_fd: int | None) -> list[str]:
+    """Return the command that runs a hook in a cgroup, and as root of a user namespace if one is given."""
+    argv = [
+        "sh",
+        "-c",
+        'echo 0 >"$0/cgroup.procs" && exec "$@"',
+        cgroup,
+        "timeout",
+        "--signal=KILL",
+        str(hook.limit),
+    ]
     if users_fd is not None:
         argv += ["nsenter", f"--user=/proc/self/fd/{users_fd}", "unshare", "--mount", "--propagation=private"]
         # Mounts from a namespace of other users are locked: without one of its own, no pivot_root(2) works.
@@ -132,10 +145,10 @@ def plan_hook(hook: Hook, users_fd: int | None) -> list[str]:
     return [*argv, "env", "-i", *(f"{name}={value}" for name, value in variables.items()), hook.path, *hook.args]
 
 
-def run_hook(hook: Hook, machine: str, users_fd: int | None) -> None:
+def run_hook(hook: Hook, machine: str, cgroup: str, users_fd: int | None) -> None:
     """Run a hook. Blocks. Raises HostError or OSError."""
     state = {"ociVersion": "1.0.2", "id": machine, "status": "creating", "bundle": str(BUNDLE)}
-    argv, fds = plan_hook(hook, users_fd), [] if users_fd is None else [users_fd]
+    argv, fds = plan_hook(hook, cgroup, users_fd), [] if users_fd is None else [users_fd]
     try:
         status, words = run_program(argv, json.dumps(state).encode(), pass_fds=fds)
     except OSError as error:

@@ -242,9 +242,9 @@ def make_root(plan: Plan, directory: Path, locks: list[int]) -> list[str]:
         complete_root(directory / "root")
     if plan.private.hooks:
         mounts = [mount for mount in plan.mounts if mount.option == "devices"]
-        run_hooks(
-            plan.private.hooks, mounts, directory / "root", plan.machine, (base, users.count) if users else None
-        )
+        ids = (base, users.count) if users else None
+        cgroup = f"{plan.cgroup}/shim"
+        run_hooks(plan.private.hooks, mounts, directory / "root", plan.machine, cgroup, ids)
     return arguments
 
 

@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nspawn.devices import DeviceRule, render_device_program
 from nspawn.host import read_host
 from nspawn.sources import open_source, read_rules
 from tests.agent import DriverError, launch_like_agent
-from tests.containers import Tasks, make_small_image, output
+from tests.containers import Tasks, eventually, is_alive, make_small_image, output
 from tests.options import read_options
 
 # -- rendering -----------------------------------------------------------------------------------------------
@@ -284,9 +285,11 @@ def vendor(node: Path) -> Iterator[str]:
         "additionalGids": [44],
     }  # fmt: skip
 
-    def hook(*words: str) -> dict[str, object]:
-        args = ["sh", *words]
-        return {"hookName": "createContainer", "path": "/bin/sh", "args": args, "env": ["VALUE=v"], "timeout": 1}
+    stuck = f"echo $$ >{node.parent}/new; mv {node.parent}/new {node.parent}/began; sleep 60; true"
+
+    def hook(*words: str, timeout: int = 1) -> dict[str, object]:
+        more = {"path": "/bin/sh", "args": ["sh", *words], "env": ["VALUE=v"], "timeout": timeout}
+        return {"hookName": "createContainer", **more}
 
     library = {"hostPath": f"{node.parent}/library", "containerPath": "/tmp/l", "options": ["ro", "bind"]}
     spec = {
@@ -297,6 +300,7 @@ def vendor(node: Path) -> Iterator[str]:
             {"name": "0", "containerEdits": edits},
             {"name": "all", "containerEdits": {}},
             {"name": "hook", "containerEdits": {"hooks": [hook("-ec", HOOK, "sh", "word")]}},
+            {"name": "stuck", "containerEdits": {"hooks": [hook("-c", stuck, timeout=60)]}},
             {"name": "slow", "containerEdits": {"hooks": [hook("-c", "sleep 60 & wait")]}},
             {"name": "broken", "containerEdits": {"hooks": [hook("-c", "echo first; echo no GPU >&2; exit 7")]}},
         ],
@@ -334,6 +338,20 @@ def test_hooks_of_cdi(tasks: Tasks, vendor: str, namespaces: bool, more: dict[st
     root = "/run/nomad-driver-nspawn/rootfs"
     lines = inside(tasks, script, **options, user_namespacing=namespaces)
     assert lines == [f"{root} v word 0 {0 if namespaces else 1}", "found", "0"]
+
+
+def test_hook_ends_with_its_task(driver_file: Path, image: Path, vendor: str, node: Path) -> None:
+    with launch_like_agent(driver_file, 'allow = ["all"]') as plugin, Tasks(plugin, image) as tasks:
+        options = {"devices": [{"host_path": f"{vendor}=stuck"}], "ephemeral": True, "user_namespacing": False}
+        task = tasks.make("true", options=options)
+        with ThreadPoolExecutor() as pool:
+            starting = pool.submit(task.start)
+            eventually((node.parent / "began").exists)
+            plugin.kill_hard()
+            assert starting.exception()
+        with launch_like_agent(driver_file) as tasks.plugin:
+            tasks.close()
+        assert not is_alive(int((node.parent / "began").read_text()))
 
 
 def test_hooks_that_fail(tasks: Tasks, vendor: str) -> None:
