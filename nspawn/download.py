@@ -213,7 +213,7 @@ class Client:
     broken. A mirror (`is_mirror`) is given up sooner: there is a registry that can be asked instead."""
 
     def __init__(self, stall: float, certificates: Sequence[Path] = (), *, is_mirror: bool = False) -> None:
-        self.stall = stall
+        self.stall, self.is_mirror = stall, is_mirror
         self.document_stall = min(stall, MIRROR_STALL) if is_mirror else stall
         self.least = (
             int(stall * MIRROR_SPEED) if is_mirror else 1024
@@ -258,7 +258,23 @@ class Client:
             if parts.scheme not in ("http", "https") or parts.port == 0:  # raises ValueError for one beyond 65535
                 raise DriverError(f"{redact(url)} is no http or https address")
             request = urllib.request.Request(url, data, {"User-Agent": "nomad-driver-nspawn", **headers})
-            return self.director.open(request, timeout=stall or self.stall)
+            with self.watching(2 * (stall or self.stall)):
+                response = self.director.open(request, timeout=stall or self.stall)
+            if self.is_stopped:  # then the headers may be half of them
+                raise TransientError(f"{shorten(redact(url))} has stalled")
+            return response
+
+    @contextlib.contextmanager
+    def watching(self, limit: float) -> Iterator[None]:
+        """End what takes longer than `limit` seconds, if it is a mirror's: its headers may come byte by byte."""
+        timer = threading.Timer(limit, self.stop)
+        timer.daemon = True
+        if self.is_mirror:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def read(
         self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None

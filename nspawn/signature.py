@@ -22,7 +22,9 @@ from nspawn.registry import CERTIFICATES, Credentials, Registry
 LIMITS = ("setpriv", "--pdeathsig", "KILL", "--", "prlimit", f"--as={4 << 30}:", f"--fsize={16 << 20}:", "--")
 SYSTEM_CERTIFICATES = "/etc/ssl/certs:/etc/pki/tls/certs"
 NO_SERVER = "http://127.0.0.1:1"  # nobody listens there
-VERDICTS = (10, 12, 13)  # no signature, none that matches, none with a certificate; all else may be the network
+# No signature, none that matches, none with a certificate. All else may be the network; cosign 3.1 also says 1 of a
+# signature with another key.
+VERDICTS = (10, 12, 13)
 
 
 def check_signature(registry: Registry, digest: str, key: str, work: Path, timeout: float) -> None:

@@ -538,6 +538,13 @@ def trickle(request: Any) -> None:
         time.sleep(0.2)
 
 
+def trickle_headers(request: Any) -> None:
+    request.wfile.write(b"HTTP/1.1 200 OK\r\nX-Endless: ")
+    for _ in range(100):
+        request.wfile.write(b"x")
+        time.sleep(0.2)
+
+
 # What a mirror can do wrong, and what the event says then.
 MANIFEST, LAYER = "/v2/x/manifests/latest", "layer"
 FAULTS: dict[str, tuple[str, Any, str]] = {
@@ -546,6 +553,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "broken": (MANIFEST, status(502), "the server answers HTTP 502"),
     "silent": (MANIFEST, stall(bytes(9), 5), "has stalled"),
     "slow": (MANIFEST, trickle, "has stalled"),
+    "slow from the start": (MANIFEST, trickle_headers, "has stalled"),
     "garbage": (MANIFEST, lambda request: send(request, 200, b"<html>"), "not the JSON it should be"),
     "other manifest": (
         MANIFEST,
@@ -555,6 +563,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "layer absent": (LAYER, status(404), "is not there (HTTP 404)"),
     "layer silent": (LAYER, stall(BASE[:100], 10), "has stalled"),
     "layer slow": (LAYER, trickle, "has stalled"),
+    "layer slow from the start": (LAYER, trickle_headers, "has stalled"),
     "layer cut off": (LAYER, cut_off(bytes(50), 20), "broke off"),
     "layer wrong": (LAYER, lambda request: send(request, 200, b"x"), "another digest or size"),
 }
