@@ -22,8 +22,8 @@ from nspawn.registry import CERTIFICATES, Credentials, Registry
 LIMITS = ("setpriv", "--pdeathsig", "KILL", "--", "prlimit", f"--as={4 << 30}:", f"--fsize={16 << 20}:", "--")
 SYSTEM_CERTIFICATES = "/etc/ssl/certs:/etc/pki/tls/certs"
 NO_SERVER = "http://127.0.0.1:1"  # nobody listens there
-# No signature, none that matches, none with a certificate. All else may be the network; cosign 3.1 also says 1 of a
-# signature with another key.
+# No signature, none that matches, none with a certificate. All else may be the network; cosign 3.1 says 1 also of
+# signatures with another key.
 VERDICTS = (10, 12, 13)
 
 
