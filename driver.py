@@ -1424,9 +1424,8 @@ class TaskStarter:
             raise TransientError(f"the container was not up within {START_LIMIT:g} s") from None
         finally:
             ended.cancel()
-        if pids and settings:
-            root = read_ranges(pids[0])[0][0]
-            await run_in_thread(lambda: write_sysctls(settings, pids[0], root), is_own=True)
+        if settings and pids and (users := read_ranges(pids[0])):
+            await run_in_thread(lambda: write_sysctls(settings, pids[0], users[0][0]), is_own=True)
         if pids and (fixed := network.fixed):
             await finish(run_in_thread(lambda: set_addresses(payload, fixed, network.link)))
         freeze_cgroup(payload, is_frozen=False)

@@ -52,10 +52,16 @@ def write_sysctls(settings: Mapping[str, str], pid: int, root: int) -> None:
     HostError if the namespaces are the host's, or OSError."""
     for kind, flag in (("net", CLONE_NEWNET), ("ipc", CLONE_NEWIPC)):
         if any(is_of_network(name) is (kind == "net") for name in settings):
-            with open(f"/proc/{pid}/ns/{kind}", "rb") as namespace:
-                if os.path.samestat(os.fstat(namespace.fileno()), os.stat(f"/proc/self/ns/{kind}")):
+            try:
+                namespace = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # it has ended: its nspawn will say why
+                return
+            try:
+                if os.path.samestat(os.fstat(namespace), os.stat(f"/proc/self/ns/{kind}")):
                     raise HostError(f"sysctl: the container has no {kind} namespace of its own")
-                call_libc("setns", namespace.fileno(), flag)
+                call_libc("setns", namespace, flag)
+            finally:
+                os.close(namespace)
     for name, text in settings.items():
         try:
             write_setting(find_path(name), text, root)
@@ -68,9 +74,7 @@ def write_setting(path: str, text: str, root: int) -> None:
     """Write a setting of this thread's namespaces. Raises OSError."""
     try:
         write_once(path, text)
-    except (
-        PermissionError
-    ):  # newer kernels take those of an ipc namespace from its own root alone (measured on 6.18)
+    except PermissionError:  # an ipc namespace's own root may, the host's may not (measured on 6.18, not on 6.1)
         if not root:
             raise
         set_thread_user(root)

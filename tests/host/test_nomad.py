@@ -388,6 +388,49 @@ def test_jobs_of_the_go_driver(agent: NomadAgent, image: Path, tmp_path: Path) -
     agent.wait_status(alloc, "complete")
 
 
+DOCKER_JOB = """
+job "docker-style" {
+  group "g" {
+    task "command" {
+      driver = "nspawn"
+      config {
+        image           = "IMAGE"
+        boot            = false
+        private_network = true
+        volatile        = "overlay"
+        entrypoint      = ["/bin/sh", "-c"]
+        args            = ["grep root: /a/passwd; ls /b/passwd; cat /proc/sys/net/core/somaxconn; sleep 1d"]
+        sysctl          = { "net.core.somaxconn" = "1234" }
+        labels {
+          team = "web"
+        }
+        mount {
+          type     = "bind"
+          source   = "/etc"
+          target   = "/a"
+          readonly = true
+        }
+        mount {
+          source    = "/etc"
+          target    = "/b"
+          read_only = true
+        }
+      }
+    }
+  }
+}
+"""
+
+
+def test_job_in_dockers_words(agent: NomadAgent, image: Path, tmp_path: Path) -> None:
+    job = tmp_path / "j.hcl"
+    job.write_text(DOCKER_JOB.replace("IMAGE", str(image)))
+    alloc = agent.run_job(job)
+    wait_for_log(agent, alloc, "command", "root:x:0:0:root:/root:/bin/bash\n/b/passwd\n1234\n")
+    agent.stop_job("docker-style")
+    agent.wait_status(alloc, "complete")
+
+
 # -- commands in a running container -------------------------------------------------------------------------
 
 FOREVER = "while :; do sleep 0.1; done"
