@@ -39,7 +39,7 @@ from nspawn.quota import (
 )
 from nspawn.roots import plan_root
 from tests.agent import HANG, Allocation, DriverError
-from tests.containers import Tasks, output
+from tests.containers import Tasks, eventually, output
 from tests.options import CONFIG, read_options
 
 MIB = 1 << 20
@@ -186,7 +186,8 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     try:
         yield point
     finally:
-        subprocess.run(["umount", str(point)], check=True, timeout=HANG)
+        # The kernel takes the mounts of an ended container apart a moment later.
+        eventually(lambda: subprocess.run(["umount", str(point)], check=False, timeout=HANG).returncode == 0, HANG)
 
 
 def read_limit(place: Path, project: int) -> int:
