@@ -178,7 +178,7 @@ def test_only_own_tasks_that_nobody_has_are_reaped(tasks: Tasks, plugins: Plugin
     for task in (lost, ended):
         warnings = [line for line in tasks.plugin.raw_log if task.id in line and '"warn"' in line]
         assert "nobody's: no agent has taken it up for 1 s" in warnings[0] and "ending" in warnings[1]
-    assert not [pid for pid, _ in processes(f"{ours.id}.lost")]
+    eventually(lambda: not list(processes(f"{ours.id}.lost")))
     for task in (taken, foreign, held):
         assert is_alive(leader(task)), task.name
     assert not said(tasks.plugin, "nobody", foreign)
