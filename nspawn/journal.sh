@@ -14,9 +14,10 @@ has_journald() {
 	done 2>/dev/null
 	return 1
 }
-is_busy() { # it sleeps when it has written all
-	read -r line <"/proc/$!/stat" || return
-	case ${line##*) } in S*) return 1 ;; esac
+is_busy() { # when it has written all, it sleeps, and not because the pipe is full
+	line='' place=''
+	{ read -r line <"/proc/$!/stat" && read -r place <"/proc/$!/wchan"; } 2>/dev/null
+	case ${line##*) }:$place in *:*pipe_write) ;; S* | :*) return 1 ;; esac
 }
 
 trap 'is_over=yes' TERM
