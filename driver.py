@@ -159,6 +159,7 @@ from nspawn.entries import ExecServer
 from nspawn.exec import Exec, is_confined
 from nspawn.fetches import Fetches, plan_fetching, plan_retention
 from nspawn.files import close_all, remove_tree, write_file
+from nspawn.health import HealthWatch
 from nspawn.host import (
     FINGERPRINT_PERIOD,
     Host,
@@ -901,7 +902,7 @@ def render_spec(options: Sequence[Option]) -> hcl_spec_pb2.Spec:
 # thread enters the namespace, mounts and starts the shim in about a millisecond; a helper process would have to
 # start a Python first. The kernel's events (pidfds, the notify socket, memory.events) drive the plugin; it polls
 # only for an address, for a payload that is not there yet, and for the reader of what an ended task has left in
-# its log FIFOs. A running task costs it up to three descriptors.
+# its log FIFOs. A running task costs it up to four descriptors.
 # =====================================================================================================
 
 
@@ -1003,6 +1004,15 @@ class Task:
         self.ended.set()
         self.holding = asyncio.create_task(hold_until_read(self.state.cgroup))
         self.log.info("the task has ended", code=self.exit.code, signal=self.exit.signal, reason=self.exit.error)
+
+    def watch_health(self, exec_server: ExecServer) -> None:
+        """Emit an event when the health of a booted system changes."""
+
+        def tell(sentence: str) -> None:
+            self.events.emit(self.state, sentence)
+
+        watch = asyncio.create_task(HealthWatch(exec_server, self.state, self.ended, tell).run())
+        self.watcher.add_done_callback(lambda _: watch.cancel())
 
     async def wait_end(self) -> ExitResult:
         """Wait for the end and until nothing is left running, then work out how it ended. Raises OSError."""
@@ -1458,8 +1468,9 @@ class TaskStarter:
 class Tasks:
     """The tasks that this plugin process has started or recovered."""
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, exec_server: ExecServer) -> None:
         self.events = events
+        self.exec_server = exec_server
         self.machined = Machined()
         self.known: dict[str, Task] = {}
         self.lost: dict[str, State] = {}  # tasks of an earlier boot, until they are destroyed
@@ -1495,6 +1506,8 @@ class Tasks:
         task.hold()
         self.machined.register(task.state)
         task.watcher.add_done_callback(lambda _: self.machined.unregister(task.state))
+        if task.state.mode is Mode.BOOT:
+            task.watch_health(self.exec_server)
 
     def hold(self) -> None:
         """Show other plugins that this one has its tasks, now that it has an agent."""
@@ -1844,9 +1857,9 @@ class DriverService:
         self.core_mhz = 0.0
         self.agents = 0  # connected ones, counted by their Fingerprint streams
         self.events = Events()
-        self.tasks = Tasks(self.events)
-        self.starts: dict[str, PendingStart] = {}  # by the tasks' ids
         self.exec_server = ExecServer()
+        self.tasks = Tasks(self.events, self.exec_server)
+        self.starts: dict[str, PendingStart] = {}  # by the tasks' ids
         self.fetches = Fetches(Store())
         self.reaper = Reaper(self.find_reaping, self.find_agent_tasks, self.tasks.reap)
 

@@ -38,9 +38,9 @@ class Entry:
     Only its child, the command, is in the pid namespace. A container without a user namespace may look into any
     process it sees, so everything is given up before that fork. Until the child executes the command, it has only
     the command's rights, the command's descriptors, and pipes whose words count no more than the command's output.
-    It has no socket, which would lead to the process at its other end (SO_PEERPIDFD). The host's files that run it
-    are on read-only mounts (CVE-2019-5736). Its working directory and root are the container's since `setns`
-    (CVE-2024-21626).
+    It has no connected socket, which would lead to the process at its other end (SO_PEERPIDFD). The host's files
+    that run it are on read-only mounts (CVE-2019-5736). Its working directory and root are the container's since
+    `setns` (CVE-2024-21626).
     """
 
     PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, PTRACE_GET_FILTER = 0x4206, 0x4207, 17, 0x420C
@@ -236,6 +236,9 @@ class Entry:
         it for some microseconds. Raises SystemExit unless it gets them all: no command may run with fewer."""
         if self.obstacle:
             raise SystemExit(f"the seccomp filters of the payload cannot be read on this host: {self.obstacle}")
+        if os.readlink(f"/proc/{pid}/exe").endswith("/systemd-shutdown"):
+            # It waits for the processes that are left, and kills them at once when it is traced (252).
+            raise SystemExit("the system in the container is shutting down")
         filters: list[bytes] = []
         try:
             self.attach(pid, time.monotonic() + self.PATIENCE)
@@ -325,6 +328,8 @@ class Entry:
             pipes += pipes[1:] if self.plan["merge"] else []
             ours = [pipes[0][0], pipes[1][1], pipes[2][1]]
             given = [pipes[0][1], *dict.fromkeys([pipes[1][0], pipes[2][0]])]
+            if self.plan["connects"]:  # both have the same socket, which the command connects
+                ours[0] = given[0] = socket.socket(socket.AF_UNIX).detach()
         rights = struct.pack(f"{len(given)}i", *given)
         control.sendmsg([b"stdio"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         if not control.recv(1):  # the plugin gave the command up; otherwise the terminal has its size now
@@ -382,6 +387,9 @@ class Entry:
         if reader.poll(0):  # the entry has ended already
             os._exit(1)
         argv = [os.fsencode(word) for word in self.plan["argv"]]
+        if self.plan["connects"]:
+            socket.socket(fileno=0).connect(argv[0])
+            return 0, ""
         name, login = argv[0], os.fsencode(self.plan["user"])
         given = {os.fsencode(name): os.fsencode(value) for name, value in self.plan["env"].items()}
         env = {b"HOME": user[3], b"USER": login, b"LOGNAME": login, **given}

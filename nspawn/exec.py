@@ -99,16 +99,18 @@ class Exec:
         *,
         tty: bool = False,
         merge: bool = False,
+        connects: bool = False,
         inside: ExecContext | None = None,
     ) -> None:
-        """`merge`: stdout and stderr are one stream. `inside`: what the command gets, by default what is the
+        """`merge`: stdout and stderr are one stream. `connects`: instead of a program, `command` names a socket
+        inside, and `stdin` becomes a connection to it. `inside`: what the command gets, by default what is the
         task's. Raises ConfigError for a bad command."""
         if not command:
             raise ConfigError("command", list(command), "must name a program")
         if any("\0" in word for word in command):
             raise ConfigError("command", list(command), "must not hold a NUL character")
         self.server, self.state, self.ended = server, state, ended  # of the task
-        self.command, self.tty, self.merge, self.inside = command, tty, merge, inside
+        self.command, self.tty, self.merge, self.connects, self.inside = command, tty, merge, connects, inside
         self.report = -1  # the pipe from which `reported` is read
         self.reported = b""
         self.entry: ProcessId | None = None  # the parent of the command
@@ -164,7 +166,8 @@ class Exec:
         self.report, report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             with open(os.memfd_create("plan"), "w+b", buffering=0) as file:
-                file.write(marshal.dumps({**plan, "tty": self.tty, "merge": self.merge}))
+                streams = {"tty": self.tty, "merge": self.merge, "connects": self.connects}
+                file.write(marshal.dumps({**plan, **streams}))
                 file.seek(0)
                 await send_fds(control, b"+", [file.fileno(), process, report])
         finally:

@@ -973,3 +973,18 @@ def test_idle_helper_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         assert helper.socket is None
 
     asyncio.run(asyncio.wait_for(scenario(), HANG))
+
+
+def test_commands_leave_a_shutdown_its_time(tasks: Tasks) -> None:
+    """systemd-shutdown of 252 kills at once what is left when somebody traces it."""
+    slow = "trap 'sleep 1; echo whole >&3; exit' TERM; exec 3>/local/end; while :; do sleep 0.05; done"
+    run = ["systemd-run", "--property=KillMode=none", "--unit=slow", "sh", "-c", slow]
+    task, end = tasks.boot(private_network=True), Path("local/end")
+    eventually(lambda: task.exec(run)[1].successful)
+    eventually((task.dir / end).exists)
+    task.exec(["systemctl", "poweroff", "--no-block"])
+    with contextlib.suppress(DriverError):
+        while True:
+            task.exec(["true"])
+    task.wait()
+    assert (task.dir / end).read_text() == "whole\n"

@@ -96,6 +96,18 @@ def test_booted_system_goes_on(tasks: Tasks, launch: Launch, agent_restart: bool
     assert "Reached target poweroff.target" in output(task)
 
 
+def test_only_the_next_change_of_health_is_told(tasks: Tasks, launch: Launch) -> None:
+    task = tasks.boot(private_network=True)
+
+    def told() -> list[str]:
+        return [event.message for event in task.events if "system inside" in event.message]
+
+    eventually(lambda: told() == ["The system inside is running."])
+    recover(tasks, launch, task)
+    task.exec(["systemd-run", "--unit=app", "false"])
+    eventually(lambda: told() == ["The system inside is degraded. Failed units: app.service."])
+
+
 def test_orderly_end_of_the_plugin_spares_its_tasks(tasks: Tasks, launch: Launch) -> None:
     task = tasks.start(FOREVER)
     tasks.plugin.kill(driver_shutdown=True)

@@ -66,7 +66,7 @@ PARTS = (
     Part("container", "container/task", suites=NEWER),
     Part("container", "container/recover container/logs", suites=NEWER),
     Part("container", "container/exec", suites=NEWER),
-    Part("container", "container/unit container/journal", suites=NEWER),
+    Part("container", "container/unit container/journal container/health", suites=NEWER),
     Part("container", "host/machined"),
     *([Part("container", "host/nomad", "not bridge")] if shutil.which("nomad") else []),
     Part("container", "container/effects", "not udev and not of_ipc", suites=NEWER),

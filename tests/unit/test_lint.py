@@ -24,8 +24,8 @@ ROOMS = (
     "common", "notify", "linux", "files", "quota", "process", "permissions", "options", "checks", "job",
     "devices", "host", "cgroup", "images", "accounts", "view", "sources", "cdi", "addresses", "network", "sysctl",
     "roots", "hooks", "unit", "rules", "bundle", "plan", "outcome", "record", "logs", "store", "fetches", "state",
-    "setup", "machined", "running", "reaper", "entries", "exec", "inits", "download", "unpack", "registry",
-    "signature", "fetch", "diagnosis", "commands",
+    "setup", "machined", "running", "reaper", "entries", "exec", "inits", "health", "download", "unpack",
+    "registry", "signature", "fetch", "diagnosis", "commands",
 )  # fmt: skip
 APART = ("enter", "bootstrap", "pack")  # programs of their own, which import nothing of ours
 FETCHING = ("download", "unpack", "registry", "signature", "fetch")  # a process without gRPC
