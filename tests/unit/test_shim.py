@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from nspawn.process import read_stat
 from nspawn.record import read_record, reserve_room
+from tests.agent import HANG
 from tests.containers import eventually
 
 SHIM = (Path(__file__).parents[2] / "nspawn/shim.sh").read_text()
@@ -44,20 +46,24 @@ class Shim:
         assert self.process.stdin
         self.process.stdin.write(b"go\n")
         self.process.stdin.close()
-        return self.process.wait(20)
+        return self.process.wait(HANG)
 
     def read(self, name: str) -> bytes:
         """What is in a pipe after the shim's end. Waits for the first bytes."""
         fd = os.open(self.directory / name, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            assert select.select([fd], [], [], 10)[0], f"nothing is in {name}"
+            assert select.select([fd], [], [], HANG)[0], f"nothing is in {name}"
             return os.read(fd, 1 << 16)
         finally:
             os.close(fd)
 
     def list_files(self) -> list[str]:
         """What the shim has open."""
-        return [os.readlink(entry) for entry in Path(f"/proc/{self.process.pid}/fd").iterdir()]
+        found = []
+        for entry in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed by now
+                found.append(os.readlink(entry))
+        return found
 
     def find_others(self) -> list[str]:
         """The commands of its session that still run."""
@@ -65,7 +71,8 @@ class Shim:
         for entry in Path("/proc").glob("[0-9]*"):
             fields = read_stat(entry.name)
             if fields and fields[0] != "Z" and int(fields[3]) == self.process.pid:
-                found.append((entry / "comm").read_text().strip())
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended by now
+                    found.append((entry / "comm").read_text().strip())
         return found
 
 
@@ -107,7 +114,7 @@ def test_nothing_has_happened_if_nobody_says_go(shell: list[str], shims: list[Sh
     shims.append(shim)
     assert shim.process.stdin
     shim.process.stdin.close()
-    assert shim.process.wait(20) == -signal.SIGKILL
+    assert shim.process.wait(HANG) == -signal.SIGKILL
     assert read_record(tmp_path) is None
     eventually(lambda: not shim.find_others())  # the filter sees the end of what it reads
     assert not (tmp_path / "started").exists()
