@@ -381,10 +381,9 @@ IMAGE_OPTIONS: tuple[Option, ...] = (
            "read-only, with an empty `/var`. `overlay`: the whole image, as with `ephemeral` but in memory.",
            '"overlay"', choices=any_of("no", "yes", "state", "overlay"), argument="--volatile"),
     Option("root_size", Kind.STRING,
-           "How much the task may write to its root: a size such as `512M` or `2 GiB`. It needs a private root "
-           "(`ephemeral`, `volatile = \"overlay\"`, or an image of a registry). On disk it also needs user "
-           "namespaces, and a client whose file system has project quotas, see "
-           "[images](images.md#a-limit-for-the-root). The plugin's `root_size` is the maximum and the default.",
+           "How much the task may write to its private root: a size such as `512M` or `2 GiB`. A root on disk "
+           "needs user namespaces, and a client whose file system has project quotas. The plugin's `root_size` "
+           "is the maximum, and for roots on disk the default. See [images](images.md#a-limit-for-the-root).",
            '"2 GiB"', check=parse_least_size),
     Option("pivot_root", Kind.STRING,
            "The directory of the image that becomes the root: `PATH`, or `PATH:PATH` with the place for the old "
@@ -536,18 +535,17 @@ NETWORK_OPTIONS: tuple[Option, ...] = (
            argument="--network-interface"),
     Option("network_address", Kind.STRINGS,
            "Fixed addresses of the container, each with the length of its network's prefix. It has them before "
-           "its command or init starts, and needs no DHCP client. With several interfaces, the first gets them. "
-           "On a link to the host that leads to no bridge they need the permission. See "
-           "[fixed addresses](network.md#fixed-addresses).",
+           "its command or init starts, and needs no DHCP client. The permission is needed for the link to the "
+           "host only, not in a zone. See [network](network.md#fixed-addresses).",
            '["10.0.0.7/24", "fd00::7/64"]', default=(), check=parse_interfaces,
            permission=Permission.HOST_INTERFACES, needs_permission=never),  # see check_permissions
     Option("network_gateway", Kind.STRINGS,
            "The default gateways, at most one for IPv4 and one for IPv6, in the networks of `network_address`. On "
-           "a link to the host that leads to no bridge, the host's end gets these addresses, and one is required.",
+           "the link to the host one is required: the host's end gets these addresses.",
            '["10.0.0.1"]', default=(), check=parse_gateways),
     Option("network_mac", Kind.STRING,
            "The MAC address of the interface that `network_address` is for, or that asks for an address by DHCP. "
-           "By default the same for each task and allocation.",
+           "By default it is made from the container's name, so a restart of the task does not change it.",
            '"02:00:00:00:00:07"', check=check_mac),
     Option("private_network", Kind.BOOL,
            "Give the container a network of its own. It holds only the loopback interface and what other options "
@@ -591,7 +589,7 @@ FILE_OPTIONS: tuple[Option, ...] = (
            "As `bind`, but read-only.",
            '{ "/etc/ssl/certs" = "/etc/ssl/certs" }', default=(), check=parse_binds, permission=Permission.PATHS),
     Option("mount", Kind.BLOCKS,
-           "Directories and files to mount, one block each. Unlike `bind`, one source can have several targets.",
+           "As `bind`, with a block for each mount, so that one source can have several targets.",
            '{\n  source    = "/srv/data"\n  target    = "/data"\n  read_only = true\n}', default=(),
            check=parse_mounts,
            permission=Permission.PATHS, into=MountBlock, fields=(
@@ -631,8 +629,8 @@ FILE_OPTIONS: tuple[Option, ...] = (
            '{ host_path = "/dev/kvm" }', default=(), permission=Permission.DEVICES, check=check_devices,
            into=Device, fields=(
                Option("host_path", Kind.STRING,
-                      "The device node on the host; symbolic links are followed. Or the name of a device in the "
-                      "host's files of CDI, as in `nvidia.com/gpu=0`. Or a class of devices as in the host's "
+                      "A device node of the host, whose symbolic links are followed; or a device of the host's "
+                      "files of CDI, as in `nvidia.com/gpu=0`; or a class of devices in the host's "
                       "`/proc/devices`, with `char-` or `block-` before it, as in `char-ttyUSB`. See "
                       "[jobs](jobs.md#devices).",
                       '"/dev/ttyUSB0"', required=True, check=check_device),
@@ -696,10 +694,9 @@ SECURITY_OPTIONS: tuple[Option, ...] = (
 
 RESOURCE_OPTIONS: tuple[Option, ...] = (
     Option("sysctl", Kind.STRING_MAP,
-           "Settings of the kernel for the container: `net.*` of its network, if that is not the host's, and "
-           "those of its ipc namespace (`kernel.sem`, `kernel.shm*`, `kernel.msg*`, `fs.mqueue.*`). They are "
-           "written before the program starts. In a group `net.*` counts for all its tasks. See "
-           "[network](network.md#settings-of-the-kernel).",
+           "Settings of the kernel that the container has for itself: `net.*`, if its network is not the host's, "
+           "and those of its ipc namespace (`kernel.sem`, `kernel.shm*`, `kernel.msg*`, `fs.mqueue.*`). In a "
+           "group `net.*` counts for all its tasks. See [network](network.md#settings-of-the-kernel).",
            '{ "net.core.somaxconn" = "1024" }', default={}, check=check_sysctls),
     Option("rlimit", Kind.STRING_MAP,
            "Limits of the container's processes: `LIMIT`, or `SOFT:HARD`.",
@@ -810,8 +807,9 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            "for which `ephemeral_disk` reserves space.",
            '"/srv/scratch"', check=check_host_directory),
     Option("root_size", Kind.STRING,
-           "How much a task may write to its private root: the maximum, and for roots on disk the default. By "
-           "default there is no limit on disk. In memory the default is a tenth of the machine's memory.",
+           "How much a task may write to its private root: the maximum, and for roots on disk the default. If it "
+           "is not set, roots on disk have no limit. Those in memory have a tenth of the machine's memory unless "
+           "the job says otherwise.",
            '"10 GiB"', check=parse_least_size),
     Option("image_gc", Kind.BOOL, "Whether fetched images that no task uses are removed.", "false", default=True),
     Option("image_gc_delay", Kind.STRING, "How long a fetched image is kept after its last use. By default a day.",
@@ -826,8 +824,8 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
            '["docker://ghcr.io/team/*"]', default=(), check=check_image_patterns),
     Option("preload", Kind.STRINGS,
            "Images to fetch when the agent starts, one after another, in the background: `docker://...`, or the "
-           "address of a tar archive. They are not removed while they are listed. For one with the tag `latest` "
-           "the registry is asked at each start of the agent.",
+           "address of a tar archive. They are not removed while they are listed. See "
+           "[images](images.md#how-long-images-are-kept).",
            '["docker://ghcr.io/team/app:1.2"]', default=(), check=check_preload),
     Option("image_size_limit", Kind.NUMBER,
            "How many megabytes a fetched image may have when it is unpacked.", "20000",
@@ -841,13 +839,12 @@ PLUGIN_OPTIONS: tuple[Option, ...] = (
     Option("require_signature", Kind.STRING_MAP,
            "Images that must be signed: files of public keys by registry, `HOST[:PORT]`, or by the beginning of a "
            "repository's name, `HOST[:PORT]/PREFIX`. `*` stands for all registries. The longest that fits counts. "
-           "The tool `cosign` verifies the signature; without one, the image is refused. Archives and images of "
-           "other addresses are not covered.",
+           "The tool `cosign` verifies the signature. See [images](images.md#signatures).",
            '{ "registry.local:5000/team" = "/etc/nomad.d/team.pub" }', default={}, check=parse_signers),
     Option("registry_mirrors", Kind.STRINGS_MAP,
            "Mirrors of registries, `HOST[:PORT]` or `HOST[:PORT]/PREFIX`. They are asked in this order, and then "
-           "the registry itself. `*` stands for all registries that are not named. They get no credentials of the "
-           "registry and none of jobs, only those that `auth` has for the mirror's own `HOST`.",
+           "the registry itself. `*` stands for all registries that are not named. See "
+           "[images](images.md#mirrors).",
            '{ "docker.io" = ["mirror.local:5000"] }', default={}, check=parse_mirrors),
     Option("auth", Kind.BLOCK,
            "Credentials for registries, for jobs that give none.",

@@ -88,7 +88,7 @@ def check_fixed(options: JobOptions) -> None:
     versions = [gateway.version for gateway in options.network_gateway]
     if len(set(versions)) < len(versions):
         shown = show(options.network_gateway)
-        raise ConfigError("network_gateway", shown, "names two gateways of one kind", "name one for IPv4 or IPv6")
+        raise ConfigError("network_gateway", shown, "names two gateways of one kind", "name one of each")
     for address in options.network_address if needs_host_end(options) else ():
         if not any(is_gateway(gateway, address) for gateway in options.network_gateway):
             rule = "needs an address in the same network for the host's end of the link"

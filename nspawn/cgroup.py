@@ -85,15 +85,20 @@ def find_disk(device: str | None, directory: str) -> str:
             number = os.stat(device).st_rdev if device else os.stat(directory).st_dev
     except OSError as error:
         check_shortage(error)
-        raise ConfigError("io_max.device", device or directory, f"cannot be used: {error.strerror}") from None
+        raise ConfigError(
+            "io_max.device", device or directory, f"cannot be used: {error.strerror}", remedy
+        ) from None
     place = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if os.path.exists(f"{place}/partition"):
         place = os.path.dirname(place)
     disk = read_text(Path(place, "dev")).strip()
     if not disk:
-        raise ConfigError(
-            "io_max.device", device, f"is needed: {directory or 'the task'} is on no single disk", remedy
+        rule = (
+            "is no disk of this machine"
+            if device
+            else f"is needed: {directory or 'the task'} is on no single disk"
         )
+        raise ConfigError("io_max.device", device, rule, remedy)
     return disk
 
 

@@ -293,10 +293,13 @@ MAX_LABELS = 4096  # characters; they are in the task's state
 def check_labels(name: str, value: Mapping[str, str]) -> Mapping[str, str]:
     for key in value:
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", key):
-            rule = "the name of a label has letters, digits, dots, dashes, slashes and underscores"
+            rule = (
+                "the name of a label must be letters and digits, with dots, dashes, slashes or underscores between"
+            )
             raise ConfigError(name, key, rule)
-    if sum(len(key) + len(text) for key, text in value.items()) > MAX_LABELS:
-        raise ConfigError(name, len(value), f"all labels together may have {MAX_LABELS} characters")
+    if (total := sum(len(key) + len(text) for key, text in value.items())) > MAX_LABELS:
+        rule = f"all labels together may have {MAX_LABELS} characters, and these have {total}"
+        raise ConfigError(name, value, rule, "shorten them, or leave some out")
     return value
 
 
@@ -358,9 +361,10 @@ def parse_interfaces(name: str, value: Sequence[str]) -> tuple[Interface, ...]:
         if interface.version == 4:
             ends.append(network.broadcast_address)
         if network.num_addresses > 2 and interface.ip in ends:
-            raise ConfigError(name, item, "is the address of the network, or its broadcast address")
+            rule = "is the address of the network, or its broadcast address"
+            raise ConfigError(name, item, rule, "use one between the two")
         if interface.ip in (other.ip for other in found):
-            raise ConfigError(name, item, "is there twice")
+            raise ConfigError(name, item, "names an address that is there already", "name it once")
         found.append(interface)
     return tuple(found)
 
@@ -659,7 +663,7 @@ def check_io_limits(name: str, value: Sequence[IoLimit]) -> Sequence[IoLimit]:
     for limit in value:
         if limit == IoLimit(limit.device):
             rule = "must have one of read_bps, write_bps, read_iops and write_iops"
-            raise ConfigError(name, limit, rule)
+            raise ConfigError(name, {"device": limit.device}, rule, 'write it as in write_bps = "10M"')
     return value
 
 

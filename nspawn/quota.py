@@ -136,7 +136,7 @@ def take_project(fd: int) -> int:
                 return project
             project += random.randrange(16)
         project += 1
-    raise TransientError("root_size: no project id is free on this file system")
+    raise TransientError("root_size: no project id is free on the file system of the task's root")
 
 
 def read_named_projects() -> set[int]:

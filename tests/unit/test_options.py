@@ -614,10 +614,10 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "is a setting of the whole host; those of a container are net.*, fs.mqueue.*, kernel.sem, kernel.msgmax, kernel.msgmnb, kernel.msgmni, kernel.shmall, kernel.shmmax, kernel.shmmni, kernel.shm_rmid_forced": [
         ("sysctl", [[{name: "1"}] for name in ("vm.swappiness", "kernel.core_pattern", "kernel.sem_next_id", "fs.file-max", "kernel.shmall.x", "kernel/net.x")]),
     ],
-    "the name of a label has letters, digits, dots, dashes, slashes and underscores": [
+    "the name of a label must be letters and digits, with dots, dashes, slashes or underscores between": [
         ("labels", [[{name: "1"}] for name in ("", "a b", "é", ".a", "a\n")]),
     ],
-    "all labels together may have 4096 characters": [("labels", [[{"a": "b" * 4096}]])],
+    "all labels together may have 4096 characters, and these have 4097; shorten them, or leave some out": [("labels", [[{"a": "b" * 4096}]])],
     "must be one line of printable ASCII": [("sysctl", [[{"net.core.somaxconn": value}] for value in ("", "1\n2", "é")])],
     "must be an http:// or https:// address, or the name of an image in a registry": [
         ("image_download", [{"url": "ftp://x"}, {"url": "file:///etc/passwd"}]),
@@ -709,10 +709,10 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
     "must be an address with the length of its network's prefix, as in 10.0.0.7/24 or fd00::7/64": [
         ("network_address", [["10.0.0.7"], ["10.0.0.7/33"], ["10.0.0.7/255.255.255.0"], ["fe80::1%eth0/64"], ["a/8"]])
     ],
-    "is the address of the network, or its broadcast address": [
+    "is the address of the network, or its broadcast address; use one between the two": [
         ("network_address", [["10.0.0.0/24"], ["10.0.0.255/24"], ["fd00::/64"]])
     ],
-    "is there twice": [("network_address", [["10.0.0.7/24", "10.0.0.7/8"]])],
+    "names an address that is there already; name it once": [("network_address", [["10.0.0.7/24", "10.0.0.7/8"]])],
     "must be an address by which others can reach it, and this one is loopback": [
         ("network_address", [["127.0.0.7/8"], ["::1/128"]]), ("network_gateway", [["127.0.0.1"]]),
     ],
@@ -773,7 +773,7 @@ REFUSED: dict[str, list[tuple[str, list[object]]]] = {
         ("io_max", [[{"device": "sda", "read_bps": "1M"}], [{"device": "/dev/../x", "read_bps": "1M"}]]),
     ],
     "must be a size above 0, such as 512K or 10M": [("io_max", [[{"read_bps": "0"}], [{"write_bps": "max"}]])],
-    "must have one of read_bps, write_bps, read_iops and write_iops": [("io_max", [[{"device": "/dev/sda"}]])],
+    'must have one of read_bps, write_bps, read_iops and write_iops; write it as in write_bps = "10M"': [("io_max", [[{"device": "/dev/sda"}]])],
     'must be an absolute path of the host without ".."': [
         ("allow_paths", [["srv"], ["/srv/../x"]]), ("ephemeral_dir", ["x"]), ("devices", [[{"host_path": "/a/.."}]]),
         ("image_dir", ["images"]),
