@@ -22,5 +22,6 @@ def fetcher(tmp_path: Path) -> Fetcher:
 @pytest.fixture
 def store() -> Iterator[Store]:
     """A store of the test's own, on the disk of the real one."""
-    with tempfile.TemporaryDirectory(prefix=f"{STORE_ROOT.name}-", dir=STORE_ROOT.parent) as root:
+    disk = STORE_ROOT if STORE_ROOT.is_mount() else STORE_ROOT.parent
+    with tempfile.TemporaryDirectory(prefix=f"{STORE_ROOT.name}-", dir=disk) as root:
         yield Store(Path(root))
