@@ -208,7 +208,8 @@ def make_client(driver_file: Path, program: Path, mounts: Mapping[Path, str]) ->
     """A program that is the plugin on a client of its own: there, these directories stand over others."""
     binds = [shlex.join(["mount", "--bind", str(source), target]) for source, target in mounts.items()]
     script = "; ".join([*binds, f'exec {shlex.quote(str(driver_file))} "$@"'])
-    program.write_text(f'#!/bin/sh\nexec unshare --mount sh -ec {shlex.quote(script)} sh "$@"\n')
+    inside = f'unshare --mount --propagation=slave sh -ec {shlex.quote(script)} sh "$@"'
+    program.write_text(f"#!/bin/sh\nexec {inside}\n")
     program.chmod(0o755)
     return program
 

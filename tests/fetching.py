@@ -21,6 +21,7 @@ from nspawn.files import read_text
 from nspawn.images import Origin, redact
 from nspawn.store import STORE_ROOT, Retention, Store, StoredImage
 from tests.agent import HANG
+from tests.containers import make_client
 from tests.servers import Entry, FileServer, Liar, folder, make_tar
 
 TOP = Path(__file__).resolve().parent.parent
@@ -148,8 +149,4 @@ def fetchers(plugin: int) -> list[int]:
 def use_store(driver_file: Path, store: Store, folder: Path) -> Path:
     """Return a program that runs the built file with this store in the place of the real one."""
     STORE_ROOT.mkdir(mode=0o700, exist_ok=True)
-    bind = f'mount --bind {store.root} {STORE_ROOT} && exec {driver_file} "$@"'
-    program = folder / "nomad-driver-nspawn"
-    program.write_text(f"#!/bin/sh\nexec unshare --mount --propagation slave sh -c '{bind}' sh \"$@\"\n")
-    program.chmod(0o755)
-    return program
+    return make_client(driver_file, folder / "nomad-driver-nspawn", {store.root: str(STORE_ROOT)})
