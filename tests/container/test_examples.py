@@ -120,6 +120,17 @@ def test_booted_batch_job_ends_with_the_code_of_its_unit(driver_file: Path, imag
         assert task.logmon.stdout.decode().endswith(" programs in the image\n")
 
 
+def test_tasks_with_fixed_addresses_reach_each_other(driver_file: Path, image_dir: Path) -> None:
+    """Both run at once: the client asks the server by its address."""
+    (group,) = parse_job(ROOT / "example/address.hcl").groups
+    config = f'image_dir = "{image_dir}"'
+    with launch_like_agent(driver_file, config) as plugin, Tasks(plugin, image_dir / "debian") as tasks:
+        for spec in group.tasks:
+            tasks.made.append(Task(plugin, Allocation(), spec.name, spec.config))
+            tasks.made[-1].start()
+        tasks.made[-1].logmon.wait_for("hello from 10.73.0.1\n")
+
+
 def test_system_job_sees_the_host(driver_file: Path, image_dir: Path) -> None:
     for task in run_example("system.hcl", driver_file, image_dir):
         task.logmon.wait_for("log files: ")

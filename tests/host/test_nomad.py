@@ -175,6 +175,7 @@ job "booted" {{
 
 # What each says when it runs, and the task that says it. That of nginx says it to who asks on its port.
 SERVICES = {
+    "address.hcl": ("client", "hello from 10.73.0.1"),
     "debian.hcl": ("debian", "Reached target multi-user.target"),
     "docker.hcl": ("web", "from a registry"),
     "nginx/nginx.hcl": ("nginx", ""),
@@ -274,6 +275,7 @@ def test_examples_live_and_drain(driver_file: Path, examples: Path, tmp_path: Pa
             agent.wait_status(running[name], "running", timeout=120)
             wait_for_log(agent, running[name], task, text)
             assert agent.exec(running[name], task, "sh", "-c", "echo $NOMAD_TASK_NAME") == f"{task}\n"
+        assert "10.73.0.1:8000" in agent.run("service", "info", "address")
         nginx = {"nginx/nginx.hcl": running["nginx/nginx.hcl"]}
         (nginx_alloc,) = nginx.values()
         agent.signal(nginx_alloc, "nginx", "SIGHUP")
