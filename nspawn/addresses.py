@@ -180,11 +180,11 @@ def open_network(payload: str) -> int:
             if not is_hosts and pid in read_members(payload):  # else the number may be another process's by now
                 return fd
             os.close(fd)
-    raise HostError("the container's network cannot be found to set its addresses")
+    raise HostError("network_address: the container's network cannot be found")
 
 
 def run_ip(argv: Sequence[str], namespace: int | None = None) -> None:
     status, said = run_program(argv, b"", pass_fds=() if namespace is None else (namespace,))
     if status:
         command = shorten(" ".join(argv[argv.index("ip") :]))
-        raise HostError(f"an address of the container cannot be set: `{command}` says: {shorten(said)}")
+        raise HostError(f"network_address or network_mac cannot be set: `{command}` says: {shorten(said)}")

@@ -459,7 +459,7 @@ def check_journal(plan: Plan, view: View) -> None:
         os.close(fd)
     if not found:
         raise ConfigError(
-            "journal", True, "the image has no journalctl", "leave it out; the console is the log then"
+            "journal", True, "the image has no journalctl", "leave it out: the console is the log then"
         )
 
 
