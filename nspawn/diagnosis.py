@@ -137,7 +137,7 @@ def judge_services() -> Iterator[Finding]:
         have_networkd(),
         "systemd-networkd runs, and gives addresses to containers on their own link.",
         "systemd-networkd does not run, so containers get no address on their own link: run systemctl enable "
-        "--now systemd-networkd, or use bridge mode or network_veth = false in jobs.",
+        "--now systemd-networkd, or use bridge mode, network_address or network_veth = false in jobs.",
     )
     yield judge(
         have_machined(),
@@ -146,22 +146,19 @@ def judge_services() -> Iterator[Finding]:
     )
 
 
-TOOLS_BY_USE = {  # tool to its package and to what lacks without it
+TOOLS_BY_USE = {  # tool to its package ("": Debian 12 has none) and to what lacks without it
     "nft": ("nftables", "ports that a killed systemd-nspawn has mapped stay mapped (ports, port_map)"),
     "ip": ("iproute2", "containers can have no fixed addresses (network_address, network_mac)"),
     "gpg": ("gnupg", 'signatures of images cannot be verified (verify = "signature")'),
-    "cosign": ("cosign", "images that have to be signed are refused (require_signature in the plugin's block)"),
+    "cosign": ("", "images that have to be signed are refused (require_signature in the plugin's block)"),
     "zstd": ("zstd", "images compressed with zstd cannot be unpacked"),
 }
 
 
 def judge_tools(installed: frozenset[str]) -> Iterator[Finding]:
     for tool, (package, lack) in TOOLS_BY_USE.items():
-        yield judge(
-            tool in installed,
-            f"{tool} is installed.",
-            f"{tool} is not installed, so {lack}: install the package {package}.",
-        )
+        remedy = f"install the package {package}" if package else "put it into a directory such as /usr/local/bin"
+        yield judge(tool in installed, f"{tool} is installed.", f"{tool} is not installed, so {lack}: {remedy}.")
     yield judge(
         os.path.exists("/run/udev/control"),
         "disk images can be used: systemd-udevd runs.",

@@ -226,10 +226,14 @@ def explain_no_address(mode: NetworkMode, is_booted: bool, have_networkd: bool) 
     if mode is NetworkMode.VETH and not have_networkd:
         return (
             "systemd-networkd, which gives out addresses on the host's end of its link, does not run on this host "
-            "(systemctl enable --now systemd-networkd); or use bridge mode, or network_veth = false."
+            "(systemctl enable --now systemd-networkd); or use bridge mode, network_address or "
+            "network_veth = false."
         )
     if not is_booted:
-        return "a command has no DHCP client beside it; use bridge mode, network_veth = false, or boot = true."
+        return (
+            "a command has no DHCP client beside it; use bridge mode, network_address, network_veth = false "
+            "or boot = true."
+        )
     if mode is NetworkMode.VETH:
         return "is a DHCP client, such as systemd-networkd, enabled in the image?"
     return "is a DHCP client enabled in the image, and does a DHCP server answer on that network?"

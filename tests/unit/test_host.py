@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import driver
 from nspawn.cgroup import Usage, parse_cgroups, read_cgroup_pids, read_cgroup_usage, read_number
+from nspawn.diagnosis import judge_tools
 from nspawn.host import (
     CONTROLLERS,
     TOOLS,
@@ -467,6 +468,15 @@ def test_health_says_what_others_can_get_to() -> None:
     assert host.health_description == (
         "Healthy (other users of this machine can get to /a: a set-user-id file that a task makes there makes "
         "them root; run chmod 0700 /a)"
+    )
+
+
+def test_check_says_where_missing_tools_come_from() -> None:
+    found = {finding.text.split()[0]: finding.text for finding in judge_tools(frozenset({"gpg"}))}
+    assert found["gpg"] == "gpg is installed."
+    assert found["ip"].endswith("(network_address, network_mac): install the package iproute2.")
+    assert found["cosign"].endswith("put it into a directory such as /usr/local/bin."), (
+        "Debian 12 has no such package"
     )
 
 
