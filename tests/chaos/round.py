@@ -197,7 +197,9 @@ class Round:
         self.is_harmed = True
         for process in processes:
             if process in self.processes:
-                ends = {"shim": [UNKNOWN], "nspawn": [ORPHANED, UNKNOWN], "leader": [KILLED]}
+                # nspawn removes its link last of all. If it is killed then, sh tells no signal from an exit code.
+                late = [End(128 + signal.SIGKILL)] if self.plan.network_veth else []
+                ends = {"shim": [UNKNOWN], "nspawn": [ORPHANED, UNKNOWN, *late], "leader": [KILLED]}
                 self.ends += ends[process]
                 self.may_be_lost |= process == "shim"
                 self.may_lose_lines |= process == "shim" and not self.task.logmon.running("stdout")
