@@ -452,7 +452,8 @@ class ThreadCall(Generic[T]):
             self.finish(None, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
 
 
-THREAD_PATIENCE = (0.1, 2.0)  # seconds for a thread to begin: if another one can do its work, and if none can
+# Seconds for a thread to begin: if another one can do its work, and if none can. A call is answered within one.
+THREAD_PATIENCE = (0.1, 0.8)
 
 
 async def run_in_thread(work: Callable[[], T], *, is_own: bool = False) -> T:
