@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nspawn.checks import NO_TEXT, USER, Mount, check_user
+from nspawn.checks import NO_TEXT, USER, check_user
 from nspawn.common import ConfigError, quote
 from nspawn.images import MAX_TEXT, Image, read_in_image
 from nspawn.job import JobOptions
+from nspawn.mounts import Mount
 
 
 @dataclass(frozen=True)

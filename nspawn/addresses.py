@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv6Interface
 
 from nspawn.cgroup import read_members
@@ -28,6 +28,7 @@ class FixedLink:
 
     interface: str  # its name in the container
     network: str = ""  # the host's interface that it leads to, "" for a link to the host itself
+    is_zone: bool = False  # that is the bridge of a zone
     addresses: tuple[Interface, ...] = ()
     gateways: tuple[Address, ...] = ()
     mac: str = ""
@@ -51,30 +52,36 @@ def show(value: object) -> object:
     return [str(item) for item in value] if isinstance(value, tuple) else value
 
 
-def find_link(options: JobOptions) -> tuple[str, str]:
-    """Return the interface that gets a job's addresses, and the network that it leads to: see FixedLink. If there
-    are several, it is the one that NetworkMode is about, and the first of a list."""
+def find_link(options: JobOptions) -> FixedLink:
+    """Return the interface that gets a job's addresses, without them. If there are several, it is the one that
+    NetworkMode is about, and the first of a list."""
     if options.network_bridge:
-        return "host0", options.network_bridge
+        return FixedLink("host0", options.network_bridge)
     lists = (("mv-", options.network_macvlan), ("iv-", options.network_ipvlan), ("", options.network_interface))
     for prefix, items in lists:
         for item in items:
             host, _, inside = item.partition(":")
-            return inside or f"{prefix}{host}", host
-    return "host0", f"vz-{options.network_zone}" if options.network_zone else ""
+            return FixedLink(inside or f"{prefix}{host}", host)
+    if options.network_zone:
+        return FixedLink("host0", f"vz-{options.network_zone}", is_zone=True)
+    return FixedLink("host0")
 
 
 def plan_fixed_link(options: JobOptions) -> FixedLink | None:
     """Return what a job fixes, None if it fixes nothing."""
     if not (options.network_address or options.network_mac):
         return None
-    addresses, gateways = options.network_address, options.network_gateway
-    return FixedLink(*find_link(options), addresses, gateways, options.network_mac or "")
+    return replace(
+        find_link(options),
+        addresses=options.network_address,
+        gateways=options.network_gateway,
+        mac=options.network_mac or "",
+    )
 
 
 def needs_host_end(options: JobOptions) -> bool:
     """Whether the driver gives an address to the host's end of a container's link, too."""
-    return bool(options.network_address) and not find_link(options)[1]
+    return bool(options.network_address) and not find_link(options).network
 
 
 def check_fixed(options: JobOptions) -> None:
@@ -133,7 +140,7 @@ def plan_outside(link: FixedLink, host_end: str) -> Iterator[tuple[str, ...]]:
     bridge of a zone: without systemd-networkd they stay down."""
     if not link.addresses:
         return
-    if link.network.startswith("vz-"):
+    if link.is_zone:
         yield "link", "set", "dev", link.network, "up"
     if link.network:
         return

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nspawn.accounts import Account
-from nspawn.checks import CdiNode, Mount
 from nspawn.common import ConfigError, check_shortage, quote
 from nspawn.job import JobOptions, TaskConfig
+from nspawn.mounts import CdiNode, Mount
 
 T = TypeVar("T")
 

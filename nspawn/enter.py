@@ -13,7 +13,7 @@ with the server, and a command ends with its entry.
 
 from __future__ import annotations
 
-import _signal as signal  # type: ignore[import-not-found]
+import _signal as signal  # type: ignore[import-not-found]  # not in typeshed
 import _socket as socket
 import ctypes
 import errno

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nspawn.cdi import Hook
-from nspawn.checks import Mount
 from nspawn.common import SAFE_PATH, STATE_ROOT, ConfigError, HostError, check_shortage, quote, shorten
 from nspawn.linux import (
     AT_EMPTY_PATH,
@@ -40,6 +39,7 @@ from nspawn.linux import (
     mount_filesystem,
     open_in_root,
 )
+from nspawn.mounts import Mount
 from nspawn.process import open_user_namespace, run_program
 from nspawn.roots import make_directories, make_mount_file
 

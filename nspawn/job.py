@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nspawn.checks import OWN_DIRECTORIES, Address, Device, IdRange, Interface, IoLimit, Mount, Overlay
+from nspawn.checks import OWN_DIRECTORIES, Address, IdRange, Interface, IoLimit
 from nspawn.common import STATE_ROOT, ConfigError
+from nspawn.mounts import Device, Mount, Overlay
 from nspawn.permissions import Size
 
 UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")

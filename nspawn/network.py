@@ -23,12 +23,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nspawn.addresses import FixedLink, plan_fixed_link, render_networkd
-from nspawn.checks import Mount
 from nspawn.common import ConfigError, HostError, check_shortage, shorten
 from nspawn.files import read_text
 from nspawn.images import Image, enables_unit, open_directory, read_in_image
 from nspawn.job import Dns, GroupNetwork, JobOptions, Port
 from nspawn.linux import CLONE_NEWNET, call_libc
+from nspawn.mounts import Mount
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,9 @@ def explain_lost_shim(end: Ending) -> ExitResult:
 
 
 def explain_status(end: Ending, record: ExitRecord) -> ExitResult:
-    """Return how the payload ended, as far as nspawn tells (measured: the same on 252, 257 and 262)."""
+    """Return how the payload ended, as far as nspawn tells (measured: the same on 252, 257 and 262). A kill of
+    nspawn in its last milliseconds, when it has removed all but its link, is told as the exit code 137: sh reports
+    both alike."""
     is_killed = record.status > 128 and end.is_cut_short  # else status is an exit code
     if is_killed and record.is_orphaned:
         why = f"systemd-nspawn itself was killed (status {record.status}); the container was ended with it"

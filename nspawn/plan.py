@@ -19,18 +19,13 @@ from nspawn.bundle import (
 )
 from nspawn.cdi import Hook
 from nspawn.cgroup import plan_cgroup, plan_limits
-from nspawn.checks import (
-    Device,
-    Mount,
-    check_container_path,
-    check_user,
-    escape_field,
-)
+from nspawn.checks import check_container_path, check_user, escape_field
 from nspawn.common import ConfigError
 from nspawn.devices import USUAL_DEVICES, DeviceRule
 from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Image
 from nspawn.job import UUID, GroupNetwork, JobOptions, Mode, TaskConfig, plan_machine, state_directory
+from nspawn.mounts import Device, Mount
 from nspawn.network import NetworkInputs, NetworkPlan, plan_network
 from nspawn.options import Option, decode_string
 from nspawn.permissions import Size

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nspawn.checks import CdiNode, Device, Mount
 from nspawn.common import ConfigError, HostError, check_shortage, is_below, name_entry, quote
 from nspawn.devices import DeviceRule, find_nodes, parse_majors
 from nspawn.host import is_on_shared_mount
@@ -32,6 +31,7 @@ from nspawn.linux import (
     mount_filesystem,
     open_in_root,
 )
+from nspawn.mounts import CdiNode, Device, Mount
 from nspawn.options import Option
 from nspawn.permissions import Permission, PluginOptions, check_permission
 

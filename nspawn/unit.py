@@ -19,10 +19,10 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nspawn.checks import Mount
 from nspawn.common import ConfigError
 from nspawn.files import write_file
 from nspawn.job import JobOptions, render_signal
+from nspawn.mounts import Mount
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{,200}(@[A-Za-z0-9_.-]{1,40})?\.service"
 WAITER, TELLER, JOURNAL = "nomad-unit.service", "nomad-unit-started.service", "nomad-journal.service"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from nspawn.cdi import Catalog, Edits, Hook, find_edits, read_catalog
-from nspawn.checks import CdiNode, Mount
 from nspawn.common import ConfigError
+from nspawn.mounts import CdiNode, Mount
 
 KIND = "a.example/gpu"
 

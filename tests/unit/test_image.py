@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from nspawn.accounts import Account, find_account
 from nspawn.bundle import render_bundle
-from nspawn.checks import Mount
 from nspawn.common import ConfigError
 from nspawn.images import (
     MAX_TEXT,
@@ -33,6 +32,7 @@ from nspawn.images import (
     plan_origin,
     read_head,
 )
+from nspawn.mounts import Mount
 from nspawn.view import ELF_MACHINES, View, explain_command, find_interpreter, is_foreign
 from tests.options import read_options
 

@@ -21,7 +21,7 @@ TOP = Path(__file__).resolve().parents[2]
 BUILT = "nomad-driver-nspawn"
 # The rooms of the house, the lowest first: a room imports only what stands before it.
 ROOMS = (
-    "common", "notify", "linux", "files", "quota", "process", "permissions", "options", "checks", "job",
+    "common", "notify", "linux", "files", "quota", "process", "permissions", "options", "checks", "mounts", "job",
     "devices", "host", "cgroup", "images", "accounts", "view", "sources", "cdi", "addresses", "network", "sysctl",
     "roots", "hooks", "unit", "rules", "bundle", "plan", "outcome", "record", "logs", "store", "fetches", "state",
     "setup", "machined", "running", "reaper", "entries", "exec", "inits", "health", "download", "unpack",

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 import driver
 from driver import PLUGIN_OPTIONS, TASK_OPTIONS
-from nspawn.checks import Device, IdRange, IoLimit, Mount, Overlay, any_of, parse_binds
+from nspawn.checks import IdRange, IoLimit, any_of
 from nspawn.common import ConfigError, DriverError
 from nspawn.host import CgroupMode, Host
 from nspawn.job import ImageDownload, JobOptions
+from nspawn.mounts import Device, Mount, Overlay, parse_binds
 from nspawn.options import (
     Kind,
     Option,

@@ -19,11 +19,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from driver import TASK_OPTIONS
-from nspawn import checks
+from nspawn import mounts
 from nspawn.accounts import Account
 from nspawn.bundle import DEFAULT_PATH, check_environment, render_bundle
 from nspawn.cgroup import plan_cgroup
-from nspawn.checks import RESOLV_CONF, USER, Mount, escape_field, parse_bind
+from nspawn.checks import RESOLV_CONF, USER, escape_field
 from nspawn.common import STATE_ROOT, ConfigError, DriverError, HostError, TransientError
 from nspawn.host import CgroupMode, Host, Mounts
 from nspawn.images import Image
@@ -40,6 +40,7 @@ from nspawn.job import (
     state_directory,
 )
 from nspawn.logs import open_log
+from nspawn.mounts import Mount, parse_bind
 from nspawn.network import NetworkInputs
 from nspawn.notify import Claim, parse_claim, split_notification
 from nspawn.outcome import (
@@ -1086,7 +1087,7 @@ def test_paths_are_escaped_for_nspawn(source: str, target: str, option: str) -> 
 @given(st.lists(st.text(), min_size=1))
 def test_fields_are_split_as_nspawn_does(fields: list[str]) -> None:
     text = ":".join(escape_field(field) for field in fields)
-    assert checks.split_fields(text) == split_fields(text) == fields
+    assert mounts.split_fields(text) == split_fields(text) == fields
 
 
 @pytest.mark.parametrize(
