@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -205,6 +206,18 @@ REFUSED: dict[str, tuple[set[str], str]] = {
 }
 
 
+# A task whose start has something to do at each step.
+DEMANDING: dict[str, Any] = {
+    "volatile": "overlay",
+    "root_size": "64M",
+    "network_veth": True,
+    "network_address": ["198.51.100.2/24"],
+    "network_gateway": ["198.51.100.1"],
+    "sysctl": [{"net.core.somaxconn": "99"}],
+    "labels": [{"a": "b"}],
+}
+
+
 @pytest.mark.parametrize("shortage", SHORTAGES)
 def test_every_call_is_answered(machine: Machine, image: Path, archive: bytes, shortage: str) -> None:
     packed = machine.folder / "small.tar"
@@ -213,7 +226,7 @@ def test_every_call_is_answered(machine: Machine, image: Path, archive: bytes, s
     with Tasks(machine.plugin, image) as tasks:
         running = tasks.start(SLEEP)
         running.logmon.wait_for("ready\n")
-        other = tasks.make("true", volatile="overlay", image=str(packed if "/var" in shortage else image))
+        other = tasks.make("true", **DEMANDING, image=str(packed if "/var" in shortage else image))
         with SHORTAGES[shortage](machine):
             answers = ask_all(running, other)
         for task in (running, other):
