@@ -22,7 +22,7 @@ from nspawn.cgroup import find_cgroups
 from nspawn.common import SAFE_PATH, HostError, quote
 from nspawn.files import read_text
 from nspawn.host import Mounts, read_mounts
-from nspawn.linux import enter_namespace, make_read_only
+from nspawn.linux import MOUNT_ATTR_RDONLY, enter_namespace, set_attributes
 from nspawn.process import (
     NO_PROCESS,
     ProcessId,
@@ -66,7 +66,7 @@ def start_exec_server(requests: socket.socket, errors: int) -> ProcessId:
     namespace, where the calling thread stays: for `run_in_thread`. Raises OSError."""
     enter_namespace()
     for point in find_mounts_of_python(read_mounts(), read_text(Path("/proc/self/maps"))):
-        make_read_only(point)
+        set_attributes(point, MOUNT_ATTR_RDONLY)
     with open(os.memfd_create("enter"), "wb", buffering=0) as program:
         program.write(ENTER)
         return start_process(

@@ -13,31 +13,24 @@ import contextlib
 import json
 import os
 import signal
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nspawn.cdi import Hook
 from nspawn.common import SAFE_PATH, STATE_ROOT, ConfigError, HostError, check_shortage, quote, shorten
 from nspawn.linux import (
-    AT_EMPTY_PATH,
-    AT_FDCWD,
-    AT_RECURSIVE,
     CLONE_NEWNS,
     MOUNT_ATTR_RDONLY,
-    MOUNT_SETATTR,
-    MOVE_MOUNT,
-    MOVE_MOUNT_F_EMPTY_PATH,
-    MOVE_MOUNT_T_EMPTY_PATH,
     MS_NODEV,
     MS_NOSUID,
-    OPEN_TREE,
-    OPEN_TREE_CLONE,
     attach_tree,
     call_libc,
+    clone_tree,
     enter_namespace,
     mount_filesystem,
+    move_tree,
     open_in_root,
+    set_attributes,
 )
 from nspawn.mounts import Mount
 from nspawn.process import open_user_namespace, run_program
@@ -60,12 +53,6 @@ def own_namespace() -> Iterator[None]:
         os.close(before)
 
 
-def clone_tree(path: str) -> int:
-    """Return a detached copy of what is mounted at a path and below it. Raises OSError."""
-    flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
-    return call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
-
-
 def run_hooks(
     hooks: Sequence[Hook],
     mounts: Sequence[Mount],
@@ -78,9 +65,9 @@ def run_hooks(
     what is mounted in the root for the devices. `ids`: the host's id of the container's root and the number of its
     ids, None without a user namespace. Blocks. Raises DriverError or OSError."""
     with contextlib.ExitStack() as stack:
-        tree = clone_tree(str(root))
+        tree = clone_tree(str(root), with_below=True)
         stack.callback(os.close, tree)
-        trees = [(clone_tree(mount.source), mount) for mount in mounts]
+        trees = [(clone_tree(mount.source, with_below=True), mount) for mount in mounts]
         for source, _ in trees:
             stack.callback(os.close, source)
         users_fd = open_user_namespace(*ids) if ids else None
@@ -107,9 +94,7 @@ def attach_in_root(tree: int, root: Path, mount: Mount) -> None:
     """Mount a detached tree at a path of a root. Makes what it is mounted on. Links lead to nowhere else. Raises
     ConfigError or OSError."""
     if mount.read_only:
-        attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
-        flags = AT_EMPTY_PATH | AT_RECURSIVE
-        call_libc("syscall", MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
+        set_attributes(tree, MOUNT_ATTR_RDONLY, with_below=True)
     top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if os.path.isdir(f"/proc/self/fd/{tree}"):
@@ -118,8 +103,7 @@ def attach_in_root(tree: int, root: Path, mount: Mount) -> None:
             make_mount_file(root, mount.target, is_private=True)
         place = open_in_root(top, mount.target, os.O_PATH)
         try:
-            flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
-            call_libc("syscall", MOVE_MOUNT, tree, b"", place, b"", flags)
+            move_tree(tree, place)
         finally:
             os.close(place)
     finally:

@@ -85,27 +85,47 @@ def enter_namespace() -> None:
     mount_filesystem("none", "/", MS_REC | MS_SLAVE)
 
 
-def make_read_only(point: str) -> None:
-    """Make the mount at a path read-only, in this thread's namespace; what is mounted below it is not."""
-    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
-    call_libc("syscall", MOUNT_SETATTR, AT_FDCWD, os.fsencode(point), 0, attributes, len(attributes))
+def find_place(place: int | str) -> tuple[int, bytes]:
+    """Return the first arguments of the kernel's calls with `at` for an open file or a path."""
+    return (place, b"") if isinstance(place, int) else (AT_FDCWD, os.fsencode(place))
+
+
+def clone_tree(place: int | str, *, with_below: bool = False) -> int:
+    """Return a detached bind mount of an open file or a path, perhaps with what is mounted below it. Raises
+    OSError."""
+    flags = OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC | (AT_RECURSIVE if with_below else 0)
+    return call_libc("syscall", OPEN_TREE, *find_place(place), flags)
+
+
+def move_tree(tree: int, place: int | str) -> None:
+    """Mount a detached tree, given by its descriptor, at an open file or a path. Raises OSError."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+    call_libc("syscall", MOVE_MOUNT, tree, b"", *find_place(place), flags)
+
+
+def set_attributes(place: int | str, attributes: int, *, with_below: bool = False, users_fd: int = 0) -> None:
+    """Add attributes to the mount of an open file or at a path, perhaps to those below it, too. `users_fd`: the
+    user namespace for MOUNT_ATTR_IDMAP. Raises OSError."""
+    changes = struct.pack("QQQQ", attributes, 0, 0, users_fd)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if with_below else 0)
+    call_libc("syscall", MOUNT_SETATTR, *find_place(place), flags, changes, len(changes))
 
 
 def attach_tree(tree: int, target: str, *, is_private: bool = False) -> None:
     """Mount a detached tree, given by its descriptor. Its mounts become slaves of those it was cloned from: what
     is mounted or unmounted there later, is here too. Not so if `is_private`."""
-    call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+    move_tree(tree, target)
     kind = MS_PRIVATE if is_private else MS_SLAVE
     call_libc("mount", None, os.fsencode(target), None, MS_REC | kind, None)
 
 
 def attach_layer(source: str, target: str, users_fd: int | None) -> None:
     """Bind-mount a directory, id-mapped by a user namespace if one is given."""
-    tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(source), OPEN_TREE_CLONE | os.O_CLOEXEC)
+    tree = clone_tree(source)
     try:
         if users_fd is not None:
-            map_ids(tree, users_fd)
-        call_libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+            set_attributes(tree, MOUNT_ATTR_IDMAP, users_fd=users_fd)
+        move_tree(tree, target)
     finally:
         os.close(tree)
 
@@ -114,11 +134,11 @@ def can_map_ids(path: str, users_fd: int) -> bool:
     """Whether the mount at a path can be id-mapped by a user namespace, tried on a copy of the mount that nobody
     sees. False if there is nothing at the path. Raises OSError."""
     try:
-        tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), OPEN_TREE_CLONE | os.O_CLOEXEC)
+        tree = clone_tree(path)
     except FileNotFoundError:
         return False
     try:
-        map_ids(tree, users_fd)
+        set_attributes(tree, MOUNT_ATTR_IDMAP, users_fd=users_fd)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EPERM):  # the file system cannot; it is mapped already
             return False
@@ -126,12 +146,6 @@ def can_map_ids(path: str, users_fd: int) -> bool:
     finally:
         os.close(tree)
     return True
-
-
-def map_ids(tree: int, users_fd: int) -> None:
-    """Id-map a detached mount by a user namespace. Raises OSError."""
-    attributes = struct.pack("QQQQ", MOUNT_ATTR_IDMAP, 0, 0, users_fd)
-    call_libc("syscall", MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, len(attributes))
 
 
 SETRESUID = {"x86_64": 117, "aarch64": 147}  # the system call's number

@@ -20,7 +20,6 @@ import fcntl
 import hashlib
 import os
 import stat
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,23 +33,17 @@ from nspawn.host import OVERLAY_IDMAP, Host, Mounts
 from nspawn.images import BUSY, Image, explain_linked_usr, open_directory
 from nspawn.job import JobOptions
 from nspawn.linux import (
-    AT_EMPTY_PATH,
-    AT_FDCWD,
-    AT_RECURSIVE,
     MNT_DETACH,
     MOUNT_ATTR_NOSUID,
-    MOUNT_SETATTR,
-    MOVE_MOUNT,
-    MOVE_MOUNT_F_EMPTY_PATH,
-    MOVE_MOUNT_T_EMPTY_PATH,
     MS_NODEV,
-    OPEN_TREE,
-    OPEN_TREE_CLONE,
     attach_layer,
     attach_tree,
     call_libc,
+    clone_tree,
     mount_filesystem,
+    move_tree,
     open_in_root,
+    set_attributes,
     take_lock,
 )
 from nspawn.permissions import Permission, Size
@@ -194,15 +187,12 @@ def explain_copy(options: JobOptions, image: Image, mounts: Mounts, obstacle: st
 def cover_nosuid(path: str) -> None:
     """Mount a path over itself as nosuid, in this thread's mount namespace. The mounts below it and later binds of
     it are nosuid, too. Does nothing if it is missing. Raises OSError."""
-    flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
     try:
-        tree = call_libc("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
+        tree = clone_tree(path, with_below=True)
     except FileNotFoundError:  # nspawn will say so
         return
     try:
-        attributes = struct.pack("QQQQ", MOUNT_ATTR_NOSUID, 0, 0, 0)
-        flags = AT_EMPTY_PATH | AT_RECURSIVE
-        call_libc("syscall", MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
+        set_attributes(tree, MOUNT_ATTR_NOSUID, with_below=True)
         attach_tree(tree, path)
     finally:
         os.close(tree)
@@ -251,10 +241,9 @@ def fix_usr(path: str) -> None:
     except NotADirectoryError:
         raise explain_linked_usr() from None
     try:
-        tree = call_libc("syscall", OPEN_TREE, fd, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC)
+        tree = clone_tree(fd)
         try:
-            flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
-            call_libc("syscall", MOVE_MOUNT, tree, b"", fd, b"", flags)
+            move_tree(tree, fd)
         finally:
             os.close(tree)
     finally:

@@ -22,12 +22,8 @@ from nspawn.host import is_on_shared_mount
 from nspawn.images import IMAGE_SUFFIXES, Image, choose_image_dir, find_archive, image_directories, is_image_name
 from nspawn.job import JobOptions, TaskConfig
 from nspawn.linux import (
-    AT_EMPTY_PATH,
-    AT_RECURSIVE,
     MS_NOSUID,
-    OPEN_TREE,
-    OPEN_TREE_CLONE,
-    call_libc,
+    clone_tree,
     mount_filesystem,
     open_in_root,
 )
@@ -428,9 +424,8 @@ class StagedSource:
 
 def clone_source(source: Source) -> int:
     """Return a detached bind mount of an open file or directory, with the mounts below it. Raises HostError."""
-    flags = OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC
     try:
-        return call_libc("syscall", OPEN_TREE, source.fd, b"", flags)
+        return clone_tree(source.fd, with_below=True)
     except OSError as error:
         check_shortage(error)
         raise HostError(f"{quote(source.path)} cannot be mounted: {error.strerror}") from None
